@@ -1,0 +1,1 @@
+"""Data: sources → title hygiene → protocol → the canonical dataset folder → prompts and batches."""

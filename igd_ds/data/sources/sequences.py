@@ -1,0 +1,88 @@
+"""Source `sequences`: a folder with `items.jsonl` and `sequences.jsonl`, one JSON object a line.
+
+    items.jsonl       {"item_id": int, "title": str | null, "semantic_id": [str, …]}    ids dense from 0, in any order;
+                                                                                        semantic_id on all lines or on none
+    sequences.jsonl   {"user_id": int, "items": [int, …]}                               oldest first, one line per user
+
+There are no timestamps. Other keys are ignored.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from igd_ds.data.dataset import Interactions, SourceData
+
+
+def read_sequences(inputs: Sequence[Path], num_items: int, num_users: int, seed: int) -> SourceData:
+    """Read the folder in `inputs`. Raises ValueError naming file and line when something is not as described above."""
+    if num_items:
+        raise ValueError("--num_items is for synthetic data; source sequences takes every item of its files")
+    if len(inputs) != 1 or not inputs[0].is_dir():
+        given = ", ".join(map(str, inputs)) or "nothing"
+        raise ValueError(f"source sequences needs --input FOLDER with items.jsonl and sequences.jsonl, got {given}")
+    files = (inputs[0] / "items.jsonl", inputs[0] / "sequences.jsonl")
+    titles, semantic_ids = _read_items(files[0])
+    return SourceData(titles, semantic_ids, _read_users(files[1], len(titles)), files)
+
+
+def _lines(path: Path, id_key: str) -> Iterator[tuple[str, int, dict]]:
+    """Yield (file:line, id, object) per line; ids are integers and unique."""
+    if not path.is_file():
+        raise ValueError(f"{path} is missing")
+    seen: dict[int, int] = {}
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            place = f"{path}:{number}"
+            try:
+                entry = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{place}: not valid JSON: {error}") from error
+            key = entry.get(id_key) if isinstance(entry, dict) else None
+            if type(key) is not int or not -(2**63) <= key < 2**63:
+                raise ValueError(f"{place}: need an object with an integer {id_key}, found {line[:80]!r}")
+            if key in seen:
+                raise ValueError(f"{place}: duplicate {id_key} {key}, first on line {seen[key]}")
+            seen[key] = number
+            yield place, key, entry
+
+
+def _read_items(path: Path) -> tuple[list[str | None], list[list[str]] | None]:
+    found: dict[int, tuple] = {}
+    for place, item, entry in _lines(path, "item_id"):
+        title, codes = entry.get("title"), entry.get("semantic_id")
+        if title is not None and not isinstance(title, str):
+            raise ValueError(f"{place}: title must be a string or null, found {title!r}")
+        if codes is not None and not (isinstance(codes, list) and codes and all(isinstance(c, str) and c for c in codes)):
+            raise ValueError(f"{place}: semantic_id must be a list of strings, found {codes!r}")
+        if found and (codes is None) != (next(iter(found.values()))[1] is None):
+            raise ValueError(f"{place}: item {item} {'lacks' if codes is None else 'has'} a semantic_id, unlike the lines before")
+        found[item] = (title, codes)
+    if not found:
+        raise ValueError(f"{path}: no items")
+    missing = next((item for item in range(len(found)) if item not in found), None)
+    if missing is not None:
+        raise ValueError(f"{path}: {len(found)} items, but no item_id {missing}: ids must be dense from 0")
+    titles, semantic_ids = map(list, zip(*(found[item] for item in range(len(found))), strict=True))
+    return titles, None if semantic_ids[0] is None else semantic_ids
+
+
+def _read_users(path: Path, num_items: int) -> Interactions:
+    users, lengths, sequences = [], [], [np.empty(0, dtype=np.int32)]
+    for place, user, entry in _lines(path, "user_id"):
+        listed = entry.get("items")
+        try:
+            items = np.asarray(listed) if isinstance(listed, list) and listed else np.empty(0, dtype=np.int64)
+        except ValueError:  # a ragged list
+            items = np.asarray("")
+        if not isinstance(listed, list) or items.ndim != 1 or items.dtype.kind != "i":
+            raise ValueError(f"{place}: items must be a list of item ids, found {str(listed)[:80]}")
+        if len(items) and (items.min() < 0 or items.max() >= num_items):
+            wrong = items[(items < 0) | (items >= num_items)][0]
+            raise ValueError(f"{place}: item {wrong} of user {user} is not in items.jsonl (ids 0 to {num_items - 1})")
+        users.append(user)
+        lengths.append(len(items))
+        sequences.append(items.astype(np.int32))
+    return Interactions(np.repeat(np.asarray(users, dtype=np.int64), lengths), np.concatenate(sequences), None)

@@ -1,0 +1,1 @@
+"""Items as token paths: catalogue (item to tokens), trie (their prefixes), decisiveness (what a token decides), store."""

@@ -1,0 +1,110 @@
+"""Rank 0's record of a run: TensorBoard and `metrics.jsonl`. Every tag and its unit is named here and nowhere else."""
+
+import json
+import os
+from pathlib import Path
+
+TAGS = {
+    "train/loss": "nats per unit of weight: Σ w·NLL / Ω over the optimizer step",
+    "train/nll": "nats per token: unweighted mean over the step's target tokens",
+    "train/nll_zero_gain": "nats per token: mean over target tokens with zero information gain (IGD Figures 2, 5)",
+    "train/nll_nonzero_gain": "nats per token: mean over target tokens with non-zero information gain",
+    "train/zero_gain_weight_share": "share of Ω that lies on zero-gain tokens, 0 to 1",
+    "train/learning_rate": "AdamW's learning rate of the step",
+    "train/grad_norm": "L2 norm of the gradient before clipping",
+    "train/epoch": "epochs, fractional",
+    "speed/target_tokens_per_second": "labelled tokens per second, all ranks",
+    "speed/tokens_per_second": "prompt and target tokens per second, padding excluded, all ranks",
+    "speed/rows_per_second": "training rows per second, all ranks",
+    "speed/memory_gib": "peak memory of rank 0 in GiB: GPU memory where there is one, else resident memory",
+    "valid/nll": "nats per item: unweighted negative log-likelihood summed over the item's tokens",
+    "valid/nll_per_token": "nats per token: the same, per target token",
+    "valid/ndcg@10": "NDCG@10 of a beam search with 10 beams, α = 0",
+    **{
+        f"eval/{metric}@{k}": f"{metric.upper()}@{k}, token match; step = 1000·α"
+        for metric in ("hr", "ndcg")
+        for k in (1, 3, 5, 10, 20)
+    },
+}
+
+
+class RunLog:
+    """Write scalars of a run; does nothing unless `enabled` (rank 0).
+
+    Args:
+        folder: run folder; `metrics.jsonl` and `tensorboard/` lie in it.
+        enabled: whether this process writes.
+        resume_step: drop entries after this step first, so that a resumed run's record has each step once; None: keep all.
+    """
+
+    def __init__(self, folder: Path, enabled: bool, resume_step: int | None = None):
+        self.enabled = enabled
+        if not enabled:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.path = Path(folder) / "metrics.jsonl"
+        if resume_step is not None:
+            drop_entries_after(self.path, resume_step)
+        self.writer = SummaryWriter(
+            str(Path(folder) / "tensorboard"), purge_step=None if resume_step is None else resume_step + 1
+        )
+        self.file = open(self.path, "a")  # noqa: SIM115  open for the run's length, closed by close()
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Record `values` (tag → number) at an optimizer step. Raises KeyError for a tag that TAGS does not name."""
+        for tag in values:
+            if tag not in TAGS:
+                raise KeyError(f"tag '{tag}' is not in runlog.TAGS: add it there with its unit")
+        if not self.enabled:
+            return
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        self.file.flush()
+        for tag, value in values.items():
+            self.writer.add_scalar(tag, value, step)
+
+    def hparams(self, settings: dict, metrics: dict[str, float]) -> None:
+        """Record the run's settings with its final metrics for TensorBoard's hparams table."""
+        if not self.enabled:
+            return
+        from torch.utils.tensorboard.summary import hparams
+
+        settings = {key: value if isinstance(value, (int, float, bool, str)) else str(value) for key, value in settings.items()}
+        for summary in hparams(settings, {f"hparam/{key}": value for key, value in metrics.items()}):
+            self.writer.file_writer.add_summary(summary)
+        for key, value in metrics.items():
+            self.writer.add_scalar(f"hparam/{key}", value)
+
+    def close(self) -> None:
+        """Flush and close both records."""
+        if self.enabled:
+            self.writer.close()
+            self.file.close()
+
+
+def drop_entries_after(path: Path, step: int) -> None:
+    """Rewrite a `metrics.jsonl` without the entries after `step` and without a last line that was cut off; atomic."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            break  # a kill cut the last line off
+        if entry["step"] <= step:
+            kept.append(line + "\n")
+    write_text(path, "".join(kept))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically: it is whole or not there."""
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value) -> None:
+    """Write JSON atomically, with sorted keys so that equal values give equal bytes."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,220 @@
+"""Training on two DeepSpeed ranks: every stage resumes bit-identically and leaves a model that loads without DeepSpeed."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import ranks
+import torch
+from safetensors.torch import load_file
+
+
+def train(world, log: Path, flags: list[str], size: int = 2) -> str:
+    return ranks.run(size, log, ranks.entry, *entry(flags))
+
+
+def entry(flags: list[str]):
+    from igd_ds import train
+
+    return train.main, flags
+
+
+def weights(run: Path) -> dict:
+    return load_file(next((run / "model").glob("*.safetensors")))
+
+
+def metrics(run: Path, tag: str) -> list[float]:
+    entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [e[tag] for e in entries if tag in e]
+
+
+LORA = {"model_config": None, "lora_r": 4, "lora_dropout": 0.1, "gradient_checkpointing": True}
+# name: (stage, settings); dropout is on in the LoRA rows, so their resume proves the random numbers too
+KINDS = {
+    "stage 0": (0, {}),
+    "stage 1": (1, {}),
+    "stage 2": (2, {}),
+    "stage 3": (3, {}),
+    "stage 2 LoRA": (2, LORA),
+    "stage 3 LoRA": (3, LORA),
+    "stage 2 QLoRA": (2, LORA | {"load_in_4bit": True}),
+    "stage 3 QLoRA": (3, LORA | {"load_in_4bit": True}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stopped_run_resumes_bit_identically(world, tmp_path, kind):
+    stage, settings = KINDS[kind]
+    settings = settings | {"save_every": 1}
+    if "model_config" in settings:
+        settings |= {"model_name_or_path": world.pretrained}
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    train(world, tmp_path / "whole.log", world.train_flags(whole, stage, **settings))
+
+    # The same run, stopped by SIGUSR1 as SLURM would, resumed from its last checkpoint.
+    flags = world.train_flags(stopped, stage, **settings, resume="auto")
+    processes = ranks.start(2, tmp_path / "stopped.log", ranks.entry, *entry(flags))
+    while not list((stopped / "checkpoints").glob("step-*/manifest.json")):
+        time.sleep(0.01)
+        assert any(p.is_alive() for p in processes), (tmp_path / "stopped.log").read_text()
+    os.kill(processes[1].pid, signal.SIGUSR1)  # one rank hears it, all stop
+    assert ranks.wait(processes) == [85, 85], (tmp_path / "stopped.log").read_text()
+    text = train(world, tmp_path / "stopped.log", flags)
+    assert "stopped by a signal" in text and "resumed" in text
+
+    first, second = weights(whole), weights(stopped)
+    assert first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
+    assert all(tensor.numel() > 0 for tensor in first.values())  # ZeRO-3 must not write empty tensors
+    for tag in ("train/loss", "valid/nll", "train/grad_norm"):
+        assert metrics(whole, tag) == metrics(stopped, tag)
+    losses = metrics(whole, "train/nll")
+    assert len(losses) == 6 and losses[-1] < losses[0]
+    check_model_loads(world, whole, settings)
+
+
+def check_model_loads(world, run: Path, settings: dict) -> None:
+    """RUN/model loads through from_pretrained or PEFT, and its NLL on the validation rows is the one training logged."""
+    code = ranks.start(1, run / "load.log", _load_and_measure, world, run, settings)
+    assert ranks.wait(code) == [0], (run / "load.log").read_text()
+
+
+def _load_and_measure(world, run, settings) -> None:
+    import numpy as np
+    from transformers import AutoModelForCausalLM
+
+    from igd_ds import train
+    from igd_ds.config import TrainConfig, parse
+
+    if "lora_r" in settings:
+        from igd_ds.models import causal_lm
+
+        quantised = settings.get("load_in_4bit", False)
+        base = causal_lm._load_weights(world.pretrained, torch.float32, quantised, torch.device("cpu"))
+        import peft
+
+        model = peft.PeftModel.from_pretrained(base, run / "model").eval()
+    else:
+        model = AutoModelForCausalLM.from_pretrained(run / "model").eval()
+    config = parse(TrainConfig, world.train_flags(run, 2))
+    task, _ = train.build_task(config, run)
+    rows = np.sort(np.random.default_rng(0).choice(len(task.valid.split), 10, replace=False))
+    with torch.no_grad():
+        found = train.validation_nll(model, task, [rows])["valid/nll"]
+    best = json.loads((run / "summary.json").read_text())["best"]
+    assert found == pytest.approx(best, rel=1e-5), (found, best)
+
+
+def test_torn_checkpoint_falls_back_and_says_so(world, tmp_path):
+    run = tmp_path / "run"
+    flags = world.train_flags(run, 2, max_steps=6)
+    train(world, tmp_path / "log", flags)
+    expected = weights(run)
+    assert [p.name for p in sorted((run / "checkpoints").glob("step-*"))] == ["step-00000003", "step-00000006"]
+    (run / "summary.json").unlink()
+    newest = max((run / "checkpoints" / "step-00000006").glob("*optim_states.pt"))
+    newest.write_bytes(newest.read_bytes()[:100])
+    text = train(world, tmp_path / "log2", [*flags, "--resume", "auto"])
+    assert "checkpoint step-00000006 is not whole" in text and "resumed" in text and "step-00000003" in text
+    assert all(torch.equal(expected[n], t) for n, t in weights(run).items())
+    # Finished: a third start says so and touches nothing.
+    assert "is finished" in train(world, tmp_path / "log3", [*flags, "--resume", "auto"])
+
+
+def test_early_stopping_keeps_the_best_model(world, tmp_path):
+    run = tmp_path / "run"
+    flags = world.train_flags(run, 1, learning_rate=0.5, schedule="constant", patience=1, validate_every=1, max_steps=8)
+    text = train(world, tmp_path / "log", flags)
+    values = metrics(run, "valid/nll")
+    summary = json.loads((run / "summary.json").read_text())
+    assert "stopping early" in text and len(values) < 8
+    assert summary["best"] == min(values) and summary["best_step"] == values.index(min(values)) + 1
+    check_model_loads(world, run, {})
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_validation_by_ndcg(world, tmp_path, stage):
+    """Ranks search different users for different numbers of steps; under ZeRO-3 every forward pass is a collective."""
+    run = tmp_path / "run"
+    train(world, tmp_path / "log", world.train_flags(run, stage, validation_metric="ndcg@10", max_steps=2, validate_every=2))
+    (value,) = metrics(run, "valid/ndcg@10")
+    assert 0 <= value <= 1 and json.loads((run / "summary.json").read_text())["best"] == value
+
+
+def test_position_linear_and_offload(world, tmp_path):
+    """The other weightings and CPU offload run too; the run folder holds what its readers expect."""
+    offload = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+    for name, settings in {
+        "position": {"weighting": "position", "igd_beta": None, "position_floor": 0.2},
+        "linear": {"weighting": "igd-linear", "ds_config": world.ds_config(2, zero_optimization=offload), "prompt": "alpaca"},
+        "conditional": {"entropy": "conditional", "weighting": "igd-linear", "ds_config": world.ds_config(3, bf16={"enabled": True})},
+    }.items():
+        run = tmp_path / name
+        train(world, tmp_path / "log", world.train_flags(run, **settings, max_steps=2, max_length=256))
+        assert {p.name for p in run.iterdir()} >= {"config.yaml", "ds_config.json", "env.json", "metrics.jsonl", "tensorboard",
+                                                   "checkpoints", "model", "summary.json"}  # fmt: skip
+        assert (run / "model" / "catalogue" / "catalogue.json").is_file() and (run / "model" / "tokenizer.json").is_file()
+        (share, _) = metrics(run, "train/zero_gain_weight_share")
+        assert 0 < share < 1
+
+
+def test_tensorboard_holds_every_tag_of_the_log(world, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = tmp_path / "run"
+    train(world, tmp_path / "log", world.train_flags(run, 1, max_steps=2))
+    accumulator = EventAccumulator(str(run / "tensorboard"))
+    accumulator.Reload()
+    entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for tag in {key for entry in entries for key in entry} - {"step"}:
+        logged = [(e["step"], e[tag]) for e in entries if tag in e]
+        assert [(s.step, pytest.approx(s.value, rel=1e-6)) for s in accumulator.Scalars(tag)] == logged
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weighting": "uniform"}, "--igd_beta 0.1 has no effect"),
+        ({"igd_beta": 1.5}, r"--igd_beta must lie in [0, 1]"),
+        ({"global_batch_size": 7}, "--global_batch_size 7 is not a multiple"),
+        ({"tokenizer": "no/such/tokenizer"}, "no tokenizer at 'no/such/tokenizer'"),
+        ({"max_length": 1024}, "exceeds the model's context of 512"),
+        ({"max_length": 40}, "--max_length"),
+        ({"dataset": "no/such/dataset"}, "no/such/dataset is not a dataset"),
+        ({"prompt": "nothing"}, "--prompt: no template 'nothing'; known names: alpaca, short"),
+    ],
+)
+def test_bad_settings_end_in_one_line_before_weights_load(world, tmp_path, change, message):
+    processes = ranks.start(1, tmp_path / "log", ranks.entry, *entry(world.train_flags(tmp_path / "run", **change)))
+    assert ranks.wait(processes) == [2]
+    text = (tmp_path / "log").read_text()
+    assert f"error: {message}" in text or (message in text and "error: " in text)
+    assert "Traceback" not in text
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_the_output_folder_of_another_run_is_refused(world, tmp_path):
+    run = tmp_path / "run"
+    train(world, tmp_path / "log", world.train_flags(run, 1, max_steps=1), size=1)
+    for flags, message in [
+        (world.train_flags(run, 1, max_steps=1), "holds a run already"),
+        (world.train_flags(run, 1, max_steps=1, learning_rate=1.0, resume="auto"), "settings differ: learning_rate"),
+        (world.train_flags(run, 2, max_steps=1, resume="auto"), "settings differ: ds_config (its content)"),
+        (world.train_flags(tmp_path, 1), "not empty and not a run folder"),
+    ]:
+        processes = ranks.start(1, tmp_path / "log2", ranks.entry, *entry(flags))
+        assert ranks.wait(processes) == [2]
+        assert message in (tmp_path / "log2").read_text()
+
+
+def test_a_foreign_tokenizer_is_refused(world, tmp_path):
+    config = json.loads(Path(world.model_config).read_text()) | {"vocab_size": 100}
+    (tmp_path / "small.json").write_text(json.dumps(config))
+    flags = world.train_flags(tmp_path / "run", model_config=tmp_path / "small.json")
+    processes = ranks.start(1, tmp_path / "log", ranks.entry, *entry(flags))
+    assert ranks.wait(processes) == [2]
+    assert "this tokenizer belongs to another model" in (tmp_path / "log").read_text()
+
+

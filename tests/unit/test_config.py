@@ -1,0 +1,107 @@
+"""Configuration: defaults < YAML < flags, strict."""
+
+import dataclasses
+
+import pytest
+import yaml
+
+from igd_ds import config as configuration
+from igd_ds.config import EvalConfig, TrainConfig
+from igd_ds.weighting import check_flags
+
+REQUIRED = ["--ds_config", "c.json", "--dataset", "d", "--output_dir", "o", "--model_name_or_path", "m"]
+
+
+def train(*flags):
+    return configuration.parse(TrainConfig, [*REQUIRED, *flags])
+
+
+def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("learning_rate: 0.5\nepochs: 7\nlength_grouping: false\nigd_beta: 1\n")
+    config = train("--config", str(file), "--epochs", "2")
+    assert (config.learning_rate, config.epochs, config.length_grouping, config.igd_beta) == (0.5, 2, False, 1.0)
+    assert config.patience == 1
+    assert train("--config", str(file), "--length_grouping").length_grouping is True
+
+
+def test_dump_reads_back(tmp_path):
+    config = train("--igd_beta", "0.3", "--prompt", "alpaca")
+    (tmp_path / "c.yaml").write_text(configuration.dump(config))
+    assert configuration.parse(TrainConfig, ["--config", str(tmp_path / "c.yaml")]) == config
+    assert yaml.safe_load(configuration.dump(config)) == dataclasses.asdict(config)
+
+
+def test_the_launchers_local_rank_is_accepted():
+    assert configuration.parse(TrainConfig, ["--local_rank=1", *REQUIRED]) == train()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rat: 1.0", "did you mean 'learning_rate'"),
+        ("epochs: two", "'epochs' takes int"),
+        ("epochs: 1.5", "'epochs' takes int"),
+        ("gradient_checkpointing: 1", "takes bool"),
+        ("schedule: cosin", "'schedule' is one of cosine, linear, constant"),
+        ("- 1", "expected 'setting: value'"),
+    ],
+)
+def test_bad_yaml(tmp_path, text, message):
+    file = tmp_path / "bad.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=message) as caught:
+        train("--config", str(file))
+    assert "bad.yaml" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--igd_beta", "1.2"], r"--igd_beta must lie in \[0, 1\]"),
+        (["--igd_beta", "-0.1"], "--igd_beta"),
+        (["--model_config", "x.json"], "exactly one of --model_name_or_path"),
+        (["--load_in_4bit"], "give --lora_r"),
+        (["--warmup_ratio", "1"], "--warmup_ratio"),
+        (["--global_batch_size", "0"], "--global_batch_size"),
+        (["--max_steps", "-1"], "--max_steps"),
+        (["--learning_rate", "0"], "--learning_rate"),
+    ],
+)
+def test_values_no_run_can_use(flags, message):
+    with pytest.raises(ValueError, match=message):
+        train(*flags)
+
+
+def test_missing_settings_are_named():
+    with pytest.raises(ValueError, match="--ds_config.*--output_dir"):
+        configuration.parse(TrainConfig, ["--dataset", "d"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--alpha", "0", "1.5"], r"--alpha must lie in \[0, 1\], found 1.5"),
+        (["--alpha", "0.1", "0.1"], "none twice"),
+        (["--num_beams", "0"], "--num_beams"),
+        (["--length_penalty", "-1"], "--length_penalty"),
+    ],
+)
+def test_bad_evaluations(flags, message):
+    with pytest.raises(ValueError, match=message):
+        configuration.parse(EvalConfig, ["--model", "m", "--dataset", "d", "--output_dir", "o", *flags])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--weighting", "idg"], "unknown; one of uniform, igd"),
+        (["--weighting", "igd"], "needs --igd_beta"),
+        (["--weighting", "uniform", "--igd_beta", "0.1"], "has no effect with --weighting uniform"),
+        (["--weighting", "igd", "--igd_beta", "0.1", "--position_floor", "0.1"], "--position_floor 0.1 has no effect"),
+        (["--weighting", "position"], "needs --position_floor"),
+    ],
+)
+def test_flags_and_weighting_must_fit(flags, message):
+    with pytest.raises(ValueError, match=message):
+        check_flags(train(*flags))

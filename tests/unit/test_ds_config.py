@@ -1,0 +1,111 @@
+"""The DeepSpeed file: every shipped one resolves, every mistake names its key."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from igd_ds import engine
+
+FOLDER = Path(__file__).parents[2] / "ds_configs"
+
+
+def config(path, **changes):
+    values = {"ds_config": str(path), "global_batch_size": 64, "max_grad_norm": 1.0, "load_in_4bit": False}
+    return SimpleNamespace(**values | changes)
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.json")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_shipped_files_resolve_for_any_number_of_ranks(path, world, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    ds = engine.resolve_ds_config(config(path), world)
+    micro = ds["train_micro_batch_size_per_gpu"]
+    assert micro * ds["gradient_accumulation_steps"] * world == ds["train_batch_size"] == 64
+    assert ds["gradient_clipping"] == 1.0
+    assert engine.zero_stage(ds) == int(path.stem[4])
+    expected = {"fp32": torch.float32, "fp16": torch.float16}.get(path.stem.split("-")[-1], torch.bfloat16)
+    assert engine.dtype_of(ds) == expected
+    assert ("offload" in path.stem) == ("offload_optimizer" in ds["zero_optimization"])
+
+
+GOOD = {"train_micro_batch_size_per_gpu": 8, "zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}
+
+
+@pytest.mark.parametrize(
+    ("change", "settings", "message"),
+    [
+        ({"zero_optimisation": {}}, {}, "did you mean 'zero_optimization'"),
+        ({"gradient_acumulation_steps": 2}, {}, "unknown key 'gradient_acumulation_steps'"),
+        ({"gradient_accumulation_steps": 2}, {}, "belongs to the run.*--global_batch_size"),
+        ({"train_batch_size": 64}, {}, "belongs to the run.*--global_batch_size"),
+        ({"gradient_clipping": 1.0}, {}, "--max_grad_norm"),
+        ({"optimizer": {}}, {}, "--learning_rate"),
+        ({"scheduler": {}}, {}, "--schedule"),
+        ({"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}, {}, "zero_optimization.reduce_bucket_size.*auto"),
+        ({"bf16": {"enabled": "auto"}}, {}, "bf16.enabled"),
+        ({"train_micro_batch_size_per_gpu": "auto"}, {}, "train_micro_batch_size_per_gpu"),
+        ({"train_micro_batch_size_per_gpu": 0}, {}, "positive whole number"),
+        ({"zero_optimization": {"stage": 4}}, {}, "stage must be 0, 1, 2 or 3"),
+        ({"zero_optimization": {"stage": 0}}, {}, "use stage 1"),
+        ({"bf16": {"enabled": False}, "fp16": {"enabled": True}}, {}, "fp16 needs a GPU"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}, {"load_in_4bit": True}, "--load_in_4bit"),
+        ({}, {"global_batch_size": 20}, "--global_batch_size 20 is not a multiple of micro-batch 8 .* × 2 ranks = 16"),
+    ],
+)
+def test_mistakes_name_file_and_key(tmp_path, monkeypatch, change, settings, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps(GOOD | change))
+    with pytest.raises(ValueError, match=message) as caught:
+        engine.resolve_ds_config(config(file, **settings), 2)
+    assert "ds.json" in str(caught.value)
+
+
+def test_a_missing_or_broken_file(tmp_path):
+    with pytest.raises(ValueError, match="--ds_config: no file"):
+        engine.resolve_ds_config(config(tmp_path / "none.json"), 1)
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(ValueError, match="broken.json: not JSON"):
+        engine.resolve_ds_config(config(tmp_path / "broken.json"), 1)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [0.5, 1, 1, 1, 1, 1]),
+        ("linear", [0.5, 1, 1, 0.75, 0.5, 0.25]),
+        ("cosine", [0.5, 1, 1, 0.8535534, 0.5, 0.1464466]),
+    ],
+)
+def test_schedule(schedule, expected):
+    factor = engine.schedule_factor(SimpleNamespace(warmup_ratio=1 / 3, schedule=schedule), 6)
+    assert [factor(s) for s in range(6)] == pytest.approx(expected)
+
+
+def test_disk_space(tmp_path, monkeypatch):
+    model = torch.nn.Linear(1000, 1000)
+    settings = SimpleNamespace(keep_checkpoints=2)
+    engine.check_disk_space(tmp_path, model, settings)
+    monkeypatch.setattr(engine.shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000_000))
+    with pytest.raises(ValueError, match="--output_dir .*GiB free"):
+        engine.check_disk_space(tmp_path, model, settings)
+
+
+def test_newest_checkpoint_passes_over_torn_ones(tmp_path):
+    for step, size in ((1, 3), (2, 3), (3, 3)):
+        folder = tmp_path / f"step-{step:08d}"
+        folder.mkdir()
+        (folder / "weights").write_text("abc")
+        (folder / "manifest.json").write_text(json.dumps({"world_size": 1, "files": {"weights": size}}))
+    assert engine.newest_checkpoint(tmp_path) == ("step-00000003", [])
+    (tmp_path / "step-00000003" / "weights").write_text("ab")
+    (tmp_path / "step-00000002" / "manifest.json").unlink()
+    assert engine.newest_checkpoint(tmp_path) == ("step-00000001", ["step-00000003", "step-00000002"])
+    (tmp_path / "step-00000001" / "weights").unlink()
+    assert engine.newest_checkpoint(tmp_path)[0] is None
+    (tmp_path / "step-00000003" / "manifest.json").write_text(json.dumps({"world_size": 2, "files": {"weights": 2}}))
+    with pytest.raises(ValueError, match="saved by 2 ranks, this run has 1"):
+        engine.newest_checkpoint(tmp_path)

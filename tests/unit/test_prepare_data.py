@@ -1,0 +1,203 @@
+"""tools/prepare_data.py and tools/train_tokenizer.py, run in this process."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from transformers import AutoTokenizer
+
+from igd_ds.data.dataset import FILES, InteractionDataset
+
+TOOLS = Path(__file__).parents[2] / "tools"
+
+
+def load_tool(name):
+    spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+prepare, train_tokenizer = load_tool("prepare_data"), load_tool("train_tokenizer")
+TITLES = ["A &amp; B", None, "Same", "Same", 'Books" />', "Longer title, Volume 1", "Longer title, Volume 2"]
+SEQUENCES = [[0, 1, 2, 3, 4], [5, 6, 2, 1], [5, 1], [3, 3, 0, 5], [2, 3, 0, 5, 6]]
+
+
+@pytest.fixture
+def source(tmp_path):
+    folder = tmp_path / "source"
+    folder.mkdir()
+    items = [json.dumps({"item_id": i, "title": title}) for i, title in enumerate(TITLES)]
+    users = [json.dumps({"user_id": i, "items": items}) for i, items in enumerate(SEQUENCES)]
+    (folder / "items.jsonl").write_text("\n".join(items) + "\n")
+    (folder / "sequences.jsonl").write_text("\n".join(users) + "\n")
+    return folder
+
+
+def arguments(source, output, *more):
+    where = ["--source", "sequences", "--input", str(source), "--output", str(output)]
+    return [*where, "--protocol", "leave-one-out", *map(str, more)]
+
+
+def rows(dataset, name):
+    split = dataset.splits[name]
+    return [(int(split.user_ids[r]), split.history(r).tolist(), int(split.targets[r])) for r in range(len(split))]
+
+
+def test_sequences_end_to_end(source, tmp_path, capsys):
+    assert prepare(arguments(source, tmp_path / "d", "--domain", "books")) == 0
+    printed = capsys.readouterr().out
+    assert str(tmp_path / "d") in printed and "users_too_short 1" in printed and "train 6" in printed
+    dataset = InteractionDataset.load(tmp_path / "d")
+    assert rows(dataset, "test")[0] == (0, [0, 1, 2, 3], 4) and rows(dataset, "valid")[0] == (0, [0, 1, 2], 3)
+    assert rows(dataset, "train")[:3] == [(0, [0], 1), (0, [0, 1], 2), (1, [5], 6)]
+    assert dataset.titles[0] == "A & B" and dataset.titles[2:4] == ["Same", "Same"]
+    assert all(dataset.titles[i].startswith("Untitled item ") for i in (1, 4))
+    info = dataset.info
+    assert (info["name"], info["domain"], info["protocol"]) == ("d", "books", "leave-one-out")
+    assert info["parameters"]["max_history"] == 20 and info["parameters"]["hygiene"] == "placeholder"
+    assert [entry["path"] for entry in info["sources"]] == ["items.jsonl", "sequences.jsonl"]
+    assert info["hygiene"]["unusable"]["count"] == 2
+    assert info["counts"]["catalogue"] == {"items": 7, "cold_items": 7 - len({t for _, _, t in rows(dataset, "train")})}
+
+
+def test_hygiene_off_and_drop(source, tmp_path):
+    assert prepare(arguments(source, tmp_path / "raw", "--no_hygiene")) == 0
+    raw = InteractionDataset.load(tmp_path / "raw")
+    assert raw.titles == TITLES and raw.info["hygiene"] == {"policy": "off"}
+    assert prepare(arguments(source, tmp_path / "clean")) == 0
+    clean = InteractionDataset.load(tmp_path / "clean")
+    assert all(rows(raw, name) == rows(clean, name) for name in raw.splits)  # hygiene changes titles, not rows
+    assert prepare(arguments(source, tmp_path / "drop", "--untitled", "drop")) == 0
+    dropped = InteractionDataset.load(tmp_path / "drop")
+    assert dropped.titles == ["A & B", "Same", "Same", "Longer title, Volume 1", "Longer title, Volume 2"]
+    assert rows(dropped, "test")[0] == (0, [0, 1], 2) and rows(dropped, "test")[1] == (1, [3, 4], 1)
+
+
+def test_k_core_closes_ranks_and_remembers_the_source(source, tmp_path):
+    assert prepare(arguments(source, tmp_path / "d", "--k_core", 2, "--max_history", 2)) == 0
+    dataset = InteractionDataset.load(tmp_path / "d")
+    ids = pq.read_table(tmp_path / "d" / "items.parquet")["source_id"].to_pylist()
+    assert ids == [0, 1, 2, 3, 5, 6] and dataset.titles[2:] == [TITLES[i] for i in ids[2:]]
+    kept = {user: [i for i in items if i in ids] for user, items in enumerate(SEQUENCES)}
+    for user, history, target in rows(dataset, "test"):
+        assert [ids[i] for i in (*history, target)] == kept[user][-3:]
+
+
+def test_equal_bytes_no_op_and_refusal(source, tmp_path, capsys):
+    for name in ("a", "b"):
+        assert prepare(arguments(source, tmp_path / name, "--name", "same")) == 0
+    assert all((tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in (*FILES, "dataset.json"))
+    before = (tmp_path / "a" / "dataset.json").stat().st_mtime_ns
+    capsys.readouterr()
+    assert prepare(arguments(source, tmp_path / "a", "--name", "same")) == 0
+    assert "nothing to do" in capsys.readouterr().out and (tmp_path / "a" / "dataset.json").stat().st_mtime_ns == before
+    assert prepare(arguments(source, tmp_path / "a", "--name", "same", "--seed", 1)) == 2
+    assert "holds another dataset (parameters" in capsys.readouterr().err
+    with open(source / "sequences.jsonl", "a") as file:
+        file.write('{"user_id": 9, "items": [1, 2, 3]}\n')
+    assert prepare(arguments(source, tmp_path / "a", "--name", "same")) == 2
+    assert "sources" in capsys.readouterr().err
+    (tmp_path / "a" / "test.parquet").unlink()
+    assert prepare(arguments(source, tmp_path / "a", "--name", "same")) == 2
+    assert "test.parquet is missing" in capsys.readouterr().err
+
+
+def test_bad_input_is_one_clear_line(source, tmp_path, capsys):
+    where = ["--source", "sequences", "--input", str(source), "--output", str(tmp_path / "d")]
+    assert prepare([*where, "--protocol", "d3"]) == 2
+    assert "no timestamps; use --protocol leave-one-out" in capsys.readouterr().err
+    assert prepare(arguments(source, tmp_path / "d", "--k_core", 50)) == 2
+    assert "empty split: train, valid, test" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        prepare(arguments(source, tmp_path / "d", "--max_history", 0))
+    assert "--max_history 0: must be at least 1" in capsys.readouterr().err
+    assert not list(tmp_path.glob("d*"))
+
+
+def test_synthetic_d3_and_a_user_with_many_rows(tmp_path):
+    options = ["--num_items", "200", "--num_users", "150", "--seed", "3"]
+    assert prepare(["--source", "synthetic", "--protocol", "d3", "--output", str(tmp_path / "d"), *options]) == 0
+    dataset = InteractionDataset.load(tmp_path / "d")
+    sizes = [len(dataset.splits[name]) for name in ("train", "valid", "test")]
+    total = sum(sizes)
+    assert sizes == [total * 8 // 10, total * 9 // 10 - total * 8 // 10, total - total * 9 // 10]
+    times = np.concatenate([split.timestamps for split in dataset.splits.values()])
+    assert (np.diff(times) >= 0).all()
+    assert np.bincount(dataset.splits["train"].user_ids).max() > 3
+    assert max(len(dataset.splits["train"].history(row)) for row in range(sizes[0])) == 10
+
+
+@pytest.mark.parametrize("name", ["books-small", "instruments", "industrial"])
+def test_real_data(shared, tmp_path, name):
+    assert prepare(arguments(shared / "data" / name, tmp_path / name, "--num_users", 300, "--seed", 1)) == 0
+    dataset = InteractionDataset.load(tmp_path / name)
+    assert len(dataset.splits["test"]) == len(dataset.splits["valid"]) == 300
+    with open(shared / "data" / name / "items.jsonl", encoding="utf-8") as file:
+        assert dataset.num_items == sum(1 for _ in file)
+    sequences = {}
+    with open(shared / "data" / name / "sequences.jsonl", encoding="utf-8") as file:
+        for line in file:
+            entry = json.loads(line)
+            sequences[entry["user_id"]] = entry["items"]
+    for user, history, target in rows(dataset, "test"):
+        assert (history, target) == (sequences[user][:-1][-20:], sequences[user][-1])
+    assert (dataset.semantic_ids is None) == (name == "books-small")
+    if name == "instruments":
+        assert set(dataset.titles) == {None} and dataset.info["hygiene"] == {"policy": "no titles"}
+    else:
+        assert None not in dataset.titles
+
+
+def test_tokenizer_of_titles(source, tmp_path, capsys):
+    prepare(arguments(source, tmp_path / "d", "--domain", "books"))
+    where = ["--dataset", str(tmp_path / "d"), "--vocab_size", "400"]
+    assert train_tokenizer([*where, "--output", str(tmp_path / "tok")]) == 0
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tok")
+    assert tokenizer.eos_token == tokenizer.pad_token == "<|endoftext|>" and tokenizer.eos_token_id == 0
+    assert tokenizer.bos_token is None and 259 <= len(tokenizer) <= 400
+    for text in ["Longer title, Volume 1\n", "never seen: ü 日本 \x00 😀\n", "don't  stop 123\n\n"]:
+        ids = tokenizer(text)["input_ids"]
+        assert tokenizer.decode(ids) == text and 0 not in ids
+    assert len(tokenizer("Recent books")["input_ids"]) <= 3  # a template's words are whole tokens
+    assert train_tokenizer([*where, "--output", str(tmp_path / "again")]) == 0
+    assert (tmp_path / "tok" / "tokenizer.json").read_bytes() == (tmp_path / "again" / "tokenizer.json").read_bytes()
+    capsys.readouterr()
+    assert train_tokenizer([*where, "--output", str(tmp_path / "tok")]) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert train_tokenizer(["--dataset", str(tmp_path / "d"), "--vocab_size", "300", "--output", str(tmp_path / "tok")]) == 2
+    assert "was not made from this dataset" in capsys.readouterr().err
+    assert train_tokenizer([*where[:2], "--vocab_size", "200", "--output", str(tmp_path / "small")]) == 2
+    assert "256 bytes and 3 special tokens must fit" in capsys.readouterr().err
+    assert train_tokenizer([*where, "--semantic_ids", "--output", str(tmp_path / "codes")]) == 2
+    assert "has no semantic IDs" in capsys.readouterr().err
+
+
+def test_tokenizer_uses_the_golden_split(shared):
+    golden = json.loads((shared / "golden" / "books" / "tokenizer.json").read_text(encoding="utf-8"))
+    module = train_tokenizer.__globals__
+    ours = json.loads(module["train"](["A title"], ["text"], 300, [])._tokenizer.to_str())
+    assert ours["normalizer"] == golden["normalizer"]
+    split, theirs = (found["pre_tokenizer"]["pretokenizers"][0] for found in (ours, golden))
+    assert split == theirs and [t["content"] for t in ours["added_tokens"]] == [t["content"] for t in golden["added_tokens"]]
+
+
+def test_tokenizer_of_semantic_ids(shared, tmp_path, capsys):
+    prepare(arguments(shared / "data" / "instruments", tmp_path / "d"))
+    where = ["--dataset", str(tmp_path / "d"), "--output", str(tmp_path / "tok"), "--vocab_size", "512"]
+    assert train_tokenizer(where) == 2
+    assert "add --semantic_ids" in capsys.readouterr().err
+    assert train_tokenizer([*where, "--semantic_ids"]) == 0
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tok")
+    semantic_ids = InteractionDataset.load(tmp_path / "d").semantic_ids
+    codes = sorted({code for path in semantic_ids for code in path})
+    ids = [tokenizer(code, add_special_tokens=False)["input_ids"] for code in codes]
+    assert [len(found) for found in ids] == [1] * len(codes) and len(codes) == 150 + 3 * 256
+    assert ids == [[ids[0][0] + i] for i in range(len(codes))]  # sorted order
+    for path in semantic_ids[:50]:
+        found = tokenizer("".join(path), add_special_tokens=False)["input_ids"]
+        assert tokenizer.convert_ids_to_tokens(found) == path
+        assert tokenizer.decode(found, skip_special_tokens=True).replace(" ", "") == "".join(path)

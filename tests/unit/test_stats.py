@@ -1,0 +1,128 @@
+"""Statistics of a small catalogue, worked out by hand, and the command's output."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from test_trie import CASES, brute_force, ragged
+
+from igd_ds import stats
+from igd_ds.items.catalogue import Catalogue
+from igd_ds.items.decisiveness import ENTROPIES
+from igd_ds.items.trie import TokenTrie
+
+# Tokens: 1 = "The", 2 … = the rest, 0 = EOS. Items 0 and 3 share a path, 2 and 4 are cold.
+PATHS = [[1, 2, 0], [1, 3, 0], [1, 4, 5, 0], [1, 2, 0], [6, 5, 0]]
+TARGETS = [0, 0, 0, 1, 1, 3]
+
+
+class Rows:
+    """What stats reads of a split."""
+
+    def __init__(self, targets, history):
+        self.targets, self.history_items = np.array(targets), np.array(history)
+
+    def __len__(self):
+        return len(self.targets)
+
+
+def make_catalogue(paths, counts, kind="text"):
+    token_ids, offsets = ragged(paths)
+    catalogue = Catalogue(token_ids, offsets, np.asarray(counts, np.int64), 0, kind, "", "")
+    return catalogue, TokenTrie.build(token_ids, offsets, catalogue.counts)
+
+
+@pytest.fixture
+def worked():
+    splits = {"train": Rows(TARGETS, [4, 0, 1]), "valid": Rows([1], [0]), "test": Rows([2, 4, 0, 2], [1])}
+    dataset = SimpleNamespace(info={"name": "worked"}, splits=splits)
+    catalogue, trie = make_catalogue(PATHS, np.bincount(TARGETS, minlength=len(PATHS)))
+    return dataset, catalogue, trie
+
+
+def test_worked_example(worked):
+    found = stats.catalogue_statistics(*worked)
+    # Training mass: root 6; edge 1 has 6 of 6 (zero-IG, not forced); 1-2 has 4, 1-3 has 2; their EOS edges are forced.
+    expected = {
+        "items": 5,
+        "train_rows": 6,
+        "valid_rows": 1,
+        "test_rows": 4,
+        "target_tokens": 18,
+        "zero_ig_tokens": 12,  # token 1 six times, EOS six times
+        "zero_ig_share": 12 / 18,
+        "forced_tokens": 6,
+        "forced_share": 6 / 18,
+        "negative_ig_tokens": 0,
+        "catalogue_tokens": 16,
+        "catalogue_zero_ig_tokens": 4 + 3 + 2 + 2,  # token 1; EOS of items 0, 1, 3; below the cold prefixes 1-4 and 6
+        "catalogue_zero_ig_share": 11 / 16,
+        "catalogue_forced_share": (3 + 2 + 2) / 16,
+        "nodes": 12,
+        "mean_length": 16 / 5,
+        "median_length": 3.0,
+        "max_length": 4,
+        "root_children": 2,
+        "branching_nodes": 2,
+        "mean_branching": 2.5,
+        "duplicate_paths": 1,
+        "duplicate_items": 2,
+        "cold_items": 2,
+        "cold_item_share": 0.4,
+        "test_unseen_share": 3 / 4,
+        "test_unseen_anywhere_share": 2 / 4,  # item 4 is in a training history
+        "filtering_ratio": [(1 / 5 + 4 / 5) / 2, (2 / 4 + 3 / 4 + 3 / 4 + 0) / 4, 0.0],
+    }
+    for key, value in expected.items():
+        assert found[key] == pytest.approx(value), key
+    root = -(4 / 6 * np.log(4 / 6) + 2 / 6 * np.log(2 / 6))
+    assert found["root_entropy"] == pytest.approx(root)
+    gains = 4 * (root + 4 / 6 * np.log(4 / 6)) + 2 * (root + 2 / 6 * np.log(2 / 6))
+    assert found["mean_ig"] == pytest.approx(gains / 18)
+
+
+def test_every_key_is_documented_and_json(worked):
+    found = stats.catalogue_statistics(*worked)
+    assert list(found) == list(stats.KEYS)
+    assert json.loads(json.dumps(found)) == found
+
+
+@pytest.mark.parametrize("entropy", ENTROPIES)
+@pytest.mark.parametrize("name", [name for name in CASES if CASES[name][1].sum()])
+def test_counts_equal_brute_force(name, entropy):
+    paths, counts = CASES[name][0], np.minimum(CASES[name][1], 100)
+    targets = np.repeat(np.arange(len(paths)), counts)
+    rows = Rows(targets, targets)
+    dataset = SimpleNamespace(info={"name": ""}, splits={"train": rows, "valid": rows, "test": rows})
+    found = stats.catalogue_statistics(dataset, *make_catalogue(paths, counts), entropy)
+    _, items = brute_force(paths)
+    children = {}
+    for prefix in items:
+        children.setdefault(prefix[:-1], set()).add(prefix)
+    tokens = zero = forced = 0
+    for target in targets:
+        for t in range(len(paths[target])):
+            before, after = tuple(paths[target][:t]), tuple(paths[target][: t + 1])
+            tokens += 1
+            zero += sum(counts[i] for i in items[before]) == sum(counts[i] for i in items[after])
+            forced += len(children[before] - {()}) == 1
+    assert (found["target_tokens"], found["zero_ig_tokens"], found["forced_tokens"]) == (tokens, zero, forced)
+    assert found["test_unseen_share"] == 0.0
+    if name.startswith("semantic"):
+        assert len(found["filtering_ratio"]) == 3  # codes only, not the level of EOS
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_command(worked, flags, monkeypatch, capsys):
+    dataset, catalogue, _ = worked
+    monkeypatch.setattr(stats.InteractionDataset, "load", lambda folder: dataset)
+    monkeypatch.setattr(stats, "load_tokenizer", lambda name: None)
+    monkeypatch.setattr(stats.Catalogue, "build", lambda *arguments: catalogue)
+    assert stats.main(["--dataset", "D", "--tokenizer", "T", "--entropy", "conditional", *flags]) == 0
+    printed = capsys.readouterr().out
+    if flags:
+        assert json.loads(printed)["zero_ig_tokens"] == 12 and printed.count("\n") == 1
+    else:
+        assert [line.split()[0] for line in printed.splitlines()] == list(stats.KEYS)
+        assert "66.67%" in printed
