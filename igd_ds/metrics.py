@@ -1,7 +1,7 @@
 """Ranked lists → HR, NDCG, diversity and entropy figures. Pure numpy; sums and counts over rows, divided once at the very end.
 
-Letters in shapes: R rows (one evaluated interaction each), K list length, M trie nodes, T steps. A list holds trie leaves, best first,
-−1 where it ends early. Items with one token path share a leaf and therefore one rank.
+Letters in shapes: R rows (one evaluated interaction each), K list length, M trie nodes, T steps. A list holds trie leaves, best
+first, −1 where it ends early. Items with one token path share a leaf and therefore one rank.
 """
 
 import warnings
@@ -22,7 +22,7 @@ def usable_cutoffs(list_length: int, cutoffs: Sequence[int] = CUTOFFS) -> list[i
 
 
 def items_ahead(leaves: np.ndarray, target_leaf: np.ndarray) -> np.ndarray:
-    """Return how many entries of each list (R, K) stand before the target's leaf (R,), float64 (R,); inf where it is not in the list."""
+    """Return how many entries of each list (R, K) stand before the target's leaf (R,): float64 (R,), inf where it is not listed."""
     hit = leaves == np.asarray(target_leaf)[:, None]
     return np.where(hit.any(1), hit.argmax(1), np.inf)
 
@@ -68,21 +68,18 @@ def means(sums: dict[str, float], count: int) -> dict[str, float | None]:
     return {name: total / count if count else None for name, total in sums.items()}
 
 
-def first_token_repetition(leaves: np.ndarray, first_token: np.ndarray, top: int = 10) -> tuple[float, int]:
+def first_token_repetition(tokens: np.ndarray, top: int = 10) -> tuple[float, int]:
     """FWR (IGD Table 7): share of the most frequent first token among each list's first `top` entries; (sum over rows, rows).
 
     Args:
-        leaves: (R, K).
-        first_token: the first token of every node's path, (M,).
+        tokens: first token of each listed item, (R, K); −1 where the list ends early.
         top: entries looked at; lists without any entry are left out of sum and count.
     """
-    listed = np.asarray(leaves)[:, :top]
-    valid = listed >= 0
-    token = np.where(valid, first_token[listed], -1)
-    same = (token[:, :, None] == token[:, None, :]) & valid[:, :, None] & valid[:, None, :]
-    length = valid.sum(1)
+    listed = tokens[:, :top]
+    same = (listed[:, :, None] == listed[:, None, :]) & (listed >= 0)[:, :, None]
+    length = (listed >= 0).sum(1)
     share = same.sum(2).max(1)[length > 0] / length[length > 0]
-    return float(share.sum()), int((length > 0).sum())
+    return float(share.sum()), len(share)
 
 
 def score_entropy(scores: np.ndarray, top: int = 10) -> tuple[float, int]:
@@ -113,14 +110,15 @@ def path_nodes(leaves: np.ndarray, parent: np.ndarray, depth: np.ndarray) -> np.
     return nodes
 
 
-def prefix_entropy(nodes: np.ndarray, entropy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def prefix_entropy(nodes: np.ndarray, times: np.ndarray, entropy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Entropy of the prefix after each step (IGD Figures 3, 6): (sums in nats, counts), each (T,).
 
     Only items that still have a token at a step count there, EOS included, so later steps describe the longer items.
 
     Args:
         nodes: (n, T) paths as `path_nodes` returns them.
+        times: how often each path occurs, (n,).
         entropy: entropy of the items under each node in nats, (M,).
     """
     inside = nodes >= 0
-    return np.where(inside, entropy[nodes], 0.0).sum(0), inside.sum(0)
+    return times @ np.where(inside, entropy[nodes], 0.0), times @ inside

@@ -82,8 +82,9 @@ def beam_search(
     by S / longest^p, because no later token can raise S. (Hugging Face takes the present length in place of the longest, so it
     can stop too early when p > 0.)
 
-    With K ≥ the number of leaves nothing is ever lost: candidates of one step are different nodes of one level, so there are
-    no more of them than leaves, and all are among the first K.
+    Every list has min(K, number of leaves) entries, and with K ≥ the number of leaves nothing is ever lost. Candidates of one
+    step are different nodes of one level, each with a leaf of its own below. While they number K or fewer, all of them finish
+    or live on; from the first time they are more, finished and live ones together are never fewer than K.
 
     Ties: candidates of equal score keep the order (rank of their parent beam, token id), and an item that finished earlier
     stays ahead. The order is the same on every run and device and does not depend on item ids or on who else is in the

@@ -20,7 +20,7 @@ class IGDLogitsProcessor(LogitsProcessor):
 
     `renormalize_logits=True` would undo the weights, and sampling is not what the scores are made for. With
     `early_stopping="never"` the ending rule is provably right at every length penalty; with False it is the published code's,
-    which is the same at penalty 0. Sequences whose score is −1e9 or below fill up a list longer than the catalogue and are no items.
+    which is the same at penalty 0. Sequences with scores of −1e9 or below fill up a list longer than the catalogue: no items.
 
     The object keeps nothing between calls: each row's trie node is found again from the tokens behind the prompt.
 

@@ -1,8 +1,8 @@
 """Beam search against the published implementation's outputs: 20 prompts × α 0, 0.2, 0.4 × length penalty 0, 1.
 
-The reference ran one prompt at a time and stops, at penalty 1, by Hugging Face's heuristic: no live beam beats the K-th finished item
-AT ITS PRESENT LENGTH. Ours stops when none can beat it at the length of the longest item below, which is provable. On these outputs
-the longer search changes no list, so one comparison serves for both.
+The reference ran one prompt at a time and stops, at penalty 1, by Hugging Face's heuristic: no live beam beats the K-th finished
+item AT ITS PRESENT LENGTH. Ours stops when none can beat it at the length of the longest item below, which is provable. On these
+outputs the longer search changes no list, so one comparison serves for both.
 """
 
 import json

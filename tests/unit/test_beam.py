@@ -172,6 +172,15 @@ def test_places_beyond_the_catalogue_are_flagged():
         assert (leaves[5:] == -1).all() and (scores[5:] == -torch.inf).all() and scores[:5].isfinite().all()
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_every_list_is_full(seed):
+    items = random_items(14, seed)
+    trie = build_trie(items)
+    for num_beams in range(1, 15):
+        for ranked in search(tiny_model(seed=seed), random_prompts(5, seed), trie, random_weights(trie), num_beams, 0.5):
+            assert len({path for _, path in ranked}) == num_beams
+
+
 def test_a_list_does_not_depend_on_the_rest_of_the_batch():
     model, trie, prompts = tiny_model(), build_trie(random_items(60)), random_prompts(6)
     weights = random_weights(trie)

@@ -45,11 +45,10 @@ def test_cutoffs_beyond_the_list_are_omitted_with_a_warning():
 
 
 def test_first_token_repetition():
-    first_token = np.array([-1, 1, 1, 1, 2, 2, 3, 3, 3, 3])
-    # Row 0: tokens 3, 1, 2 -> 1/3; row 1: 2, 3 -> 1/2; row 2: 3, 1, 3 -> 2/3; the empty list does not count.
-    total, rows = metrics.first_token_repetition(LISTS, first_token)
+    tokens = np.array([[3, 1, 2], [2, 4, -1], [3, 1, 3], [-1, -1, -1]])  # the empty list does not count
+    total, rows = metrics.first_token_repetition(tokens)
     assert total == pytest.approx(1 / 3 + 1 / 2 + 2 / 3) and rows == 3
-    assert metrics.first_token_repetition(LISTS, first_token, top=1) == (3.0, 3)
+    assert metrics.first_token_repetition(tokens, top=1) == (3.0, 3)
 
 
 def test_score_entropy_in_bits():
@@ -62,7 +61,7 @@ def test_score_entropy_in_bits():
 def test_prefix_entropy_per_step():
     #     0 -> 1 -> 3 (leaf);  0 -> 2 -> 4 -> 5 (leaf)
     parent, depth = np.array([-1, 0, 0, 1, 2, 4]), np.array([0, 1, 1, 2, 2, 3], np.uint16)
-    nodes = metrics.path_nodes(np.array([3, 5, 3]), parent, depth)
-    assert nodes.tolist() == [[1, 3, -1], [2, 4, 5], [1, 3, -1]]
-    sums, counts = metrics.prefix_entropy(nodes, np.array([9.0, 2.0, 3.0, 0.5, 1.0, 0.25]))
+    nodes = metrics.path_nodes(np.array([3, 5]), parent, depth)
+    assert nodes.tolist() == [[1, 3, -1], [2, 4, 5]]
+    sums, counts = metrics.prefix_entropy(nodes, np.array([2, 1]), np.array([9.0, 2.0, 3.0, 0.5, 1.0, 0.25]))
     assert sums.tolist() == [7.0, 2.0, 0.25] and counts.tolist() == [3, 3, 1]

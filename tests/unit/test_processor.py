@@ -2,7 +2,18 @@
 
 import pytest
 import torch
-from test_beam import EOS, VOCABULARY, build_trie, left_pad, node_paths, random_items, random_prompts, random_weights, search, tiny_model
+from test_beam import (
+    EOS,
+    VOCABULARY,
+    build_trie,
+    left_pad,
+    node_paths,
+    random_items,
+    random_prompts,
+    random_weights,
+    search,
+    tiny_model,
+)
 
 from igd_ds.decoding.processor import IGDLogitsProcessor
 

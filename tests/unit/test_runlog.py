@@ -1,0 +1,48 @@
+"""The run's record: named tags only, and each step once after a resume."""
+
+import json
+
+import pytest
+
+from igd_ds.runlog import RunLog, drop_entries_after, write_json
+
+
+def test_unknown_tags_are_refused(tmp_path):
+    log = RunLog(tmp_path, enabled=True)
+    with pytest.raises(KeyError, match="not in runlog.TAGS"):
+        log.log(1, {"train/lossy": 1.0})
+    log.close()
+
+
+def test_ranks_that_do_not_write_touch_nothing(tmp_path):
+    log = RunLog(tmp_path, enabled=False)
+    log.log(1, {"train/loss": 1.0})
+    log.hparams({}, {})
+    log.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_resumed_log_has_each_step_once(tmp_path):
+    log = RunLog(tmp_path, enabled=True)
+    for step in range(1, 6):
+        log.log(step, {"train/loss": float(step)})
+    log.close()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 6, "train/lo')  # a kill cut this line off
+    log = RunLog(tmp_path, enabled=True, resume_step=3)
+    log.log(4, {"train/loss": 40.0})
+    log.hparams({"igd_beta": 0.1, "alphas": [1]}, {"best_validation": 1.0})
+    log.close()
+    entries = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(e["step"], e["train/loss"]) for e in entries] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
+
+
+def test_drop_entries_of_a_missing_file(tmp_path):
+    drop_entries_after(tmp_path / "none.jsonl", 3)
+    assert not list(tmp_path.iterdir())
+
+
+def test_json_is_atomic_and_ordered(tmp_path):
+    write_json(tmp_path / "a.json", {"b": 1, "a": [1.5]})
+    assert (tmp_path / "a.json").read_text() == '{\n  "a": [\n    1.5\n  ],\n  "b": 1\n}\n'
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
