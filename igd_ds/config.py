@@ -101,10 +101,12 @@ class TrainConfig:
             raise ValueError(f"--warmup_ratio must lie in [0, 1), found {self.warmup_ratio}")
         if self.learning_rate <= 0 or self.max_grad_norm <= 0:
             raise ValueError("--learning_rate and --max_grad_norm must be positive")
+        if self.validation_metric == "ndcg@10" and self.attn_implementation != "sdpa":
+            raise ValueError("--validation_metric ndcg@10 searches with a mask per token: it needs --attn_implementation sdpa")
+        if self.lora_r and self.model_config:
+            raise ValueError("--lora_r adapts pretrained weights: give --model_name_or_path, not --model_config")
         if self.load_in_4bit and not self.lora_r:
             raise ValueError("--load_in_4bit trains adapters on a frozen base: give --lora_r too")
-        if self.load_in_4bit and self.model_config:
-            raise ValueError("--load_in_4bit quantises pretrained weights: give --model_name_or_path, not --model_config")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +118,7 @@ class EvalConfig:
     output_dir: str = option("folder for metrics.json, timing.json and predictions; one evaluation each")
     split: str = option("rows to evaluate", "test", ("train", "valid", "test"))
     alpha: list[float] = option("α: strength of decisiveness calibration (Eq. 9), each in [0, 1]; 0 is plain beam search", [0.0])
+    alpha_from: str = option("folder of a finished evaluation: take α = 0 and the α that was best there, in place of --alpha", "")
     num_beams: int = option("beams, and the length of each ranked list", 10)
     length_penalty: float = option("p in score / length^p: 0 as D3, 1 as BIGRec", 0.0)
     decoding_rule: str = option("how gains are normalised among siblings, see igd_ds/decoding/rules.py", "per-node")
@@ -135,6 +138,8 @@ class EvalConfig:
                 raise ValueError(f"--alpha must lie in [0, 1], found {value}")
         if not self.alpha or len(set(self.alpha)) != len(self.alpha):
             raise ValueError(f"--alpha needs at least one value and none twice, found {self.alpha}")
+        if self.alpha_from and self.alpha != [0.0]:
+            raise ValueError("give --alpha or --alpha_from, not both")
         for name in ("num_beams", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, found {getattr(self, name)}")

@@ -16,6 +16,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+EXIT_REQUEUE = 85  # a signal asked to stop and everything is saved: the job files in slurm/ requeue on this code
+
 
 def _free_port() -> int:
     with socket.socket() as probe:
@@ -147,27 +149,31 @@ def exit_process(code: int) -> None:
     os._exit(code)
 
 
+def _is_bad_input(error: BaseException) -> bool:
+    """Whether an exception is a ValueError that this package raised on purpose; one from a library's depths is a bug."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return isinstance(error, ValueError) and os.path.dirname(__file__) in place.filename and place.line.startswith("raise")
+
+
 def run(main: Callable[[], int]) -> None:
     """Run an entry point and end the process with its exit code; on an exception, with 1 and the traceback as last words.
 
-    A bad setting (ValueError) is told in one line by rank 0. A rank whose collective broke because another rank ended waits
-    for the launcher to stop it before it prints, so that the traceback of the rank that failed first stays the last one.
+    Bad input is told in one line, by rank 0 if it sees it too, with code 2. A rank whose collective broke because another rank
+    ended waits for the launcher to stop it before it prints, so that the traceback of the rank that failed first stays last.
     """
     try:
         code = main()
-    except ValueError as error:
-        traceback.print_exc() if os.environ.get("IGD_DS_DEBUG") else None
-        if is_main() or world_size() == 1:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(2)  # every rank finds the same bad setting; let rank 0 say it
-            print(f"error (rank {rank()}): {error}", file=sys.stderr, flush=True)
-        code = 2
+    except SystemExit as error:  # argparse: --help, or a flag it does not know
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
     except BaseException as error:
         if any(word in str(error) for word in ("Connection closed", "Connection reset", "rank 0 failed", "NCCL")):
             time.sleep(5)
         sys.stdout.flush()
-        traceback.print_exc()
-        code = 130 if isinstance(error, KeyboardInterrupt) else 1
-        code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else code
+        if _is_bad_input(error):
+            time.sleep(0 if is_main() else 2)
+            print(f"error: {error}", file=sys.stderr)
+            code = 2
+        else:
+            traceback.print_exc()
+            code = 130 if isinstance(error, KeyboardInterrupt) else 1
     exit_process(code)

@@ -216,8 +216,8 @@ def check_disk_space(folder: Path, model, config) -> None:
 def save_checkpoint(engine, folder: Path, step: int, state: dict, config) -> None:
     """Save a checkpoint that is either whole or not seen: `folder/step-N` with a manifest of file sizes, written last.
 
-    Every rank must call it. DeepSpeed's own `latest` file can name a torn checkpoint (no barrier before it is written), so it is not used: a
-    checkpoint counts when its manifest is there and matches. Afterwards the oldest beyond `config.keep_checkpoints` are removed.
+    Every rank must call it. DeepSpeed's own `latest` file can name a torn checkpoint (no barrier comes before it), so it is not
+    used: a checkpoint counts when its manifest is there and matches. Then the oldest beyond `config.keep_checkpoints` go.
     """
     tag = f"step-{step:08d}"
     if distributed.is_main():

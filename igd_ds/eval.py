@@ -6,9 +6,11 @@ Load → this rank's batches → search → gather by row → metrics.json. A ba
 evaluation goes on where it was, on any number of ranks.
 """
 
+import dataclasses
 import json
 import os
 import shutil
+import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +61,9 @@ class Task:
 
 def main() -> int:
     """Run an evaluation from the command line; returns the exit code."""
-    config = configuration.parse(configuration.EvalConfig, description=__doc__)
+    config = with_chosen_alpha(configuration.parse(configuration.EvalConfig, description=__doc__))
+    # Batches that are done lie on disk whole, so a stop needs no preparation.
+    signal.signal(signal.SIGUSR1, lambda *_: distributed.exit_process(distributed.EXIT_REQUEUE))
     transformers.utils.logging.disable_progress_bar()
     distributed.init()
     task, output = build_task(config), Path(config.output_dir)
@@ -70,12 +74,16 @@ def main() -> int:
     num_leaves = int(np.count_nonzero(task.stored.trie.is_leaf))
     if config.num_beams > num_leaves:
         say(f"warning: --num_beams {config.num_beams}, but the catalogue has {num_leaves} different items: lists are that long")
-    began = time.perf_counter()
-    searched = search_rows(config, task, output / "parts")
-    searched = int(distributed.all_reduce_sum(torch.tensor(searched, device=distributed.device())))  # all ranks are done now
-    seconds = time.perf_counter() - began
-    timing = {"world_size": distributed.world_size(), "rows_searched": searched, "rows_already_there": len(task.rows) - searched,
-              "seconds": seconds, "rows_per_second": searched / seconds, "alphas": len(config.alpha)}  # fmt: skip
+    count, seconds = search_rows(config, task, output / "parts")
+    totals = torch.tensor([count, count / seconds if count else 0.0], dtype=torch.float64, device=distributed.device())
+    count, speed = distributed.all_reduce_sum(totals).tolist()  # all ranks are done now
+    timing = {
+        "world_size": distributed.world_size(),
+        "rows_searched": int(count),
+        "rows_already_there": len(task.rows) - int(count),
+        "rows_per_second": speed,  # all ranks together, loading apart, all values of α
+        "alphas": len(config.alpha),
+    }
     distributed.on_main(lambda: finish(config, task, output, timing))
     return 0
 
@@ -84,6 +92,16 @@ def say(message: str) -> None:
     """Print on rank 0."""
     if distributed.is_main():
         print(message, flush=True)
+
+
+def with_chosen_alpha(config):
+    """Return the configuration with --alpha_from resolved: α = 0 and the α that was best in that evaluation."""
+    if not config.alpha_from:
+        return config
+    finished = Path(config.alpha_from) / "metrics.json"
+    if not finished.is_file():
+        raise ValueError(f"--alpha_from: no finished evaluation at {config.alpha_from} (no metrics.json there)")
+    return dataclasses.replace(config, alpha=sorted({0.0, float(metrics.best_alpha(json.loads(finished.read_text())))}))
 
 
 def build_task(config) -> Task:
@@ -134,8 +152,8 @@ def claim_output_folder(output: Path, config, task: Task) -> None:
         (output / "parts").mkdir(exist_ok=True)
 
 
-def search_rows(config, task: Task, parts: Path) -> int:
-    """Search this rank's batches and write each one's lists to `parts`; returns how many rows that were.
+def search_rows(config, task: Task, parts: Path) -> tuple[int, float]:
+    """Search this rank's batches and write each one's lists to `parts`; returns how many rows and how many seconds that were.
 
     Batches are cut from the order of the rows and dealt in turn, so they are the same whatever the number of ranks.
     """
@@ -144,12 +162,12 @@ def search_rows(config, task: Task, parts: Path) -> int:
             for index in range(distributed.rank(), len(batches), distributed.world_size())}  # fmt: skip
     missing = {path: rows for path, rows in mine.items() if not path.is_file()}
     if not missing:
-        return 0
+        return 0, 0.0
     device = distributed.device()
     model = causal_lm.load_trained(config, device)
     trie = SearchTrie.build(task.stored.trie, device)
     weights = {alpha: torch.from_numpy(array).to(device) for alpha, array in task.weights.items()}
-    count = sum(map(len, missing.values()))
+    count, began = sum(map(len, missing.values())), time.perf_counter()
     with tqdm(total=count, unit="row", desc="rows of rank 0", disable=not distributed.is_main(), mininterval=1.0) as bar:
         for path, rows in missing.items():
             prompts = [task.prompts.encode(task.split.history(row)) for row in rows]
@@ -164,7 +182,7 @@ def search_rows(config, task: Task, parts: Path) -> int:
             pq.write_table(pa.concat_tables(tables), temporary)
             os.replace(temporary, path)
             bar.update(len(rows))
-    return count
+    return count, time.perf_counter() - began
 
 
 def list_table(task: Task, rows: np.ndarray, alpha: float, leaves: np.ndarray, scores: np.ndarray) -> pa.Table:

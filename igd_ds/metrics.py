@@ -22,7 +22,7 @@ def usable_cutoffs(list_length: int, cutoffs: Sequence[int] = CUTOFFS) -> list[i
 
 
 def items_ahead(leaves: np.ndarray, target_leaf: np.ndarray) -> np.ndarray:
-    """Return how many entries of each list (R, K) stand before the target's leaf (R,): float64 (R,), inf where it is not listed."""
+    """Return how many entries of each list (R, K) stand before the target's leaf (R,): float64 (R,), inf if it is not listed."""
     hit = leaves == np.asarray(target_leaf)[:, None]
     return np.where(hit.any(1), hit.argmax(1), np.inf)
 
@@ -122,3 +122,15 @@ def prefix_entropy(nodes: np.ndarray, times: np.ndarray, entropy: np.ndarray) ->
     """
     inside = nodes >= 0
     return times @ np.where(inside, entropy[nodes], 0.0), times @ inside
+
+
+def best_alpha(results: dict, metric: str = "ndcg@10") -> str:
+    """Return the α (as written in a metrics.json) with the highest token-match `metric`; the smallest one on a tie.
+
+    Raises:
+        ValueError: the lists were too short for the metric.
+    """
+    values = {alpha: entry["token_match"].get(metric) for alpha, entry in results["alpha"].items()}
+    if None in values.values():
+        raise ValueError(f"cannot choose α by {metric}: that evaluation's lists hold {results['num_beams']} items")
+    return max(sorted(values, key=float), key=values.get)

@@ -45,7 +45,6 @@ from igd_ds.models import causal_lm
 from igd_ds.runlog import RunLog, write_json, write_text
 from igd_ds.weighting import WEIGHTINGS, check_flags
 
-EXIT_REQUEUE = 85  # stopped by a signal after saving: `slurm/train.sbatch` requeues the job on this code
 FREE_ON_RESUME = {"resume", "log_every", "keep_checkpoints", "save_every"}  # settings that do not change what a run computes
 SUMS = ("weighted", "weight", "nll", "tokens", "nll_zero", "tokens_zero", "weight_zero", "rows", "all_tokens")
 
@@ -260,7 +259,7 @@ def fit(engine, task: Task, config, run: Path, state: dict) -> int:
         if stopped and not stale and state["step"] < total:
             log.close()
             say(f"stopped by a signal after step {state['step']}; saved. Go on with --resume auto")
-            return EXIT_REQUEUE
+            return distributed.EXIT_REQUEUE
         if stale:
             say(f"validation has not improved {config.patience} time(s): stopping early at step {state['step']}")
             break

@@ -31,8 +31,9 @@ def rows_of(run: Path) -> list[tuple[str, dict]]:
     chosen, test = best_alpha(read(run, "valid")), read(run, "test")["alpha"]
     if chosen not in test:
         raise ValueError(f"{run}: α = {chosen} is best on validation but was not evaluated on test (there: {', '.join(test)})")
-    labels = {"0.0": "α=0", chosen: f"α={chosen} (chosen on validation)" if chosen != "0.0" else "α=0 (chosen on validation)"}
-    return [(f"{config['weighting']}{beta} seed {config['seed']}, {text}", test[key]["token_match"]) for key, text in labels.items()]
+    name = f"{config['weighting']}{beta} seed {config['seed']}"
+    labels = {"0.0": "α=0"} | {chosen: f"α={chosen} (chosen on validation)"}
+    return [(f"{name}, {label}", test[key]["token_match"]) for key, label in labels.items()]
 
 
 def main(argv: list[str] | None = None) -> int:

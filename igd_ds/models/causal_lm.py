@@ -7,15 +7,21 @@ import torch
 
 from igd_ds.loss import predicting_positions
 
+PLAIN_TOKENIZERS = ("TokenizersBackend", "PreTrainedTokenizerFast")
 DESCRIPTION_FILE = "igd_ds.json"  # what a saved model needs beyond HF's own files: prompt, max_length, item kind, base model
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False):
     """Load a tokenizer; ValueError if there is none at `name` or it has no EOS. PAD falls back to EOS."""
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    # Beside a model's config.json AutoTokenizer takes the class of the model's type, whose normaliser may be another one: a
+    # tokenizer saved as a plain backend (tools/train_tokenizer.py makes such) is loaded as what it is.
+    saved = Path(name) / "tokenizer_config.json"
+    plain = saved.is_file() and json.loads(saved.read_text()).get("tokenizer_class") in PLAIN_TOKENIZERS
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        kind = PreTrainedTokenizerFast if plain else AutoTokenizer
+        tokenizer = kind.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"no tokenizer at '{name}': give a folder with tokenizer.json or a hub name in --tokenizer ({error})"

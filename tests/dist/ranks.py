@@ -18,6 +18,7 @@ def warm_up() -> None:
     import transformers
     from torch.utils.tensorboard import SummaryWriter  # noqa: F401
 
+    import igd_ds.eval
     import igd_ds.train  # noqa: F401
 
     transformers.AutoModelForCausalLM  # noqa: B018  lazy: touching it imports it

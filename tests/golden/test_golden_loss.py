@@ -21,7 +21,8 @@ def golden(shared):
     eos = "<|endoftext|>"
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), eos_token=eos, pad_token=eos)
     frequency = json.loads((folder / "frequency.json").read_text())
-    paths = [ids + [tokenizer.eos_token_id] for ids in tokenizer([f"{title}\n" for title in frequency], add_special_tokens=False)["input_ids"]]
+    encoded = tokenizer([f"{title}\n" for title in frequency], add_special_tokens=False)["input_ids"]
+    paths = [ids + [tokenizer.eos_token_id] for ids in encoded]
     offsets = np.concatenate([[0], np.cumsum([len(p) for p in paths])])
     token_ids = np.concatenate(paths).astype(np.int32)
     trie = TokenTrie.build(token_ids, offsets, np.array(list(frequency.values())))

@@ -70,7 +70,7 @@ def evaluate(trained, tmp_path, monkeypatch):
     """Run the entry point with flags added to the usual ones; returns (exit code, output folder)."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(distributed, "init", lambda: None)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(distributed, "device", lambda: torch.device("cpu"))
 
     def run(*flags, output="out"):
         usual = ["--model", trained[0], "--dataset", trained[1], "--output_dir", tmp_path / output, "--batch_size", 3]

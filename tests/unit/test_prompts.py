@@ -57,7 +57,8 @@ def test_whole_items_are_cut_oldest_first(budget):
     ids = prompts.encode(history)
     assert len(ids) <= budget
     kept = prompts.num_kept(history)
-    assert text(prompts, history) == "Recent books:\n" + "\n".join(TITLES[i] for i in history[len(history) - kept :]) + "\nNext:\n"
+    newest = "\n".join(TITLES[i] for i in history[len(history) - kept :])
+    assert text(prompts, history) == f"Recent books:\n{newest}\nNext:\n"
     if kept < len(history):
         one_more = builder().encode(history[len(history) - kept - 1 :])
         assert len(one_more) > budget

@@ -11,6 +11,7 @@ Each step is forward, loss, backward, clipping and update of one and the same ba
   the loss that HF computes on the side whenever `labels` are passed, and the per-token logging, are left out.
 * bare: HF's own `logits_to_keep` and the plain mean loss; no weights, no distribution. Nothing can be much faster.
 * ours: `train.train_step` itself, on a real DeepSpeed engine (ZeRO stage 0, fp32, one process), with the batch of our Collator.
+  DeepSpeed copies all gradients once to average them, one process or many: a constant, so --quick shows a larger overhead.
 
 The published step and ours must give the same weighted loss and the same gradients. Times are medians over interleaved rounds
 in one process. Memory is measured in a process of its own per step: the peak resident size during the step (ru_maxrss) above
@@ -19,19 +20,19 @@ of one whole call of the collator (prompts, labels and padding too: an upper bou
 """
 
 import argparse
-import json
 import logging
+import multiprocessing
 import os
 import resource
 import statistics
-import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from _common import finish, peak_bytes, print_table, run_fresh
+from _common import finish, peak_bytes, print_table
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from igd_ds import distributed, engine, train
@@ -182,7 +183,7 @@ def make_step(name: str, catalogue: Catalogue, num_rows: int):
     return lambda batch: published_step(model, optimizer, trie, batch), model, optimizer
 
 
-def measure_memory(name: str, num_rows: int) -> None:
+def measure_memory(name: str, num_rows: int) -> int:
     """In a fresh process: the peak of one step above the loaded model, in bytes."""
     catalogue = make_catalogue()
     collator = make_collator(catalogue)
@@ -194,8 +195,13 @@ def measure_memory(name: str, num_rows: int) -> None:
     before = peak_bytes()
     step(batch)
     assert peak_bytes() > before, "the step needs less memory than loading did: its peak cannot be told"
-    print("\n" + json.dumps({"bytes": peak_bytes() - loaded}), flush=True)
-    os._exit(0)  # see distributed.exit_process
+    return peak_bytes() - loaded
+
+
+def in_fresh_process(function, *arguments):
+    """Fork, so that the imports are paid once: until now this process has computed nothing."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def with_gradients(step, model, optimizer, batch: Batch) -> tuple[float, dict[str, torch.Tensor]]:
@@ -234,8 +240,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="4 rows and fewer rounds; under 50 s")
     quick = parser.parse_args().quick
-    num_rows, rounds = (4, 3) if quick else (NUM_ROWS, 7)
-    memory = {name: run_fresh(__file__, "memory", name, num_rows)["bytes"] for name in STEPS}
+    num_rows, rounds = (4, 2) if quick else (NUM_ROWS, 7)
+    memory = {name: in_fresh_process(measure_memory, name, num_rows) for name in STEPS}
 
     catalogue = make_catalogue()
     collator = make_collator(catalogue)
@@ -270,7 +276,4 @@ def main() -> None:
 if __name__ == "__main__":
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}  # before torch or DeepSpeed look
     torch.set_num_threads(1)
-    if len(sys.argv) > 2:  # a measurement in its own process: memory STEP ROWS
-        measure_memory(sys.argv[2], int(sys.argv[3]))
-    else:
-        main()
+    main()

@@ -1,0 +1,146 @@
+"""The evaluator over ranks: the same bytes on 1, 2 and 3 ranks, with more ranks than batches, after a kill, on a real protocol."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import ranks
+
+
+def entry(flags):
+    from igd_ds import eval as evaluator
+
+    return evaluator.main, [str(flag) for flag in flags]
+
+
+@pytest.fixture(scope="module")
+def run(world, tmp_path_factory) -> Path:
+    """A run trained for a few steps on two ranks."""
+    from igd_ds import train
+
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    ranks.run(2, folder.parent / "log", ranks.entry, train.main, world.train_flags(folder, 1, max_steps=20, validate_every=20))
+    return folder
+
+
+def flags(world, run, output, *more):
+    return ["--model", run / "model", "--dataset", world.dataset, "--output_dir", output, "--batch_size", 16, *more]
+
+
+GRID = ("--alpha", 0, 0.3, "--num_beams", 5)
+
+
+@pytest.fixture(scope="module")
+def single(world, run, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("single") / "test"
+    ranks.run(1, output.parent / "log", ranks.entry, *entry(flags(world, run, output, *GRID)))
+    return output
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_any_number_of_ranks_gives_the_same_bytes(world, run, single, tmp_path, size):
+    output = tmp_path / "test"
+    text = ranks.run(size, tmp_path / "log", ranks.entry, *entry(flags(world, run, output, *GRID)))
+    assert (output / "metrics.json").read_bytes() == (single / "metrics.json").read_bytes()
+    for path in single.glob("predictions-*.parquet"):
+        assert pq.read_table(output / path.name).equals(pq.read_table(path))
+    assert json.loads((output / "timing.json").read_text())["world_size"] == size
+    assert "alpha 0.3: hr@1" in text and not (output / "parts").exists()
+
+
+def test_more_ranks_than_batches(world, run, tmp_path):
+    results = []
+    for size in (1, 3):
+        output = tmp_path / f"on-{size}"
+        few = flags(world, run, output, "--num_rows", 20, "--num_beams", 3)
+        ranks.run(size, tmp_path / "log", ranks.entry, *entry(few))
+        results.append((output / "metrics.json").read_bytes())
+    assert results[0] == results[1]
+
+
+def test_users_own_many_rows(world, single):
+    """The d3 protocol: rows, not users, are counted and keyed."""
+    table = pq.read_table(single / "predictions-alpha0.0.parquet").to_pydict()
+    rows = json.loads((single / "metrics.json").read_text())["rows"]
+    assert len(set(table["row_id"])) == rows > len(set(table["user_id"]))
+
+
+def test_a_killed_evaluation_goes_on_where_it_was(world, run, single, tmp_path):
+    output = tmp_path / "test"
+    processes = ranks.start(2, tmp_path / "log", ranks.entry, *entry(flags(world, run, output, *GRID)))
+    while not list(output.glob("parts/batch-*.parquet")):
+        time.sleep(0.005)
+        assert processes[0].is_alive()
+    for process in processes:
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+    done = len(list(output.glob("parts/batch-*.parquet")))
+    assert not (output / "metrics.json").exists()
+    ranks.run(3, tmp_path / "log", ranks.entry, *entry(flags(world, run, output, *GRID)))  # on another number of ranks
+    assert (output / "metrics.json").read_bytes() == (single / "metrics.json").read_bytes()
+    timing = json.loads((output / "timing.json").read_text())
+    assert 0 < timing["rows_already_there"] <= 16 * done
+    # Finished: says so. Another request in the same folder: refused.
+    assert "is finished" in ranks.run(2, tmp_path / "log2", ranks.entry, *entry(flags(world, run, output, *GRID)))
+    other = ranks.start(1, tmp_path / "log3", ranks.entry, *entry(flags(world, run, output, "--alpha", 0.1)))
+    assert ranks.wait(other) == [2] and "belongs to another evaluation" in (tmp_path / "log3").read_text()
+
+
+def test_usr1_stops_an_evaluation_for_requeue(world, run, tmp_path):
+    output = tmp_path / "test"
+    processes = ranks.start(2, tmp_path / "log", ranks.entry, *entry(flags(world, run, output, *GRID)))
+    while not list(output.glob("parts/batch-*.parquet")):
+        time.sleep(0.005)
+        assert processes[0].is_alive()
+    for process in processes:
+        os.kill(process.pid, signal.SIGUSR1)
+    assert ranks.wait(processes) == [85, 85]
+
+
+def test_alpha_from_takes_the_validated_alpha(world, run, single, tmp_path):
+    from igd_ds.metrics import best_alpha
+
+    chosen = best_alpha(json.loads((single / "metrics.json").read_text()), "ndcg@5")
+    output = tmp_path / "test"
+    more = ("--alpha_from", single, "--num_beams", 5, "--num_rows", 20)
+    processes = ranks.start(1, tmp_path / "log", ranks.entry, *entry(flags(world, run, output, *more)))
+    # lists of 5 have no NDCG@10 to choose by
+    assert ranks.wait(processes) == [2] and "ndcg@10" in (tmp_path / "log").read_text()
+    assert chosen in ("0.0", "0.3")
+    ten = tmp_path / "ten"
+    ranks.run(1, tmp_path / "log", ranks.entry, *entry(flags(world, run, ten, "--alpha", 0, 0.3, "--num_rows", 30)))
+    more = ("--alpha_from", ten, "--num_rows", 20)
+    ranks.run(1, tmp_path / "log", ranks.entry, *entry(flags(world, run, output, *more)))
+    found = set(json.loads((output / "metrics.json").read_text())["alpha"])
+    assert found == {"0.0", best_alpha(json.loads((ten / "metrics.json").read_text()))}
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--alpha", "1.2"), "--alpha must lie in [0, 1]"),
+        (("--decoding_rule", "pernode"), "known are per-node"),
+        (("--max_length", "4000"), "--max_length 4000 exceeds"),
+    ],
+)
+def test_bad_requests(world, run, tmp_path, more, message):
+    processes = ranks.start(1, tmp_path / "log", ranks.entry, *entry(flags(world, run, tmp_path / "out", *more)))
+    assert ranks.wait(processes) == [2]
+    text = (tmp_path / "log").read_text()
+    assert message in text and "Traceback" not in text
+
+
+def test_models_and_datasets_that_do_not_belong_together(world, run, tmp_path):
+    for change, message in [
+        (["--model", world.pretrained], "no igd_ds.json"),
+        (["--dataset", tmp_path / "none"], "is not a dataset"),
+    ]:
+        words = flags(world, run, tmp_path / "out")
+        words[words.index(change[0]) + 1] = change[1]
+        processes = ranks.start(1, tmp_path / "log", ranks.entry, *entry(words))
+        assert ranks.wait(processes) == [2]
+        assert message in (tmp_path / "log").read_text()
