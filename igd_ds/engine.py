@@ -8,7 +8,6 @@ import contextlib
 import difflib
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -275,7 +274,7 @@ def save_model(engine, folder: Path, lora: bool, extras: Callable[[Path], None])
         # A plain save_pretrained would silently write tensors of shape (0,).
         weights = engine._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=lora)
     if distributed.is_main():
-        temporary, old = folder.with_name(f"{folder.name}.tmp-{os.getpid()}"), folder.with_name(f"{folder.name}.old")
+        temporary, old = folder.with_name(f"{folder.name}.tmp"), folder.with_name(f"{folder.name}.old")
         shutil.rmtree(temporary, ignore_errors=True)
         module.save_pretrained(temporary, state_dict=weights)
         extras(temporary)

@@ -269,7 +269,7 @@ def fit(engine, task: Task, config, run: Path, state: dict) -> int:
     summary = {key: state[key] for key in ("step", "best", "best_step")} | {"validation_metric": config.validation_metric}
     distributed.on_main(lambda: write_json(run / "summary.json", summary))
     say(f"done: best {config.validation_metric} {state['best']:.4f} at step {state['best_step']}; model in {run / 'model'}")
-    say(f"watch it: tensorboard --logdir {run / 'tensorboard'}")
+    say(f"watch it: tensorboard --logdir {run}")
     return 0
 
 

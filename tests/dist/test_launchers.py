@@ -1,0 +1,90 @@
+"""One training, three launchers: `deepspeed`, `torchrun` and `mpirun` give the same numbers and end a broken job alike."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+# Two processes on the CPU, also where there is one GPU.
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+LAUNCHERS = ("deepspeed", "torchrun", "mpirun")
+
+# A rank that breaks in the middle of collectives, under the entry points' own frame.
+BREAKS = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from igd_ds import distributed
+
+def main():
+    distributed.init()
+    Path(sys.argv[-1], f"pid-{distributed.rank()}").write_text(str(os.getpid()))
+    for step in range(100_000):
+        distributed.all_reduce_sum(torch.ones(1))
+        if step == 100 and distributed.rank() == 1:
+            if sys.argv[-2] == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise RuntimeError("this rank breaks on purpose")
+    return 0
+
+distributed.run(main)
+"""
+
+
+def launch(launcher: str, *words: str) -> subprocess.CompletedProcess:
+    """Run a Python script with its arguments on two ranks."""
+    program = shutil.which(launcher, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if program is None:
+        message = f"{launcher} is not installed (mpirun comes with the extra 'mpi')"
+        pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port = str(probe.getsockname()[1])
+    start = {
+        "deepspeed": [program, "--num_accelerators", "2", "--master_port", port],
+        "torchrun": [program, "--nproc_per_node", "2", "--master_port", port],
+        "mpirun": [program, "-n", "2", sys.executable],
+    }[launcher]
+    return subprocess.run([*start, *words], capture_output=True, text=True, timeout=180, cwd=ROOT, env=ENVIRONMENT)
+
+
+def test_every_launcher_trains_the_same_model(world, tmp_path):
+    results = {}
+    for launcher in LAUNCHERS:
+        run = tmp_path / launcher
+        done = launch(launcher, "igd_ds/train.py", *world.train_flags(run, max_steps=3))
+        assert done.returncode == 0, f"{launcher}: exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+        assert json.loads((run / "env.json").read_text())["world_size"] == 2
+        assert done.stdout.count("done: best nll") == 1  # one rank speaks
+        entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        results[launcher] = [entry.get("train/loss", entry.get("valid/nll")) for entry in entries]
+        assert len(results[launcher]) == 4  # three steps, one validation
+    assert results["torchrun"] == results["deepspeed"]
+    assert results["mpirun"] == results["deepspeed"]
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("how", ["raise", "kill"])
+def test_a_broken_rank_ends_the_whole_job(tmp_path, launcher, how):
+    script = tmp_path / "breaks.py"
+    script.write_text(BREAKS)
+    began = time.monotonic()
+    done = launch(launcher, str(script), how, str(tmp_path))
+    output = done.stdout + done.stderr
+    assert done.returncode != 0, output
+    assert time.monotonic() - began < 60
+    for rank in (0, 1):
+        pid = (tmp_path / f"pid-{rank}").read_text()
+        assert not Path("/proc", pid).exists(), f"rank {rank} outlived its job"
+    if how == "raise":
+        # What a rank says last is why the job failed; torchrun adds a traceback of its own.
+        said = output.split("torch.distributed.elastic.multiprocessing.errors.ChildFailedError")[0]
+        errors = [line for line in said.splitlines() if "Error: " in line]
+        assert errors[-1].endswith("RuntimeError: this rank breaks on purpose"), output
