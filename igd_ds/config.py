@@ -97,6 +97,18 @@ class TrainConfig:
         for name in ("max_steps", "validate_every", "validation_rows", "patience", "save_every", "lora_r"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name} must not be negative, found {getattr(self, name)}")
+        for name in ("seed", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name} must not be negative, found {getattr(self, name)}")
+        if not 0 <= self.lora_dropout < 1 or self.lora_alpha < 1:
+            raise ValueError(
+                f"--lora_dropout must lie in [0, 1) and --lora_alpha be 1 or more, found {self.lora_dropout}, {self.lora_alpha}"
+            )
+        changed = [
+            name for name in ("lora_alpha", "lora_dropout", "lora_targets") if getattr(self, name) != getattr(TrainConfig, name)
+        ]
+        if changed and not self.lora_r:
+            raise ValueError(f"--{changed[0]} has no effect without --lora_r")
         if not 0 <= self.warmup_ratio < 1:
             raise ValueError(f"--warmup_ratio must lie in [0, 1), found {self.warmup_ratio}")
         if self.learning_rate <= 0 or self.max_grad_norm <= 0:
@@ -128,7 +140,6 @@ class EvalConfig:
     dtype: str = option("model precision; auto: as saved", "auto", ("auto", "float32", "bfloat16", "float16"))
     max_length: int = option("tokens of prompt + longest item; 0: as trained", 0)
     base_model: str = option("base weights of an adapter, where they moved since training", "")
-    load_in_4bit: bool = option("quantise the base weights to NF4, as in QLoRA training", False)
     trust_remote_code: bool = option("run Python code that comes with the model", False)
 
     def check(self) -> None:
@@ -145,8 +156,8 @@ class EvalConfig:
                 raise ValueError(f"--{name} must be at least 1, found {getattr(self, name)}")
         if self.length_penalty < 0:
             raise ValueError(f"--length_penalty must not be negative, found {self.length_penalty}")
-        if self.num_rows < 0 or self.max_length < 0:
-            raise ValueError("--num_rows and --max_length must not be negative")
+        if self.num_rows < 0 or self.max_length < 0 or self.seed < 0:
+            raise ValueError("--num_rows, --max_length and --seed must not be negative")
 
 
 def _type_of(annotation) -> tuple[type, bool]:

@@ -57,8 +57,11 @@ def _mpi_environment() -> dict[str, str]:
     }
 
 
-def init(timeout_minutes: float = 30) -> None:
-    """Join the process group the launcher describes (a group of one without a launcher). Call once, before any collective."""
+def init(timeout_minutes: float = 120) -> None:
+    """Join the process group the launcher describes (a group of one without a launcher). Call once, before any collective.
+
+    The timeout leaves rank 0 time to tokenize and sort a catalogue of ten million items (about half an hour on one core).
+    """
     if "RANK" not in os.environ:
         if "SLURM_STEP_ID" in os.environ and "SLURM_PROCID" in os.environ and "SLURM_LOCALID" in os.environ:
             environment = _slurm_environment()
@@ -75,6 +78,10 @@ def init(timeout_minutes: float = 30) -> None:
         os.environ.update(environment)
     use_cuda = torch.cuda.is_available()
     if use_cuda:
+        if torch.cuda.device_count() == 1:  # a launcher that shows each task its own GPU only
+            os.environ["LOCAL_RANK"] = "0"
+        if local_rank() >= torch.cuda.device_count():
+            raise ValueError(f"local rank {local_rank()} has no GPU: {torch.cuda.device_count()} are visible; start fewer ranks")
         torch.cuda.set_device(local_rank())
     dist.init_process_group("nccl" if use_cuda else "gloo", timeout=timedelta(minutes=timeout_minutes))
 
@@ -122,19 +129,30 @@ def barrier() -> None:
         dist.barrier()
 
 
-def on_main(work: Callable[[], None]) -> None:
-    """Run `work` on rank 0 while the others wait; a failure there ends all ranks instead of leaving the others waiting."""
-    error = None
+def on_main(work: Callable):
+    """Run `work` on rank 0 alone and return its result on every rank, so that all of them decide alike.
+
+    The others wait, and end with rank 0 if it fails there. Results are small plain values.
+    """
+    error, message = None, [True, None]
     if is_main():
         try:
-            work()
+            message = [True, work()]
         except Exception as caught:
-            error = caught
-    failed = any_rank(error is not None)
+            error, message = caught, [False, None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(message, src=0, device=device())
     if error is not None:
         raise error
-    if failed:
+    if not message[0]:
         raise RuntimeError("rank 0 failed; its message says why")
+    return message[1]
+
+
+def say(message: str) -> None:
+    """Print on rank 0."""
+    if is_main():
+        print(message, flush=True)
 
 
 def exit_process(code: int) -> None:
@@ -152,7 +170,7 @@ def exit_process(code: int) -> None:
 def _is_bad_input(error: BaseException) -> bool:
     """Whether an exception is a ValueError that this package raised on purpose; one from a library's depths is a bug."""
     place = traceback.extract_tb(error.__traceback__)[-1]
-    return isinstance(error, ValueError) and os.path.dirname(__file__) in place.filename and place.line.startswith("raise")
+    return isinstance(error, ValueError) and os.path.dirname(__file__) in place.filename and str(place.line).startswith("raise")
 
 
 def run(main: Callable[[], int]) -> None:

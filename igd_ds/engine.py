@@ -87,12 +87,17 @@ def resolve_ds_config(config, world_size: int) -> dict:
     ds["train_batch_size"] = config.global_batch_size
     ds["gradient_clipping"] = config.max_grad_norm
     ds.setdefault("steps_per_print", 10**9)  # the run log reports the steps
-    if ds["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none":
+    if (ds["zero_optimization"].get("offload_optimizer") or {}).get("device", "none") != "none":
         ds["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW steps on the CPU: no compiler needed on the machine
     return ds
 
 
 def _check_keys(ds: dict, path: Path) -> None:
+    sections = (
+        [ds] if not isinstance(ds, dict) else [ds.get(key, {}) for key in ("zero_optimization", "bf16", "fp16", "data_types")]
+    )
+    if not all(isinstance(section, dict) for section in sections):
+        raise ValueError(f"{path}: the file and its zero_optimization, bf16, fp16 and data_types must be JSON objects")
     for key in ds:
         if key in RUN_KEYS:
             raise ValueError(f"{path}: '{key}' belongs to the run; remove it there and use {RUN_KEYS[key]}")
@@ -119,7 +124,7 @@ def _check_combination(ds: dict, config, path: Path) -> None:
         )
     if dtype_of(ds) == torch.float16 and not torch.cuda.is_available():
         raise ValueError(f"{path}: fp16 needs a GPU; use bf16 or fp32 here")
-    offload_param = ds["zero_optimization"].get("offload_param", {}).get("device", "none")
+    offload_param = (ds["zero_optimization"].get("offload_param") or {}).get("device", "none")
     if config.load_in_4bit and offload_param != "none":
         raise ValueError(f"{path}: zero_optimization.offload_param does not work with --load_in_4bit; remove it")
 
@@ -200,68 +205,96 @@ def initialize(model, config, ds: dict, num_steps: int):
     return engine
 
 
-def check_disk_space(folder: Path, model, config) -> None:
-    """Raise ValueError if the disk of `folder` cannot hold the checkpoints and the model this run will write."""
-    trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
-    needed = STATE_BYTES_PER_PARAMETER * trained * (config.keep_checkpoints + 1) + 4 * trained * 2
-    free = shutil.disk_usage(folder).free
-    if free < needed:
+def check_disk_space(run: Path, trained_parameters: int, keep_checkpoints: int) -> None:
+    """Raise ValueError if the disk of `run` cannot hold the checkpoints and the model this run will write."""
+    needed = STATE_BYTES_PER_PARAMETER * trained_parameters * (keep_checkpoints + 1) + 4 * trained_parameters * 2
+    there = sum(path.stat().st_size for name in ("checkpoints", "model") for path in (run / name).rglob("*") if path.is_file())
+    free = shutil.disk_usage(run).free
+    if free < needed - there:
         raise ValueError(
-            f"--output_dir {folder}: {free / 2**30:.2f} GiB free, but {config.keep_checkpoints} checkpoints and the model need "
-            f"about {needed / 2**30:.2f} GiB; free space or lower --keep_checkpoints"
+            f"--output_dir {run}: {free / 2**30:.2f} GiB free, but {keep_checkpoints} checkpoints and the model need about "
+            f"{(needed - there) / 2**30:.2f} GiB more; free space or lower --keep_checkpoints"
         )
 
 
-def save_checkpoint(engine, folder: Path, step: int, state: dict, config) -> None:
+def save_checkpoint(engine, folder: Path, state: dict, config) -> None:
     """Save a checkpoint that is either whole or not seen: `folder/step-N` with a manifest of file sizes, written last.
 
-    Every rank must call it. DeepSpeed's own `latest` file can name a torn checkpoint (no barrier comes before it), so it is not
-    used: a checkpoint counts when its manifest is there and matches. Then the oldest beyond `config.keep_checkpoints` go.
+    Every rank must call it. `state` (with the `step`) is the loop's own; it lies in the manifest. DeepSpeed's `latest` file can
+    name a torn checkpoint (no barrier comes before it), so it is not used: a checkpoint counts when its manifest is there and
+    matches. Then all but the newest `config.keep_checkpoints` go.
     """
-    tag = f"step-{step:08d}"
-    if distributed.is_main():
-        shutil.rmtree(folder / tag, ignore_errors=True)  # what an interrupted save left
+    tag = tag_of(state)
+    distributed.on_main(lambda: shutil.rmtree(folder / tag, ignore_errors=True))  # what an interrupted save left
+    engine.save_checkpoint(str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=bool(config.lora_r))
     distributed.barrier()
-    engine.save_checkpoint(
-        str(folder), tag=tag, client_state=state, save_latest=False, exclude_frozen_parameters=bool(config.lora_r)
-    )
-    distributed.barrier()
-    if distributed.is_main():
+
+    def finish() -> None:
         files = {str(p.relative_to(folder / tag)): p.stat().st_size for p in sorted((folder / tag).rglob("*")) if p.is_file()}
-        write_json(folder / tag / MANIFEST, {"world_size": distributed.world_size(), "files": files})
+        manifest = {"world_size": distributed.world_size(), "trained": trained_names(engine), "files": files, "state": state}
+        write_json(folder / tag / MANIFEST, manifest)
         for old in sorted(folder.glob("step-*"))[: -config.keep_checkpoints]:
             shutil.rmtree(old)
-    distributed.barrier()
+
+    distributed.on_main(finish)
+
+
+def update_state(folder: Path, state: dict) -> None:
+    """Replace the loop's state in the checkpoint of `state`'s step; what DeepSpeed saved stays. Every rank must call it."""
+    path = folder / tag_of(state) / MANIFEST
+    distributed.on_main(lambda: write_json(path, json.loads(path.read_text()) | {"state": state}))
+
+
+def tag_of(state: dict) -> str:
+    """Return the folder name of the checkpoint at a state's step."""
+    return f"step-{state['step']:08d}"
+
+
+def trained_names(engine) -> list[str]:
+    """Return the names of the parameters that training changes, in order."""
+    return [name for name, parameter in engine.module.named_parameters() if parameter.requires_grad]
 
 
 def newest_checkpoint(folder: Path) -> tuple[str | None, list[str]]:
-    """Return (tag of the newest whole checkpoint or None, tags that were passed over because they are not whole).
+    """Return (tag of the newest whole checkpoint or None, tags that were not whole and have been removed). Rank 0 only.
 
     Raises ValueError if that checkpoint was saved by another number of ranks: ZeRO's states cannot be dealt anew as they are.
     """
-    torn = []
-    for path in sorted(folder.glob("step-*"), reverse=True):
-        manifest = json.loads((path / MANIFEST).read_text()) if (path / MANIFEST).is_file() else {"files": {"": -1}}
-        sizes = {name: (path / name).stat().st_size for name in manifest["files"] if name and (path / name).is_file()}
-        if sizes != manifest["files"]:
-            torn.append(path.name)
-            continue
-        if manifest["world_size"] != distributed.world_size():
+    tags = sorted(folder.glob("step-*"), reverse=True)
+    whole = [path for path in tags if _is_whole(path)]
+    if whole:
+        saved_by = json.loads((whole[0] / MANIFEST).read_text())["world_size"]
+        if saved_by != distributed.world_size():
             raise ValueError(
-                f"{path} was saved by {manifest['world_size']} ranks, this run has {distributed.world_size()}: resume on "
-                f"{manifest['world_size']} ranks, or train a new run from the model/ that this one left"
+                f"{whole[0]} was saved by {saved_by} ranks, this run has {distributed.world_size()}: resume on {saved_by} ranks, "
+                "or train a new run from the model/ that this one left"
             )
-        return path.name, torn
-    return None, torn
+    torn = [path for path in tags if path not in whole]
+    for path in torn:
+        shutil.rmtree(path)
+    return whole[0].name if whole else None, [path.name for path in torn]
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    if not (checkpoint / MANIFEST).is_file():
+        return False
+    files = json.loads((checkpoint / MANIFEST).read_text())["files"]
+    return all((checkpoint / name).is_file() and (checkpoint / name).stat().st_size == size for name, size in files.items())
 
 
 def load_checkpoint(engine, folder: Path, tag: str, config) -> dict:
-    """Load a whole checkpoint (weights, optimizer, schedule) into the engine and return the state saved with it."""
-    # Frozen weights are not in it, and quantised ones never load strictly.
-    loaded, state = engine.load_checkpoint(str(folder), tag=tag, load_module_strict=not config.lora_r)
+    """Load a whole checkpoint (weights, optimizer, schedule) into the engine and return the loop's state at that step.
+
+    Raises ValueError if the checkpoint holds other trained parameters than the engine.
+    """
+    manifest = json.loads((folder / tag / MANIFEST).read_text())
+    if manifest["trained"] != trained_names(engine):
+        raise ValueError(f"{folder / tag} holds other trained parameters than this model has; start a new run")
+    # Frozen weights are not in it and quantised ones never load strictly, hence the check above.
+    loaded, _ = engine.load_checkpoint(str(folder), tag=tag, load_module_strict=not config.lora_r)
     if loaded is None:
         raise RuntimeError(f"DeepSpeed could not load {folder / tag}")
-    return state
+    return manifest["state"]
 
 
 def save_model(engine, folder: Path, lora: bool, extras: Callable[[Path], None]) -> None:

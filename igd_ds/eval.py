@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -26,12 +27,13 @@ from tqdm import tqdm
 import igd_ds
 from igd_ds import config as configuration
 from igd_ds import distributed, metrics
-from igd_ds.data.collate import left_padded
+from igd_ds.data.collate import left_padded, sample_rows
 from igd_ds.data.dataset import InteractionDataset, Split, sha256_of
 from igd_ds.data.prompts import PromptBuilder, Template
 from igd_ds.decoding.beam import SearchTrie, beam_search
 from igd_ds.decoding.cache import PromptTree
 from igd_ds.decoding.rules import edge_weights
+from igd_ds.distributed import say
 from igd_ds.items import decisiveness
 from igd_ds.items.store import StoredCatalogue, load_catalogue
 from igd_ds.models import causal_lm
@@ -42,8 +44,7 @@ LIST_SCHEMA = pa.schema([
     ("item_ids", pa.list_(pa.int32())), ("score", pa.float32()),
 ])  # fmt: skip
 # What the lists depend on. Not the number of ranks, and not where model and data lie: those are recognised by their content.
-REQUEST = ("split", "alpha", "num_beams", "length_penalty", "decoding_rule", "batch_size", "num_rows", "seed", "dtype",
-           "load_in_4bit")  # fmt: skip
+REQUEST = ("split", "alpha", "num_beams", "length_penalty", "decoding_rule", "batch_size", "num_rows", "seed", "dtype")
 
 
 @dataclass(frozen=True)
@@ -57,18 +58,18 @@ class Task:
     stored: StoredCatalogue
     weights: dict[float, np.ndarray]  # α → w_d per edge
     pad_token_id: int
+    load_in_4bit: bool  # whether the base weights were quantised in training
 
 
 def main() -> int:
     """Run an evaluation from the command line; returns the exit code."""
     config = with_chosen_alpha(configuration.parse(configuration.EvalConfig, description=__doc__))
-    # Batches that are done lie on disk whole, so a stop needs no preparation.
-    signal.signal(signal.SIGUSR1, lambda *_: distributed.exit_process(distributed.EXIT_REQUEUE))
+    # Batches that are done lie on disk whole, so a stop needs no preparation, and a handler should not print.
+    signal.signal(signal.SIGUSR1, lambda *_: os._exit(distributed.EXIT_REQUEUE))
     transformers.utils.logging.disable_progress_bar()
     distributed.init()
     task, output = build_task(config), Path(config.output_dir)
-    distributed.on_main(lambda: claim_output_folder(output, config, task))
-    if (output / "metrics.json").is_file():
+    if distributed.on_main(lambda: claim_output_folder(output, config, task)):
         say(f"{output} is finished: {output / 'metrics.json'}")
         return 0
     num_leaves = int(np.count_nonzero(task.stored.trie.is_leaf))
@@ -88,12 +89,6 @@ def main() -> int:
     return 0
 
 
-def say(message: str) -> None:
-    """Print on rank 0."""
-    if distributed.is_main():
-        print(message, flush=True)
-
-
 def with_chosen_alpha(config):
     """Return the configuration with --alpha_from resolved: α = 0 and the α that was best in that evaluation."""
     if not config.alpha_from:
@@ -101,7 +96,10 @@ def with_chosen_alpha(config):
     finished = Path(config.alpha_from) / "metrics.json"
     if not finished.is_file():
         raise ValueError(f"--alpha_from: no finished evaluation at {config.alpha_from} (no metrics.json there)")
-    return dataclasses.replace(config, alpha=sorted({0.0, float(metrics.best_alpha(json.loads(finished.read_text())))}))
+    results = json.loads(finished.read_text())
+    if results["split"] == config.split:
+        raise ValueError(f"--alpha_from {config.alpha_from} evaluated {config.split} itself: α is chosen on another split")
+    return dataclasses.replace(config, alpha=sorted({0.0, float(metrics.best_alpha(results))}))
 
 
 def build_task(config) -> Task:
@@ -117,16 +115,26 @@ def build_task(config) -> Task:
     budget = (config.max_length or description["max_length"]) - stored.catalogue.max_length
     prompts = PromptBuilder.build(template, tokenizer, dataset, stored.catalogue.kind, budget)
     split = dataset.splits[config.split]
-    rows = np.arange(len(split))
-    if 0 < config.num_rows < len(rows):
-        rows = np.sort(np.random.default_rng(config.seed).choice(rows, config.num_rows, replace=False))
-    return Task(dataset, split, rows, prompts, stored, weights, tokenizer.pad_token_id)
+    rows = sample_rows(len(split), config.num_rows, config.seed)
+    check_memory(config, len(tokenizer))
+    return Task(dataset, split, rows, prompts, stored, weights, tokenizer.pad_token_id, description["load_in_4bit"])
 
 
-def claim_output_folder(output: Path, config, task: Task) -> None:
-    """Make the output folder ready, after checking that it is new or holds this very evaluation. Rank 0 only.
+def check_memory(config, vocabulary: int) -> None:
+    """Raise ValueError if the beams' logits and log-probabilities alone (fp32) exceed the memory that is free."""
+    needed = 2 * 4 * config.batch_size * config.num_beams * vocabulary
+    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
+    if needed > free:
+        raise ValueError(
+            f"--num_beams {config.num_beams} × --batch_size {config.batch_size} × {vocabulary} tokens of logits take "
+            f"{needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free: lower one of the two"
+        )
 
-    Raises ValueError for a folder with another evaluation in it, or with anything else.
+
+def claim_output_folder(output: Path, config, task: Task) -> bool:
+    """Make the output folder ready; return whether its evaluation is finished already. Rank 0 only.
+
+    Raises ValueError for a folder with another evaluation or anything else in it, and for an --alpha_from of another model.
     """
     model = Path(config.model)
     files = sorted(path for path in model.rglob("*") if path.is_file())
@@ -134,42 +142,50 @@ def claim_output_folder(output: Path, config, task: Task) -> None:
         "max_length": config.max_length or causal_lm.describe(model)["max_length"],
         "dataset": task.dataset.fingerprint,
         "model": {str(path.relative_to(model)): sha256_of(path) for path in files},
+        "base_model": causal_lm.base_of(config),
         "version": igd_ds.__version__,
     }
+    if config.alpha_from:
+        chosen_by = json.loads((Path(config.alpha_from) / "request.json").read_text())
+        if differing := [key for key in ("model", "base_model", "dataset") if chosen_by[key] != request[key]]:
+            raise ValueError(f"--alpha_from {config.alpha_from} evaluated something else; these differ: {', '.join(differing)}")
     saved = output / "request.json"
     if saved.is_file():
         old = json.loads(saved.read_text())
-        changed = [key for key in request if old.get(key) != request[key]]
-        if changed:
+        if changed := [key for key in request if old.get(key) != request[key]]:
             raise ValueError(f"--output_dir {output} belongs to another evaluation; these differ: {', '.join(changed)}")
     elif output.exists() and any(output.iterdir()):
         raise ValueError(f"--output_dir {output} is not empty and holds no evaluation; give a new folder")
     output.mkdir(parents=True, exist_ok=True)
     write_json(saved, request)
-    if (output / "metrics.json").is_file():
+    finished = (output / "metrics.json").is_file()
+    if finished:
         shutil.rmtree(output / "parts", ignore_errors=True)  # a kill between the last two steps of `finish` leaves them
     else:
         (output / "parts").mkdir(exist_ok=True)
+    return finished
 
 
 def search_rows(config, task: Task, parts: Path) -> tuple[int, float]:
     """Search this rank's batches and write each one's lists to `parts`; returns how many rows and how many seconds that were.
 
-    Batches are cut from the order of the rows and dealt in turn, so they are the same whatever the number of ranks.
+    Batches are cut from the order of the rows, so they are the same whatever the number of ranks; those that an earlier,
+    killed evaluation left to do are dealt in turn.
     """
-    batches = [task.rows[begin : begin + config.batch_size] for begin in range(0, len(task.rows), config.batch_size)]
-    mine = {parts / f"batch-{index:06d}.parquet": batches[index]
-            for index in range(distributed.rank(), len(batches), distributed.world_size())}  # fmt: skip
-    missing = {path: rows for path, rows in mine.items() if not path.is_file()}
-    if not missing:
+    cuts = range(0, len(task.rows), config.batch_size)
+    batches = {parts / f"batch-{begin:09d}.parquet": task.rows[begin : begin + config.batch_size] for begin in cuts}
+    missing = distributed.on_main(lambda: [path for path in batches if not path.is_file()])
+    mine = missing[distributed.rank() :: distributed.world_size()]
+    if not mine:
         return 0, 0.0
     device = distributed.device()
-    model = causal_lm.load_trained(config, device)
+    model = causal_lm.load_trained(config, task.load_in_4bit, device)
     trie = SearchTrie.build(task.stored.trie, device)
     weights = {alpha: torch.from_numpy(array).to(device) for alpha, array in task.weights.items()}
-    count, began = sum(map(len, missing.values())), time.perf_counter()
+    count, began = sum(len(batches[path]) for path in mine), time.perf_counter()
     with tqdm(total=count, unit="row", desc="rows of rank 0", disable=not distributed.is_main(), mininterval=1.0) as bar:
-        for path, rows in missing.items():
+        for path in mine:
+            rows = batches[path]
             prompts = [task.prompts.encode(task.split.history(row)) for row in rows]
             tree = PromptTree(model)
             tree.prefill(*(tensor.to(device) for tensor in left_padded(prompts, task.pad_token_id)))

@@ -1,9 +1,21 @@
-"""Rank 0's record of a run: TensorBoard and `metrics.jsonl`. Every tag and its unit is named here and nowhere else."""
+"""Rank 0's record of a run: its folder, TensorBoard and `metrics.jsonl`. All tags and their units are named here."""
 
+import importlib.metadata
 import json
 import os
+import platform
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import torch
+import yaml
+
+import igd_ds
+
+# Settings that may change when a run is resumed: where things lie (their content is checked) and what is only recorded.
+FREE_ON_RESUME = {"resume", "output_dir", "dataset", "log_every", "keep_checkpoints", "save_every"}
 TAGS = {
     "train/loss": "nats per unit of weight: Σ w·NLL / Ω over the optimizer step",
     "train/nll": "nats per token: unweighted mean over the step's target tokens",
@@ -108,3 +120,48 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value) -> None:
     """Write JSON atomically, with sorted keys so that equal values give equal bytes."""
     write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def claim_run_folder(run: Path, settings: dict, ds: dict, world_size: int) -> None:
+    """Create a run folder with its settings, or check that it is this very run being resumed; ValueError otherwise.
+
+    A folder whose run never came to its first step (no metrics.jsonl) is free to be claimed again.
+    """
+    saved = run / "config.yaml"
+    if saved.is_file() and (run / "metrics.jsonl").is_file():
+        if settings["resume"] != "auto":
+            raise ValueError(f"--output_dir {run} holds a run already; give another folder, or --resume auto to go on with it")
+        old = yaml.safe_load(saved.read_text()) | {"ds_config": json.loads((run / "ds_config.json").read_text())}
+        new = settings | {"ds_config": ds}
+        for resolved in (old["ds_config"], new["ds_config"]):
+            resolved.pop("gradient_accumulation_steps")  # follows from the number of ranks, which the checkpoint knows
+        changed = [key for key in new if key not in FREE_ON_RESUME and old.get(key) != new[key]]
+        if changed:
+            raise ValueError(f"--output_dir {run} belongs to another run; these settings differ: {', '.join(changed)}")
+        return
+    if run.exists() and any(run.iterdir()) and not saved.is_file():
+        raise ValueError(f"--output_dir {run} is not empty and not a run folder; give a new folder")
+    run.mkdir(parents=True, exist_ok=True)
+    write_text(saved, yaml.safe_dump(settings, sort_keys=False))  # first: from here on the folder is a claim
+    shutil.rmtree(run / "catalogue", ignore_errors=True)
+    (run / "checkpoints").mkdir(exist_ok=True)
+    write_json(run / "ds_config.json", ds)
+    write_json(run / "env.json", environment(world_size))
+
+
+def environment(world_size: int) -> dict:
+    """Describe where a run happens: versions, git commit, processes, hardware."""
+    packages = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "datasets", "numpy")
+    try:
+        describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+        commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:  # no git on this machine
+        commit = ""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "versions": {name: importlib.metadata.version(name) for name in packages} | {"python": platform.python_version()},
+        "igd_ds": {"version": igd_ds.__version__, "commit": commit},
+        "world_size": world_size,
+        "hardware": {"cpus": os.cpu_count(), "gpu": gpu},
+        "command": sys.argv,
+    }

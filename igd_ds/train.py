@@ -7,15 +7,10 @@ Parse → dataset → catalogue → weights → model → engine → the loop in
 """
 
 import dataclasses
-import importlib.metadata
-import json
-import os
-import platform
+import math
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,28 +20,38 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-import yaml
 from tqdm import tqdm
 
 import igd_ds
 from igd_ds import config as configuration
 from igd_ds import distributed, metrics
 from igd_ds import engine as engines
-from igd_ds.data.collate import MASKED_ROW, Batch, Collator, deal, epoch_batches, left_padded
+from igd_ds.data.collate import MASKED_ROW, Batch, Collator, deal, epoch_batches, left_padded, sample_rows
 from igd_ds.data.dataset import InteractionDataset
 from igd_ds.data.prompts import PromptBuilder, Template
 from igd_ds.decoding import beam
 from igd_ds.decoding.cache import PromptTree
+from igd_ds.distributed import say
 from igd_ds.items import decisiveness, store
 from igd_ds.items.catalogue import Catalogue
 from igd_ds.items.trie import TokenTrie
 from igd_ds.loss import at_labels, token_nll, weighted_sums
 from igd_ds.models import causal_lm
-from igd_ds.runlog import RunLog, write_json, write_text
+from igd_ds.runlog import RunLog, claim_run_folder, write_json
 from igd_ds.weighting import WEIGHTINGS, check_flags
 
-FREE_ON_RESUME = {"resume", "log_every", "keep_checkpoints", "save_every"}  # settings that do not change what a run computes
+EMPTY_WEIGHT = 1e-12  # stands for Ω of a micro-batch without weight: its loss is 0, and no loss scale makes that overflow
 SUMS = ("weighted", "weight", "nll", "tokens", "nll_zero", "tokens_zero", "weight_zero", "rows", "all_tokens")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run is given: the prompt's template, the canonical dataset, tokenizer and model configuration."""
+
+    template: Template
+    dataset: InteractionDataset
+    tokenizer: object
+    model_config: object
 
 
 @dataclass(frozen=True)
@@ -68,119 +73,88 @@ def main() -> int:
     transformers.utils.logging.disable_progress_bar()
     distributed.init()
     ds = engines.resolve_ds_config(config, distributed.world_size())
+    inputs = load_inputs(config)
     run = Path(config.output_dir)
-    distributed.on_main(lambda: claim_run_folder(run, config, ds))
-    if (run / "summary.json").is_file():
-        say(f"{run} is finished: {(run / 'summary.json').read_text().strip()}")
+    tag, finished = distributed.on_main(lambda: open_run_folder(run, config, ds, inputs))
+    if finished:
+        say(f"{run} is finished: {finished}")
         return 0
-    tag, torn = engines.newest_checkpoint(run / "checkpoints")
-    for name in torn:
-        say(f"warning: checkpoint {name} is not whole (cut off while it was written?); passing it over")
-    task, model_config = build_task(config, run)
+    task = build_task(config, run, inputs)
     with engines.loading_context(ds, config.load_in_4bit):
         torch.manual_seed(config.seed)  # the same random weights and LoRA matrices on every rank
-        model = causal_lm.build(config, model_config, engines.dtype_of(ds), distributed.device())
-    distributed.on_main(lambda: engines.check_disk_space(run, model, config))
+        model = causal_lm.build(config, inputs.model_config, engines.dtype_of(ds), distributed.device())
     engine = engines.initialize(model, config, ds, num_steps(config, task))
-    state = {"step": 0, "best": None, "best_step": None, "stale": 0}
+    state = {"step": 0, "validated": 0, "best": None, "best_step": None, "stale": 0}
     if tag:
-        state = engines.load_checkpoint(engine, run / "checkpoints", tag, config)["run"]
+        state = engines.load_checkpoint(engine, run / "checkpoints", tag, config)
         say(f"resumed {run} from {tag}")
     return fit(engine, task, config, run, state)
 
 
-def say(message: str) -> None:
-    """Print on rank 0."""
-    if distributed.is_main():
-        print(message, flush=True)
-
-
-def claim_run_folder(run: Path, config, ds: dict) -> None:
-    """Create the run folder, or check that it is this very run being resumed; ValueError otherwise. Rank 0 only."""
-    resolved = dataclasses.asdict(config)
-    saved = run / "config.yaml"
-    if saved.is_file():
-        if config.resume != "auto":
-            raise ValueError(f"--output_dir {run} holds a run already; give another folder, or --resume auto to go on with it")
-        old = yaml.safe_load(saved.read_text()) | {"ds_config (its content)": json.loads((run / "ds_config.json").read_text())}
-        new = resolved | {"ds_config (its content)": ds}
-        changed = [key for key in new if key not in FREE_ON_RESUME | {"ds_config"} and old.get(key) != new[key]]
-        if changed:
-            raise ValueError(f"--output_dir {run} belongs to another run; these settings differ: {', '.join(changed)}")
-        return
-    if run.exists() and any(run.iterdir()):
-        raise ValueError(f"--output_dir {run} is not empty and not a run folder; give a new folder")
-    (run / "checkpoints").mkdir(parents=True, exist_ok=True)
-    write_json(run / "ds_config.json", ds)
-    write_json(run / "env.json", environment())
-    write_text(saved, configuration.dump(config))  # last: a folder with it is a whole claim
-
-
-def environment() -> dict:
-    """Describe where the run happens: versions, git commit, processes, hardware."""
-    packages = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "datasets", "numpy")
-    git = subprocess.run(
-        ["git", "-C", str(Path(igd_ds.__file__).parent), "describe", "--always", "--dirty"], capture_output=True, text=True
-    )
-    cuda = torch.cuda.is_available()
-    return {
-        "versions": {name: importlib.metadata.version(name) for name in packages} | {"python": platform.python_version()},
-        "igd_ds": {"version": igd_ds.__version__, "commit": git.stdout.strip()},
-        "world_size": distributed.world_size(),
-        "hardware": {
-            "cpus": os.cpu_count(),
-            "gpu": torch.cuda.get_device_name() if cuda else None,
-            "machine": platform.machine(),
-        },
-        "command": sys.argv,
-    }
-
-
-def build_task(config, run: Path) -> tuple[Task, object]:
-    """Load and check everything but the weights: dataset, tokenizer, catalogue, prompts, token weights."""
+def load_inputs(config) -> Inputs:
+    """Read and check everything that is cheap to read, before a run folder is claimed."""
     template = Template.load(config.prompt)
     dataset = InteractionDataset.load(config.dataset)
-    tokenizer = causal_lm.load_tokenizer(config.tokenizer or config.model_name_or_path, config.trust_remote_code)
-    model_config = causal_lm.load_model_config(
-        config.model_config or config.model_name_or_path, tokenizer, config.max_length, config.trust_remote_code
-    )
+    model_name = config.model_config or config.model_name_or_path
+    tokenizer = causal_lm.load_tokenizer(config.tokenizer or model_name, config.trust_remote_code)
+    if config.tokenizer and config.model_name_or_path:
+        causal_lm.check_tokenizer_belongs(tokenizer, config.model_name_or_path, config.trust_remote_code)
+    model_config = causal_lm.load_model_config(model_name, tokenizer, config.max_length, config.trust_remote_code)
+    return Inputs(template, dataset, tokenizer, model_config)
+
+
+def open_run_folder(run: Path, config, ds: dict, inputs: Inputs) -> tuple[str | None, str]:
+    """Claim the run folder; return the checkpoint to go on from (or None) and, of a finished run, its summary. Rank 0 only."""
+    claim_run_folder(run, dataclasses.asdict(config), ds, distributed.world_size())
+    if (run / "summary.json").is_file():
+        return None, (run / "summary.json").read_text().strip()
+    tag, torn = engines.newest_checkpoint(run / "checkpoints")
+    for name in torn:
+        print(f"warning: checkpoint {name} was not whole (cut off while it was written?) and is removed", flush=True)
+    engines.check_disk_space(run, causal_lm.num_trained_parameters(inputs.model_config, config), config.keep_checkpoints)
+    if not (run / "catalogue").is_dir():
+        build_catalogue(run / "catalogue", config, inputs)
+    return tag, ""
+
+
+def build_catalogue(folder: Path, config, inputs: Inputs) -> None:
+    """Tokenize the items, build the trie and its gain, and store them for all ranks to map. Rank 0 only."""
     kind = None if config.item_kind == "auto" else config.item_kind
-    distributed.on_main(lambda: build_catalogue(run / "catalogue", dataset, tokenizer, kind, config.entropy))
+    catalogue = Catalogue.build(inputs.dataset, inputs.tokenizer, kind)
+    if catalogue.max_length >= config.max_length:
+        item = int(np.argmax(np.diff(catalogue.offsets)))
+        text = inputs.dataset.titles[item] or "".join(inputs.dataset.semantic_ids[item])
+        raise ValueError(
+            f"item {item} ({text[:80]!r}…) has {catalogue.max_length} tokens, which leaves no prompt within --max_length "
+            f"{config.max_length}: raise it, or shorten or drop the item"
+        )
+    trie = TokenTrie.build(catalogue.token_ids, catalogue.offsets, catalogue.counts)
+    gain = decisiveness.information_gain(trie, config.entropy)
+    store.save_catalogue(folder, catalogue, trie, gain, config.entropy)
+    zero = decisiveness.zero_gain(trie)[trie.path_nodes(catalogue.offsets)].mean()
+    print(f"catalogue: {catalogue.num_items} items, {trie.num_nodes} trie nodes, {zero:.1%} zero-gain tokens", flush=True)
+
+
+def build_task(config, run: Path, inputs: Inputs) -> Task:
+    """Map the run's catalogue and build the prompts, the token weights and the collators that gather from them."""
+    dataset, tokenizer = inputs.dataset, inputs.tokenizer
     stored = store.load_catalogue(run / "catalogue", tokenizer=tokenizer, dataset=dataset)
     catalogue = stored.catalogue
-    prompts = PromptBuilder.build(template, tokenizer, dataset, catalogue.kind, config.max_length - catalogue.max_length)
+    prompts = PromptBuilder.build(inputs.template, tokenizer, dataset, catalogue.kind, config.max_length - catalogue.max_length)
     zero_gain = decisiveness.zero_gain(stored.trie)[stored.trie.path_nodes(catalogue.offsets)]
     weights = WEIGHTINGS[config.weighting].token_weights(stored, config)
-    train, valid = (
-        Collator(
-            dataset.splits[name], prompts, catalogue.token_ids, catalogue.offsets, weights, zero_gain, tokenizer.pad_token_id
-        )
-        for name in ("train", "valid")
-    )
+    paths = (catalogue.token_ids, catalogue.offsets, weights, zero_gain)
+    train, valid = (Collator(dataset.splits[name], prompts, *paths, tokenizer.pad_token_id) for name in ("train", "valid"))
     lengths = prompts.lengths(train.split) + np.diff(catalogue.offsets)[train.split.targets]
     description = {
-        "prompt": template.as_dict(),
+        "prompt": inputs.template.as_dict(),
         "max_length": config.max_length,
         "item_kind": catalogue.kind,
         "entropy": config.entropy,
+        "load_in_4bit": config.load_in_4bit,
         "version": igd_ds.__version__,
     }
-    return Task(train, valid, lengths, stored, tokenizer, description), model_config
-
-
-def build_catalogue(folder: Path, dataset, tokenizer, kind: str | None, entropy: str) -> None:
-    """Tokenize the items, build the trie and its gain, and store them for all ranks to map. A resumed run has them already."""
-    if folder.is_dir():
-        return
-    catalogue = Catalogue.build(dataset, tokenizer, kind)
-    trie = TokenTrie.build(catalogue.token_ids, catalogue.offsets, catalogue.counts)
-    gain = decisiveness.information_gain(trie, entropy)
-    store.save_catalogue(folder, catalogue, trie, gain, entropy)
-    zero = decisiveness.zero_gain(trie)[trie.path_nodes(catalogue.offsets)].mean()
-    print(
-        f"catalogue: {catalogue.num_items} items, {trie.num_nodes} trie nodes, {zero:.1%} of item tokens have zero gain",
-        flush=True,
-    )
+    return Task(train, valid, lengths, stored, tokenizer, description)
 
 
 def steps_per_epoch(config, task: Task) -> int:
@@ -221,49 +195,54 @@ def windows(config, task: Task, first: int, accumulation: int) -> Iterator[list[
 
 
 def fit(engine, task: Task, config, run: Path, state: dict) -> int:
-    """Train until the last step, early stopping or a signal; leaves the best model in RUN/model. Returns the exit code."""
+    """Train until the last step, early stopping or a signal; leaves the best model in RUN/model. Returns the exit code.
+
+    Where a validation is due, the checkpoint comes first: a run stopped within the validation resumes with it.
+    """
     stop = []
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, lambda received, _: stop.append(received))
     log = RunLog(run, distributed.is_main(), resume_step=state["step"])
     total, per_epoch = num_steps(config, task), steps_per_epoch(config, task)
     every = config.validate_every or per_epoch
-    stale = config.patience and state["stale"] >= config.patience
+    batches = windows(config, task, state["step"], engine.gradient_accumulation_steps())
     bar = tqdm(total=total, initial=state["step"], disable=not distributed.is_main(), unit="step", mininterval=1.0)
     began, window_sums = time.perf_counter(), np.zeros(len(SUMS))
-    for window in windows(config, task, state["step"], engine.gradient_accumulation_steps()) if not stale else ():
+    while True:
+        paused = time.perf_counter()
+        if state["step"] > state["validated"] and (state["step"] % every == 0 or state["step"] == total):
+            validate(engine, task, config, run, state, log)
+            engines.update_state(run / "checkpoints", state)
+        stale = config.patience and state["stale"] >= config.patience
+        if stale or state["step"] == total:
+            break
+        began += time.perf_counter() - paused
+
         # Dropout follows from the step and the rank, so that a resumed run needs no saved RNG state.
         torch.manual_seed(config.seed + 1_000_003 * state["step"] + 7_919 * distributed.rank())
         learning_rate = engine.get_lr()[0]
-        sums, stopped = train_step(engine, window, config.normalization, bool(stop), state["step"] + 1)
+        sums, stopped = train_step(engine, next(batches), config.normalization, bool(stop), state["step"] + 1)
         state["step"] += 1
         window_sums += sums
         bar.update()
         if state["step"] % config.log_every == 0 or state["step"] == total:
-            seconds = time.perf_counter() - began
-            values = step_values(window_sums, seconds) | {
-                "train/learning_rate": learning_rate,
-                "train/epoch": state["step"] / per_epoch,
-                "train/grad_norm": float(engine.get_global_grad_norm() or 0.0),
-            }
-            log.log(state["step"], values)
+            values = step_values(window_sums, time.perf_counter() - began)
+            values |= {"train/learning_rate": learning_rate, "train/epoch": state["step"] / per_epoch}
+            log.log(state["step"], values | {"train/grad_norm": float(engine.get_global_grad_norm() or 0.0)})
             bar.set_postfix(loss=f"{values['train/loss']:.4f}", refresh=False)
             began, window_sums = time.perf_counter(), np.zeros(len(SUMS))
-        if state["step"] % every == 0 or state["step"] == total:
-            validate(engine, task, config, run, state, log)
-            began = time.perf_counter()
-            stale = config.patience and state["stale"] >= config.patience
-        elif not (stopped or (config.save_every and state["step"] % config.save_every == 0)):
-            continue
-        engines.save_checkpoint(engine, run / "checkpoints", state["step"], {"run": state}, config)
-        if stopped and not stale and state["step"] < total:
+        due = state["step"] % every == 0 or state["step"] == total
+        if due or stopped or (config.save_every and state["step"] % config.save_every == 0):
+            paused = time.perf_counter()
+            engines.save_checkpoint(engine, run / "checkpoints", state, config)
+            began += time.perf_counter() - paused
+        if stopped:
             log.close()
             say(f"stopped by a signal after step {state['step']}; saved. Go on with --resume auto")
             return distributed.EXIT_REQUEUE
-        if stale:
-            say(f"validation has not improved {config.patience} time(s): stopping early at step {state['step']}")
-            break
     bar.close()
+    if stale:
+        say(f"validation has not improved {config.patience} time(s): stopped early at step {state['step']}")
     log.hparams(dataclasses.asdict(config), {"best_validation": state["best"]})
     log.close()
     summary = {key: state[key] for key in ("step", "best", "best_step")} | {"validation_metric": config.validation_metric}
@@ -294,7 +273,7 @@ def train_step(engine, window: list[Batch], normalization: str, stop: bool, step
         if normalization == "global":
             loss = weighted * (world / omega)  # the engine averages over ranks
         else:
-            loss = weighted / (weight.clamp_min(torch.finfo(weight.dtype).tiny) * len(window))
+            loss = weighted / (weight.clamp_min(EMPTY_WEIGHT) * len(window))
         engine.backward(loss, scale_wrt_gas=False)
         nll = nll.detach()
         sums += torch.stack(
@@ -318,6 +297,8 @@ def train_step(engine, window: list[Batch], normalization: str, stop: bool, step
                     "look at the data of this step"
                 )
         engine.step()
+    if not engine.fp16_enabled() and not math.isfinite(engine.get_global_grad_norm() or 0.0):  # fp16 skips such a step itself
+        raise FloatingPointError(f"step {step}: the gradient is not finite; the last checkpoint is still good, see --resume")
     return sums.cpu().numpy(), stopped > 0
 
 
@@ -345,9 +326,7 @@ def step_values(sums: np.ndarray, seconds: float) -> dict[str, float]:
 
 def validate(engine, task: Task, config, run: Path, state: dict, log: RunLog) -> None:
     """Measure the validation metric, keep the model if it is the best so far, and count towards early stopping."""
-    rows = np.arange(len(task.valid.split))
-    if config.validation_rows and config.validation_rows < len(rows):
-        rows = np.sort(np.random.default_rng(config.seed).choice(rows, config.validation_rows, replace=False))
+    rows = sample_rows(len(task.valid.split), config.validation_rows, config.seed)
     step = engine.train_micro_batch_size_per_gpu() * distributed.world_size()
     rows = np.concatenate([rows, np.full(-len(rows) % step, MASKED_ROW)])
     engine.eval()
@@ -358,8 +337,10 @@ def validate(engine, task: Task, config, run: Path, state: dict, log: RunLog) ->
     log.log(state["step"], values)
     value = values[f"valid/{config.validation_metric}"]
     lower_is_better = config.validation_metric == "nll"
+    if not math.isfinite(value):
+        raise FloatingPointError(f"step {state['step']}: validation gives {value}; lower --learning_rate")
     improved = state["best"] is None or (value < state["best"] if lower_is_better else value > state["best"])
-    state["stale"] = 0 if improved else state["stale"] + 1
+    state["stale"], state["validated"] = 0 if improved else state["stale"] + 1, state["step"]
     say(f"step {state['step']}: " + ", ".join(f"{k} {v:.4f}" for k, v in values.items()) + (" (best so far)" if improved else ""))
     if improved:
         state["best"], state["best_step"] = value, state["step"]

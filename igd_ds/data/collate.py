@@ -34,6 +34,13 @@ def epoch_batches(lengths: np.ndarray, global_batch: int, seed: int, epoch: int,
     return batches[generator.permutation(steps)] if group else batches
 
 
+def sample_rows(num_rows: int, wanted: int, seed: int) -> np.ndarray:
+    """Return row ids in ascending order: a seeded sample of `wanted` of them, or all if that is 0 or at least as many."""
+    if not 0 < wanted < num_rows:
+        return np.arange(num_rows)
+    return np.sort(np.random.default_rng(seed).choice(num_rows, wanted, replace=False))
+
+
 def deal(global_rows: np.ndarray, rank: int, world_size: int, micro_batch: int) -> list[np.ndarray]:
     """Return this rank's micro-batches of a global batch: a list of accumulation steps, each int64 (B,).
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+from igd_ds.items.catalogue import tokenize
+
 TEMPLATE_FOLDER = Path(__file__).parent / "templates"
-TOKENIZE_CHUNK = 10_000  # titles per call of the fast tokenizer: bounds its memory (assumed)
 
 
 @dataclass(frozen=True)
@@ -73,26 +74,23 @@ class PromptBuilder:
         # What the tokenizer puts before a text is BOS; what it may put behind (EOS) has no place before the target.
         with_special = tokenizer("a")["input_ids"]
         bos = [tokenizer.bos_token_id] if with_special and with_special[0] == tokenizer.bos_token_id else []
-        texts = dataset.titles if kind == "text" else ["".join(codes) for codes in dataset.semantic_ids]
-        segments = [template.item.replace("{item}", text) for text in texts]
-        encoded = []
-        for start in range(0, len(segments), TOKENIZE_CHUNK):
-            encoded += tokenizer(segments[start : start + TOKENIZE_CHUNK], add_special_tokens=False)["input_ids"]
-        lengths = np.array([len(e) for e in encoded], dtype=np.int64)
+        texts = dataset.titles if kind == "text" else dataset.semantic_ids
+        item_tokens, lengths = tokenize(texts, lambda text: template.item.replace("{item}", "".join(text)), tokenizer)
         builder = cls(
             begin=np.concatenate([np.array(bos, dtype=np.int32), ids(template.prefix.replace("{domain}", domain))]),
             separator=ids(template.separator),
             end=ids(template.suffix.replace("{domain}", domain)),
-            item_tokens=np.concatenate([np.asarray(e, dtype=np.int32) for e in encoded]),
+            item_tokens=item_tokens,
             item_offsets=np.concatenate([[0], np.cumsum(lengths)]),
             budget=budget,
         )
         longest = int(np.argmax(lengths))
         needed = len(builder.begin) + len(builder.end) + int(lengths[longest])
         if needed > budget:
+            text = "".join(texts[longest])
             raise ValueError(
                 f"--max_length leaves {budget} tokens for the prompt, but the template with item {longest} "
-                f"({texts[longest][:60]!r}…, {lengths[longest]} tokens) alone takes {needed}: raise --max_length or drop the item"
+                f"({text[:60]!r}…, {lengths[longest]} tokens) alone takes {needed}: raise --max_length or drop the item"
             )
         return builder
 

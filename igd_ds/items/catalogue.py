@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -103,6 +104,20 @@ def tokenizer_fingerprint(tokenizer) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
+def tokenize(texts: Sequence, form: Callable[[object], str], tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of `form(text)` for all texts, int32, one after the other, and their numbers per text, int64; no special tokens.
+
+    Works in chunks: as Python lists the tokens of ten million titles would take gigabytes.
+    """
+    chunks, lengths = [], []
+    for start in range(0, len(texts), TOKENIZE_CHUNK):
+        formed = [form(text) for text in texts[start : start + TOKENIZE_CHUNK]]
+        encoded = tokenizer(formed, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        lengths += map(len, encoded)
+        chunks.append(np.fromiter(chain.from_iterable(encoded), np.int32))
+    return np.concatenate(chunks), np.array(lengths, np.int64)
+
+
 def _tokenize_titles(titles: list[str | None], tokenizer) -> tuple[np.ndarray, np.ndarray]:
     """Tokens of all `title + "\\n"`, int32, and their numbers per item, int64 (N,); EOS not included."""
     if None in titles:
@@ -110,13 +125,7 @@ def _tokenize_titles(titles: list[str | None], tokenizer) -> tuple[np.ndarray, n
             f"item {titles.index(None)} has no title ({titles.count(None)} such items): "
             "prepare the dataset with title hygiene on (tools/prepare_data.py does it by default)"
         )
-    chunks, lengths = [], []
-    for start in range(0, len(titles), TOKENIZE_CHUNK):
-        texts = [title + "\n" for title in titles[start : start + TOKENIZE_CHUNK]]
-        encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-        lengths += map(len, encoded)
-        chunks.append(np.fromiter(chain.from_iterable(encoded), np.int32))
-    return np.concatenate(chunks), np.array(lengths, np.int64)
+    return tokenize(titles, lambda title: title + "\n", tokenizer)
 
 
 def _look_up_codes(semantic_ids, num_items: int, tokenizer) -> tuple[np.ndarray, np.ndarray]:

@@ -51,7 +51,8 @@ def save_catalogue(folder, catalogue: Catalogue, trie: TokenTrie, gain: np.ndarr
     arrays |= {name: getattr(trie, name) for name in TRIE_ARRAYS} | {"gain": gain32}
     description = {"version": VERSION, "entropy": entropy_name, "num_items": catalogue.num_items}
     description |= {"num_nodes": trie.num_nodes} | {name: getattr(catalogue, name) for name in SETTINGS}
-    temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+    temporary = folder.with_name(f"{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # what a killed run left
     temporary.mkdir(parents=True)
     try:
         sizes = {}

@@ -8,7 +8,7 @@ import torch
 from igd_ds.loss import predicting_positions
 
 PLAIN_TOKENIZERS = ("TokenizersBackend", "PreTrainedTokenizerFast")
-DESCRIPTION_FILE = "igd_ds.json"  # what a saved model needs beyond HF's own files: prompt, max_length, item kind, base model
+DESCRIPTION_FILE = "igd_ds.json"  # what a saved model needs beyond HF's own files: prompt, max_length, quantisation
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False):
@@ -33,6 +33,21 @@ def load_tokenizer(name: str, trust_remote_code: bool = False):
     return tokenizer
 
 
+def check_tokenizer_belongs(tokenizer, model_name: str, trust_remote_code: bool = False) -> None:
+    """Raise ValueError unless `tokenizer` gives every token of the model's own tokenizer its own id; it may have more tokens."""
+    try:
+        own = load_tokenizer(model_name, trust_remote_code).get_vocab()
+    except ValueError:
+        return  # weights without a tokenizer: nothing to compare with
+    given = tokenizer.get_vocab()
+    token = next((token for token, index in own.items() if given.get(token) != index), None)
+    if token is not None:
+        raise ValueError(
+            f"--tokenizer does not belong to {model_name}: that model's token {own[token]} is {token!r}, this tokenizer has "
+            f"{given.get(token, 'no such token')}; leave --tokenizer out, or give the model's own with tokens added"
+        )
+
+
 def load_model_config(name: str, tokenizer, max_length: int, trust_remote_code: bool = False):
     """Load a model's configuration (JSON file, folder or hub name) and check that tokenizer and context length fit it."""
     from transformers import AutoConfig
@@ -50,6 +65,18 @@ def load_model_config(name: str, tokenizer, max_length: int, trust_remote_code: 
     if context and max_length > context:
         raise ValueError(f"--max_length {max_length} exceeds the model's context of {context} tokens")
     return config
+
+
+def num_trained_parameters(model_config, config) -> int:
+    """Return how many parameters a TrainConfig trains, from the model's configuration alone (no weights are made)."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model_config)
+    if not config.lora_r:
+        return sum(parameter.numel() for parameter in model.parameters())
+    linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    return sum(config.lora_r * (linear.in_features + linear.out_features) for linear in linears)
 
 
 def _quantization(dtype: torch.dtype):
@@ -113,7 +140,8 @@ def _with_lora(model, config):
     if config.load_in_4bit:
         model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     try:
-        return peft.get_peft_model(model, lora)
+        # The DeepSpeed file owns the precision, of the adapter too (its fp32 master copy lies in the optimizer).
+        return peft.get_peft_model(model, lora, autocast_adapter_dtype=False)
     except ValueError as error:
         raise ValueError(f"--lora_targets {targets}: {error}") from error
 
@@ -139,17 +167,22 @@ def describe(folder: Path) -> dict:
     return json.loads(path.read_text())
 
 
-def load_trained(config, device: torch.device):
-    """Load what train.py saved, for inference: full weights, or an adapter on its base model (EvalConfig's fields)."""
+def base_of(config) -> str | None:
+    """Return the base model of the adapter an EvalConfig names, or None if it names full weights."""
+    adapter = Path(config.model) / "adapter_config.json"
+    if not adapter.is_file():
+        return None
+    return config.base_model or json.loads(adapter.read_text())["base_model_name_or_path"]
+
+
+def load_trained(config, load_in_4bit: bool, device: torch.device):
+    """Load what train.py saved, for inference: full weights, or an adapter on its base model, quantised as in training."""
     dtype = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
     settings = {"attn_implementation": "sdpa", "trust_remote_code": config.trust_remote_code}
-    if (Path(config.model) / "adapter_config.json").is_file():
+    base = base_of(config)
+    model = _load_weights(base or config.model, dtype, load_in_4bit, device, **settings)
+    if base:
         import peft
 
-        adapter = json.loads((Path(config.model) / "adapter_config.json").read_text())
-        base = config.base_model or adapter["base_model_name_or_path"]
-        model = _load_weights(base, dtype, config.load_in_4bit, device, **settings)
         model = peft.PeftModel.from_pretrained(model, config.model)
-    else:
-        model = _load_weights(config.model, dtype, config.load_in_4bit, device, **settings)
-    return model.eval() if config.load_in_4bit else model.to(device).eval()
+    return model.eval() if load_in_4bit else model.to(device).eval()

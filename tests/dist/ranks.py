@@ -13,6 +13,7 @@ FORK = multiprocessing.get_context("fork")
 
 def warm_up() -> None:
     """Import in the parent what every rank needs; no tensor work, so that no thread pool crosses the fork."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed  # noqa: F401
     import peft  # noqa: F401
     import transformers
@@ -26,7 +27,7 @@ def warm_up() -> None:
 
 def _child(rank: int, world: int, port: int, log: Path, function: Callable, arguments: tuple) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "LOCAL_SIZE": str(world)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": ""}
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

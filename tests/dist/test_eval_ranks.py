@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -104,19 +105,27 @@ def test_usr1_stops_an_evaluation_for_requeue(world, run, tmp_path):
 def test_alpha_from_takes_the_validated_alpha(world, run, single, tmp_path):
     from igd_ds.metrics import best_alpha
 
-    chosen = best_alpha(json.loads((single / "metrics.json").read_text()), "ndcg@5")
-    output = tmp_path / "test"
-    more = ("--alpha_from", single, "--num_beams", 5, "--num_rows", 20)
-    processes = ranks.start(1, tmp_path / "log", ranks.entry, *entry(flags(world, run, output, *more)))
-    # lists of 5 have no NDCG@10 to choose by
-    assert ranks.wait(processes) == [2] and "ndcg@10" in (tmp_path / "log").read_text()
-    assert chosen in ("0.0", "0.3")
-    ten = tmp_path / "ten"
-    ranks.run(1, tmp_path / "log", ranks.entry, *entry(flags(world, run, ten, "--alpha", 0, 0.3, "--num_rows", 30)))
-    more = ("--alpha_from", ten, "--num_rows", 20)
-    ranks.run(1, tmp_path / "log", ranks.entry, *entry(flags(world, run, output, *more)))
+    valid, short, output = tmp_path / "valid", tmp_path / "short", tmp_path / "test"
+    few = ("--split", "valid", "--alpha", 0, 0.3, 0.6)
+    ranks.run(1, tmp_path / "log", ranks.entry, *entry(flags(world, run, valid, *few)))
+    ranks.run(1, tmp_path / "log", ranks.entry, *entry(flags(world, run, short, *few, "--num_beams", 5)))
+    ranks.run(1, tmp_path / "log", ranks.entry, *entry(flags(world, run, output, "--alpha_from", valid)))
     found = set(json.loads((output / "metrics.json").read_text())["alpha"])
-    assert found == {"0.0", best_alpha(json.loads((ten / "metrics.json").read_text()))}
+    values = {a: e["token_match"]["ndcg@10"] for a, e in json.loads((valid / "metrics.json").read_text())["alpha"].items()}
+    best = best_alpha(json.loads((valid / "metrics.json").read_text()))
+    assert values[best] == max(values.values()) and found == {"0.0", best}
+    other = tmp_path / "other"
+    shutil.copytree(valid, other)
+    request = json.loads((other / "request.json").read_text())
+    (other / "request.json").write_text(json.dumps(request | {"model": {}}))
+    for folder, message in [
+        (short, "cannot choose α by ndcg@10"),
+        (single, "evaluated test itself"),
+        (other, "evaluated something else; these differ: model"),
+        (tmp_path, "no finished evaluation"),
+    ]:
+        processes = ranks.start(1, tmp_path / "log2", ranks.entry, *entry(flags(world, run, tmp_path / "x", "--alpha_from", folder)))
+        assert ranks.wait(processes) == [2] and message in (tmp_path / "log2").read_text()
 
 
 @pytest.mark.parametrize(
@@ -125,6 +134,7 @@ def test_alpha_from_takes_the_validated_alpha(world, run, single, tmp_path):
         (("--alpha", "1.2"), "--alpha must lie in [0, 1]"),
         (("--decoding_rule", "pernode"), "known are per-node"),
         (("--max_length", "4000"), "--max_length 4000 exceeds"),
+        (("--num_beams", "100000000"), "GiB are free: lower one of the two"),
     ],
 )
 def test_bad_requests(world, run, tmp_path, more, message):

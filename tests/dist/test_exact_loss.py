@@ -23,11 +23,14 @@ def build(world, weighting="igd"):
 
     extra = {"igd": {"igd_beta": 0.1}, "uniform": {"igd_beta": None}}[weighting]
     config = parse(TrainConfig, world.train_flags(world.folder / f"exact-{weighting}", weighting=weighting, **extra))
-    task, model_config = train.build_task(config, world.folder / f"exact-{weighting}")
+    run, inputs = world.folder / f"exact-{weighting}", train.load_inputs(config)
+    if not run.exists():
+        train.build_catalogue(run / "catalogue", config, inputs)
     torch.manual_seed(0)
     from igd_ds.models import causal_lm
 
-    return task, causal_lm.build(config, model_config, torch.float32, torch.device("cpu"))
+    model = causal_lm.build(config, inputs.model_config, torch.float32, torch.device("cpu"))
+    return train.build_task(config, run, inputs), model
 
 
 def reference(world, out) -> None:
@@ -35,7 +38,6 @@ def reference(world, out) -> None:
     from igd_ds.loss import at_labels, token_nll
     from igd_ds.models.causal_lm import label_logits
 
-    (world.folder / "exact-igd").mkdir(exist_ok=True)
     task, model = build(world)
     model.train()
     for step in range(STEPS):

@@ -39,7 +39,10 @@ def slurm(shared):
             problem = "no SLURM runs here, and starting one takes root and slurmctld or apt-get"
         else:
             started = True
-            done = subprocess.run(["bash", str(script), "start"], capture_output=True, text=True, timeout=300)
+            # The script asks nproc for the node's CPUs, and nproc obeys OMP_NUM_THREADS.
+            environment = {key: value for key, value in os.environ.items() if not key.startswith("OMP_")}
+            start = ["bash", str(script), "start"]
+            done = subprocess.run(start, capture_output=True, text=True, timeout=300, env=environment)
             if done.returncode or not is_up():
                 problem = f"{script} could not start a SLURM: {(done.stdout + done.stderr)[-800:]}"
     try:

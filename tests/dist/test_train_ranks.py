@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -54,16 +55,21 @@ def test_a_stopped_run_resumes_bit_identically(world, tmp_path, kind):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     train(world, tmp_path / "whole.log", world.train_flags(whole, stage, **settings))
 
-    # The same run, stopped by SIGUSR1 as SLURM would, resumed from its last checkpoint.
+    # The same run, killed (stage 1) or stopped by SIGUSR1 as SLURM would, resumed from its last checkpoint.
     flags = world.train_flags(stopped, stage, **settings, resume="auto")
     processes = ranks.start(2, tmp_path / "stopped.log", ranks.entry, *entry(flags))
     while not list((stopped / "checkpoints").glob("step-*/manifest.json")):
         time.sleep(0.01)
         assert any(p.is_alive() for p in processes), (tmp_path / "stopped.log").read_text()
-    os.kill(processes[1].pid, signal.SIGUSR1)  # one rank hears it, all stop
-    assert ranks.wait(processes) == [85, 85], (tmp_path / "stopped.log").read_text()
+    if kind == "stage 1":
+        for process in processes:
+            process.kill()
+        ranks.wait(processes)
+    else:
+        os.kill(processes[1].pid, signal.SIGUSR1)  # one rank hears it, all stop
+        assert ranks.wait(processes) == [85, 85], (tmp_path / "stopped.log").read_text()
     text = train(world, tmp_path / "stopped.log", flags)
-    assert "stopped by a signal" in text and "resumed" in text
+    assert ("stopped by a signal" in text) == (kind != "stage 1") and "resumed" in text
 
     first, second = weights(whole), weights(stopped)
     assert first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
@@ -82,25 +88,17 @@ def check_model_loads(world, run: Path, settings: dict) -> None:
 
 
 def _load_and_measure(world, run, settings) -> None:
-    import numpy as np
-    from transformers import AutoModelForCausalLM
-
     from igd_ds import train
-    from igd_ds.config import TrainConfig, parse
+    from igd_ds.config import EvalConfig, TrainConfig, parse
+    from igd_ds.models import causal_lm
 
-    if "lora_r" in settings:
-        from igd_ds.models import causal_lm
-
-        quantised = settings.get("load_in_4bit", False)
-        base = causal_lm._load_weights(world.pretrained, torch.float32, quantised, torch.device("cpu"))
-        import peft
-
-        model = peft.PeftModel.from_pretrained(base, run / "model").eval()
-    else:
-        model = AutoModelForCausalLM.from_pretrained(run / "model").eval()
+    flags = parse(EvalConfig, ["--model", str(run / "model"), "--dataset", world.dataset, "--output_dir", "unused"])
+    quantised = causal_lm.describe(run / "model")["load_in_4bit"]
+    assert quantised == settings.get("load_in_4bit", False)
+    model = causal_lm.load_trained(flags, quantised, torch.device("cpu"))
     config = parse(TrainConfig, world.train_flags(run, 2))
-    task, _ = train.build_task(config, run)
-    rows = np.sort(np.random.default_rng(0).choice(len(task.valid.split), 10, replace=False))
+    task = train.build_task(config, run, train.load_inputs(config))
+    rows = train.sample_rows(len(task.valid.split), 10, seed=0)
     with torch.no_grad():
         found = train.validation_nll(model, task, [rows])["valid/nll"]
     best = json.loads((run / "summary.json").read_text())["best"]
@@ -117,7 +115,7 @@ def test_torn_checkpoint_falls_back_and_says_so(world, tmp_path):
     newest = max((run / "checkpoints" / "step-00000006").glob("*optim_states.pt"))
     newest.write_bytes(newest.read_bytes()[:100])
     text = train(world, tmp_path / "log2", [*flags, "--resume", "auto"])
-    assert "checkpoint step-00000006 is not whole" in text and "resumed" in text and "step-00000003" in text
+    assert "checkpoint step-00000006 was not whole" in text and "resumed" in text and "step-00000003" in text
     assert all(torch.equal(expected[n], t) for n, t in weights(run).items())
     # Finished: a third start says so and touches nothing.
     assert "is finished" in train(world, tmp_path / "log3", [*flags, "--resume", "auto"])
@@ -129,7 +127,7 @@ def test_early_stopping_keeps_the_best_model(world, tmp_path):
     text = train(world, tmp_path / "log", flags)
     values = metrics(run, "valid/nll")
     summary = json.loads((run / "summary.json").read_text())
-    assert "stopping early" in text and len(values) < 8
+    assert "stopped early" in text and len(values) < 8
     assert summary["best"] == min(values) and summary["best_step"] == values.index(min(values)) + 1
     check_model_loads(world, run, {})
 
@@ -181,7 +179,10 @@ def test_tensorboard_holds_every_tag_of_the_log(world, tmp_path):
         ({"global_batch_size": 7}, "--global_batch_size 7 is not a multiple"),
         ({"tokenizer": "no/such/tokenizer"}, "no tokenizer at 'no/such/tokenizer'"),
         ({"max_length": 1024}, "exceeds the model's context of 512"),
-        ({"max_length": 40}, "--max_length"),
+        ({"max_length": 20}, "tokens, which leaves no prompt within --max_length 20"),
+        ({"max_length": 70}, "--max_length leaves"),
+        ({"seed": -1}, "--seed must not be negative"),
+        ({"lora_alpha": 8}, "--lora_alpha has no effect without --lora_r"),
         ({"dataset": "no/such/dataset"}, "no/such/dataset is not a dataset"),
         ({"prompt": "nothing"}, "--prompt: no template 'nothing'; known names: alpaca, short"),
     ],
@@ -190,9 +191,10 @@ def test_bad_settings_end_in_one_line_before_weights_load(world, tmp_path, chang
     processes = ranks.start(1, tmp_path / "log", ranks.entry, *entry(world.train_flags(tmp_path / "run", **change)))
     assert ranks.wait(processes) == [2]
     text = (tmp_path / "log").read_text()
-    assert f"error: {message}" in text or (message in text and "error: " in text)
+    assert text.count("error: ") == 1 and message in text[text.index("error: ") :]
     assert "Traceback" not in text
-    assert not (tmp_path / "run" / "model").exists()
+    # Nothing is in the way of a second try with the mistake mended.
+    train(world, tmp_path / "log2", world.train_flags(tmp_path / "run", max_steps=1), size=1)
 
 
 def test_the_output_folder_of_another_run_is_refused(world, tmp_path):
@@ -201,12 +203,36 @@ def test_the_output_folder_of_another_run_is_refused(world, tmp_path):
     for flags, message in [
         (world.train_flags(run, 1, max_steps=1), "holds a run already"),
         (world.train_flags(run, 1, max_steps=1, learning_rate=1.0, resume="auto"), "settings differ: learning_rate"),
-        (world.train_flags(run, 2, max_steps=1, resume="auto"), "settings differ: ds_config (its content)"),
+        (world.train_flags(run, 2, max_steps=1, resume="auto"), "settings differ: ds_config"),
         (world.train_flags(tmp_path, 1), "not empty and not a run folder"),
     ]:
         processes = ranks.start(1, tmp_path / "log2", ranks.entry, *entry(flags))
         assert ranks.wait(processes) == [2]
         assert message in (tmp_path / "log2").read_text()
+
+
+def test_another_number_of_ranks_is_refused_and_a_moved_run_is_not(world, tmp_path):
+    run = tmp_path / "run"
+    flags = world.train_flags(run, 1, max_steps=4, save_every=1, validate_every=4)
+    train(world, tmp_path / "log", flags)
+    (run / "summary.json").unlink()
+    processes = ranks.start(1, tmp_path / "log1", ranks.entry, *entry([*flags, "--resume", "auto"]))
+    assert ranks.wait(processes) == [2]
+    assert "was saved by 2 ranks, this run has 1" in (tmp_path / "log1").read_text()
+    run.rename(tmp_path / "moved")
+    flags[flags.index(str(run))] = str(tmp_path / "moved")
+    assert "resumed" in train(world, tmp_path / "log2", [*flags, "--resume", "auto"])
+
+
+def test_one_failing_rank_ends_all(world, tmp_path):
+    """Rank 0 alone sees that the folder is taken: both ranks end, and one line says why."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("mine")
+    processes = ranks.start(2, tmp_path / "log", ranks.entry, *entry(world.train_flags(tmp_path / "run")))
+    codes = ranks.wait(processes)
+    text = (tmp_path / "log").read_text()
+    assert codes[0] == 2 and codes[1] != 0
+    assert "error: --output_dir" in text and "not empty and not a run folder" in text
 
 
 def test_a_foreign_tokenizer_is_refused(world, tmp_path):
@@ -216,5 +242,21 @@ def test_a_foreign_tokenizer_is_refused(world, tmp_path):
     processes = ranks.start(1, tmp_path / "log", ranks.entry, *entry(flags))
     assert ranks.wait(processes) == [2]
     assert "this tokenizer belongs to another model" in (tmp_path / "log").read_text()
+    # A model that comes with its own tokenizer takes no other, be it of the same size.
+    shutil.copytree(world.pretrained, tmp_path / "model")
+    shutil.copytree(world.tokenizer, tmp_path / "model", dirs_exist_ok=True)
+    shutil.copytree(world.tokenizer, tmp_path / "other")
+    text = (tmp_path / "other" / "tokenizer.json").read_text()
+    backend = json.loads(text)
+    (first, a), (second, b) = list(backend["model"]["vocab"].items())[-2:]
+    backend["model"]["vocab"] |= {first: b, second: a}
+    (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(backend))
+    flags = {"model_config": None, "model_name_or_path": tmp_path / "model"}
+    processes = ranks.start(
+        1, tmp_path / "log2", ranks.entry, *entry(world.train_flags(tmp_path / "run2", **flags, tokenizer=tmp_path / "other"))
+    )
+    assert ranks.wait(processes) == [2]
+    assert "--tokenizer does not belong to" in (tmp_path / "log2").read_text()
+    train(world, tmp_path / "log3", world.train_flags(tmp_path / "run3", **flags, tokenizer=None, max_steps=1), size=1)
 
 

@@ -86,15 +86,16 @@ def test_schedule(schedule, expected):
 
 
 def test_disk_space(tmp_path, monkeypatch):
-    model = torch.nn.Linear(1000, 1000)
-    settings = SimpleNamespace(keep_checkpoints=2)
-    engine.check_disk_space(tmp_path, model, settings)
+    engine.check_disk_space(tmp_path, 1_000_000, 2)
     monkeypatch.setattr(engine.shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000_000))
     with pytest.raises(ValueError, match="--output_dir .*GiB free"):
-        engine.check_disk_space(tmp_path, model, settings)
+        engine.check_disk_space(tmp_path, 1_000_000, 2)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "state").write_bytes(b"0" * 50_000_000)  # what lies there already need not be found anew
+    engine.check_disk_space(tmp_path, 1_000_000, 2)
 
 
-def test_newest_checkpoint_passes_over_torn_ones(tmp_path):
+def test_torn_checkpoints_are_removed(tmp_path):
     for step, size in ((1, 3), (2, 3), (3, 3)):
         folder = tmp_path / f"step-{step:08d}"
         folder.mkdir()
@@ -104,8 +105,16 @@ def test_newest_checkpoint_passes_over_torn_ones(tmp_path):
     (tmp_path / "step-00000003" / "weights").write_text("ab")
     (tmp_path / "step-00000002" / "manifest.json").unlink()
     assert engine.newest_checkpoint(tmp_path) == ("step-00000001", ["step-00000003", "step-00000002"])
-    (tmp_path / "step-00000001" / "weights").unlink()
-    assert engine.newest_checkpoint(tmp_path)[0] is None
-    (tmp_path / "step-00000003" / "manifest.json").write_text(json.dumps({"world_size": 2, "files": {"weights": 2}}))
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]  # so that pruning never counts a torn one
+    (tmp_path / "step-00000001" / "manifest.json").write_text(json.dumps({"world_size": 2, "files": {"weights": 3}}))
     with pytest.raises(ValueError, match="saved by 2 ranks, this run has 1"):
         engine.newest_checkpoint(tmp_path)
+    (tmp_path / "step-00000001" / "weights").unlink()
+    assert engine.newest_checkpoint(tmp_path) == (None, ["step-00000001"])
+
+
+@pytest.mark.parametrize("text", ["[]", '{"train_micro_batch_size_per_gpu": 1, "bf16": true}', '{"zero_optimization": null}'])
+def test_malformed_files(tmp_path, text):
+    (tmp_path / "ds.json").write_text(text)
+    with pytest.raises(ValueError, match="ds.json: .*must be JSON objects"):
+        engine.resolve_ds_config(config(tmp_path / "ds.json"), 1)

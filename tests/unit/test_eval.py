@@ -60,7 +60,7 @@ def trained(tmp_path_factory):
     catalogue = Catalogue.build(dataset, tokenizer)
     trie = TokenTrie.build(catalogue.token_ids, catalogue.offsets, catalogue.counts)
     save_catalogue(folder / "model" / "catalogue", catalogue, trie, decisiveness.information_gain(trie, "prior"), "prior")
-    description = {"prompt": Template.load("short").as_dict(), "max_length": 160}
+    description = {"prompt": Template.load("short").as_dict(), "max_length": 160, "load_in_4bit": False}
     (folder / "model" / causal_lm.DESCRIPTION_FILE).write_text(json.dumps(description))
     return folder / "model", folder / "data"
 
