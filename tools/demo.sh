@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # make demo: generated data → tokenizer → two trainings (β = 1: the baseline; β = 0.1: IGD) → α chosen on validation → test table.
-# Two DeepSpeed ranks on CPU; on a machine with CUDA one rank per GPU. Leaves runs/demo.
+# Two DeepSpeed ranks, on CPU or on two GPUs; one rank where there is a single GPU. Leaves runs/demo.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=runs/demo
 rm -rf "$out"
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
-ranks=$((gpus > 0 ? gpus : 2))
+ranks=$((gpus == 1 ? 1 : 2))
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
-python tools/prepare_data.py --source synthetic --num_items 600 --num_users 1500 --protocol leave-one-out --max_history 5 \
+python tools/prepare_data.py --source synthetic --num_items 600 --num_users 1500 --protocol leave-one-out --max_history 5 --name demo \
     --domain books --output "$out/data"
 python tools/train_tokenizer.py --dataset "$out/data" --vocab_size 1024 --output "$out/tokenizer"
 python -m igd_ds.stats --dataset "$out/data" --tokenizer "$out/tokenizer"
@@ -17,12 +17,12 @@ python -m igd_ds.stats --dataset "$out/data" --tokenizer "$out/tokenizer"
 for run in uniform igd; do
     flags=(--weighting uniform)
     [ "$run" = igd ] && flags=(--weighting igd --igd_beta 0.1)
-    deepspeed --num_gpus "$ranks" igd_ds/train.py --ds_config ds_configs/zero2-fp32.json --dataset "$out/data" \
+    deepspeed --log_level warning --num_accelerators "$ranks" igd_ds/train.py --ds_config ds_configs/zero2-fp32.json --dataset "$out/data" \
         --model_config tools/models/qwen2-demo.json --tokenizer "$out/tokenizer" "${flags[@]}" --global_batch_size 32 \
         --learning_rate 4e-3 --epochs 2 --max_length 256 --output_dir "$out/$run"
-    deepspeed --num_gpus "$ranks" igd_ds/eval.py --model "$out/$run/model" --dataset "$out/data" --split valid \
+    deepspeed --log_level warning --num_accelerators "$ranks" igd_ds/eval.py --model "$out/$run/model" --dataset "$out/data" --split valid \
         --num_rows 300 --alpha 0 0.1 0.2 0.3 0.4 --batch_size 32 --output_dir "$out/$run/eval/valid"
-    deepspeed --num_gpus "$ranks" igd_ds/eval.py --model "$out/$run/model" --dataset "$out/data" --split test \
+    deepspeed --log_level warning --num_accelerators "$ranks" igd_ds/eval.py --model "$out/$run/model" --dataset "$out/data" --split test \
         --num_rows 800 --alpha_from "$out/$run/eval/valid" --batch_size 32 --output_dir "$out/$run/eval/test"
 done
 python tools/compare.py "$out/uniform" "$out/igd"
