@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,13 @@ def test_budgets():
                 lines = node.end_lineno - node.lineno + 1
                 assert lines <= 80, f"{path.name}:{node.lineno} {node.name} has {lines} lines"
                 assert len(node.args.args) + len(node.args.kwonlyargs) <= 8, f"{path.name}: {node.name} takes too much"
+
+
+def test_no_test_folder_is_left_out(pytestconfig):
+    """pytest passes over folders that match `norecursedirs`, silently; its default holds `dist`."""
+    folders = [path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and not path.name.startswith((".", "__"))]
+    left_out = [name for name in folders for pattern in pytestconfig.getini("norecursedirs") if fnmatch(name, pattern)]
+    assert folders and not left_out
 
 
 def test_every_json_and_yaml_file_parses():
