@@ -92,8 +92,8 @@ def test_no_child_shadows_another_module():
 
 def test_budgets():
     """The entries stay short, functions one thing each."""
-    assert len((PACKAGE / "train.py").read_text().splitlines()) <= 420
-    assert len((PACKAGE / "eval.py").read_text().splitlines()) <= 320
+    assert len((PACKAGE / "train.py").read_text().splitlines()) <= 400
+    assert len((PACKAGE / "eval.py").read_text().splitlines()) <= 310
     for path in MODULES:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
