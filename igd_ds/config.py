@@ -201,7 +201,8 @@ def _checked(cls, key: str, value, source: str):
         if kind is float and type(v) is int:
             values[i] = v = float(v)
         if type(v) is not kind:
-            raise ValueError(f"{source}: '{key}' takes {kind.__name__}, found {v!r} (YAML reads 1e-4 as text: write 1.0e-4)")
+            hint = " (YAML reads 1e-4 as text: write 1.0e-4)" if (kind, type(v)) == (float, str) else ""
+            raise ValueError(f"{source}: '{key}' takes {kind.__name__}, found {v!r}{hint}")
         if fields[key].metadata["choices"] and v not in fields[key].metadata["choices"]:
             raise ValueError(f"{source}: '{key}' is one of {', '.join(fields[key].metadata['choices'])}; found {v!r}")
     return values if many else values[0]
@@ -229,8 +230,3 @@ def parse(cls, argv: Sequence[str] | None = None, description: str | None = None
     config = cls(**values)
     config.check()
     return config
-
-
-def dump(config) -> str:
-    """Return the resolved configuration as YAML text that `--config` reads back."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)

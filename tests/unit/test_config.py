@@ -3,10 +3,10 @@
 import dataclasses
 
 import pytest
-import yaml
 
 from igd_ds import config as configuration
 from igd_ds.config import EvalConfig, TrainConfig
+from igd_ds.runlog import claim_run_folder
 from igd_ds.weighting import check_flags
 
 REQUIRED = ["--ds_config", "c.json", "--dataset", "d", "--output_dir", "o", "--model_name_or_path", "m"]
@@ -25,11 +25,11 @@ def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path):
     assert train("--config", str(file), "--length_grouping").length_grouping is True
 
 
-def test_dump_reads_back(tmp_path):
-    config = train("--igd_beta", "0.3", "--prompt", "alpaca")
-    (tmp_path / "c.yaml").write_text(configuration.dump(config))
-    assert configuration.parse(TrainConfig, ["--config", str(tmp_path / "c.yaml")]) == config
-    assert yaml.safe_load(configuration.dump(config)) == dataclasses.asdict(config)
+def test_the_run_folders_settings_read_back(tmp_path):
+    """What claim_run_folder writes as config.yaml is a --config file."""
+    config = train("--igd_beta", "0.3", "--prompt", "alpaca", "--output_dir", str(tmp_path / "run"))
+    claim_run_folder(tmp_path / "run", dataclasses.asdict(config), {"gradient_accumulation_steps": 1}, world_size=1)
+    assert configuration.parse(TrainConfig, ["--config", str(tmp_path / "run" / "config.yaml")]) == config
 
 
 def test_the_launchers_local_rank_is_accepted():
@@ -42,6 +42,7 @@ def test_the_launchers_local_rank_is_accepted():
         ("learning_rat: 1.0", "did you mean 'learning_rate'"),
         ("epochs: two", "'epochs' takes int"),
         ("epochs: 1.5", "'epochs' takes int"),
+        ("learning_rate: 1e-4", "'learning_rate' takes float, found '1e-4' .*write 1.0e-4"),
         ("gradient_checkpointing: 1", "takes bool"),
         ("schedule: cosin", "'schedule' is one of cosine, linear, constant"),
         ("- 1", "expected 'setting: value'"),
