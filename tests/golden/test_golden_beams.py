@@ -123,7 +123,7 @@ def test_beams_as_wide_as_the_parts_of_the_catalogue_are_exhaustive(golden, prom
     assert_same_ranking([leaf for _, leaf in best], [score for score, _ in best], *expected, TOLERANCE[penalty])
 
 
-@pytest.mark.skipif("IGD_DS_SLOW_TESTS" not in os.environ, reason="minutes; set IGD_DS_SLOW_TESTS=1 to run it")
+@pytest.mark.skipif(not {"IGD_DS_SLOW_TESTS", "CI"} & set(os.environ), reason="minutes; runs in CI or with IGD_DS_SLOW_TESTS=1")
 @pytest.mark.parametrize(("prompt", "alpha", "penalty"), [(0, 0.2, 0.0), (7, 0.4, 1.0)])
 def test_a_beam_as_wide_as_the_catalogue_is_exhaustive(golden, prompt, alpha, penalty):
     tree, every_leaf = golden.prefilled([golden.prompts[prompt]]), np.flatnonzero(golden.trie.is_leaf)
