@@ -93,10 +93,8 @@ def resolve_ds_config(config, world_size: int) -> dict:
 
 
 def _check_keys(ds: dict, path: Path) -> None:
-    sections = (
-        [ds] if not isinstance(ds, dict) else [ds.get(key, {}) for key in ("zero_optimization", "bf16", "fp16", "data_types")]
-    )
-    if not all(isinstance(section, dict) for section in sections):
+    sections = ("zero_optimization", "bf16", "fp16", "data_types")
+    if not isinstance(ds, dict) or not all(isinstance(ds.get(key, {}), dict) for key in sections):
         raise ValueError(f"{path}: the file and its zero_optimization, bf16, fp16 and data_types must be JSON objects")
     for key in ds:
         if key in RUN_KEYS:
@@ -306,7 +304,8 @@ def save_model(engine, folder: Path, lora: bool, extras: Callable[[Path], None])
     if engine.zero_optimization_stage() == 3:
         # A plain save_pretrained would silently write tensors of shape (0,).
         weights = engine._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=lora)
-    if distributed.is_main():
+
+    def save() -> None:
         temporary, old = folder.with_name(f"{folder.name}.tmp"), folder.with_name(f"{folder.name}.old")
         shutil.rmtree(temporary, ignore_errors=True)
         module.save_pretrained(temporary, state_dict=weights)
@@ -316,4 +315,5 @@ def save_model(engine, folder: Path, lora: bool, extras: Callable[[Path], None])
             folder.rename(old)
         temporary.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
-    distributed.barrier()
+
+    distributed.on_main(save)

@@ -131,10 +131,10 @@ def claim_run_folder(run: Path, settings: dict, ds: dict, world_size: int) -> No
     if saved.is_file() and (run / "metrics.jsonl").is_file():
         if settings["resume"] != "auto":
             raise ValueError(f"--output_dir {run} holds a run already; give another folder, or --resume auto to go on with it")
-        old = yaml.safe_load(saved.read_text()) | {"ds_config": json.loads((run / "ds_config.json").read_text())}
-        new = settings | {"ds_config": ds}
-        for resolved in (old["ds_config"], new["ds_config"]):
-            resolved.pop("gradient_accumulation_steps")  # follows from the number of ranks, which the checkpoint knows
+        # Accumulation follows from the number of ranks, and that is the checkpoint's to check.
+        old_ds = json.loads((run / "ds_config.json").read_text()) | {"gradient_accumulation_steps": None}
+        old = yaml.safe_load(saved.read_text()) | {"ds_config": old_ds}
+        new = settings | {"ds_config": ds | {"gradient_accumulation_steps": None}}
         changed = [key for key in new if key not in FREE_ON_RESUME and old.get(key) != new[key]]
         if changed:
             raise ValueError(f"--output_dir {run} belongs to another run; these settings differ: {', '.join(changed)}")

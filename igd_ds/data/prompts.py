@@ -74,8 +74,8 @@ class PromptBuilder:
         # What the tokenizer puts before a text is BOS; what it may put behind (EOS) has no place before the target.
         with_special = tokenizer("a")["input_ids"]
         bos = [tokenizer.bos_token_id] if with_special and with_special[0] == tokenizer.bos_token_id else []
-        texts = dataset.titles if kind == "text" else dataset.semantic_ids
-        item_tokens, lengths = tokenize(texts, lambda text: template.item.replace("{item}", "".join(text)), tokenizer)
+        texts = dataset.titles if kind == "text" else ["".join(codes) for codes in dataset.semantic_ids]
+        item_tokens, lengths = tokenize(texts, lambda text: template.item.replace("{item}", text), tokenizer)
         builder = cls(
             begin=np.concatenate([np.array(bos, dtype=np.int32), ids(template.prefix.replace("{domain}", domain))]),
             separator=ids(template.separator),
@@ -87,10 +87,9 @@ class PromptBuilder:
         longest = int(np.argmax(lengths))
         needed = len(builder.begin) + len(builder.end) + int(lengths[longest])
         if needed > budget:
-            text = "".join(texts[longest])
             raise ValueError(
                 f"--max_length leaves {budget} tokens for the prompt, but the template with item {longest} "
-                f"({text[:60]!r}…, {lengths[longest]} tokens) alone takes {needed}: raise --max_length or drop the item"
+                f"({texts[longest][:60]!r}…, {lengths[longest]} tokens) alone takes {needed}: raise --max_length or drop the item"
             )
         return builder
 
