@@ -7,6 +7,7 @@ it. A key nobody knows is an error that names the nearest known one.
 import argparse
 import dataclasses
 import difflib
+import math
 import sys
 import types
 import typing
@@ -131,9 +132,20 @@ class EvalConfig:
     split: str = option("rows to evaluate", "test", ("train", "valid", "test"))
     alpha: list[float] = option("α: strength of decisiveness calibration (Eq. 9), each in [0, 1]; 0 is plain beam search", [0.0])
     alpha_from: str = option("folder of a finished evaluation: take α = 0 and the α that was best there, in place of --alpha", "")
-    num_beams: int = option("beams, and the length of each ranked list", 10)
-    length_penalty: float = option("p in score / length^p: 0 as D3, 1 as BIGRec", 0.0)
+    num_beams: int = option("length of each ranked list, and beams", 10)
+    search: str = option("beam search, or exact: best-first until the list is proven", "beam", ("beam", "exact"))
     decoding_rule: str = option("how gains are normalised among siblings, see igd_ds/decoding/rules.py", "per-node")
+    length_penalty: float = option("p in score / length^p: 0 as D3, 1 as BIGRec", 0.0)
+    softmax: str = option(
+        "log p over the full vocabulary, or masked: over the trie's next tokens alone", "full", ("full", "masked")
+    )
+    temperature: float = option("T in log softmax(logits / T)", 1.0)
+    popularity_prior: float = option("γ: weight of the items' training popularity, added to the scores", 0.0)
+    guidance: str = option(".npy of floats (rows of the split, items): a second scorer's item probabilities", "")
+    guidance_weight: float = option("weight of the second scorer's log-probabilities (with --guidance)", 0.0)
+    item_filter: str = option("Parquet with row_id and lists of item ids, allow and/or deny; null: no restriction", "")
+    pass_positions: int = option("tokens sent through the model at once while searching, which bounds its memory", 512)
+    row_positions: int = option("tokens the exact search may send through the model per row, all α together", 4096)
     batch_size: int = option("rows searched at once", 16)
     num_rows: int = option("rows to evaluate, a seeded sample; 0: all", 0)
     seed: int = option("seeds the sample of rows", 0)
@@ -154,8 +166,13 @@ class EvalConfig:
         for name in ("num_beams", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, found {getattr(self, name)}")
-        if self.length_penalty < 0:
-            raise ValueError(f"--length_penalty must not be negative, found {self.length_penalty}")
+        for name in ("length_penalty", "popularity_prior", "guidance_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"--{name} must not be negative, and finite, found {getattr(self, name)}")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"--temperature must be positive and finite, found {self.temperature}")
+        if bool(self.guidance) != (self.guidance_weight > 0):
+            raise ValueError("--guidance and --guidance_weight, larger than 0, go together: give both or neither")
         if self.num_rows < 0 or self.max_length < 0 or self.seed < 0:
             raise ValueError("--num_rows, --max_length and --seed must not be negative")
 

@@ -27,38 +27,47 @@ from tqdm import tqdm
 import igd_ds
 from igd_ds import config as configuration
 from igd_ds import distributed, metrics
-from igd_ds.data.collate import left_padded, sample_rows
-from igd_ds.data.dataset import InteractionDataset, Split, sha256_of
-from igd_ds.data.prompts import PromptBuilder, Template
-from igd_ds.decoding.beam import SearchTrie, beam_search
-from igd_ds.decoding.cache import PromptTree
-from igd_ds.decoding.rules import edge_weights
+from igd_ds.data.collate import sample_rows
+from igd_ds.data.dataset import Split, sha256_of
+from igd_ds.data.per_row import ItemLists, map_guidance
+from igd_ds.decoding.expand import PerUser
+from igd_ds.decoding.filters import ItemFilter
+from igd_ds.decoding.search import Limits, SearchResult, check_limits
 from igd_ds.distributed import say
 from igd_ds.items import decisiveness
-from igd_ds.items.store import StoredCatalogue, load_catalogue
 from igd_ds.models import causal_lm
+from igd_ds.recommender import Recommender
 from igd_ds.runlog import RunLog, write_json
 
 LIST_SCHEMA = pa.schema([
     ("row_id", pa.int64()), ("user_id", pa.int64()), ("alpha", pa.float64()), ("rank", pa.int32()), ("leaf_id", pa.int32()),
-    ("item_ids", pa.list_(pa.int32())), ("score", pa.float32()),
+    ("item_ids", pa.list_(pa.int32())), ("score", pa.float32()), ("certified", pa.bool_()),
 ])  # fmt: skip
+PART_SCHEMA = LIST_SCHEMA.append(pa.field("by_beam", pa.bool_()))  # the list that an exact search started from
 # What the lists depend on. Not the number of ranks, and not where model and data lie: those are recognised by their content.
-REQUEST = ("split", "alpha", "num_beams", "length_penalty", "decoding_rule", "batch_size", "num_rows", "seed", "dtype")
+REQUEST = (
+    "split", "alpha", "search", "num_beams", "decoding_rule", "length_penalty", "softmax", "temperature", "popularity_prior",
+    "guidance_weight", "pass_positions", "row_positions", "batch_size", "num_rows", "seed", "dtype",
+)  # fmt: skip
+REQUEST_FILES = ("guidance", "item_filter")
 
 
 @dataclass(frozen=True)
 class Task:
-    """What an evaluation works on: the split, the ids of the rows to rank for (ascending), their prompts, the catalogue."""
+    """What an evaluation works on: the ids of the rows to rank for (ascending), and what restricts or guides their lists."""
 
-    dataset: InteractionDataset
+    recommender: Recommender
     split: Split
     rows: np.ndarray
-    prompts: PromptBuilder
-    stored: StoredCatalogue
-    weights: dict[float, np.ndarray]  # α → w_d per edge
-    pad_token_id: int
-    load_in_4bit: bool  # whether the base weights were quantised in training
+    item_lists: ItemLists | None
+    guidance: tuple[np.ndarray, float] | None
+
+    def per_user(self, rows: np.ndarray, guided: bool = True) -> PerUser:
+        """Return the item filter and, if `guided`, the guidance of a batch of rows."""
+        labels = [f"row {row} of {self.split.name}" for row in rows]
+        lists = self.item_lists.of(rows) if self.item_lists else {}
+        guidance = (self.guidance[0][rows], self.guidance[1]) if self.guidance and guided else None
+        return self.recommender.per_user(labels, guidance=guidance, **lists)
 
 
 def main() -> int:
@@ -72,8 +81,7 @@ def main() -> int:
     if distributed.on_main(lambda: claim_output_folder(output, config, task)):
         say(f"{output} is finished: {output / 'metrics.json'}")
         return 0
-    num_leaves = int(np.count_nonzero(task.stored.trie.is_leaf))
-    if config.num_beams > num_leaves:
+    if config.num_beams > (num_leaves := task.recommender.num_leaves):
         say(f"warning: --num_beams {config.num_beams}, but the catalogue has {num_leaves} different items: lists are that long")
     count, seconds = search_rows(config, task, output / "parts")
     totals = torch.tensor([count, count / seconds if count else 0.0], dtype=torch.float64, device=distributed.device())
@@ -104,31 +112,42 @@ def with_chosen_alpha(config):
 
 def build_task(config) -> Task:
     """Load and check everything but the weights."""
-    description = causal_lm.describe(Path(config.model))
-    if config.max_length > description["max_length"]:
-        raise ValueError(f"--max_length {config.max_length} exceeds the {description['max_length']} the model was trained with")
-    dataset = InteractionDataset.load(config.dataset)
-    tokenizer = causal_lm.load_tokenizer(config.model, config.trust_remote_code)
-    stored = load_catalogue(Path(config.model) / "catalogue", tokenizer=tokenizer, dataset=dataset)
-    weights = {alpha: edge_weights(stored.trie, stored.gain, config.decoding_rule, alpha) for alpha in config.alpha}
-    template = Template.from_dict(description["prompt"], f"{config.model}/{causal_lm.DESCRIPTION_FILE}")
-    budget = (config.max_length or description["max_length"]) - stored.catalogue.max_length
-    prompts = PromptBuilder.build(template, tokenizer, dataset, stored.catalogue.kind, budget)
-    split = dataset.splits[config.split]
+    recommender = Recommender(config)
+    scoring = recommender.scoring(config)
+    if config.search == "exact":
+        scoring.refuse_exact()
+    check_limits(Limits(config.pass_positions, config.row_positions), config.num_beams)
+    check_memory(config, len(recommender.tokenizer))
+    split = recommender.dataset.splits[config.split]
     rows = sample_rows(len(split), config.num_rows, config.seed)
-    check_memory(config, len(tokenizer))
-    return Task(dataset, split, rows, prompts, stored, weights, tokenizer.pad_token_id, description["load_in_4bit"])
+    if len(empty := rows[np.diff(split.history_offsets)[rows] == 0]):
+        raise ValueError(f"row {empty[0]} of {split.name} has an empty history: leave such rows out of the dataset")
+    lists = ItemLists.read(config.item_filter, len(split)) if config.item_filter else None
+    guidance = map_guidance(config.guidance, len(split), recommender.dataset.num_items) if config.guidance else None
+    task = Task(recommender, split, rows, lists, None if guidance is None else (guidance, config.guidance_weight))
+    distributed.on_main(lambda: check_item_lists(config, task))
+    return task
+
+
+def check_item_lists(config, task: Task) -> None:
+    """Raise ValueError for a row with an unknown item in its lists or left with nothing: now rather than hours later."""
+    for rows in batches_of(config, task.rows) if task.item_lists else []:
+        task.per_user(rows, guided=False)
+
+
+def batches_of(config, rows: np.ndarray) -> list[np.ndarray]:
+    """Cut `rows` into batches: the same ones whatever the number of ranks."""
+    return [rows[begin : begin + config.batch_size] for begin in range(0, len(rows), config.batch_size)]
 
 
 def check_memory(config, vocabulary: int) -> None:
-    """Raise ValueError if the beams' logits and log-probabilities alone (fp32) exceed the memory that is free."""
-    needed = 2 * 4 * config.batch_size * config.num_beams * vocabulary
+    """Raise ValueError if one pass's logits and log-probabilities alone (fp32) exceed the memory that is free."""
+    flag = max("pass_positions", "batch_size", key=lambda name: getattr(config, name))  # prompts: a position each
+    needed = 2 * 4 * getattr(config, flag) * vocabulary
     free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
     if needed > free:
-        raise ValueError(
-            f"--num_beams {config.num_beams} × --batch_size {config.batch_size} × {vocabulary} tokens of logits take "
-            f"{needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free: lower one of the two"
-        )
+        numbers = f"take {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
+        raise ValueError(f"--{flag} {getattr(config, flag)} × {vocabulary} tokens of logits {numbers}: lower it")
 
 
 def claim_output_folder(output: Path, config, task: Task) -> bool:
@@ -138,9 +157,11 @@ def claim_output_folder(output: Path, config, task: Task) -> bool:
     """
     model = Path(config.model)
     files = sorted(path for path in model.rglob("*") if path.is_file())
-    request = {name: getattr(config, name) for name in REQUEST} | {
-        "max_length": config.max_length or causal_lm.describe(model)["max_length"],
-        "dataset": task.dataset.fingerprint,
+    request = {name: getattr(config, name) for name in REQUEST}
+    request |= {name: sha256_of(path) if (path := getattr(config, name)) else None for name in REQUEST_FILES}
+    request |= {
+        "max_length": config.max_length or task.recommender.description["max_length"],
+        "dataset": task.recommender.dataset.fingerprint,
         "model": {str(path.relative_to(model)): sha256_of(path) for path in files},
         "base_model": causal_lm.base_of(config),
         "version": igd_ds.__version__,
@@ -169,132 +190,115 @@ def claim_output_folder(output: Path, config, task: Task) -> bool:
 def search_rows(config, task: Task, parts: Path) -> tuple[int, float]:
     """Search this rank's batches and write each one's lists to `parts`; returns how many rows and how many seconds that were.
 
-    Batches are cut from the order of the rows, so they are the same whatever the number of ranks; those that an earlier,
-    killed evaluation left to do are dealt in turn.
+    Batches that an earlier, killed evaluation left to do are dealt in turn.
     """
-    cuts = range(0, len(task.rows), config.batch_size)
-    batches = {parts / f"batch-{begin:09d}.parquet": task.rows[begin : begin + config.batch_size] for begin in cuts}
+    batches = {parts / f"batch-{number:09d}.parquet": rows for number, rows in enumerate(batches_of(config, task.rows))}
     missing = distributed.on_main(lambda: [path for path in batches if not path.is_file()])
     mine = missing[distributed.rank() :: distributed.world_size()]
     if not mine:
         return 0, 0.0
-    device = distributed.device()
-    model = causal_lm.load_trained(config, task.load_in_4bit, device)
-    trie = SearchTrie.build(task.stored.trie, device)
-    weights = {alpha: torch.from_numpy(array).to(device) for alpha, array in task.weights.items()}
+    recommender, limits = task.recommender, Limits(config.pass_positions, config.row_positions)
+    recommender.load_weights()
+    scoring = recommender.scoring(config)
     count, began = sum(len(batches[path]) for path in mine), time.perf_counter()
     with tqdm(total=count, unit="row", desc="rows of rank 0", disable=not distributed.is_main(), mininterval=1.0) as bar:
         for path in mine:
             rows = batches[path]
-            prompts = [task.prompts.encode(task.split.history(row)) for row in rows]
-            tree = PromptTree(model)
-            tree.prefill(*(tensor.to(device) for tensor in left_padded(prompts, task.pad_token_id)))
-            tables = []
-            for alpha in config.alpha:  # all from one prefill
-                tree.rewind()
-                found = beam_search(tree, trie, weights[alpha], config.num_beams, config.length_penalty)
-                tables.append(list_table(task, rows, alpha, found.leaves.cpu().numpy(), found.scores.cpu().numpy()))
+            histories, per_user = [task.split.history(row) for row in rows], task.per_user(rows)
+            found = recommender.search(histories, scoring, config.num_beams, config.search, per_user, limits)
             temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-            pq.write_table(pa.concat_tables(tables), temporary)
+            pq.write_table(part_table(task, rows, config.alpha, found, per_user.item_filter), temporary)
             os.replace(temporary, path)
             bar.update(len(rows))
     return count, time.perf_counter() - began
 
 
-def list_table(task: Task, rows: np.ndarray, alpha: float, leaves: np.ndarray, scores: np.ndarray) -> pa.Table:
-    """Return the lists (B, K) of `rows` (B,) as a table, one line per listed leaf with all items that share it."""
-    trie = task.stored.trie
-    row, column = np.nonzero(leaves >= 0)
-    leaf = leaves[row, column]
-    count = trie.num_items[leaf]
-    ends = np.cumsum(count)
-    position = np.repeat(trie.first_item[leaf] - (ends - count), count) + np.arange(ends[-1])
-    items = pa.ListArray.from_arrays(pa.array(np.concatenate([[0], ends]), pa.int32()), pa.array(trie.item_order[position]))
-    columns = [rows[row], task.split.user_ids[rows[row]], np.full(len(row), alpha), column + 1, leaf, items, scores[row, column]]
-    return pa.table(dict(zip(LIST_SCHEMA.names, columns, strict=True)), schema=LIST_SCHEMA)
+def part_table(task: Task, rows: np.ndarray, alphas: list[float], found: SearchResult, allowed: ItemFilter | None) -> pa.Table:
+    """Return all lists of `rows` (B,), one line per listed leaf with the items there that the row may get; counts as metadata."""
+    lists = [(False, found.leaves, found.scores, found.certified)]
+    if found.beam_leaves is not None:
+        lists.append((True, found.beam_leaves, found.beam_scores, torch.zeros_like(found.certified)))
+    tables = []
+    for by_beam, *tensors in lists:
+        leaves, scores, certified = (tensor.cpu().numpy() for tensor in tensors)
+        listed = np.nonzero(leaves >= 0)
+        grid, row, place = listed
+        items, count = task.recommender.items_under(leaves[listed], row, allowed)
+        ends = np.concatenate([[0], count.cumsum()])
+        columns = [
+            rows[row], task.split.user_ids[rows[row]], np.array(alphas)[grid], place + 1, leaves[listed],
+            pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(items)), scores[listed], place < certified[grid, row],
+            np.full(len(row), by_beam),
+        ]  # fmt: skip
+        tables.append(pa.table(dict(zip(PART_SCHEMA.names, columns, strict=True)), schema=PART_SCHEMA))
+    counts = {name: int(values.sum()) for name, values in found.counts.items()}
+    return pa.concat_tables(tables).replace_schema_metadata({"counts": json.dumps(counts)})
 
 
 def finish(config, task: Task, output: Path, timing: dict) -> None:
     """Gather all lists by row, write predictions and metrics, remove the parts. Rank 0 only; metrics.json comes last."""
-    table = pa.concat_tables(pq.read_table(path) for path in sorted((output / "parts").glob("batch-*.parquet")))
-    length = min(config.num_beams, int(np.count_nonzero(task.stored.trie.is_leaf)))
-    cutoffs = metrics.usable_cutoffs(length)
-    results = {name: getattr(config, name) for name in REQUEST} | describe_targets(task, cutoffs)
-    results |= {"dataset": task.dataset.info["name"], "entropy": task.stored.entropy, "alpha": {}}
+    parts = sorted((output / "parts").glob("batch-*.parquet"))
+    table = pa.concat_tables(pq.read_table(path) for path in parts).replace_schema_metadata()
+    counts = [json.loads(pq.read_schema(path).metadata[b"counts"]) for path in parts]
+    stored, dataset = task.recommender.stored, task.recommender.dataset
+    trie, entropy = stored.trie, decisiveness.entropy(stored.trie, stored.entropy)
+    target = trie.leaf_of_item[task.split.targets[task.rows]]
+    cutoffs = metrics.usable_cutoffs(min(config.num_beams, task.recommender.num_leaves))
+    request = json.loads((output / "request.json").read_text())
+    results = {name: request[name] for name in (*REQUEST, *REQUEST_FILES)} | {"rows": len(task.rows)}
+    results |= metrics.describe_targets(trie, entropy, target, cutoffs)
+    results |= {"dataset": dataset.info["name"], "entropy": stored.entropy, "alpha": {}}
+    results["search_per_row"] = {name: sum(part[name] for part in counts) / len(task.rows) for name in counts[0]}
     log = RunLog(output, enabled=True, resume_step=-1)  # from scratch, should an earlier attempt have been killed here
     for alpha in config.alpha:
-        lists = table.filter(pc.equal(table["alpha"], alpha)).sort_by([("row_id", "ascending"), ("rank", "ascending")])
-        leaves, scores = lists_by_row(lists, task.rows, length)
-        values = results["alpha"][str(alpha)] = measure(task, leaves, scores, cutoffs)
+        both = table.filter(pc.equal(table["alpha"], alpha)).sort_by([("row_id", "ascending"), ("rank", "ascending")])
+        lists = both.filter(pc.invert(both["by_beam"])).select(LIST_SCHEMA.names)
+        leaves, scores, certified = lists_by_row(lists, task.rows, config.num_beams)
+        values = metrics.describe_lists(trie, entropy, target, leaves, scores, item_credit(task, lists), cutoffs)
+        line = ", ".join(f"{name} {value:.4f}" for name, value in values["token_match"].items())
+        if config.search == "exact":
+            beam, _, _ = lists_by_row(both.filter(both["by_beam"]), task.rows, config.num_beams)
+            values |= metrics.compare_with_beam(leaves, certified, beam, target, cutoffs)
+            line += f"; proven for {values['proof_share']:.2%} of rows"
+        results["alpha"][str(alpha)] = values
+        results["short_lists"] = int((leaves[:, -1] < 0).sum())  # the same for every α
         log.log(round(1000 * alpha), {f"eval/{name}": value for name, value in values["token_match"].items()})
         temporary = output / f"predictions.tmp-{os.getpid()}"
         pq.write_table(lists, temporary)
         os.replace(temporary, output / f"predictions-alpha{alpha}.parquet")
-        print(f"alpha {alpha}: " + ", ".join(f"{name} {value:.4f}" for name, value in values["token_match"].items()), flush=True)
+        print(f"alpha {alpha}: {line}", flush=True)
     log.close()
+    if (short := results["short_lists"]) and config.num_beams <= task.recommender.num_leaves:
+        print(f"warning: {short} lists are shorter than --num_beams, because filter or guidance leaves those rows fewer items")
     write_json(output / "timing.json", timing)
     write_json(output / "metrics.json", results)
     shutil.rmtree(output / "parts")
     print(f"{len(task.rows)} rows of {config.split}: {output / 'metrics.json'}", flush=True)
 
 
-def lists_by_row(lists: pa.Table, rows: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return leaves int64 and scores float32, each (R, length), from one α's table sorted by row and rank.
-
-    The search fills every list: with fewer leaves than beams `length` is the number of leaves (see `beam_search`).
-    """
-    row_ids = lists["row_id"].to_numpy()
-    assert np.array_equal(row_ids, np.repeat(rows, length)), "every expected row has one whole list, and no other row has any"
-    leaves, scores = (lists[name].to_numpy().reshape(-1, length) for name in ("leaf_id", "score"))
-    return leaves.astype(np.int64), scores
-
-
-def describe_targets(task: Task, cutoffs: list[int]) -> dict:
-    """Return what the evaluated targets are like, whatever the model: cold ones, prefix entropy, the popularity baseline.
-
-    A target is cold if training had no target with its token path; a trie of training targets alone could never list it.
-    """
-    trie = task.stored.trie
-    target = trie.leaf_of_item[task.split.targets[task.rows]]
-    leaves = np.flatnonzero(trie.is_leaf)
-    ahead, tied = metrics.popularity_ranking(trie.train_count[leaves], np.searchsorted(leaves, target))
-    return {
-        "rows": len(task.rows),
-        "leaves": len(leaves),
-        "cold_targets": int((trie.train_count[target] == 0).sum()),
-        "target_prefix_entropy": entropy_by_step(task, *np.unique(target, return_counts=True)),
-        "popularity_baseline": metrics.means(metrics.ranking_sums(ahead, cutoffs, tied), len(target)),
-    }
+def lists_by_row(lists: pa.Table, rows: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return one α's leaves int64, scores float32 and certified bool, each (R, length); −1, −inf, False behind a list's end."""
+    row, place, by_row = np.searchsorted(rows, lists["row_id"].to_numpy()), lists["rank"].to_numpy() - 1, []
+    for name, nothing in (("leaf_id", np.int64(-1)), ("score", np.float32(-np.inf)), ("certified", False)):
+        by_row.append(np.full((len(rows), length), nothing))
+        by_row[-1][row, place] = lists[name].to_numpy()
+    there = by_row[0] >= 0
+    assert np.array_equal(lists["row_id"].to_numpy(), rows[row]) and there[:, 0].all(), "the expected rows, all of them, no other"
+    assert there.sum() == len(row) and (there[:, :-1] >= there[:, 1:]).all(), "each has one list, without a hole"
+    return tuple(by_row)
 
 
-def measure(task: Task, leaves: np.ndarray, scores: np.ndarray, cutoffs: list[int]) -> dict:
-    """Return all metrics of one α's lists (R, K). Token match lets a leaf's items share a rank; item match draws one of them."""
-    trie = task.stored.trie
-    target = trie.leaf_of_item[task.split.targets[task.rows]]
-    ahead, cold = metrics.items_ahead(leaves, target), trie.train_count[target] == 0
-    listed, index, times = np.unique(leaves[:, :10], return_inverse=True, return_counts=True)
-    first_tokens = trie.token[metrics.path_nodes(listed, trie.parent, trie.depth)[:, 0]][index.reshape(leaves[:, :10].shape)]
-    repetition, num_lists = metrics.first_token_repetition(first_tokens)
-    bits, _ = metrics.score_entropy(scores)
-    item_match = metrics.ranking_sums(ahead, cutoffs, credit=1 / trie.num_items[target])
-    return {
-        "token_match": metrics.means(metrics.ranking_sums(ahead, cutoffs), len(target)),
-        "item_match": metrics.means(item_match, len(target)),
-        "token_match_warm_targets": metrics.means(metrics.ranking_sums(ahead[~cold], cutoffs), int((~cold).sum())),
-        "token_match_cold_targets": metrics.means(metrics.ranking_sums(ahead[cold], cutoffs), int(cold.sum())),
-        "first_token_repetition": repetition / num_lists,
-        "score_entropy_bits": bits / num_lists,
-        "cold_share_of_listed": float((trie.train_count[leaves] == 0).mean()),
-        "prefix_entropy": entropy_by_step(task, listed, times),
-    }
-
-
-def entropy_by_step(task: Task, leaves: np.ndarray, times: np.ndarray) -> dict[str, list]:
-    """Return the mean entropy of the prefix after each step, in nats, and how many items reach it (IGD Figures 3, 6)."""
-    trie = task.stored.trie
-    nodes = metrics.path_nodes(leaves, trie.parent, trie.depth)
-    sums, counts = metrics.prefix_entropy(nodes, times, decisiveness.entropy(trie, task.stored.entropy))
-    return {"nats": (sums / counts).tolist(), "items": counts.tolist()}
+def item_credit(task: Task, lists: pa.Table) -> np.ndarray:
+    """Return the share of a hit that item match counts, float64 (R,): of the leaf's items that the row may get one is drawn."""
+    target = task.split.targets[task.rows]
+    row = np.searchsorted(task.rows, lists["row_id"].to_numpy())
+    hit = task.recommender.stored.trie.leaf_of_item[target[row]] == lists["leaf_id"].to_numpy()
+    row, items = row[hit], lists["item_ids"].filter(pa.array(hit)).combine_chunks()
+    count = pc.list_value_length(items).to_numpy()
+    owner = np.repeat(row, count)
+    credit = np.zeros(len(target))
+    credit[row] = np.bincount(owner, items.flatten().to_numpy() == target[owner], len(target))[row] / count
+    return credit
 
 
 if __name__ == "__main__":

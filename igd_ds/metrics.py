@@ -124,6 +124,98 @@ def prefix_entropy(nodes: np.ndarray, times: np.ndarray, entropy: np.ndarray) ->
     return times @ np.where(inside, entropy[nodes], 0.0), times @ inside
 
 
+def entropy_by_step(trie, entropy: np.ndarray, leaves: np.ndarray, times: np.ndarray) -> dict[str, list]:
+    """Return the mean entropy of the prefix after each step, in nats, and how many items reach it (IGD Figures 3, 6)."""
+    sums, counts = prefix_entropy(path_nodes(leaves, trie.parent, trie.depth), times, entropy)
+    return {"nats": (sums / counts).tolist(), "items": counts.tolist()}
+
+
+def describe_targets(trie, entropy: np.ndarray, target: np.ndarray, cutoffs: Sequence[int]) -> dict:
+    """Return what the targets are like, whatever the model: cold ones, prefix entropy, the popularity baseline.
+
+    A target is cold if training had no target with its token path; a trie of training targets alone could never list it.
+
+    Args:
+        trie: TokenTrie of M nodes.
+        entropy: of the items under each node in nats, (M,).
+        target: the leaf of each row's target, (R,).
+        cutoffs: the K of HR and NDCG.
+    """
+    leaves = np.flatnonzero(trie.is_leaf)
+    ahead, tied = popularity_ranking(trie.train_count[leaves], np.searchsorted(leaves, target))
+    return {
+        "leaves": len(leaves),
+        "cold_targets": int((trie.train_count[target] == 0).sum()),
+        "target_prefix_entropy": entropy_by_step(trie, entropy, *np.unique(target, return_counts=True)),
+        "popularity_baseline": means(ranking_sums(ahead, cutoffs, tied), len(target)),
+    }
+
+
+def describe_lists(
+    trie,
+    entropy: np.ndarray,
+    target: np.ndarray,
+    leaves: np.ndarray,
+    scores: np.ndarray,
+    credit: np.ndarray,
+    cutoffs: Sequence[int],
+) -> dict:
+    """Return all figures of ranked lists. Token match lets a leaf's items share a rank; item match draws one of them.
+
+    Args:
+        trie, entropy, target, cutoffs: see `describe_targets`.
+        leaves, scores: the lists, (R, K), and their scores in nats; −1 and −inf behind the end of a list.
+        credit: share of a hit that counts in item match, (R,).
+    """
+    ahead, cold = items_ahead(leaves, target), trie.train_count[target] == 0
+    top = leaves[:, :10]
+    listed, index, times = np.unique(top[top >= 0], return_inverse=True, return_counts=True)
+    first_tokens = np.full(top.shape, -1)
+    first_tokens[top >= 0] = trie.token[path_nodes(listed, trie.parent, trie.depth)[:, 0]][index]
+    repetition, num_lists = first_token_repetition(first_tokens)
+    bits, _ = score_entropy(scores)
+    return {
+        "token_match": means(ranking_sums(ahead, cutoffs), len(target)),
+        "item_match": means(ranking_sums(ahead, cutoffs, credit=credit), len(target)),
+        "token_match_warm_targets": means(ranking_sums(ahead[~cold], cutoffs), int((~cold).sum())),
+        "token_match_cold_targets": means(ranking_sums(ahead[cold], cutoffs), int(cold.sum())),
+        "first_token_repetition": repetition / num_lists,
+        "score_entropy_bits": bits / num_lists,
+        "cold_share_of_listed": float((trie.train_count[leaves[leaves >= 0]] == 0).mean()),
+        "prefix_entropy": entropy_by_step(trie, entropy, listed, times),
+    }
+
+
+def compare_with_beam(
+    leaves: np.ndarray, certified: np.ndarray, beam: np.ndarray, target: np.ndarray, cutoffs: Sequence[int]
+) -> dict:
+    """Return how many exact lists are proven, and what the beam's lists are worth beside them.
+
+    Args:
+        leaves: what the exact search found, (R, K); −1 behind the end of a list.
+        certified: whether each place is proven, bool (R, K).
+        beam: what the beam search found, (R, K).
+        target: the leaf of each row's target, (R,).
+        cutoffs: the K of HR and NDCG.
+
+    Returns:
+        `proof_share`: share of rows whose whole list is proven. `beam`: `token_match` of the beam's lists, and
+        `missed_of_true_top`, by k of 1 and K: how many of the k truly best items the beam's list lacks, a mean over the rows
+        whose first k places are proven; None where there is no such row.
+    """
+    missed = (leaves >= 0) & ~(leaves[:, :, None] == beam[:, None, :]).any(2)
+    proven = np.logical_and.accumulate(certified | (leaves < 0), axis=1)
+    missed_of_true_top = {}
+    for k in sorted({1, leaves.shape[1]}):
+        lacking = missed[proven[:, k - 1], :k].sum(1)
+        missed_of_true_top[str(k)] = float(lacking.mean()) if len(lacking) else None
+    token_match = means(ranking_sums(items_ahead(beam, target), cutoffs), len(target))
+    return {
+        "proof_share": float(proven[:, -1].mean()),
+        "beam": {"token_match": token_match, "missed_of_true_top": missed_of_true_top},
+    }
+
+
 def best_alpha(results: dict, metric: str = "ndcg@10") -> str:
     """Return the α (as written in a metrics.json) with the highest token-match `metric`; the smallest one on a tie.
 

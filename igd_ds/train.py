@@ -26,11 +26,13 @@ import igd_ds
 from igd_ds import config as configuration
 from igd_ds import distributed, metrics
 from igd_ds import engine as engines
-from igd_ds.data.collate import MASKED_ROW, Batch, Collator, deal, epoch_batches, left_padded, sample_rows
+from igd_ds.data.collate import MASKED_ROW, Batch, Collator, deal, epoch_batches, sample_rows
 from igd_ds.data.dataset import InteractionDataset
 from igd_ds.data.prompts import PromptBuilder, Template
-from igd_ds.decoding import beam
 from igd_ds.decoding.cache import PromptTree
+from igd_ds.decoding.rules import Scoring, ScoringOptions
+from igd_ds.decoding.search import search
+from igd_ds.decoding.trie import SearchTrie
 from igd_ds.distributed import say
 from igd_ds.items import decisiveness, store
 from igd_ds.items.catalogue import Catalogue
@@ -368,16 +370,15 @@ def validation_nll(engine, task: Task, batches: list[np.ndarray]) -> dict[str, f
 def validation_ndcg(engine, task: Task, batches: list[np.ndarray]) -> dict[str, float]:
     """Return NDCG@10 (token match) of a beam search with 10 beams, α = 0, over all ranks' batches."""
     device, trie = distributed.device(), task.stored.trie
-    search_trie = beam.SearchTrie.build(trie, device)
-    weights = torch.ones(trie.num_nodes, device=device)
+    search_trie, scoring = SearchTrie.build(trie, device), Scoring.build(trie, task.stored.gain, ScoringOptions(), device)
     # Under ZeRO-3 every forward pass is a collective: ranks go on together until the last one's search ends.
     any_rank = distributed.any_rank if engine.zero_optimization_stage() == 3 else bool
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     for rows in batches:
         prompts = [task.valid.prompts.encode(task.valid.split.history(max(row, 0))) for row in rows]
         tree = PromptTree(engine.module)
-        tree.prefill(*(t.to(device) for t in left_padded(prompts, task.tokenizer.pad_token_id)))
-        leaves = beam.beam_search(tree, search_trie, weights, num_beams=10, any_rank=any_rank).leaves.cpu().numpy()
+        tree.prefill(prompts)
+        leaves = search(tree, search_trie, scoring, num_beams=10, any_rank=any_rank).leaves[0].cpu().numpy()
         real = rows != MASKED_ROW
         targets = trie.leaf_of_item[task.valid.split.targets[rows[real]]]
         ndcg = metrics.ranking_sums(metrics.items_ahead(leaves[real], targets), [10])["ndcg@10"]

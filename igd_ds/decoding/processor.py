@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from transformers import LogitsProcessor
 
-from igd_ds.decoding.beam import SearchTrie
+from igd_ds.decoding.trie import SearchTrie
 
 
 class IGDLogitsProcessor(LogitsProcessor):

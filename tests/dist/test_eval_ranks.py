@@ -1,4 +1,4 @@
-"""The evaluator over ranks: the same bytes on 1, 2 and 3 ranks, with more ranks than batches, after a kill, on a real protocol."""
+"""The evaluator over ranks: the same bytes on 1, 2 and 3 ranks, more ranks than batches, after a kill, on a real protocol."""
 
 import json
 import os
@@ -51,6 +51,29 @@ def test_any_number_of_ranks_gives_the_same_bytes(world, run, single, tmp_path, 
         assert pq.read_table(output / path.name).equals(pq.read_table(path))
     assert json.loads((output / "timing.json").read_text())["world_size"] == size
     assert "alpha 0.3: hr@1" in text and not (output / "parts").exists()
+
+
+def test_exact_filtered_and_guided_lists_are_the_same_on_any_number_of_ranks(world, run, tmp_path):
+    import numpy as np
+    import pyarrow as pa
+
+    num_items = pq.read_metadata(Path(world.dataset) / "items.parquet").num_rows
+    num_rows = pq.read_metadata(Path(world.dataset) / "test.parquet").num_rows
+    deny = pa.array([[row % num_items] for row in range(num_rows)], pa.list_(pa.int32()))
+    pq.write_table(pa.table({"row_id": np.arange(num_rows), "deny": deny}), tmp_path / "lists")
+    np.save(tmp_path / "q.npy", np.random.default_rng(0).random((num_rows, num_items), dtype=np.float32))
+    per_row = ("--item_filter", tmp_path / "lists", "--guidance", tmp_path / "q.npy", "--guidance_weight", 0.5)
+    results = []
+    for size in (1, 2, 3):
+        output = tmp_path / f"on-{size}"
+        words = flags(world, run, output, *GRID, "--batch_size", 4, "--search", "exact", "--row_positions", 200, *per_row)
+        ranks.run(size, tmp_path / "log", ranks.entry, *entry(words))
+        results.append((output / "metrics.json").read_bytes())
+        lists = pq.read_table(output / "predictions-alpha0.3.parquet").to_pydict()
+        assert all(row % num_items not in items for row, items in zip(lists["row_id"], lists["item_ids"], strict=True))
+    assert results[0] == results[1] == results[2]
+    found = json.loads(results[0])
+    assert found["search_per_row"]["positions"] > 200 and 0 <= found["alpha"]["0.3"]["proof_share"] < 1  # a pass may exceed it
 
 
 def test_more_ranks_than_batches(world, run, tmp_path):
@@ -124,7 +147,9 @@ def test_alpha_from_takes_the_validated_alpha(world, run, single, tmp_path):
         (other, "evaluated something else; these differ: model"),
         (tmp_path, "no finished evaluation"),
     ]:
-        processes = ranks.start(1, tmp_path / "log2", ranks.entry, *entry(flags(world, run, tmp_path / "x", "--alpha_from", folder)))
+        processes = ranks.start(
+            1, tmp_path / "log2", ranks.entry, *entry(flags(world, run, tmp_path / "x", "--alpha_from", folder))
+        )
         assert ranks.wait(processes) == [2] and message in (tmp_path / "log2").read_text()
 
 
@@ -134,7 +159,9 @@ def test_alpha_from_takes_the_validated_alpha(world, run, single, tmp_path):
         (("--alpha", "1.2"), "--alpha must lie in [0, 1]"),
         (("--decoding_rule", "pernode"), "known are per-node"),
         (("--max_length", "4000"), "--max_length 4000 exceeds"),
-        (("--num_beams", "100000000"), "GiB are free: lower one of the two"),
+        (("--num_beams", "100000000"), "--pass_positions 512 is less than one position for each of 100000000 beams"),
+        (("--pass_positions", "100000000000"), "GiB are free: lower it"),
+        (("--search", "exact", "--decoding_rule", "pooled"), "use --search beam"),
     ],
 )
 def test_bad_requests(world, run, tmp_path, more, message):

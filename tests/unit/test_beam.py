@@ -1,120 +1,34 @@
-"""Tree cache and beam search against a plain search: one user, one beam, one full forward pass at a time."""
+"""Tree cache and beam search against the plain search of oracle.py."""
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-import transformers
+from oracle import (
+    EOS,
+    assert_same_lists,
+    build_trie,
+    found_lists,
+    node_paths,
+    plain_search,
+    random_items,
+    random_prompts,
+    random_weights,
+    ranking,
+    run_search,
+    scoring_of,
+    tiny_model,
+    token_logprobs,
+    weight_by_path,
+)
 
-from igd_ds.decoding.beam import SearchTrie, beam_search, longest_item
+from igd_ds.decoding.beam import best_per_lane
 from igd_ds.decoding.cache import PromptTree
-from igd_ds.items.trie import TokenTrie
-
-EOS, VOCABULARY = 0, 48
-
-
-def tiny_model(kind: str = "qwen2", seed: int = 0, attention: str = "sdpa"):
-    """Random causal LM with sharp logits, so that scores are far apart; float32, eval mode."""
-    torch.manual_seed(seed)
-    settings = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-                "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.3,
-                "attn_implementation": attention}  # fmt: skip
-    if kind == "qwen3":
-        settings["head_dim"] = 8
-    return transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(kind, **settings)).eval()
-
-
-def random_items(num_items: int, seed: int = 0) -> list[tuple[int, ...]]:
-    """Distinct token paths with shared prefixes and forced runs; lengths 2 to 8 with EOS."""
-    random = np.random.default_rng(seed)
-    items = {(1, EOS), (1, 2, EOS), (1, 2, 3, 4, 5, 6, 7, EOS)}
-    while len(items) < num_items:
-        length = random.integers(1, 7)
-        items.add((*(int(t) for t in random.integers(1, 7, size=length)), EOS))
-    return sorted(items, key=lambda path: random.random())
-
-
-def build_trie(items, counts=None) -> TokenTrie:
-    """TokenTrie of token paths."""
-    offsets = np.concatenate([[0], np.cumsum([len(path) for path in items])]).astype(np.int64)
-    counts = np.ones(len(items), np.int64) if counts is None else np.asarray(counts, np.int64)
-    return TokenTrie.build(np.concatenate(items).astype(np.int32), offsets, counts)
-
-
-def node_paths(trie) -> list[tuple[int, ...]]:
-    """The token path of every trie node."""
-    paths = [()]
-    for parent, token in zip(trie.parent[1:], trie.token[1:], strict=True):
-        paths.append((*paths[parent], int(token)))
-    return paths
-
-
-def random_weights(trie, seed: int = 0) -> np.ndarray:
-    """Arbitrary edge weights in [0.5, 1]."""
-    return np.random.default_rng(seed).uniform(0.5, 1, trie.num_nodes).astype(np.float32)
-
-
-def random_prompts(num_users: int, seed: int = 0) -> list[list[int]]:
-    """Prompts of different lengths, 3 to 12."""
-    random = np.random.default_rng(seed)
-    return [[int(t) for t in random.integers(1, VOCABULARY, size=random.integers(3, 13))] for _ in range(num_users)]
-
-
-def left_pad(prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    width = max(map(len, prompts))
-    ids = torch.tensor([[EOS] * (width - len(p)) + p for p in prompts])
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    return ids, mask
-
-
-@torch.no_grad()
-def token_logprobs(model, prompt, path) -> list[float]:
-    """log p of each token of `path` after `prompt`, from one full forward pass without any cache."""
-    logits = model(torch.tensor([[*prompt, *path]])).logits[0].float().log_softmax(-1)
-    return [logits[len(prompt) - 1 + t, token].item() for t, token in enumerate(path)]
-
-
-def plain_search(model, prompt, items, weight, num_beams, length_penalty):
-    """METHOD's beam rule, written for one user with lists and tuples: [(score, path)], best first."""
-    finished_paths = set(items)
-    longest = {}
-    for path in items:
-        for t in range(len(path) + 1):
-            longest[path[:t]] = max(longest.get(path[:t], 0), len(path))
-    live, done = [(0.0, ())], []
-    while live:
-        candidates = []
-        for score, prefix in live:
-            for path in longest:
-                if len(path) == len(prefix) + 1 and path[:-1] == prefix:
-                    candidates.append((score + weight[path] * token_logprobs(model, prompt, path)[-1], path))
-        candidates = sorted(candidates, reverse=True)[: 2 * num_beams]
-        done += [(s / len(p) ** length_penalty, p) for s, p in candidates[:num_beams] if p in finished_paths]
-        done = sorted(done, reverse=True)[:num_beams]
-        live = [(s, p) for s, p in candidates if p not in finished_paths][:num_beams]
-        if len(done) == num_beams and all(s / longest[p] ** length_penalty <= done[-1][0] for s, p in live):
-            break
-    return done
-
-
-def search(model, prompts, trie, weights, num_beams, length_penalty, **options):
-    """Our search: per user [(score, path)]."""
-    tree = PromptTree(model)
-    tree.prefill(*left_pad(prompts))
-    result = beam_search(tree, SearchTrie.build(trie), torch.from_numpy(weights), num_beams, length_penalty, **options)
-    paths = node_paths(trie)
-    return [[(s, paths[leaf]) for s, leaf in zip(scores, leaves, strict=True) if leaf >= 0]
-            for scores, leaves in zip(result.scores.tolist(), result.leaves.tolist(), strict=True)]  # fmt: skip
-
-
-def assert_same_lists(found, expected):
-    assert [path for _, path in found] == [path for _, path in expected]
-    np.testing.assert_allclose([s for s, _ in found], [s for s, _ in expected], atol=2e-5)
-
-
-def weight_by_path(trie, weights) -> dict:
-    return {path: float(w) for path, w in zip(node_paths(trie), weights, strict=True)}
+from igd_ds.decoding.search import Limits
+from igd_ds.decoding.trie import SearchTrie, longest_item
+from igd_ds.models import causal_lm
 
 
 @pytest.mark.parametrize("length_penalty", [0.0, 0.7, 1.0])
@@ -124,7 +38,7 @@ def test_equals_the_plain_search(kind, length_penalty):
     trie = build_trie(items)
     weights = random_weights(trie)
     for num_beams in (1, 3, 10):
-        found = search(model, prompts, trie, weights, num_beams, length_penalty)
+        found = found_lists(model, prompts, trie, weights, num_beams, length_penalty)
         for user, prompt in enumerate(prompts):
             expected = plain_search(model, prompt, items, weight_by_path(trie, weights), num_beams, length_penalty)
             assert_same_lists(found[user], expected)
@@ -139,7 +53,19 @@ def test_equals_the_plain_search_with_qwen3_and_lora():
     items, prompts = random_items(40), random_prompts(3)
     trie = build_trie(items)
     weights = random_weights(trie)
-    found = search(model, prompts, trie, weights, 5, 0.0)
+    found = found_lists(model, prompts, trie, weights, 5, 0.0)
+    for user, prompt in enumerate(prompts):
+        assert_same_lists(found[user], plain_search(model, prompt, items, weight_by_path(trie, weights), 5, 0.0))
+
+
+def test_equals_the_plain_search_on_a_4_bit_base(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    settings = SimpleNamespace(model=str(tmp_path), dtype="float32", base_model="", trust_remote_code=False)
+    model = causal_lm.load_trained(settings, load_in_4bit=True, device=torch.device("cpu"))
+    items, prompts = random_items(40), random_prompts(3)
+    trie = build_trie(items)
+    weights = random_weights(trie)
+    found = found_lists(model, prompts, trie, weights, 5, 0.0)
     for user, prompt in enumerate(prompts):
         assert_same_lists(found[user], plain_search(model, prompt, items, weight_by_path(trie, weights), 5, 0.0))
 
@@ -151,23 +77,16 @@ def test_a_beam_as_wide_as_the_catalogue_ranks_every_item(length_penalty, extra)
     trie = build_trie(items)
     weights = random_weights(trie)
     weight = weight_by_path(trie, weights)
-    found = search(model, prompts, trie, weights, len(items) + extra, length_penalty)
+    found = found_lists(model, prompts, trie, weights, len(items) + extra, length_penalty)
     for user, prompt in enumerate(prompts):
-        scores = {}
-        for path in items:
-            edges = [weight[path[: t + 1]] for t in range(len(path))]
-            scores[path] = float(np.dot(edges, token_logprobs(model, prompt, path))) / len(path) ** length_penalty
-        expected = sorted(((s, p) for p, s in scores.items()), reverse=True)
-        assert_same_lists(found[user], expected)
+        assert_same_lists(found[user], ranking(model, prompt, items, weight, length_penalty))
 
 
 def test_places_beyond_the_catalogue_are_flagged():
     trie = build_trie(random_items(5))
-    tree = PromptTree(tiny_model())
-    tree.prefill(*left_pad(random_prompts(2)))
-    result = beam_search(tree, SearchTrie.build(trie), torch.ones(trie.num_nodes), num_beams=8)
+    result = run_search(tiny_model(), random_prompts(2), trie, scoring_of(np.ones(trie.num_nodes, np.float32)), num_beams=8)
     assert result.leaves.dtype == torch.int32 and result.scores.dtype == torch.float32
-    for leaves, scores in zip(result.leaves, result.scores, strict=True):
+    for leaves, scores in zip(result.leaves[0], result.scores[0], strict=True):
         assert sorted(leaves[:5].tolist()) == sorted(int(leaf) for leaf in trie.leaf_of_item)
         assert (leaves[5:] == -1).all() and (scores[5:] == -torch.inf).all() and scores[:5].isfinite().all()
 
@@ -177,47 +96,82 @@ def test_every_list_is_full(seed):
     items = random_items(14, seed)
     trie = build_trie(items)
     for num_beams in range(1, 15):
-        for ranked in search(tiny_model(seed=seed), random_prompts(5, seed), trie, random_weights(trie), num_beams, 0.5):
+        for ranked in found_lists(tiny_model(seed=seed), random_prompts(5, seed), trie, random_weights(trie), num_beams, 0.5):
             assert len({path for _, path in ranked}) == num_beams
 
 
 def test_a_list_does_not_depend_on_the_rest_of_the_batch():
     model, trie, prompts = tiny_model(), build_trie(random_items(60)), random_prompts(6)
     weights = random_weights(trie)
-    together = search(model, prompts, trie, weights, 6, 1.0)
+    together = found_lists(model, prompts, trie, weights, 6, 1.0)
     for user, prompt in enumerate(prompts):
-        assert_same_lists(search(model, [prompt], trie, weights, 6, 1.0)[0], together[user])
+        assert_same_lists(found_lists(model, [prompt], trie, weights, 6, 1.0)[0], together[user])
 
 
-def test_rewind_keeps_the_prompts_for_the_next_alpha():
-    model, trie = tiny_model(), build_trie(random_items(60))
-    tree, search_trie = PromptTree(model), SearchTrie.build(trie)
-    tree.prefill(*left_pad(random_prompts(3)))
-    plain, weighted = torch.ones(trie.num_nodes), torch.from_numpy(random_weights(trie))
-    first = beam_search(tree, search_trie, plain, 5)
-    tree.rewind()
-    other = beam_search(tree, search_trie, weighted, 5)
-    tree.rewind()
-    again = beam_search(tree, search_trie, plain, 5)
-    assert torch.equal(first.leaves, again.leaves) and torch.equal(first.scores, again.scores)
-    assert not torch.equal(first.scores, other.scores)
+def test_an_alpha_grid_gives_the_lists_of_each_alpha_and_shares_what_they_need():
+    model, trie, prompts = tiny_model(), build_trie(random_items(60)), random_prompts(4)
+    weights, alphas = random_weights(trie), (0.0, 0.3, 1.0)
+    grid = run_search(model, prompts, trie, scoring_of(weights, alphas=alphas), 5)
+    alone = [run_search(model, prompts, trie, scoring_of(weights, alphas=(alpha,)), 5) for alpha in alphas]
+    for index, result in enumerate(alone):
+        assert torch.equal(grid.leaves[index], result.leaves[0])
+        torch.testing.assert_close(grid.scores[index], result.scores[0], atol=2e-5, rtol=0)
+    for name in ("token_steps", "beam_positions"):
+        assert torch.equal(grid.counts[name], sum(result.counts[name] for result in alone))
+    assert (grid.counts["positions"] < sum(result.counts["positions"] for result in alone)).all()
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "llama"])
-def test_tree_rows_equal_full_passes_also_with_whole_chains_in_one_pass(kind):
-    model, prompts = tiny_model(kind), random_prompts(2)
+def test_packed_runs_of_any_user_and_depth_equal_full_passes(kind):
+    model, prompts = tiny_model(kind), random_prompts(3)
     tree = PromptTree(model)
-    tree.prefill(*left_pad(prompts))
-    # Slots 0, 1 branch off the prompt; the second pass appends a chain 2-3-4 under slot 1 and, for user 0 only, 5 under 0.
-    tree.extend(torch.tensor([[7, 8], [9, 10]]), torch.full((2, 2), -1), torch.ones(2, 2, dtype=torch.bool))
-    valid = torch.tensor([[True] * 4, [True] * 3 + [False]])
-    logits = tree.extend(torch.tensor([[11, 12, 13, 14]] * 2), torch.tensor([[1, 2, 3, 0]] * 2), valid)
-    paths = [[(0, [8, 11]), (0, [8, 11, 12]), (0, [8, 11, 12, 13]), (0, [7, 14])],
-             [(1, [10, 11]), (1, [10, 11, 12]), (1, [10, 11, 12, 13])]]  # fmt: skip
-    for row, (user, path) in zip(logits, itertools.chain(*paths), strict=True):
-        with torch.no_grad():
-            expected = model(torch.tensor([prompts[user] + path])).logits[0, -1]
-        torch.testing.assert_close(row, expected, atol=2e-5, rtol=0)
+    first = tree.prefill([np.array(prompt) for prompt in prompts])
+    passes = [([0, 1, 0, 1], [[7], [8], [9, 10, 11], [12]]), ([4, 3, 5, 2], [[13, 14], [15], [16, 17], [18, 19, 20]])]
+    path = {run: ([], run) for run in range(3)}  # run → tokens behind the prompt, user
+    for (parents, runs), left in zip(passes, [None, [1, 2]], strict=True):
+        if left:  # user 0 is done: the others' keys move up
+            tree.retain(torch.tensor(left))
+            parents, runs = zip(*[(p, r) for p, r in zip(parents, runs, strict=True) if path[p][1] in left], strict=True)
+        lengths = torch.tensor([len(run) for run in runs])
+        logits, numbers = tree.extend(torch.tensor(parents), lengths, torch.tensor([token for run in runs for token in run]))
+        rows = iter(logits)
+        for parent, run, number in zip(parents, runs, numbers.tolist(), strict=True):
+            above, user = path[parent]
+            path[number] = (above + run, user)
+            for end in range(1, len(run) + 1):
+                expected = full_pass(model, prompts[user] + above + run[:end])
+                torch.testing.assert_close(next(rows), expected, atol=2e-5, rtol=0)
+    torch.testing.assert_close(first, torch.stack([full_pass(model, prompt) for prompt in prompts]), atol=2e-5, rtol=0)
+
+
+@torch.no_grad()
+def full_pass(model, tokens):
+    return model(torch.tensor([tokens])).logits[0, -1]
+
+
+def test_the_model_attends_as_before_after_a_search():
+    model, prompt = tiny_model(), random_prompts(1)[0]
+    before = full_pass(model, prompt)
+    trie = build_trie(random_items(30))
+    found_lists(model, [prompt], trie, random_weights(trie), 4, 0.0)
+    assert model.config._attn_implementation == "sdpa" and torch.equal(full_pass(model, prompt), before)
+
+
+def test_a_small_pass_budget_changes_no_list():
+    model, trie, prompts = tiny_model(), build_trie(random_items(60)), random_prompts(5)
+    scoring = scoring_of(random_weights(trie), alphas=(0.0, 1.0))
+    large = run_search(model, prompts, trie, scoring, 4)
+    small = run_search(model, prompts, trie, scoring, 4, limits=Limits(pass_positions=4))
+    assert torch.equal(large.leaves, small.leaves) and torch.equal(large.counts["positions"], small.counts["positions"])
+    assert small.counts["passes"].sum() > large.counts["passes"].sum()
+
+
+def test_forced_runs_take_fewer_passes_than_tokens():
+    items = [(a, *range(10, 20), b, EOS) for a in (1, 2) for b in (3, 4)]
+    result = run_search(tiny_model(), random_prompts(2), build_trie(items), scoring_of(np.ones(31, np.float32)), 4)
+    assert result.counts["passes"].tolist() == [2, 2]  # a with its run, then b: EOS behind it needs no pass of its own
+    assert result.counts["positions"].tolist() == [2 * 11 + 4] * 2
+    assert result.counts["token_steps"].tolist() == [12, 12]
 
 
 def test_ranks_that_are_done_keep_making_passes_while_another_goes_on():
@@ -229,8 +183,8 @@ def test_ranks_that_are_done_keep_making_passes_while_another_goes_on():
         own.append(flag)
         return next(answers) or flag
 
-    alone = search(model, random_prompts(2), trie, weights, 4, 0.0)
-    assert search(model, random_prompts(2), trie, weights, 4, 0.0, any_rank=any_rank) == alone
+    alone = found_lists(model, random_prompts(2), trie, weights, 4, 0.0)
+    assert found_lists(model, random_prompts(2), trie, weights, 4, 0.0, any_rank=any_rank) == alone
     assert len(own) == 13 and own[0] and not any(own[8:])  # the longest item has 8 tokens
 
 
@@ -238,7 +192,7 @@ def test_ties_follow_the_order_of_tokens():
     model = tiny_model()
     torch.nn.init.zeros_(model.lm_head.weight)  # every token has the same probability
     items = [(5, EOS), (4, EOS), (3, EOS), (2, 9, EOS), (2, 8, EOS)]
-    found = search(model, random_prompts(2), build_trie(items), np.ones(12, np.float32), 5, 0.0)
+    found = found_lists(model, random_prompts(2), build_trie(items), np.ones(12, np.float32), 5, 0.0)
     assert [path for _, path in found[0]] == [(3, EOS), (4, EOS), (5, EOS), (2, 8, EOS), (2, 9, EOS)]
     assert [path for _, path in found[1]] == [path for _, path in found[0]]
 
@@ -247,7 +201,7 @@ def test_bf16_models_get_fp32_scores():
     model, prompts, items = tiny_model().bfloat16(), random_prompts(2), random_items(12)
     trie = build_trie(items)
     weights = random_weights(trie)
-    for user, ranked in enumerate(search(model, prompts, trie, weights, 12, 0.0)):
+    for user, ranked in enumerate(found_lists(model, prompts, trie, weights, 12, 0.0)):
         for score, path in ranked:
             weight = [weight_by_path(trie, weights)[path[: t + 1]] for t in range(len(path))]
             # The same bf16 arithmetic in another order differs by some bf16 steps, no more.
@@ -257,13 +211,15 @@ def test_bf16_models_get_fp32_scores():
 def test_bad_input_is_refused():
     trie = build_trie(random_items(20))
     model = tiny_model()
-    with pytest.raises(ValueError, match="length_penalty"):
-        search(model, random_prompts(1), trie, random_weights(trie), 3, -1.0)
     model.lm_head.weight.data[:] = torch.nan
     with pytest.raises(ValueError, match="NaN"):
-        search(model, random_prompts(1), trie, random_weights(trie), 3, 0.0)
-    with pytest.raises(ValueError, match="sdpa"):
-        PromptTree(tiny_model(attention="eager"))
+        found_lists(model, random_prompts(1), trie, random_weights(trie), 3, 0.0)
+    with pytest.raises(ValueError, match="prompt 1 of the batch has no tokens"):
+        found_lists(tiny_model(), [[1], []], trie, random_weights(trie), 3, 0.0)
+    with pytest.raises(ValueError, match="--pass_positions 2 is less than"):
+        run_search(tiny_model(), random_prompts(1), trie, scoring_of(random_weights(trie)), 3, limits=Limits(pass_positions=2))
+    with pytest.raises(ValueError, match="unknown search 'greedy'; known: beam, exact"):
+        run_search(tiny_model(), random_prompts(1), trie, scoring_of(random_weights(trie)), 3, method="greedy")
 
 
 def test_longest_item_under_each_node():
@@ -271,3 +227,30 @@ def test_longest_item_under_each_node():
     trie = build_trie(items)
     expected = [max(len(item) for item in items if item[: len(path)] == path) for path in node_paths(trie)]
     assert longest_item(trie).tolist() == expected
+
+
+def test_forced_nodes_follow_without_a_choice():
+    items = random_items(80, seed=3)
+    trie = build_trie(items)
+    paths = node_paths(trie)
+    children = {path: [other for other in paths if other[:-1] == path and other] for path in paths}
+
+    def forced(path):
+        only = children[path][0] if len(children[path]) == 1 else None
+        return 1 + forced(only) if only and children[only] else 0
+
+    search_trie = SearchTrie.build(trie)
+    assert search_trie.forced.tolist() == [forced(path) for path in paths] and search_trie.forced.max() > 1
+    assert search_trie.token.dtype == torch.uint8 and search_trie.child_begin.dtype == torch.int16
+
+
+def test_best_per_lane_ranks_ragged_lanes_with_ties_in_order():
+    random = np.random.default_rng(0)
+    for limit in (1, 3, 20):
+        sizes = random.permutation([0, 1, 2, 3, 5, 20, 21, 64, 65, 1000])
+        lane = torch.repeat_interleave(torch.arange(10), torch.from_numpy(sizes))
+        score = torch.from_numpy(random.integers(0, 30, len(lane)).astype(np.float32))  # many ties
+        best = best_per_lane(lane, score, 10, limit)
+        for number in range(10):
+            own = sorted((lane == number).nonzero()[:, 0].tolist(), key=lambda index: (-score[index].item(), index))[:limit]
+            assert best[number].tolist() == own + [-1] * (limit - len(own))

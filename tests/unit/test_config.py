@@ -6,6 +6,8 @@ import pytest
 
 from igd_ds import config as configuration
 from igd_ds.config import EvalConfig, TrainConfig
+from igd_ds.decoding.rules import ScoringOptions
+from igd_ds.decoding.search import Limits
 from igd_ds.runlog import claim_run_folder
 from igd_ds.weighting import check_flags
 
@@ -86,11 +88,23 @@ def test_missing_settings_are_named():
         (["--alpha", "0.1", "0.1"], "none twice"),
         (["--num_beams", "0"], "--num_beams"),
         (["--length_penalty", "-1"], "--length_penalty"),
+        (["--popularity_prior", "nan"], "--popularity_prior"),
+        (["--temperature", "0"], "--temperature must be positive"),
+        (["--guidance", "q.npy"], "--guidance and --guidance_weight, larger than 0, go together"),
+        (["--guidance_weight", "1"], "go together"),
+        (["--guidance", "q.npy", "--guidance_weight", "-1"], "--guidance_weight must not be negative"),
     ],
 )
 def test_bad_evaluations(flags, message):
     with pytest.raises(ValueError, match=message):
         configuration.parse(EvalConfig, ["--model", "m", "--dataset", "d", "--output_dir", "o", *flags])
+
+
+def test_an_evaluations_defaults_are_those_of_the_search():
+    config = configuration.parse(EvalConfig, ["--model", "m", "--dataset", "d", "--output_dir", "o"])
+    for defaults in (ScoringOptions(), Limits()):
+        for name, value in dataclasses.asdict(defaults).items():
+            assert getattr(config, name) == (list(value) if isinstance(value, tuple) else value)
 
 
 @pytest.mark.parametrize(

@@ -8,102 +8,70 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import tokenizers
+import tiny_run
 import torch
-import transformers
-from test_beam import assert_same_lists, plain_search
+from oracle import assert_same_lists, plain_search, ranking, weight_by_path
+from tiny_run import NUM_TEST, Plain
 
 from igd_ds import distributed, eval
-from igd_ds.data.dataset import InteractionDataset, item_table, write_dataset
-from igd_ds.data.prompts import PromptBuilder, Template
 from igd_ds.decoding.rules import edge_weights
 from igd_ds.items import decisiveness
-from igd_ds.items.catalogue import Catalogue
-from igd_ds.items.store import save_catalogue
-from igd_ds.items.trie import TokenTrie
 from igd_ds.models import causal_lm
-
-TITLES = ["ab", "abc", "ba", "ba", "bcc", "cab", "caba", "c", "aa", "acb"]  # items 2 and 3 share a leaf
-INFO = {"name": "toy", "domain": "items", "protocol": "none", "parameters": {}, "counts": {}, "sources": [], "hygiene": {}}
-TRAIN_TARGETS = [0, 0, 1, 2, 3, 3, 4, 5, 6, 6, 6, 7]  # 8 and 9 are cold
-NUM_TEST = 11
-EOS = 256
-
-
-def rows(users, histories, targets):
-    columns = [pa.array(users, pa.int64()), pa.array(histories, pa.list_(pa.int32())), pa.array(targets, pa.int32()),
-               pa.nulls(len(users), pa.int64())]  # fmt: skip
-    return pa.table(columns, names=["user_id", "history", "target", "timestamp"])
+from igd_ds.recommender import Recommender
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """(model folder, dataset folder) as prepare_data.py and train.py leave them, with random weights."""
-    folder = tmp_path_factory.mktemp("trained")
-    random = np.random.default_rng(0)
-    histories = [[int(i) for i in random.integers(0, len(TITLES), random.integers(1, 5))] for _ in range(NUM_TEST)]
-    test = rows(
-        [7, 7, 7, 8, 9, 9, 10, 11, 12, 12, 13], histories, [int(t) for t in random.integers(0, 10, NUM_TEST - 2)] + [8, 3]
-    )
-    train = rows(range(12), [[1]] * 12, TRAIN_TARGETS)
-    write_dataset(folder / "data", item_table(TITLES, None, np.arange(10)), {"train": train, "valid": test, "test": test}, INFO)
-    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE({letter: i for i, letter in enumerate(letters)}, []))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<eos>")
-    torch.manual_seed(0)
-    config = transformers.Qwen2Config(vocab_size=EOS + 1, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2)  # fmt: skip
-    transformers.Qwen2ForCausalLM(config).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    dataset = InteractionDataset.load(folder / "data")
-    catalogue = Catalogue.build(dataset, tokenizer)
-    trie = TokenTrie.build(catalogue.token_ids, catalogue.offsets, catalogue.counts)
-    save_catalogue(folder / "model" / "catalogue", catalogue, trie, decisiveness.information_gain(trie, "prior"), "prior")
-    description = {"prompt": Template.load("short").as_dict(), "max_length": 160, "load_in_4bit": False}
-    (folder / "model" / causal_lm.DESCRIPTION_FILE).write_text(json.dumps(description))
-    return folder / "model", folder / "data"
+def run(tmp_path_factory):
+    return tiny_run.make(tmp_path_factory.mktemp("trained"))
 
 
 @pytest.fixture
-def evaluate(trained, tmp_path, monkeypatch):
+def evaluate(run, tmp_path, monkeypatch):
     """Run the entry point with flags added to the usual ones; returns (exit code, output folder)."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(distributed, "init", lambda: None)
     monkeypatch.setattr(distributed, "device", lambda: torch.device("cpu"))
 
-    def run(*flags, output="out"):
-        usual = ["--model", trained[0], "--dataset", trained[1], "--output_dir", tmp_path / output, "--batch_size", 3]
+    def evaluation(*flags, output="out"):
+        usual = ["--model", run / "model", "--dataset", run.parent / "data", "--output_dir", tmp_path / output, "--batch_size", 3]
         monkeypatch.setattr("sys.argv", ["eval.py", *map(str, (*usual, *flags))])
         return eval.main(), tmp_path / output
 
-    return run
+    return evaluation
 
 
-def test_lists_and_metrics_equal_a_plain_search(evaluate, trained):
-    code, output = evaluate("--alpha", 0, 0.3, "--num_beams", 5)
+def predictions(output, alpha=0.0):
+    """The lines of each row's list."""
+    lines = [[] for _ in range(NUM_TEST)]
+    for line in pq.read_table(output / f"predictions-alpha{alpha}.parquet").to_pylist():
+        lines[line["row_id"]].append(line)
+    assert all([line["rank"] for line in mine] == list(range(1, len(mine) + 1)) for mine in lines)
+    return lines
+
+
+def read_metrics(output):
+    return json.loads((output / "metrics.json").read_text())
+
+
+@pytest.mark.parametrize("search", ["beam", "exact"])
+def test_lists_and_metrics_equal_a_plain_search(evaluate, run, search):
+    code, output = evaluate("--alpha", 0, 0.3, "--num_beams", 5, "--search", search)
     assert code == 0 and not (output / "parts").exists()
-    found = json.loads((output / "metrics.json").read_text())
-    dataset, tokenizer = InteractionDataset.load(trained[1]), causal_lm.load_tokenizer(str(trained[0]))
-    catalogue, model = Catalogue.build(dataset, tokenizer), transformers.AutoModelForCausalLM.from_pretrained(trained[0]).eval()
-    trie = TokenTrie.build(catalogue.token_ids, catalogue.offsets, catalogue.counts)
-    prompts = PromptBuilder.build(Template.load("short"), tokenizer, dataset, "text", 160 - catalogue.max_length)
-    paths = [tuple(catalogue.path(item).tolist()) for item in range(10)]
-    node_of = {paths[item][: t + 1]: node for item in range(10) for t, node in
-               enumerate(trie.path_nodes(catalogue.offsets)[catalogue.offsets[item] : catalogue.offsets[item + 1]])}  # fmt: skip
-    test = dataset.splits["test"]
+    found, plain = read_metrics(output), Plain(run)
+    test, paths = plain.dataset.splits["test"], plain.paths
     for alpha in (0.0, 0.3):
-        weights = edge_weights(trie, decisiveness.information_gain(trie, "prior"), "per-node", alpha)
-        lists = pq.read_table(output / f"predictions-alpha{alpha}.parquet").to_pylist()
-        assert [(line["row_id"], line["rank"]) for line in lists] == [(r, k) for r in range(NUM_TEST) for k in range(1, 6)]
+        weight = weight_by_path(plain.trie, edge_weights(plain.trie, plain.gain, "per-node", alpha))
         hits, gains, item_hits = 0, 0, 0
-        for row in range(NUM_TEST):
-            mine = lists[5 * row : 5 * row + 5]
-            weight = {path: float(weights[node]) for path, node in node_of.items()}
-            expected = plain_search(model, prompts.encode(test.history(row)).tolist(), sorted(set(paths)), weight, 5, 0.0)
+        for row, mine in enumerate(predictions(output, alpha)):
+            prompt = plain.prompt(test.history(row))
+            if search == "beam":
+                expected = plain_search(plain.model, prompt, plain.different_paths, weight, 5, 0.0)
+            else:
+                expected = ranking(plain.model, prompt, plain.different_paths, weight, 0.0)[:5]
             assert_same_lists([(line["score"], paths[line["item_ids"][0]]) for line in mine], expected)
             assert all(line["user_id"] == test.user_ids[row] and line["alpha"] == alpha for line in mine)
             assert all(len({paths[item] for item in line["item_ids"]}) == 1 for line in mine)
+            assert all(line["certified"] == (search == "exact") for line in mine)
             for line in mine:
                 if test.targets[row] in line["item_ids"]:
                     hits, gains = hits + 1, gains + 1 / math.log2(line["rank"] + 1)
@@ -116,27 +84,119 @@ def test_lists_and_metrics_equal_a_plain_search(evaluate, trained):
         warm, cold = values["token_match_warm_targets"]["hr@5"], values["token_match_cold_targets"]["hr@5"]
         assert warm * (NUM_TEST - found["cold_targets"]) + cold * found["cold_targets"] == pytest.approx(hits)
     assert found["rows"] == NUM_TEST and found["cold_targets"] == sum(t in (8, 9) for t in test.targets)
-    assert found["leaves"] == 9
-    entropy = decisiveness.entropy(trie, "prior")
-    first = np.mean([entropy[node_of[paths[target][:1]]] for target in test.targets])
+    assert found["leaves"] == 9 and found["short_lists"] == 0
+    entropy, nodes = decisiveness.entropy(plain.trie, "prior"), weight_by_path(plain.trie, range(plain.trie.num_nodes))
+    first = np.mean([entropy[int(nodes[paths[target][:1]])] for target in test.targets])
     assert found["target_prefix_entropy"]["nats"][0] == pytest.approx(first)
 
 
-def test_a_killed_evaluation_goes_on_and_ends_with_the_same_bytes(evaluate, monkeypatch):
-    _, whole = evaluate("--alpha", 0, 0.2, "--num_beams", 4, output="whole")
-    search, calls = eval.beam_search, []
+def test_an_exact_evaluation_shows_what_the_beam_misses(evaluate, capsys):
+    beam, exact = (evaluate("--num_beams", 2, "--search", name, output=name)[1] for name in ("beam", "exact"))
+    assert "; proven for 100.00% of rows" in capsys.readouterr().out
+    of_beam, of_exact = (read_metrics(output) for output in (beam, exact))
+    values = of_exact["alpha"]["0.0"]
+    assert values["proof_share"] == 1 and "beam" not in of_beam["alpha"]["0.0"]
+    assert values["beam"]["token_match"] == of_beam["alpha"]["0.0"]["token_match"]
+    listed = [[[line["leaf_id"] for line in mine] for mine in predictions(output)] for output in (beam, exact)]
+    missed = [[leaf not in by_beam for leaf in truth] for by_beam, truth in zip(*listed, strict=True)]
+    assert sum(map(sum, missed)) > 0
+    expected = {"1": np.mean([row[0] for row in missed]), "2": np.mean([sum(row) for row in missed])}
+    assert values["beam"]["missed_of_true_top"] == pytest.approx(expected)
+    counts = of_exact["search_per_row"]
+    assert counts["positions"] > of_beam["search_per_row"]["positions"] > 0
+    assert counts["beam_positions"] == of_beam["search_per_row"]["beam_positions"]
+    assert set(counts) >= {"passes", "positions", "token_steps", "beam_positions"}
+
+
+def test_too_small_a_budget_leaves_lists_unproven(evaluate):
+    _, output = evaluate("--num_beams", 4, "--search", "exact", "--row_positions", 4)
+    values = read_metrics(output)["alpha"]["0.0"]
+    lists = predictions(output)
+    assert values["proof_share"] == np.mean([all(line["certified"] for line in mine) for mine in lists]) < 1
+    assert all(len(mine) == 4 for mine in lists)
+
+
+def write_lists(path, row_ids, **lists):
+    columns = {name: pa.array(values, pa.list_(pa.int32())) for name, values in lists.items()}
+    pq.write_table(pa.table({"row_id": pa.array(row_ids, pa.int32()), **columns}), path)
+    return path
+
+
+@pytest.mark.parametrize("search", ["beam", "exact"])
+def test_item_filters(evaluate, tmp_path, capsys, search):
+    """Row 0 may get three items, row 2 all but four, row 5 one of two items that share a leaf."""
+    path = write_lists(tmp_path / "lists", [2, 5, 0], allow=[None, [3], [4, 7, 9, 0]], deny=[[0, 1, 2, 9], None, [0]])
+    _, output = evaluate("--num_beams", 6, "--item_filter", path, "--search", search)
+    assert "warning: 2 lists are shorter than --num_beams" in capsys.readouterr().out
+    found, lists = read_metrics(output), predictions(output)
+    items = [sorted(item for line in mine for item in line["item_ids"]) for mine in lists]
+    assert items[0] == [4, 7, 9] and items[2] == [3, 4, 5, 6, 7, 8] and items[5] == [3]
+    assert all(len(mine) == 6 for row, mine in enumerate(lists) if row not in (0, 5)) and found["short_lists"] == 2
+    _, free = evaluate("--num_beams", 6, "--search", search, output="free")
+    for row in set(range(NUM_TEST)) - {0, 2, 5}:
+        assert [line["leaf_id"] for line in lists[row]] == [line["leaf_id"] for line in predictions(free)[row]]
+    assert found["item_filter"] != read_metrics(free)["item_filter"] is None
+
+
+def test_item_match_draws_from_the_items_a_row_may_get(evaluate, run, tmp_path):
+    targets = Plain(run).dataset.splits["test"].targets
+    assert 3 in targets  # which shares its leaf with item 2
+    for denied in (2, 3):
+        path = write_lists(tmp_path / "lists", range(NUM_TEST), deny=[[denied]] * NUM_TEST)
+        _, output = evaluate("--num_beams", 9, "--item_filter", path, output=f"without-{denied}")
+        values = read_metrics(output)["alpha"]["0.0"]
+        listed = [{item for line in mine[:5] for item in line["item_ids"]} for mine in predictions(output)]
+        assert not any(denied in items for items in listed)
+        hits = sum(target in items for target, items in zip(targets, listed, strict=True))
+        assert values["item_match"]["hr@5"] == pytest.approx(hits / NUM_TEST)
+        titles = sum(target == denied and 5 - denied in items for target, items in zip(targets, listed, strict=True))
+        assert values["token_match"]["hr@5"] == pytest.approx((hits + titles) / NUM_TEST)
+
+
+def test_guidance_moves_lists(evaluate, tmp_path):
+    q = np.full((NUM_TEST, 10), 0.01)
+    q[np.arange(NUM_TEST), np.arange(NUM_TEST) % 10] = 1
+    np.save(tmp_path / "q.npy", q)
+    _, output = evaluate("--num_beams", 3, "--guidance", tmp_path / "q.npy", "--guidance_weight", 50)
+    assert all(row % 10 in mine[0]["item_ids"] for row, mine in enumerate(predictions(output)))
+    q[:, :] = 0
+    q[:, 4:6] = 1  # the guide forbids all other items
+    np.save(tmp_path / "q.npy", q)
+    _, output = evaluate("--num_beams", 3, "--guidance", tmp_path / "q.npy", "--guidance_weight", 0.1, output="few")
+    assert all({item for line in mine for item in line["item_ids"]} == {4, 5} for mine in predictions(output))
+    assert read_metrics(output)["short_lists"] == NUM_TEST
+    with pytest.raises(ValueError, match="row 7 of test: item filter and guidance together leave nothing"):
+        path = write_lists(tmp_path / "lists", [7], allow=[[1, 2]])
+        evaluate("--guidance", tmp_path / "q.npy", "--guidance_weight", 1, "--item_filter", path, output="nothing")
+
+
+def test_files_are_part_of_the_request(evaluate, tmp_path):
+    path = write_lists(tmp_path / "lists", [1], deny=[[0]])
+    evaluate("--item_filter", path, "--num_beams", 2)
+    moved = write_lists(tmp_path / "same", [1], deny=[[0]])
+    assert evaluate("--item_filter", moved, "--num_beams", 2)[0] == 0
+    write_lists(path, [1], deny=[[1]])
+    with pytest.raises(ValueError, match="these differ: item_filter"):
+        evaluate("--item_filter", path, "--num_beams", 2)
+
+
+@pytest.mark.parametrize("search", ["beam", "exact"])
+def test_a_killed_evaluation_goes_on_and_ends_with_the_same_bytes(evaluate, monkeypatch, search):
+    flags = ("--alpha", 0, 0.2, "--num_beams", 4, "--search", search)
+    _, whole = evaluate(*flags, output="whole")
+    searched, calls = Recommender.search, []
 
     def counted(*arguments):
         calls.append(1)
-        if len(calls) == 4:  # two values of α per batch: in the middle of the second batch
+        if len(calls) == 2:
             raise KeyboardInterrupt
-        return search(*arguments)
+        return searched(*arguments)
 
-    monkeypatch.setattr(eval, "beam_search", counted)
+    monkeypatch.setattr(Recommender, "search", counted)
     with pytest.raises(KeyboardInterrupt):
-        evaluate("--alpha", 0, 0.2, "--num_beams", 4)
-    _, resumed = evaluate("--alpha", 0, 0.2, "--num_beams", 4)
-    assert len(calls) == 4 + 2 * 3  # the other three of four batches
+        evaluate(*flags)
+    _, resumed = evaluate(*flags)
+    assert len(calls) == 2 + 3  # the other three of four batches
     names = ["metrics.json", "request.json", "predictions-alpha0.0.parquet", "predictions-alpha0.2.parquet"]
     for name in names:
         assert (whole / name).read_bytes() == (resumed / name).read_bytes()
@@ -157,7 +217,7 @@ def test_a_beam_wider_than_the_catalogue_lists_every_leaf(evaluate, capsys):
     with pytest.warns(UserWarning, match="at 10, 20 are omitted"):
         _, output = evaluate("--num_beams", 12)
     assert "9 different items" in capsys.readouterr().out
-    assert json.loads((output / "metrics.json").read_text())["alpha"]["0.0"]["token_match"].keys() >= {"hr@5"}
+    assert read_metrics(output)["alpha"]["0.0"]["token_match"].keys() >= {"hr@5"}
     lists = pq.read_table(output / "predictions-alpha0.0.parquet")
     assert lists.num_rows == 9 * NUM_TEST
     assert sorted(item for items in lists["item_ids"].to_pylist()[:9] for item in items) == list(range(10))
@@ -168,7 +228,7 @@ def test_a_sample_of_rows_is_seeded(evaluate):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         _, output = evaluate("--num_rows", 5, "--seed", seed, "--num_beams", 1, output=name)
         row_ids.append(pq.read_table(output / "predictions-alpha0.0.parquet")["row_id"].to_pylist())
-        assert json.loads((output / "metrics.json").read_text())["rows"] == 5
+        assert read_metrics(output)["rows"] == 5
     assert row_ids[0] == row_ids[1] == sorted(set(row_ids[0])) != row_ids[2]
 
 
@@ -181,12 +241,52 @@ def test_a_sample_of_rows_is_seeded(evaluate):
         (["--max_length", 20], "--max_length leaves"),
         (["--model", "nowhere"], "no igd_ds.json"),
         (["--length_penalty", -1], "--length_penalty"),
+        (["--search", "exact", "--decoding_rule", "pooled"], "--decoding_rule pooled depends on which beams"),
+        (["--pass_positions", 9], "--pass_positions 9 is less than one position for each of 10 beams"),
+        (["--pass_positions", 10**12], "--pass_positions 1000000000000 × 257 tokens of logits take .* GiB are free: lower it"),
+        (["--split", "valid"], "row 4 of valid has an empty history"),
+        (["--item_filter", "nowhere"], "--item_filter: no file nowhere"),
+        (["--guidance", "nowhere", "--guidance_weight", 1], "--guidance: no file nowhere"),
     ],
 )
 def test_bad_input_is_refused_before_the_weights_are_loaded(evaluate, monkeypatch, flags, message):
     monkeypatch.setattr(causal_lm, "load_trained", lambda *_: pytest.fail("weights are loaded"))
     with pytest.raises(ValueError, match=message):
         evaluate(*flags)
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"row_id": [0], "deny": [list(range(10))]}, r"\(row 0 of test\): the item filter leaves nothing"),
+        ({"row_id": [0, 3], "allow": [[1], [10]]}, r"\(row 3 of test\): item 10 of the allow list is not in the catalogue"),
+        ({"row_id": [NUM_TEST], "deny": [[1]]}, f"the split has no row {NUM_TEST}; row ids are 0 to {NUM_TEST - 1}"),
+        ({"row_id": [2, 1, 2], "deny": [[1]] * 3}, "row 2 is there more than once"),
+        ({"row_id": [1], "forbid": [[1]]}, "columns row_id and allow, deny or both; found row_id, forbid"),
+        ({"row_id": [1], "deny": [[0.5]]}, "column deny must hold lists of item ids"),
+        ({"row_id": ["a"], "deny": [[1]]}, "row_id must be whole numbers"),
+    ],
+)
+def test_item_filters_that_cannot_be_are_refused_before_the_weights_are_loaded(evaluate, monkeypatch, tmp_path, table, message):
+    monkeypatch.setattr(causal_lm, "load_trained", lambda *_: pytest.fail("weights are loaded"))
+    pq.write_table(pa.table(table), tmp_path / "lists")
+    with pytest.raises(ValueError, match=message):
+        evaluate("--item_filter", tmp_path / "lists")
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.ones((NUM_TEST, 9)), r"floats of shape \(11, 10\): rows, items; found float64 of shape \(11, 9\)"),
+        (np.ones((NUM_TEST, 10), int), "found int64"),
+        (np.full((NUM_TEST, 10), None), "is not a .npy file of floats"),  # an array of objects is pickled
+    ],
+)
+def test_guidance_that_cannot_be_is_refused_before_the_weights_are_loaded(evaluate, monkeypatch, tmp_path, array, message):
+    monkeypatch.setattr(causal_lm, "load_trained", lambda *_: pytest.fail("weights are loaded"))
+    np.save(tmp_path / "q.npy", array)
+    with pytest.raises(ValueError, match=message):
+        evaluate("--guidance", tmp_path / "q.npy", "--guidance_weight", 1)
 
 
 def test_a_foreign_folder_is_never_written_to(evaluate, tmp_path):

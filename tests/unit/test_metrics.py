@@ -65,3 +65,15 @@ def test_prefix_entropy_per_step():
     assert nodes.tolist() == [[1, 3, -1], [2, 4, 5]]
     sums, counts = metrics.prefix_entropy(nodes, np.array([2, 1]), np.array([9.0, 2.0, 3.0, 0.5, 1.0, 0.25]))
     assert sums.tolist() == [7.0, 2.0, 0.25] and counts.tolist() == [3, 3, 1]
+
+
+def test_an_exact_list_beside_a_beams():
+    leaves = np.array([[5, 6, 7], [8, 9, -1], [5, 9, 6]])
+    certified = np.array([[1, 1, 1], [1, 1, 0], [1, 0, 0]], bool)  # the last list ran out of budget
+    beam = np.array([[6, 5, 2], [9, -1, -1], [9, 6, 5]])
+    found = metrics.compare_with_beam(leaves, certified, beam, np.array([5, 8, 3]), [1, 3])
+    assert found["proof_share"] == pytest.approx(2 / 3)
+    assert found["beam"]["missed_of_true_top"] == {"1": pytest.approx(1 / 3), "3": 1.0}
+    assert found["beam"]["token_match"]["hr@3"] == pytest.approx(1 / 3) and found["beam"]["token_match"]["hr@1"] == 0
+    none = metrics.compare_with_beam(leaves[2:], np.zeros((1, 3), bool), beam[2:], np.array([5]), [1])
+    assert none["proof_share"] == 0 and none["beam"]["missed_of_true_top"] == {"1": None, "3": None}

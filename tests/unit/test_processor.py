@@ -2,16 +2,16 @@
 
 import pytest
 import torch
-from test_beam import (
+from oracle import (
     EOS,
     VOCABULARY,
     build_trie,
+    found_lists,
     left_pad,
     node_paths,
     random_items,
     random_prompts,
     random_weights,
-    search,
     tiny_model,
 )
 
@@ -39,7 +39,7 @@ def test_generate_finds_what_our_search_finds(num_beams, length_penalty):
     model, prompts, trie = tiny_model(), random_prompts(3), build_trie(random_items(60))
     weights = random_weights(trie)
     processor = IGDLogitsProcessor(trie, weights, left_pad(prompts)[0].shape[1])
-    expected = search(model, prompts, trie, weights, num_beams, length_penalty)
+    expected = found_lists(model, prompts, trie, weights, num_beams, length_penalty)
     for _ in range(2):  # used again: nothing is left over from the call before
         for found, wanted in zip(generate(model, prompts, processor, num_beams, length_penalty), expected, strict=True):
             assert [path for _, path in found] == [path for _, path in wanted]

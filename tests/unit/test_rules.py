@@ -1,11 +1,14 @@
-"""Decoding weights w_d against Eq. 8 and 9 written with a loop over siblings."""
+"""Decoding weights w_d against Eq. 8 and 9 written with a loop over siblings; what else a Scoring holds."""
 
 import numpy as np
 import pytest
-from test_beam import build_trie, random_items
+import torch
+from oracle import build_trie, node_paths, random_items
 
-from igd_ds.decoding.rules import DECODING_RULES, edge_weights
+from igd_ds.decoding.rules import DECODING_RULES, Scoring, ScoringOptions, edge_weights, popularity_logshare
 from igd_ds.items.decisiveness import information_gain
+
+PER_EDGE = [name for name, rule in DECODING_RULES.items() if not rule.per_step]
 
 
 def catalogue(seed=1):
@@ -15,7 +18,7 @@ def catalogue(seed=1):
     return trie, information_gain(trie, "prior")
 
 
-@pytest.mark.parametrize("rule", DECODING_RULES)
+@pytest.mark.parametrize("rule", PER_EDGE)
 @pytest.mark.parametrize("alpha", [0.0, 0.2, 1.0])
 def test_weights_of_every_edge(rule, alpha):
     trie, gain = catalogue()
@@ -48,3 +51,141 @@ def test_bad_input_names_what_is_known():
         edge_weights(trie, gain, "pernode", 0.1)
     with pytest.raises(ValueError, match=r"alpha must lie in \[0, 1\], found 1.5"):
         edge_weights(trie, gain, "per-node", 1.5)
+    with pytest.raises(ValueError, match="'pooled' has no weight per edge"):
+        edge_weights(trie, gain, "pooled", 0.1)
+
+
+@pytest.mark.parametrize("rule", PER_EDGE)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_scoring_gives_the_same_weights(rule, dtype):
+    """fp32 arithmetic on the device against fp64 rounded at the end: one unit in the last place of 1."""
+    trie, gain = catalogue()
+    gain = gain.astype(dtype)
+    alphas = (0.0, 0.1, 0.2, 0.3, 0.4, 0.7, 1.0)
+    scoring = Scoring.build(trie, gain, ScoringOptions(rule, alphas))
+    assert (scoring.name, scoring.alphas, scoring.pooled) == (rule, alphas, False)
+    scoring.refuse_exact()  # nothing to refuse
+    child = torch.arange(1, trie.num_nodes).repeat(len(alphas))
+    weights = scoring.weights(torch.tensor(alphas).repeat_interleave(trie.num_nodes - 1), child)
+    assert weights.dtype == torch.float32
+    assert (weights >= 0).all() and (weights <= 1).all()
+    for alpha, found in zip(alphas, weights.view(len(alphas), -1).numpy(), strict=True):
+        expected = edge_weights(trie, gain, rule, alpha)[1:]
+        np.testing.assert_allclose(found, expected, rtol=0, atol=np.spacing(np.float32(1)))
+        assert (found[expected == 1] == 1).all()  # α = 0 and undecisive edges: log p untouched
+
+
+def pooled_scoring(sign=1):
+    trie, gain = catalogue()
+    return trie, sign * gain, Scoring.build(trie, sign * gain, ScoringOptions("pooled"))
+
+
+@pytest.mark.parametrize("sign", [1, -1])  # conditional gains can be negative
+def test_pooled_weights_of_three_steps(sign):
+    """Beams at two to four nodes each, under their own α, edges of all lanes interleaved."""
+    trie, gain, scoring = pooled_scoring(sign)
+    assert scoring.pooled
+    children = [range(trie.child_begin[n], trie.child_begin[n + 1]) for n in range(trie.num_nodes)]
+    branching = [n for n in range(trie.num_nodes) if len(children[n]) > 1]
+    steps = {0: branching[:4], 2: branching[4:7], 3: branching[1:3]}  # lane 1 has no beam
+    alphas = {0: 0.3, 2: 1.0, 3: 0.0}
+    edges = [(lane, child) for lane, nodes in steps.items() for node in nodes for child in children[node]]
+    edges = [edges[i] for i in np.random.default_rng(0).permutation(len(edges))]
+    lane, child = torch.tensor(edges).unbind(1)
+    alpha = torch.tensor([alphas[lane] for lane, _ in edges])
+    weights = scoring.pooled_weights(alpha, child, lane, 5)
+    assert weights.dtype == torch.float32
+    cold = 0
+    for (lane, child), found in zip(edges, weights.tolist(), strict=True):
+        warm = [gain[c] for other, c in edges if other == lane and trie.train_count[c] > 0]
+        normalised = (gain[child] - min(warm)) / (max(warm) - min(warm)) if trie.train_count[child] else 0.0
+        assert found == pytest.approx(1 - alphas[lane] * normalised, abs=2e-6)
+        assert 0 <= found <= 1
+        cold += trie.train_count[child] == 0
+    assert cold
+
+
+def test_pooled_over_the_children_of_one_node_is_per_node():
+    trie, gain, scoring = pooled_scoring()
+    child = torch.arange(1, trie.num_nodes)
+    parent = torch.from_numpy(trie.parent[1:]).long()
+    weights = scoring.pooled_weights(torch.full((len(child),), 0.4), child, parent, trie.num_nodes)
+    np.testing.assert_allclose(weights, edge_weights(trie, gain, "per-node", 0.4)[1:], atol=2e-6)
+
+
+def test_pooled_weighs_equal_gains_and_cold_edges_with_one():
+    items = [(1, 2, 0), (1, 3, 0), (4, 2, 0), (4, 3, 0), (5, 2, 0), (5, 3, 0)]
+    trie = build_trie(items, [3, 4, 4, 3, 0, 0])  # 1 and 4 gain the same, 5 is cold, and so is all below it
+    paths = node_paths(trie)
+    gain = information_gain(trie)
+    one, four = paths.index((1,)), paths.index((4,))
+    gain[four] = np.nextafter(np.float32(gain[one]), np.float32(np.inf))  # counts summed in another order
+    scoring = Scoring.build(trie, gain, ScoringOptions("pooled", (1.0,)))
+    child = torch.tensor([paths.index(path) for path in [(1,), (4,), (5,), (5, 2), (5, 3)]])
+    lane = torch.tensor([0, 0, 0, 1, 1])
+    assert scoring.pooled_weights(torch.ones(5), child, lane, 2).tolist() == [1.0] * 5
+    # Against warm edges of another gain the same two edges are decisive, and the cold one is not.
+    child = torch.tensor([paths.index(path) for path in [(1,), (4,), (5,), (1, 2)]])
+    weights = scoring.pooled_weights(torch.ones(4), child, torch.zeros(4, dtype=torch.int64), 1).tolist()
+    assert weights[2] == 1 and sorted(weights)[0] == 0 and weights[0] == pytest.approx(weights[1], abs=1e-6)
+
+
+def test_pooled_cannot_be_proved():
+    with pytest.raises(ValueError, match="--decoding_rule pooled"):
+        pooled_scoring()[2].refuse_exact()
+
+
+def test_popularity_prior_splits_the_items_shares_over_their_tokens():
+    items = random_items(60)
+    items += items[:15]  # shared leaves
+    counts = np.random.default_rng(2).integers(0, 4, len(items))
+    trie = build_trie(items, counts)
+    logshare = popularity_logshare(trie)
+    assert (logshare <= 0).all() and logshare[0] == 0
+    paths = node_paths(trie)
+    mass = [sum(int(n) + 1 for item, n in zip(items, counts, strict=True) if item[: len(path)] == path) for path in paths]
+    for node in range(1, trie.num_nodes):
+        assert logshare[node] == pytest.approx(np.log(mass[node] / mass[trie.parent[node]]), abs=1e-12)
+    leaf_share = [np.exp(sum(logshare[paths.index(path[:t])] for t in range(1, len(path) + 1)))
+                  for path in (paths[n] for n in np.flatnonzero(trie.is_leaf))]  # fmt: skip
+    assert sum(leaf_share) == pytest.approx(1)
+    scoring = Scoring.build(trie, information_gain(trie), ScoringOptions(popularity_prior=0.7))
+    assert scoring.prior.dtype == torch.float32 and (scoring.prior <= 0).all()
+    np.testing.assert_allclose(scoring.prior, 0.7 * logshare, rtol=1e-6)
+
+
+def test_counts_near_the_largest_int32_do_not_overflow_the_prior():
+    trie = build_trie([(1, 0), (2, 0)], [2**31 - 2, 0])
+    assert trie.train_count.dtype == np.int32
+    np.testing.assert_allclose(popularity_logshare(trie)[1:], np.log([1 - 2**-31, 2**-31, 1, 1]), rtol=1e-6, atol=1e-12)
+
+
+def test_options_reach_the_search():
+    trie, gain = catalogue()
+    plain = Scoring.build(trie, gain, ScoringOptions())
+    assert (plain.masked_softmax, plain.temperature, plain.length_penalty, plain.alphas) == (False, 1.0, 0.0, (0.0,))
+    assert plain.prior is None
+    other = Scoring.build(trie, gain, ScoringOptions(softmax="masked", temperature=0.6, length_penalty=1.0))
+    assert (other.masked_softmax, other.temperature, other.length_penalty) == (True, 0.6, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"alpha": [0.1, 1.5]}, r"--alpha must lie in \[0, 1\], found 1.5"),
+        ({"alpha": [float("nan")]}, "--alpha must lie"),
+        ({"alpha": []}, "--alpha needs at least one value"),
+        ({"alpha": [0.1, 0.1]}, "--alpha .* none twice"),
+        ({"decoding_rule": "pool"}, "unknown --decoding_rule 'pool'.* Did you mean 'pooled'"),
+        ({"softmax": "mask"}, "unknown --softmax 'mask': known are full, masked"),
+        ({"temperature": 0.0}, "--temperature must be positive"),
+        ({"temperature": float("inf")}, "--temperature must be positive and finite"),
+        ({"popularity_prior": -0.1}, "--popularity_prior must not be negative"),
+        ({"length_penalty": -1.0}, "--length_penalty must not be negative"),
+        ({"length_penalty": float("nan")}, "--length_penalty must not be negative"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    trie, gain = catalogue()
+    with pytest.raises(ValueError, match=message):
+        Scoring.build(trie, gain, ScoringOptions(**options))

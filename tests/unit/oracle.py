@@ -1,0 +1,143 @@
+"""A plain search, one user, one beam, one full forward pass at a time: what the tests hold the search engine against."""
+
+import numpy as np
+import torch
+import transformers
+
+from igd_ds.decoding.cache import PromptTree
+from igd_ds.decoding.rules import Scoring
+from igd_ds.decoding.search import search
+from igd_ds.decoding.trie import SearchTrie
+from igd_ds.items.trie import TokenTrie
+
+EOS, VOCABULARY = 0, 48
+
+
+def tiny_model(kind: str = "qwen2", seed: int = 0, attention: str = "sdpa"):
+    """Random causal LM with sharp logits, so that scores are far apart; float32, eval mode."""
+    torch.manual_seed(seed)
+    settings = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+                "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.3,
+                "attn_implementation": attention}  # fmt: skip
+    if kind == "qwen3":
+        settings["head_dim"] = 8
+    return transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(kind, **settings)).eval()
+
+
+def random_items(num_items: int, seed: int = 0) -> list[tuple[int, ...]]:
+    """Distinct token paths with shared prefixes and forced runs; lengths 2 to 8 with EOS."""
+    random = np.random.default_rng(seed)
+    items = {(1, EOS), (1, 2, EOS), (1, 2, 3, 4, 5, 6, 7, EOS)}
+    while len(items) < num_items:
+        length = random.integers(1, 7)
+        items.add((*(int(t) for t in random.integers(1, 7, size=length)), EOS))
+    return sorted(items, key=lambda path: random.random())
+
+
+def build_trie(items, counts=None) -> TokenTrie:
+    """TokenTrie of token paths."""
+    offsets = np.concatenate([[0], np.cumsum([len(path) for path in items])]).astype(np.int64)
+    counts = np.ones(len(items), np.int64) if counts is None else np.asarray(counts, np.int64)
+    return TokenTrie.build(np.concatenate(items).astype(np.int32), offsets, counts)
+
+
+def node_paths(trie) -> list[tuple[int, ...]]:
+    """The token path of every trie node."""
+    paths = [()]
+    for parent, token in zip(trie.parent[1:], trie.token[1:], strict=True):
+        paths.append((*paths[parent], int(token)))
+    return paths
+
+
+def random_weights(trie, seed: int = 0) -> np.ndarray:
+    """Arbitrary edge weights in [0.5, 1]."""
+    return np.random.default_rng(seed).uniform(0.5, 1, trie.num_nodes).astype(np.float32)
+
+
+def random_prompts(num_users: int, seed: int = 0) -> list[list[int]]:
+    """Prompts of different lengths, 3 to 12."""
+    random = np.random.default_rng(seed)
+    return [[int(t) for t in random.integers(1, VOCABULARY, size=random.integers(3, 13))] for _ in range(num_users)]
+
+
+def left_pad(prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask (B, P), as `generate` takes them."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[EOS] * (width - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    return ids, mask
+
+
+@torch.no_grad()
+def token_logprobs(model, prompt, path) -> list[float]:
+    """log p of each token of `path` after `prompt`, from one full forward pass without any cache."""
+    logits = model(torch.tensor([[*prompt, *path]])).logits[0].float().log_softmax(-1)
+    return [logits[len(prompt) - 1 + t, token].item() for t, token in enumerate(path)]
+
+
+def plain_search(model, prompt, items, weight, num_beams, length_penalty):
+    """METHOD's beam rule, written for one user with lists and tuples: [(score, path)], best first."""
+    finished_paths = set(items)
+    longest = {}
+    for path in items:
+        for t in range(len(path) + 1):
+            longest[path[:t]] = max(longest.get(path[:t], 0), len(path))
+    live, done = [(0.0, ())], []
+    while live:
+        candidates = []
+        for score, prefix in live:
+            for path in longest:
+                if len(path) == len(prefix) + 1 and path[:-1] == prefix:
+                    candidates.append((score + weight[path] * token_logprobs(model, prompt, path)[-1], path))
+        candidates = sorted(candidates, reverse=True)[: 2 * num_beams]
+        done += [(s / len(p) ** length_penalty, p) for s, p in candidates[:num_beams] if p in finished_paths]
+        done = sorted(done, reverse=True)[:num_beams]
+        live = [(s, p) for s, p in candidates if p not in finished_paths][:num_beams]
+        if len(done) == num_beams and all(s / longest[p] ** length_penalty <= done[-1][0] for s, p in live):
+            break
+    return done
+
+
+def scoring_of(weights: np.ndarray, length_penalty: float = 0.0, alphas=(1.0,), **options) -> Scoring:
+    """Scoring whose edge weights at α = 1 are `weights`; at another α they are 1 − α·(1 − weights)."""
+    settings = {"name": "per-node", "pooled": False, "masked_softmax": False, "temperature": 1.0, "prior": None} | options
+    return Scoring(gain=torch.from_numpy(1 - weights), alphas=alphas, length_penalty=length_penalty, **settings)
+
+
+def run_search(model, prompts, trie, scoring, num_beams, **options):
+    """The engine's SearchResult."""
+    tree = PromptTree(model)
+    tree.prefill([np.array(prompt) for prompt in prompts])
+    return search(tree, SearchTrie.build(trie), scoring, num_beams, **options)
+
+
+def as_lists(trie, leaves, scores) -> list[list[tuple[float, tuple[int, ...]]]]:
+    """Leaves and scores (B, K) as [(score, path)] per user."""
+    paths = node_paths(trie)
+    return [[(s, paths[leaf]) for s, leaf in zip(*row, strict=True) if leaf >= 0]
+            for row in zip(scores.tolist(), leaves.tolist(), strict=True)]  # fmt: skip
+
+
+def found_lists(model, prompts, trie, weights, num_beams, length_penalty, **options):
+    """The engine's lists at one α: per user [(score, path)]."""
+    result = run_search(model, prompts, trie, scoring_of(weights, length_penalty), num_beams, **options)
+    return as_lists(trie, result.leaves[0], result.scores[0])
+
+
+def assert_same_lists(found, expected):
+    assert [path for _, path in found] == [path for _, path in expected]
+    np.testing.assert_allclose([s for s, _ in found], [s for s, _ in expected], atol=2e-5)
+
+
+def weight_by_path(trie, weights) -> dict:
+    """Weight of the edge into each node, by the node's path."""
+    return {path: float(w) for path, w in zip(node_paths(trie), weights, strict=True)}
+
+
+def ranking(model, prompt, items, weight, length_penalty):
+    """Every item of the catalogue scored: [(score, path)], best first."""
+    scores = {}
+    for path in items:
+        edges = [weight[path[: t + 1]] for t in range(len(path))]
+        scores[path] = float(np.dot(edges, token_logprobs(model, prompt, path))) / len(path) ** length_penalty
+    return sorted(((s, p) for p, s in scores.items()), reverse=True)

@@ -1,0 +1,162 @@
+"""What tools/bench/search.py searches: trained models with their catalogues and prompts, or random ones."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from _common import REPOSITORY
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, T5Config, T5ForConditionalGeneration
+
+from igd_ds.data.collate import sample_rows
+from igd_ds.data.dataset import InteractionDataset
+from igd_ds.data.prompts import PromptBuilder, Template
+from igd_ds.decoding.search import Limits
+from igd_ds.items.catalogue import Catalogue
+from igd_ds.items.decisiveness import information_gain
+from igd_ds.items.store import load_catalogue
+from igd_ds.items.trie import TokenTrie
+from igd_ds.models import causal_lm
+
+VOCABULARY = 151_936
+# In the tokenizer, never in a training text: training has made its logit negative everywhere, and eight times that is very
+# negative, so that 143,744 rows more of embedding and head take hardly any probability (plain copies take 0.2; measured).
+UNUSED_TOKEN, UNUSED_SCALE = "<|im_end|>", 8
+
+
+@dataclass(frozen=True)
+class Line:
+    """One setting. `users`: per side, how many of the prompts it searches for; the other fields are as in the table's head.
+
+    `source` names a folder under --runs, or is "generated:N" (random items and weights) or "t5" (instruments' semantic IDs).
+    `prompt`: tokens of every prompt; 0: as the evaluator would make them.
+    """
+
+    name: str
+    users: dict[str, int]
+    source: str = "books-small"
+    prompt: int = 256
+    beams: int = 10
+    batch: int = 16
+    penalty: float = 0.0
+    vocabulary: int = VOCABULARY
+    alpha: float = 0.2
+    row_positions: int = Limits.row_positions
+
+
+@dataclass
+class Problem:
+    """What a line's sides search: a model, a TokenTrie with its gains, prompts; `notes` are figures for the reader."""
+
+    model: torch.nn.Module
+    trie: TokenTrie
+    gain: np.ndarray
+    prompts: list[np.ndarray]
+    notes: dict = field(default_factory=dict)
+
+
+def load(line: Line, runs: Path, generated: Path) -> Problem:
+    """Make a line's problem, the same at every call; prompts for as many users as the side with the most needs."""
+    num_users = max(line.users.values())
+    if line.source == "t5":
+        return load_t5(runs / "instruments", generated, num_users)
+    if line.source.startswith("generated"):
+        return load_generated(generated / line.source, line, num_users)
+    return load_trained(runs / line.source, line, num_users)
+
+
+def load_trained(folder: Path, line: Line, num_users: int) -> Problem:
+    """A run of tools/search_models.sh."""
+    model_folder = folder / "run" / "model"
+    description = causal_lm.describe(model_folder)
+    dataset = InteractionDataset.load(folder / "data")
+    tokenizer = causal_lm.load_tokenizer(str(model_folder), False)
+    stored = load_catalogue(model_folder / "catalogue", tokenizer=tokenizer, dataset=dataset)
+    template = Template.from_dict(description["prompt"], str(model_folder))
+    budget = description["max_length"] - stored.catalogue.max_length
+    builder = PromptBuilder.build(template, tokenizer, dataset, stored.catalogue.kind, budget)
+    split = dataset.splits["test"]
+    rows = sample_rows(len(split), num_users, seed=0)
+    if line.prompt:
+        prompts = [cut_prompt(builder, split, row, line.prompt) for row in rows]
+    else:
+        prompts = [builder.encode(split.history(row)) for row in rows]
+    model = AutoModelForCausalLM.from_pretrained(model_folder, attn_implementation="sdpa", dtype=torch.float32).eval()
+    problem = Problem(model, stored.trie, stored.gain, prompts)
+    if line.vocabulary:
+        unused = tokenizer.convert_tokens_to_ids(UNUSED_TOKEN)
+        problem.notes["share of probability on padded rows"] = pad_vocabulary(problem, line.vocabulary, unused)
+    return problem
+
+
+def cut_prompt(builder: PromptBuilder, split, row: int, length: int) -> np.ndarray:
+    """Return a prompt of exactly `length` tokens: the newest of the row's history, with those of the rows before it in front."""
+
+    def history(row):
+        return builder.encode(split.history(row))[len(builder.begin) : -len(builder.end)]
+
+    begin = builder.begin if length > 2 * len(builder.begin) else builder.begin[:0]  # the instruction, where there is room
+    room = length - len(begin) - len(builder.end)
+    body = history(row)
+    while len(body) < room:
+        row = (row - 1) % len(split)
+        body = np.concatenate([history(row), builder.separator, body])
+    return np.concatenate([begin, body[len(body) - room :], builder.end])
+
+
+@torch.no_grad()
+def pad_vocabulary(problem: Problem, size: int, unused: int) -> float:
+    """Pad embedding and head (one matrix) to `size` rows that nothing predicts; return how much probability they take."""
+    model, first = problem.model, problem.model.config.vocab_size
+    model.resize_token_embeddings(size, mean_resizing=False)
+    rows = model.get_input_embeddings().weight
+    rows[first:] = UNUSED_SCALE * rows[unused]
+    logits = [model(torch.from_numpy(prompt[None].astype(np.int64)), logits_to_keep=32).logits for prompt in problem.prompts[:4]]
+    return torch.cat(logits).softmax(-1)[..., first:].sum(-1).mean().item()
+
+
+def load_generated(folder: Path, line: Line, num_users: int) -> Problem:
+    """Items of tools/bench/trie.py (written to `folder` by `generate_items`), random weights, random prompts."""
+    token_ids, offsets, counts = (np.load(folder / f"{name}.npy") for name in ("token_ids", "offsets", "counts"))
+    trie = TokenTrie.build(token_ids, offsets, counts)
+    config = Qwen2Config.from_pretrained(REPOSITORY / "tools" / "models" / "qwen2-5m.json")
+    config.vocab_size = VOCABULARY
+    config.initializer_range = 0.1  # logits that differ; at 0.02 all items of one length score nearly the same
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32).eval()
+    prompts = np.random.default_rng(1).integers(2, VOCABULARY, (num_users, line.prompt or 256))
+    return Problem(model, trie, information_gain(trie, "prior", np.float32), list(prompts))
+
+
+def load_t5(folder: Path, generated: Path, num_users: int) -> Problem:
+    """TIGER's T5 (METHOD 4) with random weights over instruments' semantic IDs; prompts are the codes of the histories' items."""
+    if (folder / "tokenizer").exists():
+        dataset = InteractionDataset.load(folder / "data")
+        catalogue = Catalogue.build(dataset, AutoTokenizer.from_pretrained(folder / "tokenizer"), "semantic-id")
+        token_ids, offsets, counts = catalogue.token_ids, catalogue.offsets, catalogue.counts
+        split = dataset.splits["test"]
+        histories = [split.history(row) for row in sample_rows(len(split), num_users, seed=0)]
+    else:
+        token_ids, offsets, counts = (np.load(generated / "codes" / f"{name}.npy") for name in ("token_ids", "offsets", "counts"))
+        histories = np.random.default_rng(2).integers(len(counts), size=(num_users, 10))
+    trie = TokenTrie.build(token_ids, offsets, counts)
+    prompts = [np.concatenate([token_ids[offsets[item] : offsets[item + 1] - 1] for item in history]) for history in histories]
+    sizes = {"d_model": 128, "d_kv": 64, "d_ff": 1024, "num_layers": 4, "num_decoder_layers": 4, "num_heads": 6}
+    eos = int(token_ids[-1])
+    config = T5Config(
+        vocab_size=int(token_ids.max()) + 1, **sizes, eos_token_id=eos, pad_token_id=eos, decoder_start_token_id=eos
+    )
+    torch.manual_seed(0)
+    model = T5ForConditionalGeneration(config).eval()
+    return Problem(model, trie, information_gain(trie, "prior", np.float32), prompts)
+
+
+def generate_codes(folder: Path, num_items: int) -> None:
+    """Write random semantic IDs of four codes out of 256 each, without duplicates."""
+    rng = np.random.default_rng(0)
+    codes = np.unique(rng.integers(256, size=(num_items, 4)), axis=0)
+    tokens = np.concatenate([codes + 1 + 256 * np.arange(4), np.zeros((len(codes), 1), int)], axis=1)
+    folder.mkdir()
+    np.save(folder / "token_ids.npy", tokens.astype(np.int32).ravel())
+    np.save(folder / "offsets.npy", np.arange(len(codes) + 1) * 5)
+    np.save(folder / "counts.npy", rng.zipf(1.6, len(codes)).clip(max=10_000))
