@@ -307,7 +307,7 @@ class EncoderPromptTree(PromptTree):
 
 @contextlib.contextmanager
 def tree_attention_in(model):
-    """Let the model's layers attend by `tree_attention` for a while; transformers looks the name up in the config at each call."""
+    """Let the model attend by `tree_attention` for a while; transformers looks the name up in the config at each call."""
     config = model.config
     usual = config._attn_implementation
     config._attn_implementation = ATTENTION

@@ -49,7 +49,7 @@ class SearchTrie:
 
 
 def ragged(begin: torch.Tensor, count: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (row, value), each (sum of counts,) int64: begin[r], begin[r] + 1, … begin[r] + count[r] − 1 of each row r in turn."""
+    """Return (row, value), each (sum of counts,) int64: begin[r], begin[r] + 1, … begin[r] + count[r] − 1 of each row r."""
     row = torch.repeat_interleave(count)
     return row, (begin - count.cumsum(0) + count)[row] + torch.arange(len(row), device=count.device)
 

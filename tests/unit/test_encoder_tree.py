@@ -25,9 +25,10 @@ from igd_ds.decoding.trie import SearchTrie
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    config = transformers.T5Config(vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, eos_token_id=EOS,
-                                   relative_attention_num_buckets=4, relative_attention_max_distance=6, pad_token_id=VOCABULARY - 1,
-                                   decoder_start_token_id=VOCABULARY - 1, initializer_factor=2.0)  # fmt: skip
+    settings = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4,
+                "relative_attention_num_buckets": 4, "relative_attention_max_distance": 6, "initializer_factor": 2.0,
+                "eos_token_id": EOS, "pad_token_id": VOCABULARY - 1, "decoder_start_token_id": VOCABULARY - 1}  # fmt: skip
+    config = transformers.T5Config(**settings)
     model = transformers.T5ForConditionalGeneration(config).eval()
     torch.nn.init.normal_(model.decoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight)
     torch.nn.init.normal_(model.lm_head.weight, std=0.3)

@@ -14,7 +14,7 @@ penalty 0. Without that model the same is run with random weights on a generated
 
 Every side runs in a process of its own, forked off one that has loaded model and catalogue: it searches for one user to warm up,
 then for all. Peak memory is the peak during the search above what lay in memory before it. The lists of all sides must be the
-same: scores to 5e-5, items in the same order but for swaps of items whose scores are within 2e-5.
+same: scores to 5e-5, items in the same order but for swaps of items whose scores are within 2e-5 (both plus 4e-7 of the score).
 
 Counts are per user. *Passes*: calls of the model that the user took part in, the prompt's apart; a *token step* is a pass that a
 search with one token a step would have made for that user. *Prompt positions*: tokens through the decoder in its first call;
@@ -50,7 +50,8 @@ from igd_ds.decoding.trie import SearchTrie
 
 THREADS = 2
 GRID = [0.0, 0.1, 0.2, 0.3, 0.4]
-SCORE_TOLERANCE, SWAP_GAP = 5e-5, 2e-5
+# In nats, and relative to the score: with random weights scores lie near −200, where fp32 numbers are 1.5e-5 apart.
+SCORE_TOLERANCE, SWAP_GAP, RELATIVE = 5e-5, 2e-5, 4e-7
 GENERATE = {"generate": DictTrieProcessor, "vectorised": IGDLogitsProcessor, "CSR mask": CsrMaskProcessor}
 
 
@@ -268,14 +269,15 @@ def check_same(name: str, leaves, scores, expected_leaves, expected_scores) -> f
     """
     assert np.array_equal(leaves < 0, expected_leaves < 0), f"{name} list different numbers of items"
     listed = leaves >= 0
-    difference = np.abs(scores[listed] - expected_scores[listed]).max()
-    assert difference <= SCORE_TOLERANCE, f"{name} differ in scores by {difference:.1e}"
+    difference, rounding = np.abs(scores - expected_scores)[listed], RELATIVE * np.abs(expected_scores)
+    worst = (difference - rounding[listed]).max()
+    assert worst <= SCORE_TOLERANCE, f"{name} differ in scores by {difference.max():.1e}"
     for user, rank in np.argwhere(leaves != expected_leaves):
         places = np.flatnonzero(expected_leaves[user] == leaves[user, rank])
         place = places[0] if len(places) else np.flatnonzero(listed[user])[-1]
         gap = abs(expected_scores[user, place] - expected_scores[user, rank])
-        assert gap <= SWAP_GAP, f"{name} differ: user {user}, rank {rank + 1}, scores {gap:.1e} apart"
-    return float(difference)
+        assert gap <= SWAP_GAP + rounding[user, rank], f"{name} differ: user {user}, rank {rank + 1}, scores {gap:.1e} apart"
+    return float(difference.max())
 
 
 def in_own_process(function, *arguments):
