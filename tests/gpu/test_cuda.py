@@ -33,7 +33,7 @@ def test_training_and_search_on_one_gpu(name, tmp_path):
     found = []
     for devices in ("0", ""):
         output = tmp_path / f"eval-{devices}"
-        flags = f"--model {run}/model --dataset {data} --alpha 0.2 --dtype float32 --output_dir {output}"
+        flags = f"--model {run}/model --dataset {data} --alpha 0.2 --search exact --dtype float32 --output_dir {output}"
         command(f"igd_ds/eval.py {flags}", CUDA_VISIBLE_DEVICES=devices)
         found.append(json.loads((output / "metrics.json").read_text())["alpha"]["0.2"]["token_match"])
     assert found[0] == pytest.approx(found[1], abs=0.02)  # nearly equal scores may swap: a row or two of the 80

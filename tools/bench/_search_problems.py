@@ -111,8 +111,9 @@ def pad_vocabulary(problem: Problem, size: int, unused: int) -> float:
     model.resize_token_embeddings(size, mean_resizing=False)
     rows = model.get_input_embeddings().weight
     rows[first:] = UNUSED_SCALE * rows[unused]
-    logits = [model(torch.from_numpy(prompt[None].astype(np.int64)), logits_to_keep=32).logits for prompt in problem.prompts[:4]]
-    return torch.cat(logits).softmax(-1)[..., first:].sum(-1).mean().item()
+    prompts = [torch.from_numpy(prompt[None].astype(np.int64)) for prompt in problem.prompts[:4]]
+    logits = torch.cat([model(prompt, logits_to_keep=32).logits[0] for prompt in prompts])
+    return logits.softmax(-1)[:, first:].sum(-1).mean().item()
 
 
 def load_generated(folder: Path, line: Line, num_users: int) -> Problem:
