@@ -62,11 +62,11 @@ class Task:
     item_lists: ItemLists | None
     guidance: tuple[np.ndarray, float] | None
 
-    def per_user(self, rows: np.ndarray, guided: bool = True) -> PerUser:
-        """Return the item filter and, if `guided`, the guidance of a batch of rows."""
+    def per_user(self, rows: np.ndarray) -> PerUser:
+        """Return the item filter and the guidance of a batch of rows."""
         labels = [f"row {row} of {self.split.name}" for row in rows]
         lists = self.item_lists.of(rows) if self.item_lists else {}
-        guidance = (self.guidance[0][rows], self.guidance[1]) if self.guidance and guided else None
+        guidance = (self.guidance[0][rows], self.guidance[1]) if self.guidance else None
         return self.recommender.per_user(labels, guidance=guidance, **lists)
 
 
@@ -116,7 +116,7 @@ def build_task(config) -> Task:
     scoring = recommender.scoring(config)
     if config.search == "exact":
         scoring.refuse_exact()
-    check_limits(Limits(config.pass_positions, config.row_positions), config.num_beams)
+    check_limits(Limits(config.pass_positions, config.row_positions), config.num_beams, config.search)
     check_memory(config, len(recommender.tokenizer))
     split = recommender.dataset.splits[config.split]
     rows = sample_rows(len(split), config.num_rows, config.seed)
@@ -125,14 +125,14 @@ def build_task(config) -> Task:
     lists = ItemLists.read(config.item_filter, len(split)) if config.item_filter else None
     guidance = map_guidance(config.guidance, len(split), recommender.dataset.num_items) if config.guidance else None
     task = Task(recommender, split, rows, lists, None if guidance is None else (guidance, config.guidance_weight))
-    distributed.on_main(lambda: check_item_lists(config, task))
+    distributed.on_main(lambda: check_every_row(config, task))
     return task
 
 
-def check_item_lists(config, task: Task) -> None:
-    """Raise ValueError for a row with an unknown item in its lists or left with nothing: now rather than hours later."""
-    for rows in batches_of(config, task.rows) if task.item_lists else []:
-        task.per_user(rows, guided=False)
+def check_every_row(config, task: Task) -> None:
+    """Raise ValueError for a row whose item lists or guidance are bad or leave it nothing: now rather than hours later."""
+    for rows in batches_of(config, task.rows) if task.item_lists or task.guidance else []:
+        task.per_user(rows)
 
 
 def batches_of(config, rows: np.ndarray) -> list[np.ndarray]:

@@ -9,6 +9,7 @@ A history is a user's item ids of the dataset the run was trained on, oldest fir
 
 import dataclasses
 import functools
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +78,8 @@ class Source:
 class Recommender:
     """A trained model with its dataset, catalogue, prompt and search trie. Made by `load`, or in two steps, weights last.
 
+    Threads may share one: their searches take turns.
+
     Args:
         source: Source, or anything with its attributes, such as EvalConfig.
         device: where to search; None: this process's GPU, or the CPU where there is none.
@@ -109,6 +112,7 @@ class Recommender:
         self.trie = SearchTrie.build(self.stored.trie, self.device)
         self.ranges = ItemRanges.build(self.stored.trie, self.device)
         self.batch_size, self.limits = 16, Limits()
+        self._one_at_a_time = threading.Lock()
         self.model = None
         build = functools.partial(Scoring.build, self.stored.trie, self.stored.gain, device=self.device)
         self._scoring = functools.lru_cache(SCORINGS_KEPT)(build)
@@ -207,9 +211,10 @@ class Recommender:
         Histories too long for the prompt lose their oldest items.
         """
         assert self.model is not None, "call load_weights() first"
-        tree = PromptTree(self.model)
-        tree.prefill([self.prompts.encode(history) for history in histories])
-        return search(tree, self.trie, scoring, num_beams, method, per_user, limits)
+        with self._one_at_a_time:  # a search changes how the model attends while it lasts
+            tree = PromptTree(self.model)
+            tree.prefill([self.prompts.encode(history) for history in histories])
+            return search(tree, self.trie, scoring, num_beams, method, per_user, limits)
 
     def items_under(
         self, leaves: np.ndarray, users: np.ndarray, item_filter: ItemFilter | None = None
@@ -252,8 +257,10 @@ class Recommender:
             ValueError: names the user (position in `histories`) with an empty history, an item that is not in the catalogue or
                 nothing left to recommend; or k < 1, an option out of its range, `limits` below one position per item of the list.
         """
-        if k < 1:
-            raise ValueError(f"k must be at least 1, found {k}")
+        if not isinstance(k, int) or k < 1:
+            raise ValueError(f"k must be a whole number and at least 1, found {k}")
+        if guidance is not None:
+            guidance = np.asarray(guidance[0], dtype=np.float64), guidance[1]
         checked = [self._checked(history, user) for user, history in enumerate(histories)]
         labels = [f"histories[{user}]" for user in range(len(checked))]
         for name, entries in (("allow", allow), ("deny", deny), ("guidance", guidance and guidance[0])):

@@ -69,18 +69,18 @@ class Beam:
 
     def _step(self, lanes: torch.Tensor) -> None:
         """Replace the live beams of `lanes` (A',) by their best children."""
-        trie, penalty, width = self.expanded.trie, self.expanded.scoring.length_penalty, self.num_beams
+        trie, width = self.expanded.trie, self.num_beams
         edge, score = self._best_candidates(lanes, 2 * width)
         node = self.expanded.child.values[edge.clamp(min=0)].long()
         finished = (edge >= 0) & trie.is_leaf(node)
-        final = score[:, :width] / trie.depth[node[:, :width]] ** penalty
+        final = self.expanded.per_length(score[:, :width], trie.depth[node[:, :width]])
         self.leaves[lanes], self.scores[lanes] = merge_ranked(
             self.leaves[lanes], self.scores[lanes], node[:, :width], final.where(finished[:, :width], -torch.inf)
         )
         live = (edge >= 0) & ~finished
         order = live.long().sort(dim=1, descending=True, stable=True).indices[:, :width]
         edge, score, node, live = (t.gather(1, order) for t in (edge, score, node, live))
-        bound = (score / trie.longest[node] ** penalty).where(live, -torch.inf)
+        bound = self.expanded.per_length(score, trie.longest[node]).where(live, -torch.inf)
         live &= (bound > self.scores[lanes][:, -1:]).any(1, keepdim=True)
         self.edge[lanes], self.score[lanes], self.live[lanes] = edge.clamp(min=0), score, live
         self.token_steps[lanes] += live.any(1)

@@ -8,7 +8,7 @@ import torch
 from igd_ds.decoding.beam import best_per_lane, merge_ranked
 from igd_ds.decoding.expand import ExpandedTree
 
-WAVE = 32  # open prefixes that one lane sends into a pass (measured: docs/search.md)
+WAVE = 16  # open prefixes that one lane sends into a pass (measured: docs/search.md)
 
 
 class BestFirst:
@@ -22,8 +22,8 @@ class BestFirst:
         expanded: the batch's ExpandedTree; what another search has expanded costs nothing here.
         lane_user, lane_alpha: (A,) int64 and float32.
         leaves, scores: (A, K) lists that are known already (the beam's); their K-th score is the first bound. −1 and −inf: none.
-        row_positions: a user who has sent this many positions through the model (a last wave may go over) gets no more; what is
-            proven by then is told.
+        row_positions: a user who has sent this many positions through the model, in this search and before it (a last wave may
+            go over), gets no more; what is proven by then is told.
 
     Attributes:
         leaves, scores: (A, K) int64 and float32, the best items found so far; −1 and −inf where there is none.
@@ -53,11 +53,15 @@ class BestFirst:
             self._open(lane, edge, score)
 
     def wanted(self) -> torch.Tensor:
-        """Return the edges (Q,) to expand next: the WAVE best-bounded ones of each lane."""
+        """Return the edges (Q,) to expand next: the WAVE best-bounded ones of each lane, all lanes' first ones first."""
         self._give_up(self.expanded.positions[self.lane_user[self.lane]] >= self.row_positions)
         order = self.lane.argsort(stable=True)
         best = best_per_lane(self.lane[order], self.bound[order], len(self.lane_user), WAVE)
-        return self.edge[order[best[best >= 0]]].unique()
+        best = best.T[best.T >= 0]
+        edges, index = self.edge[order[best]].unique(return_inverse=True)
+        place = torch.arange(len(best), device=edges.device)
+        first = torch.full_like(edges, len(best)).scatter_reduce(0, index, place, "amin")
+        return edges[first.argsort()]
 
     def open_users(self) -> torch.Tensor:
         """Return the users (ascending) that still search."""
@@ -77,7 +81,7 @@ class BestFirst:
         row, edge = expanded.children(expanded.row.values[edge].long())
         lane, child = lane[row], expanded.child.values[edge].long()
         score = score[row] + expanded.increments(edge, scoring.weights(self.lane_alpha[lane], child))
-        bound = score / trie.longest[child] ** scoring.length_penalty
+        bound = expanded.per_length(score, trie.longest[child])
         finished = trie.is_leaf(child)
         self._finish(lane[finished], child[finished], bound[finished])  # of a leaf, `longest` is its depth
         open_ = ~finished & self._may_win(lane, bound)

@@ -55,9 +55,9 @@ def tree_attention(module, query, key, value, attention_mask, scaling=None, tree
         if tree.cross_mask is not None and not module.is_causal:
             mask = tree.cross_mask
         group = heads // num_keys
+        if group > 1 and mask.shape[2] == tree.num_places:
+            mask = tree.mask = mask.repeat(1, 1, group, 1)  # once for all layers
         rows = rows.view(num_users, tree.num_places, num_keys, group, width).permute(0, 2, 3, 1, 4).flatten(2, 3)
-        if group > 1:
-            mask = mask.expand(-1, -1, tree.num_places, -1).repeat(1, 1, group, 1)
         seen = F.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scaling)
         seen = seen.unflatten(2, (group, tree.num_places)).permute(0, 3, 1, 2, 4).flatten(2, 3)
     return seen[tree.column, tree.place][None], None
@@ -112,7 +112,8 @@ class PromptTree:
             AttentionInterface over full (not sliding) windows: Qwen2, Qwen3, LLaMA and most others.
 
     Raises:
-        ValueError: sliding windows, or a model class that does not use the interface.
+        ValueError: sliding windows (in `prefill` and `extend`, where one window holds for all layers and a path exceeds it), or a
+            model class that does not use the interface.
     """
 
     def __init__(self, model):
@@ -125,6 +126,9 @@ class PromptTree:
             )
         assert not model.training, "call model.eval() before searching"
         self.model = model
+        # Models without layer_types (Mistral) have one window for all layers, and Qwen2 one that is off by default.
+        window = getattr(model.config, "sliding_window", None) if getattr(model.config, "use_sliding_window", True) else None
+        self.window = None if hasattr(model.config, "layer_types") else window
 
     @torch.no_grad()
     def prefill(self, prompts: Sequence[np.ndarray]) -> torch.Tensor:
@@ -159,6 +163,7 @@ class PromptTree:
         ends = self.prompt_length.cumsum(0)
         place = torch.arange(len(tokens), device=self.device) - (ends - self.prompt_length)[column]
         longest = int(self.prompt_length.max())
+        self._check_window(longest)
         step = TreePass(column, place, place, longest, longest, mask=None)
         return self._forward(tokens, place, step, ends - 1)
 
@@ -205,6 +210,7 @@ class PromptTree:
         numbers = torch.arange(len(parent), device=self.device) + len(self.run_user)
         self.run_user = torch.cat([self.run_user, self.run_user[parent]])
         width = int((depth + length).max())
+        self._check_window(int(self.prompt_length.max()) + width)
         self.run_path = F.pad(self.run_path, (0, max(0, width - self.run_path.shape[1])), value=-1)
         new_path = self.run_path[parent]
         new_path[run, depth[run] + offset] = slot
@@ -212,6 +218,13 @@ class PromptTree:
         position = self.prompt_length[column] + depth[run] + offset
         step = TreePass(column, place, slot, num_slots, num_places, mask)
         return self._forward(tokens, position, step, slice(None)), numbers
+
+    def _check_window(self, length: int) -> None:
+        if self.window is not None and length > self.window:
+            raise ValueError(
+                f"{length} tokens of prompt and item exceed the model's attention window of {self.window}, and a tree search would "
+                f"attend beyond it: lower --max_length"
+            )
 
     def _forward(self, tokens: torch.Tensor, position: torch.Tensor, step: TreePass, keep) -> torch.Tensor:
         """Run one pass; `keep` are the packed positions whose logits are wanted."""
@@ -247,7 +260,7 @@ class EncoderPromptTree(PromptTree):
         if model.config.model_type != "t5":
             raise ValueError(f"tree search over an encoder-decoder knows T5, found {model.config.model_type}")
         assert not model.training, "call model.eval() before searching"
-        self.model = model
+        self.model, self.window = model, None
 
     @torch.no_grad()
     def prefill(self, prompts: Sequence[np.ndarray]) -> torch.Tensor:

@@ -66,6 +66,9 @@ class ExpandedTree:
         self.node, self.user, self.run, self.first_edge, self.num_edges = (Growing(torch.int64, device) for _ in range(5))
         self.child, self.owner, self.row = (Growing(torch.int32, device) for _ in range(3))
         self.logprob, self.bonus = (Growing(torch.float32, device) for _ in range(2))
+        # n^p of every length: one table, so that a score is the same wherever it is computed, to the bit.
+        lengths = torch.arange(int(trie.longest[0]) + 1, dtype=torch.float64)
+        self.length_power = (lengths**scoring.length_penalty).float().to(device)
         self.passes, self.positions = (torch.zeros(num_users, dtype=torch.int64, device=device) for _ in range(2))
         users = torch.arange(num_users, device=device)
         nothing = torch.zeros(num_users, device=device)
@@ -80,12 +83,11 @@ class ExpandedTree:
     def expand(self, edges: torch.Tensor, pass_positions: int) -> None:
         """Send the children of `edges` (Q,) and their forced runs through the model, as many as `pass_positions` tokens allow.
 
-        At least one run always goes. With Q = 0 an idle pass is made.
+        What does not fit is left unexpanded: earlier edges go first. With Q = 0 an idle pass is made.
         """
         child = self.child.values[edges].long()
-        length = 1 + self.trie.forced[child].long().clamp(max=LOOKAHEAD)
+        length = (1 + self.trie.forced[child].long().clamp(max=LOOKAHEAD)).clamp(max=pass_positions)
         fits = length.cumsum(0) <= pass_positions
-        fits[:1] = True
         edges, child, length = edges[fits], child[fits], length[fits]
         run, _ = ragged(torch.zeros_like(length), length)
         first = length.cumsum(0) - length
@@ -112,6 +114,10 @@ class ExpandedTree:
         rows = first_row + inside.nonzero()[:, 0]
         self.row.values[self.first_edge.values[rows]] = (rows + 1).int()
 
+    def per_length(self, score: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
+        """Return S / n^p, float32, of scores and lengths (any integer type) of one shape."""
+        return score / self.length_power[length.long()]
+
     def increments(self, edges: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Return w_d·log p and what prior and guidance add, float32 (E,), of `edges` with these `weights` (E,) (IGD Eq. 8)."""
         return weights * self.logprob.values[edges] + self.bonus.values[edges]
@@ -124,7 +130,7 @@ class ExpandedTree:
             row, child = row[allowed], child[allowed]
         logprob = self._logprob(logits, row, self.trie.token[child].long())
         if not torch.isfinite(logprob).all():
-            raise ValueError("the model's logits are NaN or infinite: check its weights, or evaluate it with --dtype float32")
+            raise ValueError("the model's logits are NaN or infinite: check its weights, or run it in float32")
         bonus = torch.zeros_like(logprob)
         if self.scoring.prior is not None:
             bonus += self.scoring.prior[child]

@@ -52,8 +52,6 @@ class ItemFilter:
     """int64 (n + 1,), ascending, each once: user·N + position of the listed items, and a last one larger than any."""
     allow: torch.Tensor
     """bool (B,): the user's listed items are the allowed ones; otherwise they are the denied ones."""
-    num_allowed: torch.Tensor
-    """int64 (B,): items the user may get, at least 1."""
 
     @classmethod
     def build(
@@ -80,19 +78,18 @@ class ItemFilter:
         """
         num_items, device = len(ranges.position), ranges.position.device
         allowed, denied = (_lists(*named, num_users, num_items, labels) for named in (("allow", allow), ("deny", deny)))
-        listed, is_allow, num_allowed = [], [], []
+        listed, is_allow = [], []
         for user, (only, without) in enumerate(zip(allowed, denied, strict=True)):
             items = without if only is None else np.setdiff1d(only, without, assume_unique=True)
             listed.append(items)
             is_allow.append(only is not None)
-            num_allowed.append(len(items) if only is not None else num_items - len(items))
-            if num_allowed[-1] == 0:
+            if len(items) == (num_items if only is None else 0):
                 raise ValueError(f"{_who(user, labels)}: the item filter leaves nothing of the {num_items} items; loosen it")
         owner = torch.from_numpy(np.repeat(np.arange(num_users), [len(items) for items in listed])).to(device)
         item = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *listed])).to(device)
         keys = (owner * num_items + ranges.position[item]).sort().values
         end = keys.new_full((1,), torch.iinfo(torch.int64).max)
-        return cls(ranges, torch.cat([keys, end]), *(torch.tensor(x, device=device) for x in (is_allow, num_allowed)))
+        return cls(ranges, torch.cat([keys, end]), torch.tensor(is_allow, dtype=torch.bool, device=device))
 
     def allows(self, user: torch.Tensor, node: torch.Tensor) -> torch.Tensor:
         """Return whether an item that the user may get lies under the node (a shared leaf: any of its items), bool (E,).

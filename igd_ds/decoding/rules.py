@@ -155,7 +155,7 @@ class Scoring:
             gain=_on_device(rule.edge_gain(trie, gain), device),
             pooled=rule.per_step,
             alphas=tuple(float(alpha) for alpha in options.alpha),
-            length_penalty=options.length_penalty,
+            length_penalty=float(options.length_penalty),
             masked_softmax=options.softmax == "masked",
             temperature=options.temperature,
             prior=None if prior is None else _on_device(prior, device),

@@ -20,8 +20,8 @@ METHODS = ("beam", "exact")
 
 @dataclass(frozen=True)
 class Limits:
-    """pass_positions: tokens packed into one model pass, which bounds its memory. row_positions: tokens that the exact search may
-    send through the model for one user, all α together, before it tells what it has proven."""
+    """pass_positions: tokens packed into one model pass, which bounds its memory. row_positions: tokens of one user, all α and
+    the beams before it counted, after which the exact search sends no more and tells what it has proven."""
 
     pass_positions: int = 512
     row_positions: int = 4096
@@ -84,7 +84,7 @@ def search(
         raise ValueError(f"unknown search '{method}'; known: {', '.join(METHODS)}")
     if method == "exact":
         scoring.refuse_exact()
-    check_limits(limits, num_beams)
+    check_limits(limits, num_beams, method)
     assert len(scoring.gain) == trie.num_nodes, "one gain per node of this trie"
     num_users, device = len(tree.prompt_logits), tree.prompt_logits.device
     expanded = ExpandedTree(tree, trie, scoring, per_user)
@@ -120,10 +120,10 @@ def search(
     )
 
 
-def check_limits(limits: Limits, num_beams: int) -> None:
+def check_limits(limits: Limits, num_beams: int, method: str) -> None:
     """Raise ValueError for limits that do not let a search of `num_beams` make a step."""
     for flag, value in (("--pass_positions", limits.pass_positions), ("--row_positions", limits.row_positions)):
-        if value < num_beams:
+        if value < num_beams and (method == "exact" or flag == "--pass_positions"):
             raise ValueError(f"{flag} {value} is less than one position for each of {num_beams} beams: raise it")
 
 

@@ -157,6 +157,18 @@ def test_the_model_attends_as_before_after_a_search():
     assert model.config._attn_implementation == "sdpa" and torch.equal(full_pass(model, prompt), before)
 
 
+def test_windows_that_a_path_exceeds_are_refused():
+    trie, prompt = build_trie(random_items(30)), random_prompts(1)[0]
+    for window, refused in [(len(prompt) + 7, False), (len(prompt) + 2, True), (2, True)]:
+        model = tiny_model("mistral")
+        model.config.sliding_window = window
+        if refused:
+            with pytest.raises(ValueError, match=f"exceed the model's attention window of {window}"):
+                found_lists(model, [prompt], trie, random_weights(trie), 4, 0.0)
+        else:
+            found_lists(model, [prompt], trie, random_weights(trie), 4, 0.0)
+
+
 def test_a_small_pass_budget_changes_no_list():
     model, trie, prompts = tiny_model(), build_trie(random_items(60)), random_prompts(5)
     scoring = scoring_of(random_weights(trie), alphas=(0.0, 1.0))

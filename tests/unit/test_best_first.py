@@ -74,6 +74,18 @@ def test_a_catalogue_smaller_than_the_list_is_listed_whole():
     assert (result.certified == 6).all() and (result.leaves[..., 6:] == -1).all() and (result.leaves[..., :6] > 0).all()
 
 
+def test_scores_are_the_beams_to_the_bit_at_any_penalty():
+    model, prompts = tiny_model(), random_prompts(5)
+    items = [(*(int(t) for t in np.random.default_rng(i).integers(1, 7, 1 + i % 19)), EOS) for i in range(80)]
+    trie = build_trie(sorted(set(items)))
+    for length_penalty in (0.3, 0.7, 2.0):
+        result = run_search(model, prompts, trie, scoring_of(random_weights(trie), length_penalty), 6, method="exact")
+        both = result.leaves[0][:, :, None] == result.beam_leaves[0][:, None, :]
+        _, place, beam_place = both.nonzero().T
+        user = both.nonzero()[:, 0]
+        assert len(user) and torch.equal(result.scores[0][user, place], result.beam_scores[0][user, beam_place])
+
+
 def test_ties_do_not_end_the_search_early():
     model = tiny_model()
     torch.nn.init.zeros_(model.lm_head.weight)  # every token has the same probability: scores depend on the length alone

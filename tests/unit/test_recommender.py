@@ -160,7 +160,7 @@ def test_an_eos_that_tokenizer_and_catalogue_disagree_on(run, tmp_path):
         ({"histories": [[1], [-1]]}, r"histories\[1\]: item -1 is not"),
         ({"histories": [1, 2]}, r"histories\[0\]: a history is a flat list of item ids"),
         ({"histories": [["ab"]]}, r"histories\[0\]: a history is a flat list"),
-        ({"histories": [[1]], "k": 0}, "k must be at least 1, found 0"),
+        ({"histories": [[1]], "k": 0}, "k must be a whole number and at least 1, found 0"),
         ({"histories": [[1]], "alpha": 1.5}, "--alpha must lie in"),
         ({"histories": [[1]], "search": "best"}, "unknown search 'best'; known: beam, exact"),
         ({"histories": [[1]], "search": "exact", "decoding_rule": "pooled"}, "--decoding_rule pooled depends"),
