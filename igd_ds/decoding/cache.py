@@ -222,8 +222,8 @@ class PromptTree:
     def _check_window(self, length: int) -> None:
         if self.window is not None and length > self.window:
             raise ValueError(
-                f"{length} tokens of prompt and item exceed the model's attention window of {self.window}, and a tree search would "
-                f"attend beyond it: lower --max_length"
+                f"{length} tokens of prompt and item exceed the model's attention window of {self.window}, and a tree search "
+                f"would attend beyond it: lower --max_length"
             )
 
     def _forward(self, tokens: torch.Tensor, position: torch.Tensor, step: TreePass, keep) -> torch.Tensor:

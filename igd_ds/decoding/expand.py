@@ -6,6 +6,7 @@ is ever computed twice.
 Letters in shapes: B users, D expanded rows, E edges below them, Q wanted edges, T tokens of a pass, V vocabulary.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from igd_ds.decoding.trie import SearchTrie, ragged
 
 # Forced tokens sent ahead of need: more save passes and cost positions, for beams that die on the way (measured: docs/search.md).
 LOOKAHEAD = 12
+BLOCK = 2**22  # logits per block of the softmax: 16 MiB of fp32, which malloc does not hand back to the system each time
 
 
 @dataclass(frozen=True)
@@ -155,12 +157,21 @@ class ExpandedTree:
 
     def _logprob(self, logits, row, token) -> torch.Tensor:
         """Return log p, float32 (E,), of `token` (E,) behind `row` (E,), over the full vocabulary or the row's tokens alone."""
-        if self.scoring.temperature != 1:
-            logits = logits.float() / self.scoring.temperature
+        temperature = self.scoring.temperature
         if self.scoring.masked_softmax:
-            wanted = logits[row, token].float()
+            wanted = logits[row, token].float() / temperature
             highest = wanted.new_full((len(logits),), -torch.inf).scatter_reduce(0, row, wanted, "amax")
             mass = wanted.new_zeros(len(logits)).scatter_add(0, row, (wanted - highest[row]).exp())
             return wanted - highest[row] - mass.log()[row]
-        # log_softmax rather than logit − logsumexp: one fused pass, and rounded like Hugging Face's scores.
-        return torch.log_softmax(logits, dim=-1, dtype=torch.float32)[row, token]
+        # log_softmax rather than logit − logsumexp: one fused pass, and rounded like Hugging Face's scores. In blocks of rows
+        # whose memory is used again: fresh memory for all rows at once costs more than the arithmetic.
+        rows = max(1, BLOCK // logits.shape[1])
+        cuts = torch.searchsorted(row, torch.arange(0, len(logits) + rows, rows, device=row.device)).tolist()
+        logprob = []
+        for number, (begin, end) in enumerate(itertools.pairwise(cuts)):
+            block = logits[number * rows : (number + 1) * rows]
+            if temperature != 1:
+                block = block.float() / temperature
+            block = torch.log_softmax(block, dim=-1, dtype=torch.float32)
+            logprob.append(block[row[begin:end] - number * rows, token[begin:end]])
+        return torch.cat(logprob)

@@ -14,7 +14,7 @@ penalty 0. Without that model the same is run with random weights on a generated
 
 Every side runs in a process of its own, forked off one that has loaded model and catalogue: it searches for one user to warm up,
 then for all. Peak memory is the peak during the search above what lay in memory before it. The lists of all sides must be the
-same: scores to 5e-5, items in the same order but for swaps of items whose scores are within 2e-5 (both plus 4e-7 of the score).
+same: scores to 5e-4, items in the same order but for swaps of items whose scores are within 5e-4 (both plus 4e-7 of the score).
 
 Counts are per user. *Passes*: calls of the model that the user took part in, the prompt's apart; a *token step* is a pass that a
 search with one token a step would have made for that user. *Prompt positions*: tokens through the decoder in its first call;
@@ -50,17 +50,22 @@ from igd_ds.decoding.trie import SearchTrie
 
 THREADS = 2
 GRID = [0.0, 0.1, 0.2, 0.3, 0.4]
-# In nats, and relative to the score: with random weights scores lie near −200, where fp32 numbers are 1.5e-5 apart.
-SCORE_TOLERANCE, SWAP_GAP, RELATIVE = 5e-5, 2e-5, 4e-7
+# In nats, and relative to the score. The books-small model amplifies fp32 rounding: where two sides are 2.7e-4 apart, fp64 lies
+# between, as far from either. With random weights scores lie near −200, where fp32 numbers are 1.5e-5 apart.
+SCORE_TOLERANCE, SWAP_GAP, RELATIVE = 5e-4, 5e-4, 4e-7
 GENERATE = {"generate": DictTrieProcessor, "vectorised": IGDLogitsProcessor, "CSR mask": CsrMaskProcessor}
 
 
-HEADLINE = Line("headline", {"generate": 64, "vectorised": 64, "beam": 64, "exact": 32, "grid": 64})
+HEADLINE = Line("headline", {"generate": 64, "vectorised": 64, "beam": 64, "exact": 16, "grid": 64})
+# Prompts of other users in front of one's own are not what the model has learned: proofs are measured on the evaluator's prompts.
+OWN = replace(HEADLINE, name="own prompts", prompt=0, users={"generate": 16, "beam": 64, "exact": 64})
 T5 = Line("instruments, T5", {"CSR mask": 256, "vectorised": 256, "beam": 256}, "t5", 0, 20, 64, vocabulary=0, alpha=0.0)
 CONTRAST = {"vectorised": 16, "beam": 32}
-ALL_BUT_GRID = {"generate": 16, "vectorised": 32, "beam": 64, "exact": 32}
+ALL_BUT_GRID = {"generate": 16, "vectorised": 16, "beam": 64, "exact": 16}
 LINES = [
     HEADLINE,
+    OWN,
+    replace(OWN, name="own prompts, α 0", alpha=0.0, users={"beam": 64, "exact": 64}),
     replace(HEADLINE, name="vocabulary as trained", vocabulary=0, users=ALL_BUT_GRID),
     replace(HEADLINE, name="prompt 64", prompt=64, users=CONTRAST),
     replace(HEADLINE, name="prompt 1024", prompt=1024, users=CONTRAST),
@@ -68,11 +73,11 @@ LINES = [
     replace(HEADLINE, name="50 beams", beams=50, batch=8, users={"vectorised": 8, "beam": 16}),
     replace(HEADLINE, name="batch 1", batch=1, users=CONTRAST),
     replace(HEADLINE, name="batch 64", batch=64, users={"vectorised": 64, "beam": 64}),
-    replace(HEADLINE, name="penalty 1", penalty=1.0, users={"vectorised": 16, "beam": 32, "exact": 32}),
+    replace(HEADLINE, name="penalty 1", penalty=1.0, users={"vectorised": 16, "beam": 32, "exact": 8}),
     replace(HEADLINE, name="3 k random items", source="generated:3000", users=CONTRAST),
     replace(HEADLINE, name="100 k random items", source="generated:100000", users=CONTRAST),
     replace(HEADLINE, name="1 M random items", source="generated:1000000", users=CONTRAST),
-    replace(HEADLINE, name="industrial", source="industrial", prompt=0, users=ALL_BUT_GRID),
+    replace(HEADLINE, name="industrial", source="industrial", prompt=0, users=ALL_BUT_GRID, row_positions=2048),
     replace(HEADLINE, name="instruments", source="instruments", prompt=0, users=ALL_BUT_GRID),
     T5,
 ]
@@ -340,9 +345,9 @@ def write_chart(measured: dict[str, dict], path: Path) -> None:
     path.write_text(body + "\n</svg>\n", encoding="utf-8")
 
 
-def figures_of(headline: dict[str, dict], t5: dict[str, dict]) -> dict[str, float]:
+def figures_of(headline: dict[str, dict], own: dict[str, dict], t5: dict[str, dict]) -> dict[str, float]:
     """The closing line's figures."""
-    beam, exact = headline["beam"], headline["exact"]
+    beam, exact = headline["beam"], own["exact"]
     return {
         "users_per_s_vs_generate": rate(beam) / rate(headline["generate"]),
         "users_per_s_vs_generate_vectorised": rate(beam) / rate(headline["vectorised"]),
@@ -353,17 +358,18 @@ def figures_of(headline: dict[str, dict], t5: dict[str, dict]) -> dict[str, floa
         "alpha_grid_cost": rate(beam) / rate(headline["grid"]),
         "prompt_cache_copies": beam["prompt_cache_copies"],
         "exact_proof_share": exact["proof_share"],
-        "exact_vs_beam_time": rate(beam) / rate(exact),
+        "exact_vs_beam_time": rate(own["beam"]) / rate(exact),
         "beam_recall_of_true_top10": exact["beam_recall"],
     }
 
 
 def choose_lines(quick: bool, runs: Path) -> list[Line]:
-    """Return the lines to run: two if `quick`, and none that needs a model that is not there."""
+    """Return the lines to run: three if `quick`, and none that needs a model that is not there."""
     lines = LINES
     if quick:
-        users = {"generate": 4, "vectorised": 16, "beam": 16, "exact": 4, "grid": 16}
-        lines = [replace(HEADLINE, users=users, row_positions=1024), replace(T5, users={"CSR mask": 64, "beam": 64})]
+        users = {"generate": 4, "vectorised": 8, "beam": 16, "grid": 16}
+        own = replace(OWN, users={"beam": 8, "exact": 8}, row_positions=1024)
+        lines = [replace(HEADLINE, users=users), own, replace(T5, users={"CSR mask": 64, "beam": 64})]
     there = {line.source for line in lines if (runs / line.source / "run" / "model").is_dir()}
     if HEADLINE.source not in there:
         print(f"No model in {runs}/{HEADLINE.source}/run (see tools/search_models.sh).")
@@ -378,7 +384,7 @@ def choose_lines(quick: bool, runs: Path) -> list[Line]:
 def main() -> None:
     """Run the lines, print tables and figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the headline on 16 users and T5 on 64; under 50 s")
+    parser.add_argument("--quick", action="store_true", help="the headline on 16 users, proofs on 8, T5 on 64; under 50 s")
     parser.add_argument("--runs", type=Path, default=REPOSITORY / "runs" / "search", help="what tools/search_models.sh made")
     arguments = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
@@ -392,7 +398,7 @@ def main() -> None:
         measured = {line.name: run_line(line, arguments.runs, generated) for line in lines}
     if not arguments.quick:
         write_chart(measured[HEADLINE.name], REPOSITORY / "docs" / "benchmarks" / "search.svg")
-    finish("search", figures_of(measured[HEADLINE.name], measured[T5.name]), arguments.quick)
+    finish("search", figures_of(measured[HEADLINE.name], measured[OWN.name], measured[T5.name]), arguments.quick)
 
 
 if __name__ == "__main__":
