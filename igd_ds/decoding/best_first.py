@@ -92,12 +92,14 @@ class BestFirst:
         self._keep(self._may_win(self.lane, self.bound))
 
     def _finish(self, lane, leaf, score) -> None:
+        """Put finished items (E,) into their lanes' lists."""
+        if not len(lane):
+            return
         order = lane.argsort(stable=True)
         best = best_per_lane(lane[order], score[order], len(self.lane_user), self.leaves.shape[1])
-        found, index = best >= 0, order[best.clamp(min=0)] if len(order) else best
-        if len(order):
-            new_leaf, new_score = leaf[index].where(found, -1), score[index].where(found, -torch.inf)
-            self.leaves, self.scores = merge_ranked(self.leaves, self.scores, new_leaf, new_score)
+        found, index = best >= 0, order[best.clamp(min=0)]
+        new_leaf, new_score = leaf[index].where(found, -1), score[index].where(found, -torch.inf)
+        self.leaves, self.scores = merge_ranked(self.leaves, self.scores, new_leaf, new_score)
 
     def lists(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the best K of what was found and what was known before: leaves (A, K), scores (A, K)."""
