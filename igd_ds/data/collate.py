@@ -113,14 +113,3 @@ class Collator:
         item_ids = np.where(rows == MASKED_ROW, MASKED_ROW, items)
         arrays = (input_ids, attention_mask, labels, weights, zero_gain, item_ids, np.asarray(rows, dtype=np.int64))
         return Batch(*(torch.from_numpy(a) for a in arrays))
-
-
-def left_padded(prompts: list[np.ndarray], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (input_ids, attention_mask), int64 (B, P), of prompts padded on the left: what the search prefills."""
-    width = max(len(p) for p in prompts)
-    input_ids = torch.full((len(prompts), width), pad_token_id, dtype=torch.int64)
-    attention_mask = torch.zeros((len(prompts), width), dtype=torch.int64)
-    for i, prompt in enumerate(prompts):
-        input_ids[i, width - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
-        attention_mask[i, width - len(prompt) :] = 1
-    return input_ids, attention_mask

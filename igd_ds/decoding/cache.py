@@ -22,7 +22,8 @@ class TreePass:
     """Where the T packed tokens of one model pass belong, and what each may see.
 
     column (T,): row of its user in the cache. place (T,): its rank among its user's tokens of this pass, 0 … R − 1. slot (T,):
-    where its key and value go. num_slots: S. mask (B, 1, R, S) bool, None in a prompt pass, which is plainly causal.
+    where its key and value go. num_slots: S. mask (B, 1, R, S) bool, None in a prompt pass, which is
+    plainly causal; the first layer with grouped heads makes it (B, 1, G·R, S) for all.
     bias (B, H, R, S), T5's relative position bias, −inf where masked; cross_mask (B, 1, 1, encoder tokens) bool: T5 alone.
     """
 

@@ -63,7 +63,7 @@ class ExpandedTree:
 
     def __init__(self, tree, trie: SearchTrie, scoring: Scoring, per_user: PerUser):
         self.tree, self.trie, self.scoring, self.per_user = tree, trie, scoring, per_user
-        self.device = device = tree.prompt_logits.device
+        device = tree.prompt_logits.device
         num_users = len(tree.prompt_logits)
         self.node, self.user, self.run, self.first_edge, self.num_edges = (Growing(torch.int64, device) for _ in range(5))
         self.child, self.owner, self.row = (Growing(torch.int32, device) for _ in range(3))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from igd_ds.data.collate import MASKED_ROW, Collator, deal, epoch_batches, left_padded
+from igd_ds.data.collate import MASKED_ROW, Collator, deal, epoch_batches
 from igd_ds.loss import IGNORED, at_labels, predicting_positions
 
 
@@ -78,8 +78,3 @@ def test_labels_weights_and_logits_line_up():
     # The token after each predicting position is its target.
     assert torch.equal(batch.input_ids[:, 1:][mask[:, :-1]], targets)
     assert weights.tolist() == [0.125, 0.75, 1, 0.25, 0.25, 0.25, 1, 0.5]
-
-
-def test_left_padding():
-    ids, mask = left_padded([np.array([1, 2, 3]), np.array([4])], pad_token_id=9)
-    assert ids.tolist() == [[1, 2, 3], [9, 9, 4]] and mask.tolist() == [[1, 1, 1], [0, 0, 1]]

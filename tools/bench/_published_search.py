@@ -15,9 +15,18 @@ import numpy as np
 import torch
 from transformers import LogitsProcessor
 
-from igd_ds.data.collate import left_padded
-
 FILLER = -1e9  # `generate` fills up short lists with scores of this and below
+
+
+def left_padded(prompts: list[np.ndarray], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (input_ids, attention_mask), int64 (B, P), of prompts padded on the left, as `generate` takes them."""
+    width = max(len(p) for p in prompts)
+    input_ids = torch.full((len(prompts), width), pad_token_id, dtype=torch.int64)
+    attention_mask = torch.zeros((len(prompts), width), dtype=torch.int64)
+    for i, prompt in enumerate(prompts):
+        input_ids[i, width - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
+        attention_mask[i, width - len(prompt) :] = 1
+    return input_ids, attention_mask
 
 
 class DictTrieProcessor(LogitsProcessor):
