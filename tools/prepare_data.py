@@ -1,142 +1,160 @@
-"""Make a canonical dataset: source → title hygiene → protocol → DATASET/ (see igd_ds/data/dataset.py).
+"""Make a canonical dataset: raw files → titles → protocol → DATASET/ (see igd_ds/data/dataset.py).
 
+    python tools/prepare_data.py --preset games --input Video_Games_5.json.gz meta_Video_Games.json.gz --output DATASET
     python tools/prepare_data.py --source sequences --input FOLDER --protocol leave-one-out --output DATASET
-    python tools/prepare_data.py --source synthetic --num_items 600 --num_users 1500 --protocol d3 --output DATASET
+    python tools/prepare_data.py --source amazon-2018 --help      # which files, from which page, how large
 
 Equal inputs and options give equal bytes. Run again on a finished output with the same request, it does nothing; with another
 request it refuses. Nothing is ever overwritten.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from datetime import datetime, timezone
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
-
-from igd_ds.data.dataset import VERSION, SourceData, item_table, read_info, sha256_of, write_dataset
-from igd_ds.data.hygiene import POLICIES, clean_titles
-from igd_ds.data.protocols import DEFAULTS, PROTOCOLS, ProtocolOptions
+from igd_ds.data.hygiene import POLICIES
+from igd_ds.data.prepare import DatasetRequest, prepare
+from igd_ds.data.presets import PRESETS
+from igd_ds.data.protocols import COLD, DEFAULTS, DUPLICATES, PROTOCOLS, ProtocolOptions
 from igd_ds.data.sources import SOURCES
 
+# What neither flags, nor a preset, nor the protocol's defaults set.
+LAST_DEFAULTS = {
+    "domain": "items",
+    "min_items": 10_000,
+    "window_start": None,
+    "window_end": None,
+    "duplicates": "keep",
+    "cold_items": "keep",
+    "cold_users": "keep",
+    "titles": POLICIES[0],
+}
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the command line and fill in the protocol's defaults."""
-    parser = argparse.ArgumentParser(description="Make a canonical dataset folder.")
-    parser.add_argument("--source", required=True, choices=sorted(SOURCES))
-    parser.add_argument("--input", nargs="*", type=Path, default=[], metavar="PATH", help="what the source reads")
-    parser.add_argument("--protocol", required=True, choices=sorted(PROTOCOLS))
+
+def make_parser(about: str) -> argparse.ArgumentParser:
+    """Return the parser; `about` ends its help."""
+    parser = argparse.ArgumentParser(
+        description="Make a canonical dataset folder.", epilog=about, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--preset", choices=PRESETS, help="a paper's dataset: source, protocol and options; flags go before it")
+    parser.add_argument("--source", choices=SOURCES, help="with --help: which files it reads, from which page")
+    parser.add_argument("--input", nargs="*", type=Path, default=[], metavar="PATH", help="files, or folders to find them in")
+    parser.add_argument("--protocol", choices=PROTOCOLS, help="given: rows that the source brings (d3-csv)")
     parser.add_argument("--output", required=True, type=Path, metavar="DATASET", help="folder to make")
     parser.add_argument("--name", help="the dataset's name (default: the output folder's)")
-    parser.add_argument("--domain", default="items", help="plural noun for the items in prompts, e.g. books")
-    parser.add_argument("--max_history", type=int, help="items per history, the last ones (leave-one-out 20, d3 10)")
+    parser.add_argument("--domain", help="plural noun for the items in prompts, e.g. books (default: items)")
+    parser.add_argument(
+        "--max_history", type=int, help="items per history, the last ones; 0 all (leave-one-out 20, d3 10, given as they are)"
+    )
     parser.add_argument("--k_core", type=int, help="least interactions per user and item; 0 keeps all (leave-one-out 0, d3 5)")
-    parser.add_argument("--min_items", type=int, default=10_000, help="d3: items the time window must hold")
+    parser.add_argument(
+        "--from", dest="window_start", metavar="DATE", help="first day, UTC, of what is used; d3 moves it back a year at a time"
+    )
+    parser.add_argument("--to", dest="window_end", metavar="DATE", help="end: the first second of this day is the last used")
+    parser.add_argument("--min_items", type=int, help="d3: items the time window must hold (default: 10000)")
+    parser.add_argument(
+        "--duplicates",
+        choices=DUPLICATES,
+        help="exact: equal user, item and time once; first: an item once per user (default: keep)",
+    )
+    parser.add_argument("--cold_items", choices=COLD, help="drop: no valid or test row whose target is no training target")
+    parser.add_argument("--cold_users", choices=COLD, help="drop: no valid or test row of a user without training row")
+    parser.add_argument(
+        "--titles", choices=POLICIES, help="repair and missing titles: igd_ds/data/hygiene.py (default: placeholder)"
+    )
+    parser.add_argument("--max_bad_lines", type=float, default=0.001, help="share of broken lines to pass over (default: 0.001)")
     parser.add_argument(
         "--num_users", type=int, default=0, help="keep a seeded sample of users, all items stay; synthetic: make N"
     )
     parser.add_argument("--num_items", type=int, default=0, help="synthetic: items to make")
-    parser.add_argument("--seed", type=int, default=0, help="of the user sample and of synthetic data")
-    parser.add_argument(
-        "--untitled", choices=POLICIES, default=POLICIES[0], help="items without a usable title: igd_ds/data/hygiene.py"
-    )
-    parser.add_argument("--no_hygiene", action="store_true", help="keep titles verbatim")
+    parser.add_argument("--seed", type=int, default=0, help="of the ids, the user sample and synthetic data")
+    return parser
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line; open options take the preset's value, then the protocol's."""
+    chosen = argparse.ArgumentParser(add_help=False)
+    chosen.add_argument("--source")
+    chosen.add_argument("--preset")
+    known, _ = chosen.parse_known_args(argv)
+    source = PRESETS[known.preset].source if known.preset in PRESETS else known.source
+    about = SOURCES[source].about if source in SOURCES else f"sources: {', '.join(SOURCES)}"
+    parser = make_parser(about)
     args = parser.parse_args(argv)
-    args.name = args.name or args.output.resolve().name
-    for option, value in DEFAULTS[args.protocol].items():
+    preset = PRESETS.get(args.preset)
+    if preset and args.source not in (None, preset.source):
+        parser.error(f"--preset {args.preset} is made of source {preset.source}, not of --source {args.source}")
+    args.source = preset.source if preset else args.source
+    args.protocol = args.protocol or (preset.options["protocol"] if preset else None)
+    for option in ("source", "protocol"):
+        if getattr(args, option) is None:
+            parser.error(f"--{option} is missing, or a --preset")
+    for option, value in {**LAST_DEFAULTS, **DEFAULTS[args.protocol], **(preset.options if preset else {})}.items():
         if getattr(args, option) is None:
             setattr(args, option, value)
-    for option, least in [("max_history", 1), ("k_core", 0), ("min_items", 1), ("num_users", 0), ("num_items", 0), ("seed", 0)]:
+    args.name = args.name or args.output.resolve().name
+    for option, least in [("max_history", 0), ("k_core", 0), ("min_items", 1), ("num_users", 0), ("num_items", 0), ("seed", 0)]:
         if getattr(args, option) < least:
             parser.error(f"--{option} {getattr(args, option)}: must be at least {least}")
+    if args.num_items and args.source != "synthetic":
+        parser.error("--num_items is for synthetic data; the other sources take every item of their files")
+    if not 0 <= args.max_bad_lines < 1:
+        parser.error(f"--max_bad_lines {args.max_bad_lines}: a share, from 0 to below 1")
     return args
 
 
-def apply_hygiene(data: SourceData, policy: str) -> tuple[SourceData, np.ndarray, dict]:
-    """Clean the titles; return (data, int64 source id per item, report for dataset.json)."""
-    source_ids = np.arange(len(data.titles), dtype=np.int64)
-    if policy == "off" or all(title is None for title in data.titles):  # a catalogue of semantic IDs has no titles to clean
-        return data, source_ids, {"policy": policy if policy == "off" else "no titles"}
-    titles, report = clean_titles(data.titles, policy)
-    usable = np.array([title is not None for title in titles])
-    source_ids = source_ids[usable]
-    kept = data.interactions.take(usable[data.interactions.items])
-    interactions = replace(kept, items=np.searchsorted(source_ids, kept.items).astype(np.int32))
-    titles = [titles[i] for i in source_ids]
-    semantic_ids = data.semantic_ids and [data.semantic_ids[i] for i in source_ids]
-    return SourceData(titles, semantic_ids, interactions, data.files), source_ids, report
+def seconds(day: str | None, flag: str) -> int | None:
+    """Return the first second of a date like 2017-10-01, UTC."""
+    if day is None:
+        return None
+    try:
+        return int(datetime.strptime(day, "%Y-%m-%d").replace(tzinfo=timezone.utc).timestamp())
+    except ValueError as error:
+        raise ValueError(f"{flag} {day}: need a date like 2017-10-01") from error
 
 
-def renumber(table: pa.Table, kept_items: np.ndarray) -> pa.Table:
-    """Replace the item ids of a split's table by their rank in `kept_items`."""
-
-    def ranks(ids: pa.Array) -> pa.Array:
-        return pa.array(np.searchsorted(kept_items, ids.to_numpy()).astype(np.int32))
-
-    histories = [pa.ListArray.from_arrays(chunk.offsets, ranks(chunk.values)) for chunk in table["history"].chunks]
-    targets = ranks(table["target"].combine_chunks())
-    columns = [table["user_id"], pa.chunked_array(histories), targets, table["timestamp"]]
-    return pa.table(columns, names=table.column_names)
-
-
-def prepare(args: argparse.Namespace) -> dict:
-    """Make the dataset folder, or find it made already; return its dataset.json. Raises ValueError on bad input."""
-    data = SOURCES[args.source](args.input, args.num_items, args.num_users, args.seed)
-    policy = "off" if args.no_hygiene else args.untitled
-    parameters = {key: getattr(args, key) for key in ("source", "max_history", "k_core", "num_users", "num_items", "seed")}
-    if args.protocol == "d3":
-        parameters["min_items"] = args.min_items
-    request = {
-        "name": args.name,
-        "domain": args.domain,
-        "protocol": args.protocol,
-        "parameters": parameters | {"hygiene": policy},
-        "sources": [{"path": path.name, "sha256": sha256_of(path)} for path in data.files],
-        "version": VERSION,
-    }
-    if args.output.exists():
-        return finished(args.output, request)
-    data, source_ids, report = apply_hygiene(data, policy)
-    options = ProtocolOptions(args.max_history, args.k_core, args.min_items, args.num_users, args.seed)
-    rows = PROTOCOLS[args.protocol](data.interactions, len(data.titles), options)
-    kept = rows.kept_items
-    semantic_ids = data.semantic_ids and [data.semantic_ids[i] for i in kept]
-    items = item_table([data.titles[i] for i in kept], semantic_ids, source_ids[kept])
-    splits = {name: renumber(table, kept) for name, table in rows.splits.items()}
-    seen = np.zeros(len(kept), dtype=bool)
-    seen[splits["train"]["target"].to_numpy()] = True
-    counts = rows.counts | {"catalogue": {"items": len(kept), "cold_items": int(np.count_nonzero(~seen))}}
-    write_dataset(args.output, items, splits, request | {"counts": counts, "hygiene": report})
-    return read_info(args.output)
+def request(args: argparse.Namespace) -> DatasetRequest:
+    """Return what the arguments ask for."""
+    options = ProtocolOptions(
+        max_history=args.max_history,
+        k_core=args.k_core,
+        min_items=args.min_items,
+        window=(seconds(args.window_start, "--from"), seconds(args.window_end, "--to")),
+        duplicates=args.duplicates,
+        cold_items=args.cold_items,
+        cold_users=args.cold_users,
+        num_users=args.num_users,
+        seed=args.seed,
+    )
+    same = ("source", "protocol", "output", "name", "domain", "titles", "num_items", "max_bad_lines", "preset")
+    expected = PRESETS[args.preset].expected if args.preset else {}
+    return DatasetRequest(inputs=args.input, options=options, expected=expected, **{key: getattr(args, key) for key in same})
 
 
-def finished(output: Path, request: dict) -> dict:
-    """Return the dataset.json of an existing output that was made from the same request, else raise ValueError."""
-    info = read_info(output)
-    different = [key for key in request if request[key] != info[key]]
-    if different:
-        detail = "; ".join(f"{key}: there {json.dumps(info[key])}, asked {json.dumps(request[key])}" for key in different)
-        raise ValueError(f"{output} holds another dataset ({detail}); delete it or choose another --output")
-    print(f"{output} is complete and was made from the same input and options: nothing to do")
-    return info
+def print_summary(info: dict, output: Path) -> None:
+    """Print the funnel, the hygiene report and, for a preset, what was found beside what the paper prints."""
+    for step in info["funnel"]:
+        print(f"{step['step']:60s}  " + "  ".join(f"{key} {number:,}" for key, number in step.items() if key != "step"))
+    for step, found in info["hygiene"].items():
+        print(f"titles      {step}: " + (f"{found['count']:,}" if isinstance(found, dict) else str(found)))
+    for key, (expected, found) in info["expected"].items():
+        paper = PRESETS[info["parameters"]["preset"]].paper
+        gap = found - expected
+        print(f"expected    {key} {expected:,} ({paper}), found {found:,}: {gap:+,} ({gap / expected:+.2%})")
+    print(f"dataset     {output}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return the exit status."""
     args = parse(argv)
     try:
-        info = prepare(args)
+        info = prepare(request(args))
     except (ValueError, OSError) as error:
         print(f"prepare_data.py: error: {error}", file=sys.stderr)
         return 2
-    for stage, numbers in info["counts"].items():
-        print(f"{stage:12s}" + "  ".join(f"{key} {number:,}" for key, number in numbers.items()))
-    for step, found in info["hygiene"].items():
-        print(f"hygiene     {step}: " + (f"{found['count']} titles" if isinstance(found, dict) else str(found)))
-    print(f"dataset     {args.output}")
+    print_summary(info, args.output)
     return 0
 
 

@@ -2,18 +2,22 @@
 
 Letters: N items, I interactions, R rows of a split, H items in all histories of a split.
 
-    items.parquet               item_id int32 (dense from 0, ascending), title string, semantic_id list<string>, source_id int64
+    items.parquet               item_id int32 (dense from 0, ascending), title string, semantic_id list<string>, source_id string,
+                                and what the source has of METADATA_SCHEMA
+    users.parquet               user_id int64 (ascending), source_id string: the users of the rows
     train|valid|test.parquet    user_id int64, history list<int32> (oldest first), target int32, timestamp int64 (seconds) | null
-    dataset.json                name, domain, protocol, parameters, counts, sources, files (sha256), hygiene, version
+    dataset.json                name, domain, protocol, parameters, funnel, counts, sources, files (sha256), hygiene, version
+    README.md, *.png            the data card; not part of the dataset's fingerprint
 
-A row's index in its file is its `row_id`. The folder is complete or absent, and equal inputs give equal bytes.
+`source_id` is what the source calls an item or user (an ASIN, a reviewer's id). A row's index in its file is its `row_id`. The
+folder is complete or absent, and equal inputs give equal bytes.
 """
 
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,18 +26,23 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-VERSION = 1
+from igd_ds.data.card import write_card
+
+VERSION = 2
 SPLITS = ("train", "valid", "test")
-FILES = ("items.parquet", *(f"{name}.parquet" for name in SPLITS))
-INFO_KEYS = {"name", "domain", "protocol", "parameters", "counts", "sources", "files", "hygiene", "version"}
+FILES = ("items.parquet", "users.parquet", *(f"{name}.parquet" for name in SPLITS))
+INFO_KEYS = {"name", "domain", "protocol", "parameters", "funnel", "counts", "sources", "files", "hygiene", "version"}
 ROW_SCHEMA = pa.schema(
     [("user_id", pa.int64()), ("history", pa.list_(pa.int32())), ("target", pa.int32()), ("timestamp", pa.int64())]
+)
+METADATA_SCHEMA = pa.schema(
+    [("description", pa.string()), ("categories", pa.list_(pa.string())), ("brand", pa.string()), ("price", pa.float64())]
 )
 
 
 @dataclass(frozen=True)
 class Interactions:
-    """Who met what, in file order: `users` int64 (I,), `items` int32 (I,), `timestamps` int64 (I,) in seconds, or None."""
+    """Who met what, in file order: `users` int32 or int64 (I,), `items` int32 (I,), `timestamps` int64 (I,), seconds, or None."""
 
     users: np.ndarray
     items: np.ndarray
@@ -51,12 +60,23 @@ class Interactions:
 
 @dataclass(frozen=True)
 class SourceData:
-    """What a source hands over: N `titles`, N `semantic_ids` (or None), interactions with item ids in [0, N), files read."""
+    """What a source hands over.
+
+    N `titles`, N `semantic_ids` (or None), interactions with item ids in [0, N), the files read. `item_names` (N,) and
+    `user_names` (U,) are string arrays with the source's ids at the place of ours; None where ours are the source's. `metadata`
+    maps item ids to a table of some columns of METADATA_SCHEMA, one row each. `funnel` says what was read and rejected. `splits`
+    are rows that the source itself made (tables of ROW_SCHEMA), for the protocol `given`.
+    """
 
     titles: list[str | None]
     semantic_ids: list[list[str]] | None
     interactions: Interactions
     files: tuple[Path, ...]
+    item_names: pa.Array | None = None
+    user_names: pa.Array | None = None
+    metadata: Callable[[np.ndarray], pa.Table] | None = None
+    funnel: tuple[dict, ...] = ()
+    splits: dict[str, pa.Table] | None = None
 
 
 @dataclass(frozen=True)
@@ -177,23 +197,32 @@ def read_items(folder: str | Path) -> tuple[list[str | None], list[list[str]] | 
     return table["title"].to_pylist(), semantic_ids
 
 
-def item_table(titles: Sequence[str | None], semantic_ids: Sequence | None, source_ids: np.ndarray) -> pa.Table:
-    """Return items.parquet's table; `source_ids` int64 (N,) are the ids the source gave these items."""
+def item_table(
+    titles: Sequence[str | None], semantic_ids: Sequence | None, names: pa.Array, metadata: pa.Table | None = None
+) -> pa.Table:
+    """Return items.parquet's table; `names` (N,) are the source's ids, `metadata` N rows of some columns of METADATA_SCHEMA."""
     try:
         title_column = pa.array(titles, pa.string())
     except UnicodeEncodeError as error:  # half an emoji, cut off by the source
-        raise ValueError(f"title {error.object!r} is not valid Unicode; leave the title hygiene on") from error
+        raise ValueError(f"title {error.object!r} is not valid Unicode; use --titles placeholder, which repairs it") from error
     columns = {
         "item_id": pa.array(np.arange(len(titles), dtype=np.int32)),
         "title": title_column,
         "semantic_id": pa.array(semantic_ids or [None] * len(titles), pa.list_(pa.string())),
-        "source_id": pa.array(source_ids, pa.int64()),
+        "source_id": names.cast(pa.string()),
     }
-    return pa.table(columns)
+    return pa.table(columns | ({name: metadata[name] for name in metadata.column_names} if metadata else {}))
 
 
-def write_dataset(folder: str | Path, items: pa.Table, splits: dict[str, pa.Table], info: dict) -> None:
-    """Write a dataset folder; it appears under its name only when complete.
+def user_table(splits: dict[str, pa.Table], names: pa.Array | None) -> pa.Table:
+    """Return users.parquet's table: the users of all rows with their names, `names[u]` or, with None, the number itself."""
+    users = np.unique(np.concatenate([table["user_id"].to_numpy() for table in splits.values()]))
+    column = pa.array(users)
+    return pa.table({"user_id": column, "source_id": column.cast(pa.string()) if names is None else names.take(column)})
+
+
+def write_dataset(folder: str | Path, items: pa.Table, users: pa.Table, splits: dict[str, pa.Table], info: dict) -> None:
+    """Write a dataset folder with its data card; it appears under its name only when complete.
 
     `info` is dataset.json without `files` and `version`. Raises ValueError when the folder exists or a split is empty.
     """
@@ -210,12 +239,13 @@ def write_dataset(folder: str | Path, items: pa.Table, splits: dict[str, pa.Tabl
     shutil.rmtree(partial, ignore_errors=True)  # of a killed run that had our process id
     partial.mkdir(parents=True)
     try:
-        for name, table in zip(FILES, [items, *(splits[name].cast(ROW_SCHEMA) for name in SPLITS)], strict=True):
+        for name, table in zip(FILES, [items, users, *(splits[name].cast(ROW_SCHEMA) for name in SPLITS)], strict=True):
             # One row group makes one Arrow batch, and that a view instead of a copy in _read_split.
             pq.write_table(table, partial / name, compression="zstd", row_group_size=table.num_rows)
         info = info | {"files": {name: sha256_of(partial / name) for name in FILES}, "version": VERSION}
         text = json.dumps(info, indent=1, ensure_ascii=False) + "\n"
         (partial / "dataset.json").write_text(text, encoding="utf-8")
+        write_card(partial, info, items, splits)
         os.rename(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

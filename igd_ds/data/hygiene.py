@@ -17,6 +17,10 @@ Amazon department after a broken tag was cut off it (`Industrial & Scientific" /
   broken title would merge 27 different items into one leaf. The digits are a salted hash of the item id: ids are numbered by
   first appearance in most data, so a plain number would tell the model about order.
 * `drop`: the item and its interactions are removed before the protocol makes rows; item ids close ranks.
+* `d3`: the rule of D3's published script in place of ours, with `drop`. An item has a title, without `<span id`; `&quot;` and
+  `&amp;` become characters, spaces and then quotes are stripped at both ends; what is left has 2 characters or more and at most
+  20 words between single spaces.
+* `verbatim`: titles stay as they are, missing ones too (a catalogue of semantic IDs needs none).
 
 Titles that several items share stay as they are and are counted: the trie gives such items one leaf.
 """
@@ -28,7 +32,8 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-POLICIES = ("placeholder", "drop")
+POLICIES = ("placeholder", "drop", "d3", "verbatim")
+D3_MAX_WORDS = 20
 PLACEHOLDER_SALT = "igd_ds untitled item "
 MAX_UNESCAPES = 5  # deepest nesting of &amp;amp; that is followed (assumed)
 NUM_EXAMPLES = 5
@@ -44,6 +49,8 @@ _TAIL = re.compile(r"[\"']?\s*/>\s*$")
 _INVISIBLE = re.compile(
     "[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff\ud800-\udfff]"
 )
+# What any of the steps or _CODE needs to find something: titles without it, nearly all, are clean as they are.
+_SUSPECT = re.compile(r'[&<>"={]|[^\S ]|  |\A | \Z|' + _INVISIBLE.pattern)
 _CODE = re.compile(r"\bvar \w+ ?=|\bfunction ?\w* ?\([^()]*\) ?\{|[.#][\w-]+[^{}]*\{[^{}]*:")
 # The departments of Amazon's 2014 and 2018 releases, as their pages' broken keyword tags spell them.
 _DEPARTMENTS = re.compile(
@@ -93,6 +100,8 @@ def clean_title(title: str | None) -> tuple[str | None, list[str]]:
     """Return (clean title, or None where it is unusable; names of the steps that changed something)."""
     if title is None:
         return None, []
+    if title and not _SUSPECT.search(title):
+        return title, []
     changed = []
     for name, step in STEPS.items():
         cleaned = step(title)
@@ -103,30 +112,47 @@ def clean_title(title: str | None) -> tuple[str | None, list[str]]:
     return (None if not title or department or _CODE.search(title) else title), changed
 
 
+def d3_title(title: str | None) -> tuple[str | None, list[str]]:
+    """Return (the title by D3's rule, or None where it leaves the item out; ["entities"] or ["whitespace"] where it changed)."""
+    if title is None or "<span id" in title:
+        return None, []
+    unescaped = title.replace("&quot;", '"').replace("&amp;", "&")
+    stripped = unescaped.strip(" ").strip('"')
+    usable = len(stripped) > 1 and len(stripped.split(" ")) <= D3_MAX_WORDS
+    changed = ["entities"] * (unescaped != title) + ["whitespace"] * (stripped != unescaped)
+    return (stripped if usable else None), changed
+
+
 def clean_titles(titles: Sequence[str | None], policy: str = "placeholder") -> tuple[list[str | None], dict]:
     """Clean a catalogue's titles; return (titles, report).
 
-    With policy `placeholder` every title is usable afterwards; with `drop` unusable ones are None and the caller removes these
-    items. The report holds, per step and for `unusable`, a count and up to NUM_EXAMPLES examples [item id, before, after].
+    With policy `placeholder` every title is usable afterwards; with `drop` and `d3` unusable ones are None and the caller removes
+    these items. The report holds, per step and for `unusable`, a count and up to NUM_EXAMPLES examples [item id, before, after].
     """
     if policy not in POLICIES:
-        raise ValueError(f"unknown policy {policy!r} for titles that cannot be used; known: {', '.join(POLICIES)}")
+        raise ValueError(f"unknown policy {policy!r} for titles; known: {', '.join(POLICIES)}")
+    if policy == "verbatim":
+        return list(titles), {"policy": policy, "items_sharing_a_title": _shared(titles)}
     found: dict[str, list] = {name: [] for name in (*STEPS, "unusable")}
     cleaned: list[str | None] = []
+    clean_one = d3_title if policy == "d3" else clean_title
     for item, title in enumerate(titles):
-        clean, changed = clean_title(title)
+        clean, changed = clean_one(title)
         cleaned.append(clean)
         for name in changed if clean is not None else ["unusable"]:
             found[name].append(item)
     if policy == "placeholder":
         for item, name in _placeholders(found["unusable"], set(cleaned)).items():
             cleaned[item] = name
-    shared = sum(count for title, count in Counter(cleaned).items() if count > 1 and title is not None)
-    report: dict = {"policy": policy, "items_sharing_a_title": shared}
+    report: dict = {"policy": policy, "items_sharing_a_title": _shared(cleaned)}
     for name, items in found.items():
-        examples = [[item, _printable(titles[item]), cleaned[item]] for item in items[:NUM_EXAMPLES]]
+        examples = [[item, _printable(titles[item]), _printable(cleaned[item])] for item in items[:NUM_EXAMPLES]]
         report[name] = {"count": len(items), "examples": examples}
     return cleaned, report
+
+
+def _shared(titles: Sequence[str | None]) -> int:
+    return sum(count for title, count in Counter(titles).items() if count > 1 and title is not None)
 
 
 def _printable(title: str | None) -> str | None:

@@ -11,9 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from igd_ds.data.dataset import FILES, InteractionDataset, item_table, sha256_of, write_dataset
+from igd_ds.data.dataset import FILES, InteractionDataset, item_table, sha256_of, user_table, write_dataset
 
 INFO = {"name": "toy", "domain": "items", "protocol": "none", "parameters": {}, "counts": {}, "sources": [], "hygiene": {}}
+INFO |= {"funnel": []}
 TITLES = ["a", "b\nü", None, "a"]
 HISTORIES = {"train": [[0, 1], [2], [3, 3, 0]], "valid": [[1]], "test": [[0], [1, 2]]}
 TARGETS = {"train": [1, 2, 0], "valid": [3], "test": [2, 2]}
@@ -39,8 +40,9 @@ def tables(**changes):
 
 
 def write(folder, items=None, **changes):
-    items = items if items is not None else item_table(TITLES, None, np.arange(4))
-    write_dataset(folder, items, tables(**changes), INFO)
+    items = items if items is not None else item_table(TITLES, None, pa.array(range(4)))
+    splits = tables(**changes)
+    write_dataset(folder, items, user_table(splits, None), splits, INFO)
     return folder
 
 
@@ -55,7 +57,7 @@ def rewrite(folder, name, table):
 def test_round_trip(tmp_path):
     dataset = InteractionDataset.load(write(tmp_path / "d", valid=rows([[1]], [3], [1_500_000_000])))
     assert dataset.num_items == 4 and dataset.titles == TITLES and dataset.semantic_ids is None
-    assert dataset.info["name"] == "toy" and dataset.info["version"] == 1
+    assert dataset.info["name"] == "toy" and dataset.info["version"] == 2
     for name, split in dataset.splits.items():
         assert split.name == name and len(split) == len(TARGETS[name])
         assert [split.history(row).tolist() for row in range(len(split))] == HISTORIES[name]
@@ -88,10 +90,10 @@ def test_several_row_groups_read_the_same(tmp_path):
 
 def test_semantic_ids(tmp_path):
     codes = [["<a_1>", "<b_2>"], ["<a_1>"], ["<a_2>", "<b_2>"], ["<a_1>"]]
-    dataset = InteractionDataset.load(write(tmp_path / "d", item_table([None] * 4, codes, np.arange(4))))
+    dataset = InteractionDataset.load(write(tmp_path / "d", item_table([None] * 4, codes, pa.array(range(4)))))
     assert dataset.semantic_ids == codes and dataset.titles == [None] * 4
     with pytest.raises(ValueError, match="item 1 has semantic_id None"):
-        InteractionDataset.load(write(tmp_path / "e", item_table([None] * 4, [["x"], None, ["y"], ["z"]], np.arange(4))))
+        InteractionDataset.load(write(tmp_path / "e", item_table([None] * 4, [["x"], None, ["y"], ["z"]], pa.array(range(4)))))
 
 
 def test_equal_bytes_and_fingerprint(tmp_path):
@@ -161,9 +163,9 @@ def test_failed_write_leaves_nothing(tmp_path):
         ("valid.parquet", rows([[0, None]], [1]), "column history holds 1 null"),
         ("valid.parquet", rows([[0], [1]], [1, 1], [5, None]), "column timestamp holds 1 null"),
         ("valid.parquet", rows([[0]], [1]).drop_columns(["user_id"]), "column user_id must be int64, found nothing"),
-        ("items.parquet", item_table(TITLES, None, np.arange(4)).take([0, 1, 1, 3]), "row 2 has item_id 1: a duplicate"),
-        ("items.parquet", item_table(TITLES, None, np.arange(4)).take([0, 1, 3]), "row 2 has item_id 3: ids must be dense"),
-        ("items.parquet", item_table(TITLES, None, np.arange(4)).drop_columns(["title"]), "no column title"),
+        ("items.parquet", item_table(TITLES, None, pa.array(range(4))).take([0, 1, 1, 3]), "row 2 has item_id 1: a duplicate"),
+        ("items.parquet", item_table(TITLES, None, pa.array(range(4))).take([0, 1, 3]), "row 2 has item_id 3: ids must be dense"),
+        ("items.parquet", item_table(TITLES, None, pa.array(range(4))).drop_columns(["title"]), "no column title"),
     ],
 )
 def test_load_refuses_bad_files(tmp_path, name, table, message):
@@ -184,8 +186,8 @@ def test_load_refuses_incomplete_and_changed_folders(tmp_path):
     with pytest.raises(ValueError, match="valid.parquet is missing"):
         InteractionDataset.load(folder)
     info = json.loads((folder / "dataset.json").read_text())
-    (folder / "dataset.json").write_text(json.dumps(info | {"version": 2}))
-    with pytest.raises(ValueError, match="version 2"):
+    (folder / "dataset.json").write_text(json.dumps(info | {"version": 1}))
+    with pytest.raises(ValueError, match="version 1"):
         InteractionDataset.load(folder)
     (folder / "dataset.json").write_text("{")
     with pytest.raises(ValueError, match="not valid JSON"):
@@ -194,4 +196,4 @@ def test_load_refuses_incomplete_and_changed_folders(tmp_path):
 
 def test_broken_unicode_is_named():
     with pytest.raises(ValueError, match="not valid Unicode"):
-        item_table(["ok", "half \ud83d"], None, np.arange(2))
+        item_table(["ok", "half \ud83d"], None, pa.array(range(2)))

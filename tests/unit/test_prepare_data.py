@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import os
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -58,20 +60,20 @@ def test_sequences_end_to_end(source, tmp_path, capsys):
     assert all(dataset.titles[i].startswith("Untitled item ") for i in (1, 4))
     info = dataset.info
     assert (info["name"], info["domain"], info["protocol"]) == ("d", "books", "leave-one-out")
-    assert info["parameters"]["max_history"] == 20 and info["parameters"]["hygiene"] == "placeholder"
+    assert info["parameters"]["max_history"] == 20 and info["parameters"]["titles"] == "placeholder"
     assert [entry["path"] for entry in info["sources"]] == ["items.jsonl", "sequences.jsonl"]
     assert info["hygiene"]["unusable"]["count"] == 2
     assert info["counts"]["catalogue"] == {"items": 7, "cold_items": 7 - len({t for _, _, t in rows(dataset, "train")})}
 
 
 def test_hygiene_off_and_drop(source, tmp_path):
-    assert prepare(arguments(source, tmp_path / "raw", "--no_hygiene")) == 0
+    assert prepare(arguments(source, tmp_path / "raw", "--titles", "verbatim")) == 0
     raw = InteractionDataset.load(tmp_path / "raw")
-    assert raw.titles == TITLES and raw.info["hygiene"] == {"policy": "off"}
+    assert raw.titles == TITLES and raw.info["hygiene"] == {"policy": "verbatim", "items_sharing_a_title": 2}
     assert prepare(arguments(source, tmp_path / "clean")) == 0
     clean = InteractionDataset.load(tmp_path / "clean")
     assert all(rows(raw, name) == rows(clean, name) for name in raw.splits)  # hygiene changes titles, not rows
-    assert prepare(arguments(source, tmp_path / "drop", "--untitled", "drop")) == 0
+    assert prepare(arguments(source, tmp_path / "drop", "--titles", "drop")) == 0
     dropped = InteractionDataset.load(tmp_path / "drop")
     assert dropped.titles == ["A & B", "Same", "Same", "Longer title, Volume 1", "Longer title, Volume 2"]
     assert rows(dropped, "test")[0] == (0, [0, 1], 2) and rows(dropped, "test")[1] == (1, [3, 4], 1)
@@ -80,7 +82,7 @@ def test_hygiene_off_and_drop(source, tmp_path):
 def test_k_core_closes_ranks_and_remembers_the_source(source, tmp_path):
     assert prepare(arguments(source, tmp_path / "d", "--k_core", 2, "--max_history", 2)) == 0
     dataset = InteractionDataset.load(tmp_path / "d")
-    ids = pq.read_table(tmp_path / "d" / "items.parquet")["source_id"].to_pylist()
+    ids = [int(name) for name in pq.read_table(tmp_path / "d" / "items.parquet")["source_id"].to_pylist()]
     assert ids == [0, 1, 2, 3, 5, 6] and dataset.titles[2:] == [TITLES[i] for i in ids[2:]]
     kept = {user: [i for i in items if i in ids] for user, items in enumerate(SEQUENCES)}
     for user, history, target in rows(dataset, "test"):
@@ -111,11 +113,30 @@ def test_bad_input_is_one_clear_line(source, tmp_path, capsys):
     assert prepare([*where, "--protocol", "d3"]) == 2
     assert "no timestamps; use --protocol leave-one-out" in capsys.readouterr().err
     assert prepare(arguments(source, tmp_path / "d", "--k_core", 50)) == 2
-    assert "empty split: train, valid, test" in capsys.readouterr().err
+    assert "nothing is left after the 50-core: pass 1 left 0 users" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        prepare(arguments(source, tmp_path / "d", "--max_history", 0))
-    assert "--max_history 0: must be at least 1" in capsys.readouterr().err
+        prepare(arguments(source, tmp_path / "d", "--max_history", -1))
+    assert "--max_history -1: must be at least 0" in capsys.readouterr().err
     assert not list(tmp_path.glob("d*"))
+
+
+def test_an_interrupted_run_leaves_nothing(source, tmp_path, monkeypatch, capsys):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("igd_ds.data.dataset.write_card", interrupted)  # everything but the card is written
+        with pytest.raises(KeyboardInterrupt):
+            prepare(arguments(source, tmp_path / "out" / "d"))
+    assert not list((tmp_path / "out").iterdir())
+    process = subprocess.Popen(["true"])
+    process.wait()
+    for kind in ("scratch", "tmp"):  # of a run that was killed
+        (tmp_path / "out" / f"d.{kind}-{process.pid}").mkdir()
+    (tmp_path / "out" / f"d.scratch-{os.getppid()}").mkdir()  # of a run that lives
+    assert prepare(arguments(source, tmp_path / "out" / "d")) == 0
+    assert capsys.readouterr().err.count("left by a run that was killed") == 2
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["d", f"d.scratch-{os.getppid()}"]
 
 
 def test_synthetic_d3_and_a_user_with_many_rows(tmp_path):

@@ -5,10 +5,10 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from raw_source import reading
 
 from igd_ds.data.protocols import ProtocolOptions, leave_one_out
-from igd_ds.data.sources import SOURCES
-from igd_ds.data.sources.sequences import read_sequences
+from igd_ds.data.sources import find_files
 from igd_ds.data.sources.synthetic import EPSILON, SUCCESSOR_PROBS, make_chain, make_synthetic, oracle_hit_rate
 
 ITEMS = [{"item_id": 1, "title": "b"}, {"item_id": 0, "title": None}, {"item_id": 2, "title": "c", "extra": 1}]
@@ -23,8 +23,13 @@ def folder_of(path, items=ITEMS, users=USERS):
     return path
 
 
+def read(name, *inputs, **options):
+    with reading(name, inputs, **options) as data:
+        return data
+
+
 def test_sequences_reads_items_in_any_order(tmp_path):
-    data = read_sequences([folder_of(tmp_path / "s")], 0, 0, 0)
+    data = read("sequences", folder_of(tmp_path / "s"))
     assert data.titles == [None, "b", "c"] and data.semantic_ids is None and data.interactions.timestamps is None
     assert data.interactions.users.tolist() == [4, 4, 4, 3] and data.interactions.items.tolist() == [0, 1, 1, 2]
     assert (data.interactions.users.dtype, data.interactions.items.dtype) == (np.int64, np.int32)
@@ -55,17 +60,16 @@ def test_sequences_reads_items_in_any_order(tmp_path):
 )
 def test_sequences_errors_name_file_and_line(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
-        read_sequences([folder_of(tmp_path / "s", **change)], 0, 0, 0)
+        read("sequences", folder_of(tmp_path / "s", **change))
 
 
 def test_sequences_refuses_wrong_arguments(tmp_path):
-    with pytest.raises(ValueError, match="needs --input FOLDER.*got nothing"):
-        read_sequences([], 0, 0, 0)
-    with pytest.raises(ValueError, match="--num_items is for synthetic"):
-        read_sequences([folder_of(tmp_path / "s")], 10, 0, 0)
+    with pytest.raises(ValueError, match=r"needs --input with items \(items.jsonl\), got nothing"):
+        read("sequences")
+    folder_of(tmp_path / "s")
     (tmp_path / "s" / "items.jsonl").unlink()
-    with pytest.raises(ValueError, match="items.jsonl is missing"):
-        read_sequences([tmp_path / "s"], 0, 0, 0)
+    with pytest.raises(ValueError, match="needs --input with items"):
+        read("sequences", tmp_path / "s")
 
 
 @pytest.mark.parametrize(
@@ -77,18 +81,18 @@ def test_sequences_refuses_wrong_arguments(tmp_path):
     ],
 )
 def test_real_data_has_the_documented_size(shared, name, users, items, interactions, levels):
-    data = SOURCES["sequences"]([shared / "data" / name], 0, 0, 0)
+    data = read("sequences", shared / "data" / name)
     assert (len(np.unique(data.interactions.users)), len(data.titles), len(data.interactions)) == (users, items, interactions)
     assert data.semantic_ids is None if levels is None else {len(codes) for codes in data.semantic_ids} == {levels}
 
 
 @pytest.fixture(scope="module")
 def synthetic():
-    return make_synthetic([], 600, 1500, 0)
+    return make_synthetic(600, 1500, 0)
 
 
 def test_synthetic_depends_on_the_seed_alone(synthetic):
-    again, other = make_synthetic([], 0, 0, 0), make_synthetic([], 0, 0, 1)
+    again, other = read("synthetic"), read("synthetic", seed=1)
     assert again.titles == synthetic.titles != other.titles
     for name in ("users", "items", "timestamps"):
         assert np.array_equal(getattr(again.interactions, name), getattr(synthetic.interactions, name))
@@ -124,7 +128,7 @@ def test_synthetic_users_follow_the_rule(synthetic):
 @pytest.mark.parametrize("k", [1, 3, 10])
 def test_oracle_is_the_best_ranking_and_is_reached(synthetic, k):
     chain = make_chain(600, 0)
-    rows = leave_one_out(synthetic.interactions, 600, ProtocolOptions(20, 0))
+    rows = leave_one_out(synthetic, ProtocolOptions(20, 0))
     test = rows.splits["test"]
     last = np.array([history[-1] for history in test["history"].to_pylist()])
     targets = test["target"].to_numpy()
@@ -155,12 +159,12 @@ def test_oracle_on_a_tiny_catalogue_counts_equal_successors_once():
 
 
 def test_synthetic_scales(synthetic):
-    data = make_synthetic([], 100_000, 20_000, 0)
+    data = make_synthetic(100_000, 20_000, 0)
     assert len(data.titles) == 100_000 and len(set(data.titles)) == 99_500 and len(np.unique(data.interactions.users)) == 20_000
 
 
 def test_synthetic_refuses_wrong_arguments(tmp_path):
     with pytest.raises(ValueError, match="leave out --input"):
-        make_synthetic([tmp_path], 0, 0, 0)
+        find_files("synthetic", [tmp_path])
     with pytest.raises(ValueError, match="at least 10 items"):
-        make_synthetic([], 3, 0, 0)
+        make_synthetic(3, 10, 0)

@@ -24,7 +24,7 @@ GROUPS = [
 ]
 LEVEL = {name: level for level, group in enumerate(GROUPS) for name in group}
 DEPENDENCIES = {"torch", "deepspeed", "transformers", "peft", "bitsandbytes", "datasets", "tensorboard", "pyarrow", "tokenizers"}
-DEPENDENCIES |= {"numpy", "yaml", "tqdm", "mpi4py", "pytest", "evaluate", "accelerate"}
+DEPENDENCIES |= {"numpy", "yaml", "tqdm", "mpi4py", "pytest", "evaluate", "accelerate", "duckdb", "matplotlib", "hypothesis"}
 PROSE = [p for p in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "slurm").glob("*")] if p.is_file()]
 
 
@@ -76,7 +76,7 @@ def test_importing_does_nothing():
         "socket.socket.connect = blocked; socket.getaddrinfo = blocked\n"
         "import importlib\n"
         f"for name in {names!r}: importlib.import_module(name)\n"
-        "heavy = {'deepspeed', 'peft', 'bitsandbytes', 'mpi4py'} & set(sys.modules)\n"
+        "heavy = {'deepspeed', 'peft', 'bitsandbytes', 'mpi4py', 'matplotlib'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")

@@ -10,7 +10,7 @@ import torch
 import transformers
 import yaml
 
-from igd_ds.data.dataset import InteractionDataset, item_table, write_dataset
+from igd_ds.data.dataset import InteractionDataset, item_table, user_table, write_dataset
 from igd_ds.data.prompts import PromptBuilder, Template
 from igd_ds.items import decisiveness
 from igd_ds.items.catalogue import Catalogue
@@ -20,6 +20,7 @@ from igd_ds.models import causal_lm
 
 TITLES = ["ab", "abc", "ba", "ba", "bcc", "cab", "caba", "c", "aa", "acb"]  # items 2 and 3 share a leaf
 INFO = {"name": "toy", "domain": "items", "protocol": "none", "parameters": {}, "counts": {}, "sources": [], "hygiene": {}}
+INFO |= {"funnel": []}
 TRAIN_TARGETS = [0, 0, 1, 2, 3, 3, 4, 5, 6, 6, 6, 7]  # 8 and 9 are cold
 NUM_TEST = 11
 EOS = 256
@@ -41,7 +42,8 @@ def make(folder: Path) -> Path:
         "valid": rows(users, [*histories[:4], [], *histories[5:]], targets),
         "test": rows(users, histories, targets),
     }
-    write_dataset(folder / "data", item_table(TITLES, None, np.arange(10)), splits, INFO)
+    items = item_table(TITLES, None, pa.array(range(10)))
+    write_dataset(folder / "data", items, user_table(splits, None), splits, INFO)
     letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     backend = tokenizers.Tokenizer(tokenizers.models.BPE({letter: i for i, letter in enumerate(letters)}, []))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -4,28 +4,27 @@
                                                                                         semantic_id on all lines or on none
     sequences.jsonl   {"user_id": int, "items": [int, …]}                               oldest first, one line per user
 
-There are no timestamps. Other keys are ignored.
+There are no timestamps. Other keys are ignored. Ids are kept as they are.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from igd_ds.data.dataset import Interactions, SourceData
+from igd_ds.data.raw import RawReader
+from igd_ds.data.raw_files import FileKind
+
+FILES = {"items": FileKind(names=("items.jsonl",)), "sequences": FileKind(names=("sequences.jsonl",))}
 
 
-def read_sequences(inputs: Sequence[Path], num_items: int, num_users: int, seed: int) -> SourceData:
-    """Read the folder in `inputs`. Raises ValueError naming file and line when something is not as described above."""
-    if num_items:
-        raise ValueError("--num_items is for synthetic data; source sequences takes every item of its files")
-    if len(inputs) != 1 or not inputs[0].is_dir():
-        given = ", ".join(map(str, inputs)) or "nothing"
-        raise ValueError(f"source sequences needs --input FOLDER with items.jsonl and sequences.jsonl, got {given}")
-    files = (inputs[0] / "items.jsonl", inputs[0] / "sequences.jsonl")
-    titles, semantic_ids = _read_items(files[0])
-    return SourceData(titles, semantic_ids, _read_users(files[1], len(titles)), files)
+def read(raw: RawReader, files: dict[str, list[Path]]) -> SourceData:
+    """Read the two files. Raises ValueError naming file and line when something is not as described above."""
+    (items,), (sequences,) = files["items"], files["sequences"]
+    titles, semantic_ids = _read_items(items)
+    return SourceData(titles, semantic_ids, _read_users(sequences, len(titles)), (items, sequences))
 
 
 def _lines(path: Path, id_key: str) -> Iterator[tuple[str, int, dict]]:

@@ -19,7 +19,6 @@ HR@10 0.83; ranking by training count reaches HR@10 0.12. (The rule is over item
 by tokens can only be higher.)
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +27,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from igd_ds.data.dataset import Interactions, SourceData
+from igd_ds.data.raw import RawReader
+from igd_ds.data.raw_files import FileKind
 
 DEFAULT_ITEMS, DEFAULT_USERS = 600, 1500
 MIN_ITEMS = 10
@@ -131,11 +132,16 @@ def _titles(series: np.ndarray, volume: np.ndarray, rng: np.random.Generator) ->
     ).to_pylist()
 
 
-def make_synthetic(inputs: Sequence[Path], num_items: int, num_users: int, seed: int) -> SourceData:
-    """Make the source: `num_items` items and `num_users` users (0: the demo's 600 and 1500). Reads no files."""
-    if inputs:
-        raise ValueError("source synthetic reads no files; leave out --input")
-    num_items, num_users = num_items or DEFAULT_ITEMS, num_users or DEFAULT_USERS
+FILES: dict[str, FileKind] = {}
+
+
+def read(raw: RawReader, files: dict[str, list[Path]]) -> SourceData:
+    """Make `num_items` items and `num_users` users (0: the demo's 600 and 1500) from the request's seed. Reads no files."""
+    return make_synthetic(raw.request.num_items or DEFAULT_ITEMS, raw.request.num_users or DEFAULT_USERS, raw.request.seed)
+
+
+def make_synthetic(num_items: int, num_users: int, seed: int) -> SourceData:
+    """Make the source."""
     if num_items < MIN_ITEMS:
         raise ValueError(f"--num_items {num_items}: synthetic data needs at least {MIN_ITEMS} items")
     chain = make_chain(num_items, seed)

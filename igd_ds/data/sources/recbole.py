@@ -1,0 +1,122 @@
+"""Source `recbole`: RecBole's atomic files.
+
+    NAME.inter   user_id:token TAB item_id:token TAB rating:float TAB timestamp:float …      a typed header, then one line each
+    NAME.item    item_id:token TAB title:token_seq TAB categories:token_seq …                optional: without it no titles
+
+Page: https://recbole.io/dataset_list.html (ready-made files of some 40 datasets, from a kB to several GB; each keeps its own
+licence), or your own, made with RecSysDatasets' conversion tools. Plain or gzip, UTF-8.
+
+Columns are found by the names that RecBole's tools give them, the first of a list that the header has:
+
+    user        user_id, visitor_id, customer_id
+    item        item_id, business_id, product_id, venue_id, id
+    timestamp   timestamp, date (in seconds; with neither there are no timestamps)
+    title       item_name, title, movie_title, movie_name, app_name, name
+    categories  categories, category, genres, genre, class, type; brand, price, description under these names
+
+Sequences are separated by spaces, or by commas or quotes where a value has them, as the tools wrote Yelp's and Amazon's
+categories. A field in double quotes loses them, as RecBole itself reads it; one with a tab or a line break inside is rejected.
+Items of NAME.item without interactions are left out.
+
+Benchmark files NAME.train.inter, NAME.valid.inter and NAME.test.inter are read one after the other, in this order, and make one
+set of interactions: the protocol splits again. Files whose lines hold whole histories (`item_id_list:token_seq`) are refused.
+"""
+
+from pathlib import Path
+
+from igd_ds.data.dataset import SourceData
+from igd_ds.data.raw import RawReader
+from igd_ds.data.raw_files import FileKind, sniff
+
+FILES = {
+    "interactions": FileKind(names=("*.inter",), many=True),
+    "items": FileKind(names=("*.item",), optional=True),
+}
+USER = ("user_id", "visitor_id", "customer_id")
+ITEM = ("item_id", "business_id", "product_id", "venue_id", "id")
+TIME = ("timestamp", "date")
+TITLE = ("item_name", "title", "movie_title", "movie_name", "app_name", "name")
+CATEGORIES = ("categories", "category", "genres", "genre", "class", "type")
+PARTS = ("train", "valid", "test")
+UNQUOTED = """CASE WHEN {0} LIKE '"%"' AND length({0}) > 1 THEN replace({0}[2:-2], '""', '"') ELSE {0} END"""
+SEQUENCE = """
+    nullif([trim(part, ' ''"') FOR part IN CASE
+        WHEN {0}[1] IN ('''', '"') THEN regexp_extract_all({0}, '''[^'']*''|"[^"]*"')
+        ELSE string_split({0}, CASE WHEN contains({0}, ',') THEN ',' ELSE ' ' END) END IF trim(part, ' ''"') <> ''], [])"""
+
+
+def read(raw: RawReader, files: dict[str, list[Path]]) -> SourceData:
+    """Read the files. Raises ValueError naming file and line for what is not as described above."""
+    paths = in_order(files["interactions"])
+    names = typed_header(paths[0])
+    if lists := [name for name in names if name.endswith("_list")]:
+        raise ValueError(f"{paths[0]}: column {lists[0]} holds a history; give interaction files, with one item on a line")
+    user, item, time = (first_of(names, wanted) for wanted in (USER, ITEM, TIME))
+    if not (user and item):
+        missing = " or ".join(ITEM if user else USER)
+        raise ValueError(f"{paths[0]}: no column {missing}; the header has {', '.join(names.values())}")
+    seconds = f"try_cast(floor({quoted(time)}) AS BIGINT)" if time else "NULL::BIGINT"
+    columns = {user: "VARCHAR", item: "VARCHAR"} | ({time: "DOUBLE"} if time else {})
+    raw.read_csv("recbole_inter", paths, columns, delimiter="\t", header=True)
+    interactions = f"""
+        SELECT {unquoted(user)} AS "user", {unquoted(item)} AS item, {seconds} AS "time", rowid AS position FROM recbole_inter"""
+    items = files.get("items") and read_items(raw, files["items"][0], item.partition(":")[0])
+    return raw.source_data(interactions, items or None, timed=time is not None)
+
+
+def read_items(raw: RawReader, path: Path, item_name: str) -> str:
+    """Read NAME.item, whose id column is `item_name` or another name of ITEM; return the SELECT of its items."""
+    names = typed_header(path)
+    item, title = first_of(names, (item_name, *ITEM)), first_of(names, TITLE)
+    if not (item and title):
+        missing = " or ".join(TITLE if item else ITEM)
+        raise ValueError(f"{path}: no column {missing}; the header has {', '.join(names.values())}")
+    texts = {"item": item, "title": title} | {name: names[name] for name in ("brand", "description") if name in names}
+    chosen = [f"{unquoted(column)} AS {name}" for name, column in texts.items()]
+    if categories := first_of(names, CATEGORIES):
+        chosen.append(f"{SEQUENCE.format(unquoted(categories))} AS categories")
+    if price := names.get("price"):
+        chosen.append(f"try_cast({quoted(price)} AS DOUBLE) AS price")
+    columns = dict.fromkeys(column for column in (*texts.values(), categories, price) if column)
+    raw.read_csv("recbole_item", [path], dict.fromkeys(columns, "VARCHAR"), delimiter="\t", header=True)
+    return f"SELECT {', '.join(chosen)}, rowid AS position FROM recbole_item"
+
+
+def in_order(paths: list[Path]) -> list[Path]:
+    """Return the .inter files as they are read: one, or the benchmark's parts of one name."""
+    if len(paths) == 1:
+        return paths
+    parts = [path.name.removesuffix(".gz").removesuffix(".inter").rpartition(".") for path in paths]
+    if len({name for name, _, _ in parts}) > 1 or sorted(part for *_, part in parts) != sorted(set(PARTS)):
+        raise ValueError(
+            f"{', '.join(map(str, paths))}: need one .inter file, or NAME.train.inter, NAME.valid.inter and NAME.test.inter"
+        )
+    return [path for _, path in sorted(zip(parts, paths, strict=True), key=lambda pair: PARTS.index(pair[0][2]))]
+
+
+def typed_header(path: Path) -> dict[str, str]:
+    """Return the header's columns, name → "name:type"; ValueError where one has no type or is there twice."""
+    columns = sniff(path)[1]
+    if untyped := [column for column in columns if ":" not in column]:
+        raise ValueError(
+            f"{path}: column {untyped[0]!r} of the header has no type; atomic files say name:type, e.g. item_id:token"
+        )
+    names = {column.partition(":")[0]: column for column in columns}
+    if len(names) < len(columns):
+        raise ValueError(f"{path}: the header names a column twice: {', '.join(columns)}")
+    return names
+
+
+def first_of(names: dict[str, str], wanted: tuple[str, ...]) -> str | None:
+    """Return the header's column with the first of these names, or None."""
+    return next((names[name] for name in wanted if name in names), None)
+
+
+def quoted(column: str) -> str:
+    """Return a column's name for SQL."""
+    return '"' + column.replace('"', '""') + '"'
+
+
+def unquoted(column: str) -> str:
+    """Return the SQL for a field without the double quotes that pandas put around it."""
+    return UNQUOTED.format(quoted(column))
