@@ -1,4 +1,4 @@
-"""entries (train, eval, stats) → engine, recommender → weighting, data, models, decoding → items, loss, metrics →
+"""entries (train, eval, stats) → engine, recommender, validation → weighting, data, models, decoding → items, loss, metrics →
 config, distributed, runlog.
 
 Imports flow only along this arrow, and packages of one group do not import each other (`tests/unit/test_structure.py`).

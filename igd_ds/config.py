@@ -48,7 +48,19 @@ class TrainConfig:
 
     weighting: str = option("token weighting of the loss, see igd_ds/weighting", "igd")
     igd_beta: float | None = option("β: weight of zero-gain tokens, in [0, 1] (igd, igd-linear)", None)
-    position_floor: float | None = option("b: weight of the last item token, in [0, 1] (position)", None)
+    position_floor: float | None = option("b: weight of the last item token, in [0, 1] (position, cft)", None)
+    cft_lambda: float | None = option("λ: weight of the loss of what the history adds, at least 0 (cft)", None)
+    rank_tau: float | None = option("τ: the logits are divided by it, e.g. 0.8 (rank)", None)
+    item_embeddings: str | None = option(".npy or folder of tools/embed_items.py (front-greater, multi-target)", None)
+    frequency_beta: float | None = option(
+        "b of the effective number of a token's occurrences, e.g. 0.99 (frequency, multi-target)", None
+    )
+    mixing: str | None = option("α' learned, or a schedule of MTC Table 4 (multi-target)", None, ("learned", "fg-ce", "fg-ce-fr"))
+    mixing_form: str | None = option("α' multiplies the losses, or the logits (multi-target)", None, ("loss", "logits"))
+    curriculum_c: float | None = option("c of the curriculum e^(−ct), per optimizer step (multi-target)", None)
+    curriculum_cT: float | None = option("the same times the steps of the whole run (multi-target)", None)
+    lambda_lr: float | None = option("learning rate of log λ, default 1e-3 (multi-target)", None)
+    mixing_regularizer: str | None = option("kendall: a term against the drift of λ (multi-target)", None, ("kendall",))
     entropy: str = option("entropy definition behind the information gain", "prior", ("prior", "conditional"))
     normalization: str = option(
         "Ω over the whole optimizer step, or per micro-batch as the reference code does", "global", ("global", "per_batch")
@@ -88,10 +100,6 @@ class TrainConfig:
             raise ValueError("give exactly one of --model_name_or_path (pretrained) and --model_config (random weights)")
         if self.model_config and not self.tokenizer:
             raise ValueError("--model_config has no tokenizer of its own: give --tokenizer")
-        for name in ("igd_beta", "position_floor"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise ValueError(f"--{name} must lie in [0, 1], found {value}")
         for name in ("global_batch_size", "max_length", "epochs", "log_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, found {getattr(self, name)}")

@@ -150,12 +150,13 @@ def _start_deepspeed():
 
 
 @contextlib.contextmanager
-def loading_context(ds: dict, quantised: bool):
+def loading_context(ds: dict, whole: bool):
     """Within it, transformers partitions the weights while it loads them, where the configuration says ZeRO-3.
 
-    Quantised weights cannot be partitioned while loading: each rank holds them whole until `initialize`.
+    With `whole` it does not, and each rank holds all weights until `initialize`: quantised ones cannot be partitioned while
+    loading, and PEFT reaches into the rows of added tokens.
     """
-    if zero_stage(ds) == 3 and not quantised:
+    if zero_stage(ds) == 3 and not whole:
         from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
         _start_deepspeed()
@@ -308,7 +309,8 @@ def save_model(engine, folder: Path, lora: bool, extras: Callable[[Path], None])
     def save() -> None:
         temporary, old = folder.with_name(f"{folder.name}.tmp"), folder.with_name(f"{folder.name}.old")
         shutil.rmtree(temporary, ignore_errors=True)
-        module.save_pretrained(temporary, state_dict=weights)
+        # PEFT would add the whole embedding of a base that was resized; the rows of added tokens are in the adapter anyway.
+        module.save_pretrained(temporary, state_dict=weights, **({"save_embedding_layers": False} if lora else {}))
         extras(temporary)
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():

@@ -243,10 +243,11 @@ def finish(config, task: Task, output: Path, timing: dict) -> None:
     stored, dataset = task.recommender.stored, task.recommender.dataset
     trie, entropy = stored.trie, decisiveness.entropy(stored.trie, stored.entropy)
     target = trie.leaf_of_item[task.split.targets[task.rows]]
+    frequency = np.bincount(trie.leaf_of_item[task.split.targets], minlength=trie.num_nodes)
     cutoffs = metrics.usable_cutoffs(min(config.num_beams, task.recommender.num_leaves))
     request = json.loads((output / "request.json").read_text())
     results = {name: request[name] for name in (*REQUEST, *REQUEST_FILES)} | {"rows": len(task.rows)}
-    results |= metrics.describe_targets(trie, entropy, target, cutoffs)
+    results |= metrics.describe_targets(trie, entropy, frequency, target, cutoffs)
     results |= {"dataset": dataset.info["name"], "entropy": stored.entropy, "alpha": {}}
     results["search_per_row"] = {name: sum(part[name] for part in counts) / len(task.rows) for name in counts[0]}
     log = RunLog(output, enabled=True, resume_step=-1)  # from scratch, should an earlier attempt have been killed here
@@ -254,7 +255,9 @@ def finish(config, task: Task, output: Path, timing: dict) -> None:
         both = table.filter(pc.equal(table["alpha"], alpha)).sort_by([("row_id", "ascending"), ("rank", "ascending")])
         lists = both.filter(pc.invert(both["by_beam"])).select(LIST_SCHEMA.names)
         leaves, scores, certified = lists_by_row(lists, task.rows, config.num_beams)
-        values = metrics.describe_lists(trie, entropy, target, leaves, scores, item_credit(task, lists), cutoffs)
+        values = metrics.describe_lists(trie, entropy, frequency, target, leaves, scores, item_credit(task, lists), cutoffs)
+        if stored.catalogue.kind == "semantic-id":  # a title's first tokens say little about what it is
+            values["relaxed_match"] = metrics.relaxed_match(trie, target, leaves, cutoffs)
         line = ", ".join(f"{name} {value:.4f}" for name, value in values["token_match"].items())
         if config.search == "exact":
             beam, _, _ = lists_by_row(both.filter(both["by_beam"]), task.rows, config.num_beams)

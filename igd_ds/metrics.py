@@ -1,4 +1,4 @@
-"""Ranked lists → HR, NDCG, diversity and entropy figures. Pure numpy; sums and counts over rows, divided once at the very end.
+"""Ranked lists → HR, NDCG, diversity, popularity and entropy figures. Pure numpy; sums and counts, divided once at the very end.
 
 Letters in shapes: R rows (one evaluated interaction each), K list length, M trie nodes, T steps. A list holds trie leaves, best
 first, −1 where it ends early. Items with one token path share a leaf and therefore one rank.
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 CUTOFFS = (1, 3, 5, 10, 20)
+TOP = 10  # entries of each list that the figures of diversity, coverage and popularity look at (IGD Table 7)
 
 
 def usable_cutoffs(list_length: int, cutoffs: Sequence[int] = CUTOFFS) -> list[int]:
@@ -63,12 +64,66 @@ def ranking_sums(
     return sums
 
 
-def means(sums: dict[str, float], count: int) -> dict[str, float | None]:
-    """Divide sums by the number of rows behind them; None where there is no row."""
+def means(sums: dict[str, float], count: float) -> dict[str, float | None]:
+    """Divide sums by the number of rows (or credits) behind them; None where there is none."""
     return {name: total / count if count else None for name, total in sums.items()}
 
 
-def first_token_repetition(tokens: np.ndarray, top: int = 10) -> tuple[float, int]:
+def share_in_first(places: float, ahead: np.ndarray, tied: np.ndarray) -> np.ndarray:
+    """Return the probability that an item stands on one of a ranking's first `places` places: float64 (n,).
+
+    Args:
+        places: how many; a fraction of a place counts by that fraction.
+        ahead, tied: of the items, (n,), as `popularity_ranking` returns them: what is tied stands in random order.
+    """
+    return np.clip((places - ahead) / tied, 0, 1)
+
+
+def head_share(frequency: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Return how far each row's target belongs to the head (MTC 5.2.5): float64 (R,), 1 head, 0 tail.
+
+    The items that occur in the test split are ranked by how often they do; the first half of them is the head. Those tied across
+    the border count in both halves, each by the probability that a random order of the ties puts them there. Over a whole split
+    HR and NDCG weighted with it are exactly the expectation over that order, as both halves' numbers of rows do not depend on it.
+
+    Args:
+        frequency: how often each item is the target of a row of the whole split, (n,); 0: it does not occur.
+        target: index of each row's target in `frequency`, (R,).
+    """
+    occurring = np.flatnonzero(frequency)
+    ahead, tied = popularity_ranking(np.asarray(frequency)[occurring], np.searchsorted(occurring, target))
+    return share_in_first(len(occurring) / 2, ahead, tied)
+
+
+def popularity_deciles(train_count: np.ndarray, items: np.ndarray, times: np.ndarray) -> list[float]:
+    """Return the share of `items` in each decile of the catalogue by training count, the most popular one first (MTC Figure 2).
+
+    Each decile holds a tenth of the catalogue's items; items of equal count share their places as in `popularity_ranking`.
+
+    Args:
+        train_count: of every item of the catalogue, (N,).
+        items: different items, (n,), indices into `train_count`.
+        times: how often each of them occurs, (n,).
+    """
+    ahead, tied = popularity_ranking(train_count, items)
+    up_to = [np.sum(times * share_in_first(len(train_count) * decile / 10, ahead, tied)) for decile in range(11)]
+    return (np.diff(up_to) / np.sum(times)).tolist()
+
+
+def gini_index(times: np.ndarray, num_items: int) -> float:
+    """Return the Gini index of how often the catalogue's items are listed: 0 all equally often, 1 − 1/N one item alone.
+
+    G = Σ_i (2i − N − 1) x_i / (N Σ_i x_i), x ascending, i = 1 … N. The sums are over integers, so exact.
+
+    Args:
+        times: how often each listed item is listed, integers (n,); the other N − n items are never.
+        num_items: N.
+    """
+    place = np.arange(num_items - len(times) + 1, num_items + 1)  # the items that are never listed come first and add 0
+    return int(np.sum((2 * place - num_items - 1) * np.sort(times))) / (num_items * int(np.sum(times)))
+
+
+def first_token_repetition(tokens: np.ndarray, top: int = TOP) -> tuple[float, int]:
     """FWR (IGD Table 7): share of the most frequent first token among each list's first `top` entries; (sum over rows, rows).
 
     Args:
@@ -82,7 +137,7 @@ def first_token_repetition(tokens: np.ndarray, top: int = 10) -> tuple[float, in
     return float(share.sum()), len(share)
 
 
-def score_entropy(scores: np.ndarray, top: int = 10) -> tuple[float, int]:
+def score_entropy(scores: np.ndarray, top: int = TOP) -> tuple[float, int]:
     """ISE (IGD Table 7): entropy in bits of the softmax of each list's first `top` scores; (sum over rows, rows).
 
     Args:
@@ -130,23 +185,47 @@ def entropy_by_step(trie, entropy: np.ndarray, leaves: np.ndarray, times: np.nda
     return {"nats": (sums / counts).tolist(), "items": counts.tolist()}
 
 
-def describe_targets(trie, entropy: np.ndarray, target: np.ndarray, cutoffs: Sequence[int]) -> dict:
-    """Return what the targets are like, whatever the model: cold ones, prefix entropy, the popularity baseline.
+def relaxed_match(trie, target: np.ndarray, leaves: np.ndarray, cutoffs: Sequence[int]) -> dict[str, dict[str, float | None]]:
+    """Return HR@K and NDCG@K by k: a list's first entry whose first k codes are the target's is the hit (MTC Table 6).
+
+    k runs from 1 to one code less than the longest item has (with all its codes it is token match). An item of fewer than k codes
+    matches itself alone.
+
+    Args:
+        trie, target, cutoffs: see `describe_targets`; all tokens but EOS are codes.
+        leaves: the lists, (R, K), −1 behind the end of a list.
+    """
+    parent, depth = np.asarray(trie.parent), np.asarray(trie.depth)
+    num_codes, found = int(depth.max()) - 1, {}
+    for k in range(num_codes, 0, -1):  # from the leaves up; EOS goes first
+        target, leaves = (np.where((nodes >= 0) & (depth[nodes] > k), parent[nodes], nodes) for nodes in (target, leaves))
+        if k < num_codes:
+            found[str(k)] = means(ranking_sums(items_ahead(leaves, target), cutoffs), len(target))
+    return found
+
+
+def describe_targets(trie, entropy: np.ndarray, frequency: np.ndarray, target: np.ndarray, cutoffs: Sequence[int]) -> dict:
+    """Return what the targets are like, whatever the model: cold and frequent ones, prefix entropy, the popularity baseline.
 
     A target is cold if training had no target with its token path; a trie of training targets alone could never list it.
 
     Args:
         trie: TokenTrie of M nodes.
         entropy: of the items under each node in nats, (M,).
+        frequency: how often each leaf is the target of a row of the whole split, (M,).
         target: the leaf of each row's target, (R,).
         cutoffs: the K of HR and NDCG.
     """
     leaves = np.flatnonzero(trie.is_leaf)
-    ahead, tied = popularity_ranking(trie.train_count[leaves], np.searchsorted(leaves, target))
+    train_count = trie.train_count[leaves]
+    ahead, tied = popularity_ranking(train_count, np.searchsorted(leaves, target))
+    different, times = np.unique(target, return_counts=True)
     return {
         "leaves": len(leaves),
         "cold_targets": int((trie.train_count[target] == 0).sum()),
-        "target_prefix_entropy": entropy_by_step(trie, entropy, *np.unique(target, return_counts=True)),
+        "head_targets": float(head_share(frequency, target).sum()),
+        "target_popularity_deciles": popularity_deciles(train_count, np.searchsorted(leaves, different), times),
+        "target_prefix_entropy": entropy_by_step(trie, entropy, different, times),
         "popularity_baseline": means(ranking_sums(ahead, cutoffs, tied), len(target)),
     }
 
@@ -154,6 +233,7 @@ def describe_targets(trie, entropy: np.ndarray, target: np.ndarray, cutoffs: Seq
 def describe_lists(
     trie,
     entropy: np.ndarray,
+    frequency: np.ndarray,
     target: np.ndarray,
     leaves: np.ndarray,
     scores: np.ndarray,
@@ -163,25 +243,32 @@ def describe_lists(
     """Return all figures of ranked lists. Token match lets a leaf's items share a rank; item match draws one of them.
 
     Args:
-        trie, entropy, target, cutoffs: see `describe_targets`.
+        trie, entropy, frequency, target, cutoffs: see `describe_targets`.
         leaves, scores: the lists, (R, K), and their scores in nats; −1 and −inf behind the end of a list.
         credit: share of a hit that counts in item match, (R,).
     """
     ahead, cold = items_ahead(leaves, target), trie.train_count[target] == 0
-    top = leaves[:, :10]
+    top = leaves[:, :TOP]
     listed, index, times = np.unique(top[top >= 0], return_inverse=True, return_counts=True)
     first_tokens = np.full(top.shape, -1)
     first_tokens[top >= 0] = trie.token[path_nodes(listed, trie.parent, trie.depth)[:, 0]][index]
     repetition, num_lists = first_token_repetition(first_tokens)
     bits, _ = score_entropy(scores)
+    head, catalogue = head_share(frequency, target), np.flatnonzero(trie.is_leaf)
+    train_count = trie.train_count[catalogue]
     return {
         "token_match": means(ranking_sums(ahead, cutoffs), len(target)),
         "item_match": means(ranking_sums(ahead, cutoffs, credit=credit), len(target)),
         "token_match_warm_targets": means(ranking_sums(ahead[~cold], cutoffs), int((~cold).sum())),
         "token_match_cold_targets": means(ranking_sums(ahead[cold], cutoffs), int(cold.sum())),
+        "token_match_head_targets": means(ranking_sums(ahead, cutoffs, credit=head), float(head.sum())),
+        "token_match_tail_targets": means(ranking_sums(ahead, cutoffs, credit=1 - head), float((1 - head).sum())),
         "first_token_repetition": repetition / num_lists,
         "score_entropy_bits": bits / num_lists,
         "cold_share_of_listed": float((trie.train_count[leaves[leaves >= 0]] == 0).mean()),
+        "popularity_deciles": popularity_deciles(train_count, np.searchsorted(catalogue, listed), times),
+        "coverage": len(listed) / len(catalogue),
+        "gini_index": gini_index(times, len(catalogue)),
         "prefix_entropy": entropy_by_step(trie, entropy, listed, times),
     }
 

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 import yaml
 
-from igd_ds import distributed
+from igd_ds import distributed, models
 from igd_ds.data.dataset import InteractionDataset
 from igd_ds.data.prompts import PromptBuilder, Template
-from igd_ds.decoding.cache import PromptTree
+from igd_ds.decoding.cache import prompt_tree
 from igd_ds.decoding.expand import PerUser
 from igd_ds.decoding.filters import Guidance, ItemFilter, ItemRanges
 from igd_ds.decoding.rules import Scoring, ScoringOptions
@@ -156,7 +156,9 @@ class Recommender:
     def load_weights(self) -> None:
         """Load the model, once; nothing can be searched before."""
         if self.model is None:
-            self.model = causal_lm.load_trained(self.source, self.description["load_in_4bit"], self.device)
+            name = causal_lm.base_of(self.source) or self.source.model
+            adapter = models.adapter_of(models.read_model_config(name, self.source.trust_remote_code))
+            self.model = adapter.load_trained(self.source, self.description["load_in_4bit"], self.device)
 
     def scoring(self, options) -> Scoring:
         """Return the Scoring of ScoringOptions (or anything with their attributes, such as EvalConfig); the last few are kept."""
@@ -212,7 +214,7 @@ class Recommender:
         """
         assert self.model is not None, "call load_weights() first"
         with self._one_at_a_time:  # a search changes how the model attends while it lasts
-            tree = PromptTree(self.model)
+            tree = prompt_tree(self.model)
             tree.prefill([self.prompts.encode(history) for history in histories])
             return search(tree, self.trie, scoring, num_beams, method, per_user, limits)
 

@@ -4,7 +4,9 @@ import importlib.metadata
 import json
 import os
 import platform
+import resource
 import shutil
+import string
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +19,9 @@ import igd_ds
 # Settings that may change when a run is resumed: where things lie (their content is checked) and what is only recorded.
 FREE_ON_RESUME = {"resume", "output_dir", "dataset", "log_every", "keep_checkpoints", "save_every"}
 TAGS = {
-    "train/loss": "nats per unit of weight: Σ w·NLL / Ω over the optimizer step",
+    "train/loss": "nats: the step's objective, Σ w·NLL / Ω where there is one target, mean over the logged steps",
+    **{f"train/loss_{name}": f"nats per unit of weight: target {name} of multi-target" for name in ("fg", "fr", "or")},
+    **{f"train/alpha_{name}": f"share of target {name} in the loss, 0 to 1 (MTC Figure 5)" for name in ("fg", "fr", "or")},
     "train/nll": "nats per token: unweighted mean over the step's target tokens",
     "train/nll_zero_gain": "nats per token: mean over target tokens with zero information gain (IGD Figures 2, 5)",
     "train/nll_nonzero_gain": "nats per token: mean over target tokens with non-zero information gain",
@@ -32,6 +36,13 @@ TAGS = {
     "valid/nll": "nats per item: unweighted negative log-likelihood summed over the item's tokens",
     "valid/nll_per_token": "nats per token: the same, per target token",
     "valid/ndcg@10": "NDCG@10 of a beam search with 10 beams, α = 0",
+    "quantizer/loss": "reconstruction + codebook loss + commitment, mean over the epoch; tools/train_semantic_ids.py",
+    "quantizer/reconstruction": "mean squared error over the embeddings' variance: 0 is exact, 1 no better than their mean",
+    "quantizer/commitment": "squared distance of a level's input to its code, mean over entries and levels, unweighted",
+    "quantizer/collision_rate": "1 - different IDs / items, as assigned during the epoch",
+    "quantizer/restarted": "dead codes that were restarted in the epoch, all levels",
+    **{f"quantizer/use_{letter}": "share of the level's codes that any item has" for letter in string.ascii_lowercase},
+    **{f"quantizer/perplexity_{letter}": "exp(entropy) of the level's code frequencies" for letter in string.ascii_lowercase},
     **{
         f"eval/{metric}@{k}": f"{metric.upper()}@{k}, token match; step = 1000·α"
         for metric in ("hr", "ndcg")
@@ -147,6 +158,13 @@ def claim_run_folder(run: Path, settings: dict, ds: dict, world_size: int) -> No
     (run / "checkpoints").mkdir(exist_ok=True)
     write_json(run / "ds_config.json", ds)
     write_json(run / "env.json", environment(world_size))
+
+
+def peak_memory_gib() -> float:
+    """Return this process' peak memory in GiB: the GPU's where there is one, else what was resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def environment(world_size: int) -> dict:

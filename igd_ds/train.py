@@ -8,7 +8,6 @@ Parse → dataset → catalogue → weights → model → engine → the loop in
 
 import dataclasses
 import math
-import resource
 import shutil
 import signal
 import time
@@ -24,36 +23,41 @@ from tqdm import tqdm
 
 import igd_ds
 from igd_ds import config as configuration
-from igd_ds import distributed, metrics
+from igd_ds import distributed
 from igd_ds import engine as engines
 from igd_ds.data.collate import MASKED_ROW, Batch, Collator, deal, epoch_batches, sample_rows
 from igd_ds.data.dataset import InteractionDataset
 from igd_ds.data.prompts import PromptBuilder, Template
-from igd_ds.decoding.cache import PromptTree
-from igd_ds.decoding.rules import Scoring, ScoringOptions
-from igd_ds.decoding.search import search
-from igd_ds.decoding.trie import SearchTrie
 from igd_ds.distributed import say
 from igd_ds.items import decisiveness, store
 from igd_ds.items.catalogue import Catalogue
 from igd_ds.items.trie import TokenTrie
 from igd_ds.loss import at_labels, token_nll, weighted_sums
-from igd_ds.models import causal_lm
-from igd_ds.runlog import RunLog, claim_run_folder, write_json
-from igd_ds.weighting import WEIGHTINGS, check_flags
+from igd_ds.models import adapter_of, causal_lm, read_model_config
+from igd_ds.runlog import RunLog, claim_run_folder, peak_memory_gib, write_json
+from igd_ds.validation import VALIDATIONS
+from igd_ds.weighting import WEIGHTINGS, Weighting, check_flags
+from igd_ds.weighting.token_loss import scaled_nll
 
 EMPTY_WEIGHT = 1e-12  # stands for Ω of a micro-batch without weight: its loss is 0, and no loss scale makes that overflow
-SUMS = ("weighted", "weight", "nll", "tokens", "nll_zero", "tokens_zero", "weight_zero", "rows", "all_tokens")
+# Sums over steps and their target tokens; behind them, per target of the loss: Σ w·loss, Σ w, Σ w·∂loss/∂α', and α' of each step.
+SUMS = ("objective", "steps", "nll", "tokens", "nll_zero", "tokens_zero", "weight_zero", "rows", "all_tokens")
+BY_TARGET = 4
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run is given: the prompt's template, the canonical dataset, tokenizer and model configuration."""
+    """What a run is given: the prompt's template, the canonical dataset, tokenizer and model configuration.
+
+    `added_ids` are tokens that the model's own tokenizer lacks; `adapter` is the module of igd_ds.models for this kind of model.
+    """
 
     template: Template
     dataset: InteractionDataset
     tokenizer: object
+    added_ids: range
     model_config: object
+    adapter: object
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,9 @@ class Task:
     lengths: np.ndarray  # (R,) int64, tokens of each training row, for grouping
     stored: store.StoredCatalogue
     tokenizer: object
+    adapter: object  # module of igd_ds.models for this kind of model
+    weighting: Weighting
+    mixing: object  # LearnedMixing or ScheduledMixing of igd_ds.weighting.mixing; None where the loss has one target
     description: dict
 
 
@@ -82,13 +89,15 @@ def main() -> int:
         say(f"{run} is finished: {finished}")
         return 0
     task = build_task(config, run, inputs)
-    with engines.loading_context(ds, config.load_in_4bit):
+    with engines.loading_context(ds, whole=config.load_in_4bit or bool(config.lora_r and inputs.added_ids)):
         torch.manual_seed(config.seed)  # the same random weights and LoRA matrices on every rank
-        model = causal_lm.build(config, inputs.model_config, engines.dtype_of(ds), distributed.device())
-    engine = engines.initialize(model, config, ds, num_steps(config, task))
+        model = task.adapter.build(config, inputs.model_config, engines.dtype_of(ds), distributed.device(), inputs.added_ids)
+    engine = engines.initialize(model, config, ds, num_steps(config, len(task.train.split)))
     state = {"step": 0, "validated": 0, "best": None, "best_step": None, "stale": 0}
     if tag:
         state = engines.load_checkpoint(engine, run / "checkpoints", tag, config)
+        if task.mixing:
+            task.mixing.load_state_dict(state["mixing"])
         say(f"resumed {run} from {tag}")
     return fit(engine, task, config, run, state)
 
@@ -99,10 +108,12 @@ def load_inputs(config) -> Inputs:
     dataset = InteractionDataset.load(config.dataset)
     model_name = config.model_config or config.model_name_or_path
     tokenizer = causal_lm.load_tokenizer(config.tokenizer or model_name, config.trust_remote_code)
+    added_ids = range(0)
     if config.tokenizer and config.model_name_or_path:
-        causal_lm.check_tokenizer_belongs(tokenizer, config.model_name_or_path, config.trust_remote_code)
-    model_config = causal_lm.load_model_config(model_name, tokenizer, config.max_length, config.trust_remote_code)
-    return Inputs(template, dataset, tokenizer, model_config)
+        added_ids = causal_lm.added_token_ids(tokenizer, config.model_name_or_path, config.trust_remote_code)
+    model_config = read_model_config(model_name, config.trust_remote_code)
+    adapter_of(model_config).fit_model_config(model_config, config, tokenizer, added_ids)
+    return Inputs(template, dataset, tokenizer, added_ids, model_config, adapter_of(model_config))
 
 
 def open_run_folder(run: Path, config, ds: dict, inputs: Inputs) -> tuple[str | None, str]:
@@ -113,7 +124,8 @@ def open_run_folder(run: Path, config, ds: dict, inputs: Inputs) -> tuple[str | 
     tag, torn = engines.newest_checkpoint(run / "checkpoints")
     for name in torn:
         print(f"warning: checkpoint {name} was not whole (cut off while it was written?) and is removed", flush=True)
-    engines.check_disk_space(run, causal_lm.num_trained_parameters(inputs.model_config, config), config.keep_checkpoints)
+    trained = inputs.adapter.num_trained_parameters(inputs.model_config, config, inputs.added_ids)
+    engines.check_disk_space(run, trained, config.keep_checkpoints)
     if not (run / "catalogue").is_dir():
         build_catalogue(run / "catalogue", config, inputs)
     return tag, ""
@@ -144,9 +156,12 @@ def build_task(config, run: Path, inputs: Inputs) -> Task:
     catalogue = stored.catalogue
     prompts = PromptBuilder.build(inputs.template, tokenizer, dataset, catalogue.kind, config.max_length - catalogue.max_length)
     zero_gain = decisiveness.zero_gain(stored.trie)[stored.trie.path_nodes(catalogue.offsets)]
-    weights = WEIGHTINGS[config.weighting].token_weights(stored, config)
+    weighting = WEIGHTINGS[config.weighting]
+    weights = np.stack([target(stored, config) for target in weighting.targets], axis=1)
     paths = (catalogue.token_ids, catalogue.offsets, weights, zero_gain)
-    train, valid = (Collator(dataset.splits[name], prompts, *paths, tokenizer.pad_token_id) for name in ("train", "valid"))
+    form = (tokenizer.pad_token_id, inputs.model_config.is_encoder_decoder)
+    valid = Collator(dataset.splits["valid"], prompts, *paths, *form)
+    train = Collator(dataset.splits["train"], prompts, *paths, *form, prompts.null if weighting.needs_null else None)
     lengths = prompts.lengths(train.split) + np.diff(catalogue.offsets)[train.split.targets]
     description = {
         "prompt": inputs.template.as_dict(),
@@ -156,17 +171,18 @@ def build_task(config, run: Path, inputs: Inputs) -> Task:
         "load_in_4bit": config.load_in_4bit,
         "version": igd_ds.__version__,
     }
-    return Task(train, valid, lengths, stored, tokenizer, description)
+    mixing = weighting.mixing and weighting.mixing(config, num_steps(config, len(lengths)))
+    return Task(train, valid, lengths, stored, tokenizer, inputs.adapter, weighting, mixing, description)
 
 
-def steps_per_epoch(config, task: Task) -> int:
+def steps_per_epoch(config, num_rows: int) -> int:
     """Return the optimizer steps of one pass over the training rows; the last one may be partly masked."""
-    return -(-len(task.train.split) // config.global_batch_size)
+    return -(-num_rows // config.global_batch_size)
 
 
-def num_steps(config, task: Task) -> int:
+def num_steps(config, num_rows: int) -> int:
     """Return the optimizer steps the run has at most."""
-    steps = config.epochs * steps_per_epoch(config, task)
+    steps = config.epochs * steps_per_epoch(config, num_rows)
     return min(steps, config.max_steps) if config.max_steps else steps
 
 
@@ -175,7 +191,7 @@ def windows(config, task: Task, first: int, accumulation: int) -> Iterator[list[
 
     The rows of a step follow from the step's number alone: that is all a resumed run needs to know of the sampler.
     """
-    per_epoch = steps_per_epoch(config, task)
+    per_epoch = steps_per_epoch(config, len(task.lengths))
     micro = config.global_batch_size // (accumulation * distributed.world_size())
 
     def collate(rows: np.ndarray) -> list[Batch]:
@@ -183,7 +199,7 @@ def windows(config, task: Task, first: int, accumulation: int) -> Iterator[list[
 
     with ThreadPoolExecutor(1) as pool:
         pending = None
-        for step in range(first, num_steps(config, task)):
+        for step in range(first, num_steps(config, len(task.lengths))):
             if pending is None or step % per_epoch == 0:
                 order = epoch_batches(
                     task.lengths, config.global_batch_size, config.seed, step // per_epoch, config.length_grouping
@@ -205,11 +221,11 @@ def fit(engine, task: Task, config, run: Path, state: dict) -> int:
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, lambda received, _: stop.append(received))
     log = RunLog(run, distributed.is_main(), resume_step=state["step"])
-    total, per_epoch = num_steps(config, task), steps_per_epoch(config, task)
+    total, per_epoch = num_steps(config, len(task.lengths)), steps_per_epoch(config, len(task.lengths))
     every = config.validate_every or per_epoch
     batches = windows(config, task, state["step"], engine.gradient_accumulation_steps())
     bar = tqdm(total=total, initial=state["step"], disable=not distributed.is_main(), unit="step", mininterval=1.0)
-    began, window_sums = time.perf_counter(), np.zeros(len(SUMS))
+    began, window_sums = time.perf_counter(), 0
     while True:
         paused = time.perf_counter()
         if state["step"] > state["validated"] and (state["step"] % every == 0 or state["step"] == total):
@@ -223,19 +239,20 @@ def fit(engine, task: Task, config, run: Path, state: dict) -> int:
         # Dropout follows from the step and the rank, so that a resumed run needs no saved RNG state.
         torch.manual_seed(config.seed + 1_000_003 * state["step"] + 7_919 * distributed.rank())
         learning_rate = engine.get_lr()[0]
-        sums, stopped = train_step(engine, next(batches), config.normalization, bool(stop), state["step"] + 1)
+        sums, stopped = train_step(engine, task, config, next(batches), bool(stop), state["step"] + 1)
         state["step"] += 1
-        window_sums += sums
+        window_sums = window_sums + sums
         bar.update()
         if state["step"] % config.log_every == 0 or state["step"] == total:
-            values = step_values(window_sums, time.perf_counter() - began)
+            values = step_values(window_sums, time.perf_counter() - began, task.mixing)
             values |= {"train/learning_rate": learning_rate, "train/epoch": state["step"] / per_epoch}
             log.log(state["step"], values | {"train/grad_norm": float(engine.get_global_grad_norm() or 0.0)})
             bar.set_postfix(loss=f"{values['train/loss']:.4f}", refresh=False)
-            began, window_sums = time.perf_counter(), np.zeros(len(SUMS))
+            began, window_sums = time.perf_counter(), 0
         due = state["step"] % every == 0 or state["step"] == total
         if due or stopped or (config.save_every and state["step"] % config.save_every == 0):
             paused = time.perf_counter()
+            state["mixing"] = task.mixing.state_dict() if task.mixing else None
             engines.save_checkpoint(engine, run / "checkpoints", state, config)
             began += time.perf_counter() - paused
         if stopped:
@@ -254,43 +271,33 @@ def fit(engine, task: Task, config, run: Path, state: dict) -> int:
     return 0
 
 
-def train_step(engine, window: list[Batch], normalization: str, stop: bool, step: int) -> tuple[np.ndarray, bool]:
-    """Make one optimizer step of L = (1/Ω) Σ w·NLL (IGD Eq. 6), Ω over all ranks and micro-batches of the step.
+def train_step(engine, task: Task, config, window: list[Batch], stop: bool, step: int) -> tuple[np.ndarray, bool]:
+    """Make one optimizer step of L = Σ_j α'_j L_j, L_j = (1/Ω_j) Σ w_j·loss (IGD Eq. 6), Ω over all ranks and micro-batches.
 
-    Returns the step's sums over all ranks (float64, named by SUMS) and whether any rank was asked to stop. Raises
-    FloatingPointError on every rank, before the update, if the loss is not finite anywhere.
+    With one target α' is 1. Returns the step's sums over all ranks (float64, see SUMS) and whether any rank was asked to stop.
+    Raises FloatingPointError on every rank, before the update, if the loss is not finite anywhere.
     """
     device, world = distributed.device(), distributed.world_size()
-    local = torch.tensor([sum(float(b.token_weights.sum()) for b in window), float(stop)], dtype=torch.float64)
-    omega, stopped = distributed.all_reduce_sum(local.to(device)).tolist()
-    if omega == 0:
+    local = torch.cat([sum(b.token_weights.sum((0, 1), dtype=torch.float64) for b in window), torch.tensor([float(stop)])])
+    *omega, stopped = distributed.all_reduce_sum(local.to(device)).tolist()
+    if not any(omega):
         say(f"warning: step {step}: all target tokens have weight 0 (Ω = 0); no update")
-        return np.zeros(len(SUMS)), stopped > 0
-    sums = torch.zeros(len(SUMS), dtype=torch.float64, device=device)
+        return np.zeros(len(SUMS) + BY_TARGET * len(omega)), stopped > 0
+    omega = torch.tensor([o or 1.0 for o in omega], device=device)  # without weight a target's sum is 0 too
+    alpha = task.mixing.coefficients(step - 1).to(device) if task.mixing else torch.ones(1, device=device)
+    sums = torch.zeros(len(SUMS) + BY_TARGET * len(omega), dtype=torch.float64, device=device)
     for index, batch in enumerate(window):
         batch = batch.to(device)
-        nll = token_nll(causal_lm.label_logits(engine, batch), at_labels(batch.labels, batch.labels))
-        weights, zero = at_labels(batch.token_weights, batch.labels), at_labels(batch.zero_gain, batch.labels)
-        weighted, weight = weighted_sums(nll, weights)
-        if normalization == "global":
-            loss = weighted * (world / omega)  # the engine averages over ranks
+        nll, losses, slopes = token_losses(engine, task, config, batch, alpha)
+        weights = at_labels(batch.token_weights, batch.labels)
+        weighted, weight = weighted_sums(losses, weights)
+        if config.normalization == "global":
+            targets = weighted * (world / omega)  # the engine averages over ranks
         else:
-            loss = weighted / (weight.clamp_min(EMPTY_WEIGHT) * len(window))
-        engine.backward(loss, scale_wrt_gas=False)
-        nll = nll.detach()
-        sums += torch.stack(
-            [
-                weighted.detach(),
-                weight,
-                nll.sum(),
-                nll.new_tensor(len(nll)),
-                (nll * zero).sum(),
-                zero.sum(),
-                (weights * zero).sum(),
-                (batch.row_ids != MASKED_ROW).sum(),
-                batch.attention_mask.sum(),
-            ]
-        ).double()
+            targets = weighted / (weight.clamp_min(EMPTY_WEIGHT) * len(window))
+        engine.backward((alpha * targets).sum() if slopes is None else targets.sum(), scale_wrt_gas=False)
+        slope = torch.zeros_like(weight) if slopes is None else (weights * slopes).sum(0)
+        sums += step_sums(batch, nll.detach(), weights, [weighted.detach(), weight, slope, torch.zeros_like(alpha)])
         if index == len(window) - 1:
             distributed.all_reduce_sum(sums)
             if not torch.isfinite(sums).all():
@@ -301,28 +308,59 @@ def train_step(engine, window: list[Batch], normalization: str, stop: bool, step
         engine.step()
     if not engine.fp16_enabled() and not math.isfinite(engine.get_global_grad_norm() or 0.0):  # fp16 skips such a step itself
         raise FloatingPointError(f"step {step}: the gradient is not finite; the last checkpoint is still good, see --resume")
+    by_target = sums[len(SUMS) :].view(BY_TARGET, -1)
+    target_losses, by_target[3] = by_target[0] / omega, alpha
+    sums[0], sums[1] = (alpha * target_losses if slopes is None else target_losses).sum(), 1
+    if task.mixing:
+        task.mixing.update((target_losses if slopes is None else by_target[2] / omega).tolist(), step - 1)
     return sums.cpu().numpy(), stopped > 0
 
 
-def step_values(sums: np.ndarray, seconds: float) -> dict[str, float]:
+def token_losses(engine, task: Task, config, batch: Batch, alpha: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return, of the n labelled tokens, the plain NLL (n,), the loss that the weights multiply (n,) or (n, K), in nats.
+
+    And, where α' scales the logits, the loss' derivative by α' (n, K), else None.
+    """
+    logits = task.adapter.label_logits(engine, batch.input_ids, batch.attention_mask, batch.labels)
+    targets = at_labels(batch.labels, batch.labels)
+    nll = token_nll(logits, targets)
+    if task.mixing and task.mixing.form == "logits":
+        return nll, *scaled_nll(logits, targets, alpha)
+    null_logits = None
+    if task.weighting.needs_null:
+        null = task.adapter.label_logits(engine, batch.null_input_ids, batch.null_attention_mask, batch.null_labels)
+        null_logits = null[batch.null_index]
+    return nll, task.weighting.token_loss(logits, targets, null_logits, config), None
+
+
+def step_sums(batch: Batch, nll: torch.Tensor, weights: torch.Tensor, by_target: list[torch.Tensor]) -> torch.Tensor:
+    """Return a micro-batch's part of the sums, float64: SUMS, then `by_target`'s (K,) tensors."""
+    zero = at_labels(batch.zero_gain, batch.labels)
+    plain = [nll.sum(), nll.new_tensor(len(nll)), (nll * zero).sum(), zero.sum(), (weights.mean(1) * zero).sum()]
+    rows = [(batch.row_ids != MASKED_ROW).sum(), batch.attention_mask.sum()]
+    return torch.cat([nll.new_zeros(2).double(), torch.stack([*plain, *rows]).double(), *by_target])
+
+
+def step_values(sums: np.ndarray, seconds: float, mixing) -> dict[str, float]:
     """Turn sums over some steps into the scalars of the run log: numerators and denominators first, one division last."""
-    s = dict(zip(SUMS, sums.tolist(), strict=True))
+    s = dict(zip(SUMS, sums.tolist(), strict=False))
+    weighted, weight, _, alpha = sums[len(SUMS) :].reshape(BY_TARGET, -1)
 
     def ratio(numerator: float, denominator: float) -> float:
-        return numerator / denominator if denominator else 0.0
+        return float(numerator / denominator) if denominator else 0.0
 
-    cuda = torch.cuda.is_available()
-    memory = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {
-        "train/loss": ratio(s["weighted"], s["weight"]),
+    values = {"train/loss": ratio(s["objective"], s["steps"])}
+    for j, name in enumerate(mixing.names if mixing else ()):
+        values |= {f"train/loss_{name}": ratio(weighted[j], weight[j]), f"train/alpha_{name}": ratio(alpha[j], s["steps"])}
+    return values | {
         "train/nll": ratio(s["nll"], s["tokens"]),
         "train/nll_zero_gain": ratio(s["nll_zero"], s["tokens_zero"]),
         "train/nll_nonzero_gain": ratio(s["nll"] - s["nll_zero"], s["tokens"] - s["tokens_zero"]),
-        "train/zero_gain_weight_share": ratio(s["weight_zero"], s["weight"]),
+        "train/zero_gain_weight_share": ratio(s["weight_zero"], weight.mean()),
         "speed/target_tokens_per_second": s["tokens"] / seconds,
         "speed/tokens_per_second": s["all_tokens"] / seconds,
         "speed/rows_per_second": s["rows"] / seconds,
-        "speed/memory_gib": memory / 2**30,
+        "speed/memory_gib": peak_memory_gib(),
     }
 
 
@@ -333,8 +371,8 @@ def validate(engine, task: Task, config, run: Path, state: dict, log: RunLog) ->
     rows = np.concatenate([rows, np.full(-len(rows) % step, MASKED_ROW)])
     engine.eval()
     with torch.no_grad():
-        measure = {"nll": validation_nll, "ndcg@10": validation_ndcg}[config.validation_metric]
-        values = measure(engine, task, deal(rows, distributed.rank(), distributed.world_size(), step // distributed.world_size()))
+        batches = deal(rows, distributed.rank(), distributed.world_size(), step // distributed.world_size())
+        values = VALIDATIONS[config.validation_metric](engine, task.adapter, task.valid, task.stored, batches)
     engine.train()
     log.log(state["step"], values)
     value = values[f"valid/{config.validation_metric}"]
@@ -354,37 +392,8 @@ def save_extras(folder: Path, task: Task, run: Path) -> None:
     task.tokenizer.save_pretrained(folder)
     shutil.copytree(run / "catalogue", folder / "catalogue")
     write_json(folder / causal_lm.DESCRIPTION_FILE, task.description)
-
-
-def validation_nll(engine, task: Task, batches: list[np.ndarray]) -> dict[str, float]:
-    """Return the unweighted NLL per item and per token over all ranks' batches, in nats."""
-    sums = torch.zeros(3, dtype=torch.float64, device=distributed.device())
-    for rows in batches:
-        batch = task.valid(rows).to(distributed.device())
-        nll = token_nll(causal_lm.label_logits(engine, batch), at_labels(batch.labels, batch.labels))
-        sums += torch.stack([nll.double().sum(), (batch.row_ids != MASKED_ROW).sum().double(), sums.new_tensor(len(nll))])
-    nll, items, tokens = distributed.all_reduce_sum(sums).tolist()
-    return {"valid/nll": nll / items, "valid/nll_per_token": nll / tokens}
-
-
-def validation_ndcg(engine, task: Task, batches: list[np.ndarray]) -> dict[str, float]:
-    """Return NDCG@10 (token match) of a beam search with 10 beams, α = 0, over all ranks' batches."""
-    device, trie = distributed.device(), task.stored.trie
-    search_trie, scoring = SearchTrie.build(trie, device), Scoring.build(trie, task.stored.gain, ScoringOptions(), device)
-    # Under ZeRO-3 every forward pass is a collective: ranks go on together until the last one's search ends.
-    any_rank = distributed.any_rank if engine.zero_optimization_stage() == 3 else bool
-    sums = torch.zeros(2, dtype=torch.float64, device=device)
-    for rows in batches:
-        prompts = [task.valid.prompts.encode(task.valid.split.history(max(row, 0))) for row in rows]
-        tree = PromptTree(engine.module)
-        tree.prefill(prompts)
-        leaves = search(tree, search_trie, scoring, num_beams=10, any_rank=any_rank).leaves[0].cpu().numpy()
-        real = rows != MASKED_ROW
-        targets = trie.leaf_of_item[task.valid.split.targets[rows[real]]]
-        ndcg = metrics.ranking_sums(metrics.items_ahead(leaves[real], targets), [10])["ndcg@10"]
-        sums += torch.tensor([ndcg, real.sum()], dtype=torch.float64, device=device)
-    total, count = distributed.all_reduce_sum(sums).tolist()
-    return {"valid/ndcg@10": total / count}
+    if task.mixing:
+        write_json(folder / "mixing.json", task.mixing.state_dict())
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""Train a small byte-level BPE tokenizer on a dataset's titles and the prompt templates.
+"""Train a small byte-level BPE tokenizer on a dataset's titles and the prompt templates, or make one of semantic ID codes alone.
 
     python tools/train_tokenizer.py --dataset DATASET --output TOKENIZER [--vocab_size 8192] [--semantic_ids]
+    python tools/train_tokenizer.py --dataset DATASET --output TOKENIZER --codes_only
 
 Qwen2's split pattern and NFC; `<|endoftext|>` is EOS and padding. With `--semantic_ids` every code of the dataset becomes one
-token, in sorted order after the BPE vocabulary. Equal inputs give equal files; a finished output made from the same request is
-left alone, any other existing folder is refused.
+token, in sorted order after the BPE vocabulary; with `--codes_only` (TIGER) they come after `<pad>`, EOS and `<unk>`, which
+stands for any text that is no code. Equal inputs give equal files; a finished output made from the same request is left alone,
+any other existing folder is refused.
 """
 
 import argparse
@@ -25,20 +27,23 @@ from igd_ds.data.prompts import TEMPLATE_FOLDER
 
 EOS = "<|endoftext|>"
 SPECIAL_TOKENS = [EOS, "<|im_start|>", "<|im_end|>"]
+PAD, UNKNOWN = "<pad>", "<unk>"  # of a tokenizer of codes alone
+DEFAULT_VOCAB_SIZE = 8192
 QWEN2_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 NUM_BYTES = 256
 TEMPLATE_REPEATS = 1000  # a template stands before every row: its words should be whole tokens
 
 
 def template_texts(domain: str) -> list[str]:
-    """Return the texts of all prompt templates, `{domain}` filled in and other placeholders left out."""
+    """Return the texts of all prompt templates, `{domain}` filled in, other placeholders and empty texts left out."""
     texts = [
         text
         for path in sorted(TEMPLATE_FOLDER.glob("*.yaml"))
         for text in yaml.safe_load(path.read_text(encoding="utf-8")).values()
         if isinstance(text, str)
     ]
-    return [re.sub(r"\{\w*\}", "", text.replace("{domain}", domain)) for text in texts]
+    words = [re.sub(r"\{\w*\}", "", text.replace("{domain}", domain)) for text in texts]
+    return [text for text in words if text]
 
 
 def train(titles: Sequence[str], texts: Sequence[str], vocab_size: int, codes: Sequence[str]) -> PreTrainedTokenizerFast:
@@ -63,16 +68,44 @@ def train(titles: Sequence[str], texts: Sequence[str], vocab_size: int, codes: S
             yield from texts
 
     tokenizer.train_from_iterator(lines(), trainer)
-    # Not "special": skip_special_tokens would drop the answer. Not normalised, so a code is matched as it is written.
-    tokenizer.add_tokens([AddedToken(code, normalized=False, special=False) for code in sorted(codes)])
+    add_codes(tokenizer, codes)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=EOS, clean_up_tokenization_spaces=False)
 
 
-def make_tokenizer(dataset: Path, output: Path, vocab_size: int, with_codes: bool) -> str:
+def of_codes(codes: Sequence[str]) -> PreTrainedTokenizerFast:
+    """Make a tokenizer whose vocabulary is PAD, EOS, UNKNOWN and the codes; text between codes is one UNKNOWN."""
+    special = (PAD, EOS, UNKNOWN)
+    tokenizer = Tokenizer(models.WordLevel({token: index for index, token in enumerate(special)}, unk_token=UNKNOWN))
+    tokenizer.decoder = decoders.Fuse()
+    add_codes(tokenizer, codes)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD, unk_token=UNKNOWN, clean_up_tokenization_spaces=False
+    )
+
+
+def add_codes(tokenizer: Tokenizer, codes: Sequence[str]) -> None:
+    """Give every code a new token. Raises ValueError if one has a token already."""
+    clash = next((code for code in sorted(codes) if tokenizer.token_to_id(code) is not None), None)
+    if clash is not None:
+        raise ValueError(f"code {clash!r} is also a token of the tokenizer: rename the codes, for example to '<a_12>'")
+    # Not "special": skip_special_tokens would drop the answer. Not normalised, so a code is matched as it is written.
+    tokenizer.add_tokens([AddedToken(code, normalized=False, special=False) for code in sorted(codes)])
+
+
+def check_codes_stay_apart(tokenizer: PreTrainedTokenizerFast, semantic_ids: Sequence[Sequence[str]]) -> None:
+    """Raise ValueError if an item's codes, written one after the other as prompts write them, are read as other tokens."""
+    written = tokenizer(["".join(codes) for codes in semantic_ids], add_special_tokens=False, return_attention_mask=False)
+    for codes, ids in zip(semantic_ids, written["input_ids"], strict=True):
+        if (read := tokenizer.convert_ids_to_tokens(ids)) != list(codes):
+            raise ValueError(f"codes {codes} run into each other: {''.join(codes)!r} reads {read}; write codes as '<a_12>'")
+
+
+def make_tokenizer(dataset: Path, output: Path, vocab_size: int, with_codes: bool, codes_only: bool) -> str:
     """Write the tokenizer folder unless it is there; return a line that says what happened. Raises ValueError on bad input."""
     info = read_info(dataset)
     texts = template_texts(info["domain"])
-    request = {"dataset": fingerprint(info), "vocab_size": vocab_size, "semantic_ids": with_codes, "templates": texts}
+    request = {"dataset": fingerprint(info)}
+    request |= {"codes_only": True} if codes_only else {"vocab_size": vocab_size, "semantic_ids": with_codes, "templates": texts}
     record = output / "training.json"
     if output.exists():
         if record.is_file() and json.loads(record.read_text(encoding="utf-8")) == request:
@@ -82,12 +115,15 @@ def make_tokenizer(dataset: Path, output: Path, vocab_size: int, with_codes: boo
         )
     titles, semantic_ids = read_items(dataset)
     titles = [title for title in titles if title is not None]
+    with_codes |= codes_only
     if with_codes and semantic_ids is None:
-        raise ValueError(f"{dataset} has no semantic IDs; leave out --semantic_ids")
+        raise ValueError(f"{dataset} has no semantic IDs; leave out --{'codes_only' if codes_only else 'semantic_ids'}")
     if not titles and not with_codes:
-        raise ValueError(f"{dataset} has semantic IDs instead of titles; add --semantic_ids")
+        raise ValueError(f"{dataset} has semantic IDs instead of titles; add --semantic_ids or --codes_only")
     codes = {code for codes in semantic_ids for code in codes} if with_codes else set()
-    tokenizer = train(titles, texts, vocab_size, codes)
+    tokenizer = of_codes(codes) if codes_only else train(titles, texts, vocab_size, codes)
+    if with_codes:
+        check_codes_stay_apart(tokenizer, semantic_ids)
     partial = output.with_name(f"{output.name}.tmp-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)  # of a killed run that had our process id
     try:
@@ -101,14 +137,19 @@ def make_tokenizer(dataset: Path, output: Path, vocab_size: int, with_codes: boo
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return the exit status."""
-    parser = argparse.ArgumentParser(description="Train a byte-level BPE tokenizer on a dataset.")
+    parser = argparse.ArgumentParser(description="Train a byte-level BPE tokenizer on a dataset, or make one of its codes.")
     parser.add_argument("--dataset", required=True, type=Path, help="canonical dataset folder")
     parser.add_argument("--output", required=True, type=Path, help="tokenizer folder to make")
-    parser.add_argument("--vocab_size", type=int, default=8192, help="BPE tokens, special ones included, codes not")
-    parser.add_argument("--semantic_ids", action="store_true", help="add one token per semantic ID code")
+    parser.add_argument("--vocab_size", type=int, help=f"BPE tokens, special ones included, codes not ({DEFAULT_VOCAB_SIZE})")
+    codes = parser.add_mutually_exclusive_group()
+    codes.add_argument("--semantic_ids", action="store_true", help="add one token per semantic ID code")
+    codes.add_argument("--codes_only", action="store_true", help="semantic ID codes and special tokens, no words (TIGER)")
     args = parser.parse_args(argv)
+    if args.codes_only and args.vocab_size is not None:
+        parser.error("--vocab_size counts words, and --codes_only has none: leave one of them out")
+    vocab_size = DEFAULT_VOCAB_SIZE if args.vocab_size is None else args.vocab_size
     try:
-        print(make_tokenizer(args.dataset, args.output, args.vocab_size, args.semantic_ids))
+        print(make_tokenizer(args.dataset, args.output, vocab_size, args.semantic_ids, args.codes_only))
     except (ValueError, OSError) as error:
         print(f"train_tokenizer.py: error: {error}", file=sys.stderr)
         return 2

@@ -35,7 +35,11 @@ PROTOCOL_WORDS = {
 STYLE = {
     "figure.figsize": (6.4, 4.0),
     "figure.dpi": 100,
-    "figure.constrained_layout.use": True,
+    "figure.subplot.left": 0.13,
+    "figure.subplot.right": 0.97,
+    "figure.subplot.bottom": 0.14,
+    "figure.subplot.top": 0.92,
+    "figure.subplot.wspace": 0.3,
     "font.size": 10,
     "axes.grid": True,
     "axes.grid.axis": "y",

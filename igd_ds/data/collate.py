@@ -54,9 +54,17 @@ def deal(global_rows: np.ndarray, rank: int, world_size: int, micro_batch: int) 
 class Batch:
     """A micro-batch, right-padded (training); see DESIGN's contract.
 
-    `input_ids`, `attention_mask`, `labels` (B, T) int64, labels unshifted and IGNORED where nothing is predicted;
-    `token_weights` (B, T) float32 aligned to `labels`, 0 where unlabelled; `zero_gain` (B, T) bool, whether the labelled token
-    has zero information gain; `item_ids`, `row_ids` (B,) int64, MASKED_ROW where a row only fills the batch.
+    Causal LM: `input_ids`, `attention_mask`, `labels` (B, T) int64 hold prompt and item, labels unshifted. Encoder–decoder:
+    `input_ids`, `attention_mask` (B, S) the prompt, `labels` (B, T) the item. Labels are IGNORED where nothing is predicted; the
+    n labelled tokens are counted row by row.
+
+    `token_weights` (B, T, K) float32, one column a target of the loss, and `zero_gain` (B, T) bool, whether the token has zero
+    information gain, are aligned to `labels` and 0 where unlabelled. `item_ids`, `row_ids` (B,) int64, MASKED_ROW where a row
+    only fills the batch.
+
+    With a null prompt (CFT), the batch's U different items once more, behind a prompt without history: `null_input_ids`,
+    `null_attention_mask`, `null_labels` as above, and `null_index` (n,) int64, which of the null batch's labelled tokens is the
+    batch's; else None.
     """
 
     input_ids: torch.Tensor
@@ -66,17 +74,24 @@ class Batch:
     zero_gain: torch.Tensor
     item_ids: torch.Tensor
     row_ids: torch.Tensor
+    null_input_ids: torch.Tensor | None = None
+    null_attention_mask: torch.Tensor | None = None
+    null_labels: torch.Tensor | None = None
+    null_index: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on `device`."""
-        return Batch(**{name: tensor.to(device, non_blocking=True) for name, tensor in vars(self).items()})
+        moved = {name: None if value is None else value.to(device, non_blocking=True) for name, value in vars(self).items()}
+        return Batch(**moved)
 
 
 @dataclass(frozen=True)
 class Collator:
     """Turns row ids into a Batch by gathering: no trie walk, no loop over tokens.
 
-    `token_ids`, `token_weights`, `zero_gain` are ragged per-catalogue arrays, item i's at `offsets[i] : offsets[i+1]`.
+    `token_ids` (T,), `token_weights` (T, K) float32, `zero_gain` (T,) are ragged per-catalogue arrays, item i's at
+    `offsets[i] : offsets[i+1]`. `encoder_decoder`: prompt and item go to different inputs. `null_prompt`: token ids
+    of the prompt without history, where a weighting needs the batch's items behind it, else None.
     """
 
     split: object
@@ -86,6 +101,8 @@ class Collator:
     token_weights: np.ndarray
     zero_gain: np.ndarray
     pad_token_id: int
+    encoder_decoder: bool = False
+    null_prompt: np.ndarray | None = None
 
     def __call__(self, rows: np.ndarray) -> Batch:
         """Collate rows (ids of the split, or MASKED_ROW)."""
@@ -93,23 +110,47 @@ class Collator:
         real = np.maximum(rows, 0)
         prompts = [self.prompts.encode(self.split.history(row)) for row in real]
         items = self.split.targets[real].astype(np.int64)
-        starts, ends = self.offsets[items], self.offsets[items + 1]
-        total = max(len(p) + int(e - s) for p, s, e in zip(prompts, starts, ends, strict=True))
-        shape = (len(rows), -(-total // 8) * 8)
-        input_ids = np.full(shape, self.pad_token_id, dtype=np.int64)
-        attention_mask = np.zeros(shape, dtype=np.int64)
-        labels = np.full(shape, IGNORED, dtype=np.int64)
-        weights = np.zeros(shape, dtype=np.float32)
-        zero_gain = np.zeros(shape, dtype=bool)
-        for i, (prompt, start, end) in enumerate(zip(prompts, starts, ends, strict=True)):
-            target = slice(len(prompt), len(prompt) + int(end - start))
-            input_ids[i, : len(prompt)] = prompt
-            input_ids[i, target] = self.token_ids[start:end]
-            attention_mask[i, : target.stop] = 1
-            if rows[i] != MASKED_ROW:
-                labels[i, target] = self.token_ids[start:end]
-                weights[i, target] = self.token_weights[start:end]
-                zero_gain[i, target] = self.zero_gain[start:end]
-        item_ids = np.where(rows == MASKED_ROW, MASKED_ROW, items)
-        arrays = (input_ids, attention_mask, labels, weights, zero_gain, item_ids, np.asarray(rows, dtype=np.int64))
+        labelled = rows != MASKED_ROW
+        inputs, attention, labels, places = self._padded(prompts, items, labelled)
+        weights = np.zeros((*labels.shape, self.token_weights.shape[1]), dtype=np.float32)
+        zero_gain = np.zeros(labels.shape, dtype=bool)
+        for i, (item, place) in enumerate(zip(items, places, strict=True)):
+            if labelled[i]:
+                path = slice(self.offsets[item], self.offsets[item + 1])
+                weights[i, place], zero_gain[i, place] = self.token_weights[path], self.zero_gain[path]
+        item_ids = np.where(labelled, items, MASKED_ROW)
+        arrays = [inputs, attention, labels, weights, zero_gain, item_ids, np.asarray(rows, dtype=np.int64)]
+        if self.null_prompt is not None:
+            arrays += self._null(items, labelled)
         return Batch(*(torch.from_numpy(a) for a in arrays))
+
+    def _padded(
+        self, prompts: list[np.ndarray], items: np.ndarray, labelled: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[slice]]:
+        """Return input_ids, attention_mask, labels of items (B,) behind prompts, and each item's place in its row of labels."""
+        paths = [self.token_ids[self.offsets[item] : self.offsets[item + 1]] for item in items]
+        begins = [0 if self.encoder_decoder else len(prompt) for prompt in prompts]
+        sequences = prompts if self.encoder_decoder else [np.concatenate(pair) for pair in zip(prompts, paths, strict=True)]
+        places = [slice(begin, begin + len(path)) for begin, path in zip(begins, paths, strict=True)]
+        width = -(-max(map(len, sequences)) // 8) * 8  # multiples of 8: fewer shapes, and what tensor cores like
+        inputs = np.full((len(items), width), self.pad_token_id, dtype=np.int64)
+        attention = np.zeros_like(inputs)
+        label_width = max(place.stop for place in places) if self.encoder_decoder else width
+        labels = np.full((len(items), label_width), IGNORED, dtype=np.int64)
+        for i, (sequence, path, place) in enumerate(zip(sequences, paths, places, strict=True)):
+            inputs[i, : len(sequence)] = sequence
+            attention[i, : len(sequence)] = 1
+            if labelled[i]:
+                labels[i, place] = path
+        return inputs, attention, labels, places
+
+    def _null(self, items: np.ndarray, labelled: np.ndarray) -> list[np.ndarray]:
+        """Return null_input_ids, null_attention_mask, null_labels, null_index: a prompt that all share needs each item once."""
+        different, which = np.unique(items, return_inverse=True)
+        inputs, attention, labels, _ = self._padded(
+            [self.null_prompt] * len(different), different, np.ones(len(different), dtype=bool)
+        )
+        lengths = np.diff(self.offsets)[different]
+        first = np.cumsum(lengths) - lengths
+        index = [first[u] + np.arange(lengths[u]) for u in which[labelled]]
+        return [inputs, attention, labels, np.concatenate([np.empty(0, dtype=np.int64), *index])]

@@ -13,6 +13,7 @@ import yaml
 from igd_ds.items.catalogue import tokenize
 
 TEMPLATE_FOLDER = Path(__file__).parent / "templates"
+NO_HISTORY = "unknown"  # stands in the history's place in CFT's null prompt, as published
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class PromptBuilder:
 
     `item_tokens` int32 (S,) holds all items' segments one after the other, item i's at `item_offsets[i] : item_offsets[i+1]`
     (int64, (N+1,)). `budget` is the longest prompt allowed, in tokens; `begin` starts with BOS where the tokenizer adds one.
+    `null` is the whole prompt with NO_HISTORY for an item: one unknown token where the tokenizer has no words.
     """
 
     begin: np.ndarray
@@ -62,13 +64,24 @@ class PromptBuilder:
     item_tokens: np.ndarray
     item_offsets: np.ndarray
     budget: int
+    null: np.ndarray
 
     @classmethod
     def build(cls, template: Template, tokenizer, dataset, kind: str, budget: int) -> "PromptBuilder":
-        """Tokenize a template's segments. Raises ValueError if one item with the frame around it exceeds `budget` tokens."""
+        """Tokenize a template's segments.
 
-        def ids(text: str) -> np.ndarray:
-            return np.array(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int32)
+        Raises:
+            ValueError: one item with the frame around it exceeds `budget` tokens, or the tokenizer knows nothing of a segment.
+        """
+        unknown = tokenizer.unk_token_id
+
+        def ids(text: str, may_be_unknown: bool = False) -> np.ndarray:
+            found = tokenizer(text, add_special_tokens=False)["input_ids"]
+            if set(found) == {unknown} and not may_be_unknown:
+                raise ValueError(
+                    f"--prompt: the tokenizer has no token for the template's {text[:60]!r}; with codes alone take --prompt codes"
+                )
+            return np.array(found, dtype=np.int32)
 
         domain = dataset.info["domain"]
         # What the tokenizer puts before a text is BOS; what it may put behind (EOS) has no place before the target.
@@ -76,13 +89,20 @@ class PromptBuilder:
         bos = [tokenizer.bos_token_id] if with_special and with_special[0] == tokenizer.bos_token_id else []
         texts = dataset.titles if kind == "text" else ["".join(codes) for codes in dataset.semantic_ids]
         item_tokens, lengths = tokenize(texts, lambda text: template.item.replace("{item}", text), tokenizer)
+        ids(template.item.replace("{item}", ""))  # the frame around an item has to be known too
+        nothing = ids(template.item.replace("{item}", NO_HISTORY), may_be_unknown=True)
+        if not len(nothing):  # the tokenizer passes over what it does not know
+            nothing = np.array([tokenizer.pad_token_id if unknown is None else unknown], dtype=np.int32)
+        begin = np.concatenate([np.array(bos, dtype=np.int32), ids(template.prefix.replace("{domain}", domain))])
+        end = ids(template.suffix.replace("{domain}", domain))
         builder = cls(
-            begin=np.concatenate([np.array(bos, dtype=np.int32), ids(template.prefix.replace("{domain}", domain))]),
+            begin=begin,
             separator=ids(template.separator),
-            end=ids(template.suffix.replace("{domain}", domain)),
+            end=end,
             item_tokens=item_tokens,
             item_offsets=np.concatenate([[0], np.cumsum(lengths)]),
             budget=budget,
+            null=np.concatenate([begin, nothing, end]),
         )
         longest = int(np.argmax(lengths))
         needed = len(builder.begin) + len(builder.end) + int(lengths[longest])

@@ -22,7 +22,7 @@ import pyarrow as pa
 from igd_ds.data.dataset import METADATA_SCHEMA, Interactions, SourceData
 from igd_ds.data.raw_files import RawRequest, first_line, is_gzip, open_raw, parse_json, parse_python, sniff
 
-MEMORY_LIMIT = "1500MB"  # of DuckDB; with the arrays of 50 million interactions beside it 4 GiB are enough (measured)
+MEMORY_LIMIT = "1GB"  # of DuckDB; with the arrays of 50 million interactions beside it 4 GiB are enough (measured)
 MEMORY_LEFT = "256MB"  # once interactions are read: enough to fetch metadata, the rest is for the protocol
 THREADS: dict[str, int] = {}  # all cores
 FETCH_ROWS = 1 << 20
@@ -47,9 +47,9 @@ class RawReader:
     funnel: list[dict] = field(default_factory=list)
 
     def __enter__(self) -> "RawReader":
-        """Open the connection."""
+        """Open the connection: tables in memory, of which DuckDB spills what goes beyond the limit (half the time of a file)."""
         config = {"memory_limit": MEMORY_LIMIT, "temp_directory": str(self.scratch / "spill"), **THREADS}
-        self.connection = duckdb.connect(str(self.scratch / "raw.duckdb"), config=config)
+        self.connection = duckdb.connect(config=config)
         return self
 
     def __exit__(self, *error) -> None:

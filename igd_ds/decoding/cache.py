@@ -319,6 +319,11 @@ class EncoderPromptTree(PromptTree):
         super().retain(users)
 
 
+def prompt_tree(model) -> PromptTree:
+    """Return the tree for a model's searches: an EncoderPromptTree for encoder-decoders, else a PromptTree."""
+    return EncoderPromptTree(model) if model.config.is_encoder_decoder else PromptTree(model)
+
+
 @contextlib.contextmanager
 def tree_attention_in(model):
     """Let the model attend by `tree_attention` for a while; transformers looks the name up in the config at each call."""

@@ -144,7 +144,7 @@ def _look_up_codes(semantic_ids, num_items: int, tokenizer) -> tuple[np.ndarray,
                     found = f"{len(ids)} tokens" if len(ids) != 1 else "the unknown token"
                     raise ValueError(
                         f"code {code!r} of item {item} is {found}, it must be exactly one: make a tokenizer with "
-                        "tools/train_tokenizer.py --semantic_ids, or add the codes as tokens to this one"
+                        "tools/train_tokenizer.py --semantic_ids, or add the codes to this one with tools/add_codes.py"
                     )
                 known[code] = ids[0]
     lengths = np.array([len(codes) for codes in semantic_ids], np.int64)

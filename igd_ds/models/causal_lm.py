@@ -1,6 +1,11 @@
-"""Causal language models (Qwen2, Qwen3, LLaMA, any AutoModelForCausalLM): full fine-tuning, LoRA and 4-bit QLoRA."""
+"""Causal language models (Qwen2, Qwen3, LLaMA, any AutoModelForCausalLM): full fine-tuning, LoRA and 4-bit QLoRA.
+
+A tokenizer may have tokens beyond the model's own (tools/add_codes.py adds semantic-ID codes): they get an input and an output
+row each, which are trained fully, under LoRA too, and lie in the adapter.
+"""
 
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -9,6 +14,7 @@ from igd_ds.loss import predicting_positions
 
 PLAIN_TOKENIZERS = ("TokenizersBackend", "PreTrainedTokenizerFast")
 DESCRIPTION_FILE = "igd_ds.json"  # what a saved model needs beyond HF's own files: prompt, max_length, quantisation
+ROW_NOISE = 0.1  # of the old rows' standard deviation: tells new rows apart, and keeps them near the mean (assumed)
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False):
@@ -33,12 +39,15 @@ def load_tokenizer(name: str, trust_remote_code: bool = False):
     return tokenizer
 
 
-def check_tokenizer_belongs(tokenizer, model_name: str, trust_remote_code: bool = False) -> None:
-    """Raise ValueError unless `tokenizer` gives every token of the model's own tokenizer its own id; it may have more tokens."""
+def added_token_ids(tokenizer, model_name: str, trust_remote_code: bool = False) -> range:
+    """Return the ids of the tokens `tokenizer` has beyond the model's own one; none where the model comes without a tokenizer.
+
+    Raises ValueError unless every token of the model's own has its id here too, and the others follow after them.
+    """
     try:
         own = load_tokenizer(model_name, trust_remote_code).get_vocab()
     except ValueError:
-        return  # weights without a tokenizer: nothing to compare with
+        return range(0)  # weights without a tokenizer: nothing to compare with
     given = tokenizer.get_vocab()
     token = next((token for token, index in own.items() if given.get(token) != index), None)
     if token is not None:
@@ -46,37 +55,69 @@ def check_tokenizer_belongs(tokenizer, model_name: str, trust_remote_code: bool 
             f"--tokenizer does not belong to {model_name}: that model's token {own[token]} is {token!r}, this tokenizer has "
             f"{given.get(token, 'no such token')}; leave --tokenizer out, or give the model's own with tokens added"
         )
-
-
-def load_model_config(name: str, tokenizer, max_length: int, trust_remote_code: bool = False):
-    """Load a model's configuration (JSON file, folder or hub name) and check that tokenizer and context length fit it."""
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"no model configuration at '{name}' ({error})") from error
-    if config.vocab_size < len(tokenizer):
+    added = sorted(given[token] for token in given.keys() - own.keys())
+    first = max(own.values()) + 1
+    if added != list(range(first, first + len(added))):
         raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens but the model at '{name}' only {config.vocab_size}: "
-            "this tokenizer belongs to another model"
+            f"--tokenizer has {len(added)} tokens more than {model_name}'s own, with ids {added[0]} to {added[-1]}, not from "
+            f"{first} on without a gap: add tokens with tools/add_codes.py"
         )
-    context = getattr(config, "max_position_embeddings", None)
-    if context and max_length > context:
-        raise ValueError(f"--max_length {max_length} exceeds the model's context of {context} tokens")
-    return config
+    return range(first, first + len(added))
 
 
-def num_trained_parameters(model_config, config) -> int:
+def fit_model_config(model_config, config, tokenizer, added_ids: range) -> None:
+    """Check that a model's configuration suits a TrainConfig and a tokenizer, whose `added_ids` need no row: `build` makes it.
+
+    Raises:
+        ValueError: more tokens than rows, a --max_length beyond the context, or added tokens whose rows LoRA cannot train.
+    """
+    name = config.model_config or config.model_name_or_path
+    if model_config.vocab_size < len(tokenizer) - len(added_ids):
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens but the model at '{name}' only {model_config.vocab_size}: it belongs to "
+            "another model (pretrained weights take their own tokenizer with tokens added, if it lies beside them)"
+        )
+    context = getattr(model_config, "max_position_embeddings", None)
+    if context and config.max_length > context:
+        raise ValueError(f"--max_length {config.max_length} exceeds the model's context of {context} tokens")
+    if added_ids and config.lora_r:
+        model = _without_weights(model_config)
+        for name in _vocabulary_names(model):
+            if name.rpartition(".")[2] in config.lora_targets.split(","):
+                raise ValueError(
+                    f"--lora_targets {config.lora_targets}: the rows of added tokens in {name} are trained fully; leave it out"
+                )
+        if model.get_output_embeddings().bias is not None:
+            raise ValueError("--lora_r: PEFT cannot train rows of an output layer with a bias; leave it out to train all weights")
+
+
+def num_trained_parameters(model_config, config, added_ids: range = range(0)) -> int:
     """Return how many parameters a TrainConfig trains, from the model's configuration alone (no weights are made)."""
+    model = _without_weights(model_config)
+    new_rows = sum(len(added_ids) * math.prod(weight.shape[1:]) for weight in _vocabulary_weights(model))
+    if not config.lora_r:
+        return new_rows + sum(parameter.numel() for parameter in model.parameters())
+    linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    return new_rows + sum(config.lora_r * (linear.in_features + linear.out_features) for linear in linears)
+
+
+def _without_weights(model_config):
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config)
-    if not config.lora_r:
-        return sum(parameter.numel() for parameter in model.parameters())
-    linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
-    return sum(config.lora_r * (linear.in_features + linear.out_features) for linear in linears)
+        return AutoModelForCausalLM.from_config(model_config)
+
+
+def _vocabulary_names(model) -> tuple[str, str]:
+    """Names of the modules with a row per token: input embeddings, output layer."""
+    names = {module: name for name, module in model.named_modules()}
+    return names[model.get_input_embeddings()], names[model.get_output_embeddings()]
+
+
+def _vocabulary_weights(model) -> list[torch.nn.Parameter]:
+    """Parameters with a row per token: input embeddings, output layer with its bias, if any; tied ones once."""
+    modules = (model.get_input_embeddings(), model.get_output_embeddings())
+    return list({id(weight): weight for module in modules for weight in module.parameters(recurse=False)}.values())
 
 
 def _quantization(dtype: torch.dtype):
@@ -105,10 +146,11 @@ def _load_weights(name: str, dtype: torch.dtype | str, load_in_4bit: bool, devic
     return model
 
 
-def build(config, model_config, dtype: torch.dtype, device: torch.device):
+def build(config, model_config, dtype: torch.dtype, device: torch.device, added_ids: range = range(0)):
     """Build the model a TrainConfig describes: random or pretrained weights, quantised or not, with or without LoRA.
 
-    Weights stay where they are loaded (CPU, or partitioned under ZeRO-3); `engine.initialize` moves them.
+    Weights stay where they are loaded (CPU, or partitioned under ZeRO-3); `engine.initialize` moves them. Tokens `added_ids` get
+    rows of their own. With LoRA too, weights must then be loaded whole (PEFT reads the rows).
     """
     from transformers import AutoModelForCausalLM
 
@@ -117,16 +159,37 @@ def build(config, model_config, dtype: torch.dtype, device: torch.device):
         model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, **settings)
     else:
         model = _load_weights(config.model_name_or_path, dtype, config.load_in_4bit, device, **settings)
+    if added_ids:
+        _add_rows(model, added_ids, config.seed)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if config.lora_r:
             model.enable_input_require_grads()
     if config.lora_r:
-        model = _with_lora(model, config)
+        model = _with_lora(model, config, added_ids)
     return model
 
 
-def _with_lora(model, config):
+def _resize(model, num_rows: int) -> None:
+    """Make sure of at least `num_rows` rows per vocabulary weight; the values of new rows are the caller's to set."""
+    # transformers goes the whole way under ZeRO-3 even where the number stays: the weights are whole on all ranks after it.
+    model.resize_token_embeddings(max(model.get_input_embeddings().num_embeddings, num_rows), mean_resizing=False)
+
+
+def _add_rows(model, added_ids: range, seed: int) -> None:
+    """Start the rows of `added_ids` near the mean of all rows before them: at first they are average tokens, read and predicted.
+
+    A model may have more rows than its tokenizer has tokens (padding): added tokens take those first, untrained as they are.
+    """
+    _resize(model, added_ids.stop)
+    generator = torch.Generator().manual_seed(seed)  # the same rows on every rank, whatever was drawn before
+    for weight in _vocabulary_weights(model):
+        old, new = weight.data[: added_ids.start], weight.data[added_ids.start : added_ids.stop]
+        noise = torch.randn(new.shape, generator=generator).to(weight.device)
+        new.copy_(old.mean(0, dtype=torch.float32) + ROW_NOISE * old.std(0) * noise)
+
+
+def _with_lora(model, config, added_ids: range):
     import peft
 
     targets = config.lora_targets
@@ -136,6 +199,7 @@ def _with_lora(model, config):
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=targets if targets == "all-linear" else targets.split(","),
+        trainable_token_indices={name: list(added_ids) for name in _vocabulary_names(model)} if added_ids else None,
     )
     if config.load_in_4bit:
         model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
@@ -146,17 +210,13 @@ def _with_lora(model, config):
         raise ValueError(f"--lora_targets {targets}: {error}") from error
 
 
-def label_logits(model, batch) -> torch.Tensor:
-    """Return the logits (n, V) that predict the batch's n labelled tokens, row by row; never (B, T, V).
+def label_logits(model, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return the logits (n, V) that predict the n labelled tokens of rows (B, T), row by row; never (B, T, V).
 
     Called with the engine-wrapped model in training. With no labelled token at all, n is 0 and the graph is still there.
     """
-    return model(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        logits_to_keep=predicting_positions(batch.labels),
-        use_cache=False,
-    ).logits
+    keep = predicting_positions(labels)
+    return model(input_ids=input_ids, attention_mask=attention_mask, logits_to_keep=keep, use_cache=False).logits
 
 
 def describe(folder: Path) -> dict:
@@ -182,7 +242,19 @@ def load_trained(config, load_in_4bit: bool, device: torch.device):
     base = base_of(config)
     model = _load_weights(base or config.model, dtype, load_in_4bit, device, **settings)
     if base:
-        import peft
-
-        model = peft.PeftModel.from_pretrained(model, config.model)
+        model = _with_adapter(model, Path(config.model))
     return model.eval() if load_in_4bit else model.to(device).eval()
+
+
+def _with_adapter(model, folder: Path):
+    """Put the adapter in `folder` on its base model, rows of added tokens included."""
+    import peft
+
+    rows_of = json.loads((folder / "adapter_config.json").read_text()).get("trainable_token_indices") or {}
+    if rows_of:
+        _resize(model, 1 + max(max(rows) for rows in rows_of.values()))
+    model = peft.PeftModel.from_pretrained(model, folder)
+    for module in model.modules():
+        if isinstance(module, peft.tuners.trainable_tokens.TrainableTokensLayer):
+            module.merge()  # or each forward pass would copy the whole weight to put the rows in
+    return model

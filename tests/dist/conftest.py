@@ -23,7 +23,8 @@ class World:
     def ds_config(self, stage: int, micro: int = 2, **changes) -> str:
         """Write a DeepSpeed file and return its path."""
         path = self.folder / f"ds-{stage}-{micro}-{'-'.join(changes)}.json"
-        path.write_text(json.dumps(DS | {"train_micro_batch_size_per_gpu": micro, "zero_optimization": {"stage": stage}} | changes))
+        own = {"train_micro_batch_size_per_gpu": micro, "zero_optimization": {"stage": stage}}
+        path.write_text(json.dumps(DS | own | changes))
         return str(path)
 
     def train_flags(self, run: Path, stage: int = 2, **settings) -> list[str]:

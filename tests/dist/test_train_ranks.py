@@ -143,11 +143,11 @@ def test_validation_by_ndcg(world, tmp_path, stage):
 
 def test_position_linear_and_offload(world, tmp_path):
     """The other weightings and CPU offload run too; the run folder holds what its readers expect."""
-    offload = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+    offload, bf16 = {"stage": 2, "offload_optimizer": {"device": "cpu"}}, {"enabled": True}
     for name, settings in {
         "position": {"weighting": "position", "igd_beta": None, "position_floor": 0.2},
         "linear": {"weighting": "igd-linear", "ds_config": world.ds_config(2, zero_optimization=offload), "prompt": "alpaca"},
-        "conditional": {"entropy": "conditional", "weighting": "igd-linear", "ds_config": world.ds_config(3, bf16={"enabled": True})},
+        "conditional": {"entropy": "conditional", "weighting": "igd-linear", "ds_config": world.ds_config(3, bf16=bf16)},
     }.items():
         run = tmp_path / name
         train(world, tmp_path / "log", world.train_flags(run, **settings, max_steps=2, max_length=256))
@@ -258,5 +258,3 @@ def test_a_foreign_tokenizer_is_refused(world, tmp_path):
     assert ranks.wait(processes) == [2]
     assert "--tokenizer does not belong to" in (tmp_path / "log2").read_text()
     train(world, tmp_path / "log3", world.train_flags(tmp_path / "run3", **flags, tokenizer=None, max_steps=1), size=1)
-
-

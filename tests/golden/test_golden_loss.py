@@ -47,7 +47,7 @@ def batch_of(samples, zero_of, beta: float) -> Batch:
         labels[i, where] = torch.tensor(target)
         weights[i, where] = torch.where(torch.from_numpy(zero.copy()), beta, 1.0)
     rows = torch.arange(len(samples))
-    return Batch(input_ids, mask, labels, weights, weights != 1, rows, rows)
+    return Batch(input_ids, mask, labels, weights[:, :, None], weights != 1, rows, rows)
 
 
 @pytest.mark.parametrize("index", range(4))
@@ -57,7 +57,8 @@ def test_loss_and_gradient_norm(golden, index):
     batch = batch_of(recorded["samples"], zero_of, expected["beta"])
     model.train()
     model.zero_grad()
-    nll = token_nll(label_logits(model, batch), at_labels(batch.labels, batch.labels))
+    logits = label_logits(model, batch.input_ids, batch.attention_mask, batch.labels)
+    nll = token_nll(logits, at_labels(batch.labels, batch.labels))
     weighted, omega = weighted_sums(nll, at_labels(batch.token_weights, batch.labels))
     loss = weighted / omega
     loss.backward()

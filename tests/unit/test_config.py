@@ -61,8 +61,6 @@ def test_bad_yaml(tmp_path, text, message):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--igd_beta", "1.2"], r"--igd_beta must lie in \[0, 1\]"),
-        (["--igd_beta", "-0.1"], "--igd_beta"),
         (["--model_config", "x.json"], "exactly one of --model_name_or_path"),
         (["--load_in_4bit"], "give --lora_r"),
         (["--warmup_ratio", "1"], "--warmup_ratio"),

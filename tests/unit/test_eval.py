@@ -1,7 +1,9 @@
 """The evaluator in one process: lists and metrics against a plain search, resuming, guards. Many ranks: tests/dist."""
 
+import dataclasses
 import json
 import math
+from collections import Counter
 
 import datasets
 import numpy as np
@@ -11,7 +13,7 @@ import pytest
 import tiny_run
 import torch
 from oracle import assert_same_lists, plain_search, ranking, weight_by_path
-from tiny_run import NUM_TEST, Plain
+from tiny_run import NUM_TEST, TRAIN_TARGETS, Plain
 
 from igd_ds import distributed, eval
 from igd_ds.decoding.rules import edge_weights
@@ -88,6 +90,53 @@ def test_lists_and_metrics_equal_a_plain_search(evaluate, run, search):
     entropy, nodes = decisiveness.entropy(plain.trie, "prior"), weight_by_path(plain.trie, range(plain.trie.num_nodes))
     first = np.mean([entropy[int(nodes[paths[target][:1]])] for target in test.targets])
     assert found["target_prefix_entropy"]["nats"][0] == pytest.approx(first)
+
+
+def share_before(border, count):
+    """Share of each path that stands before a border (a place) when paths are ranked by count; equal counts share places."""
+    ranked = sorted(count, key=count.get, reverse=True)
+    before = [min(max(border - place, 0), 1) for place in range(len(ranked))]
+    return {path: np.mean([b for b, other in zip(before, ranked, strict=True) if count[other] == count[path]]) for path in count}
+
+
+def test_popularity_of_the_lists_and_relaxed_match(evaluate, run, monkeypatch):
+    plain, build_task = Plain(run), eval.build_task
+
+    def with_codes(config):
+        task = build_task(config)
+        catalogue = dataclasses.replace(task.recommender.stored.catalogue, kind="semantic-id")  # a letter is a code
+        task.recommender.stored = dataclasses.replace(task.recommender.stored, catalogue=catalogue)
+        return task
+
+    _, text = evaluate("--num_beams", 3, output="text")
+    monkeypatch.setattr(eval, "build_task", with_codes)
+    _, output = evaluate("--num_beams", 3)
+    results, values = read_metrics(output), read_metrics(output)["alpha"]["0.0"]
+    targets = [plain.paths[target] for target in plain.dataset.splits["test"].targets]
+    lists = [[plain.paths[line["item_ids"][0]] for line in mine] for mine in predictions(output)]
+    hit = np.array([target in mine for target, mine in zip(targets, lists, strict=True)])
+    occurring = Counter(targets)
+    head = np.array([share_before(len(occurring) / 2, occurring)[target] for target in targets])
+    assert results["head_targets"] == pytest.approx(head.sum()) and 0 < hit @ head < head.sum()
+    assert values["token_match_head_targets"]["hr@3"] == pytest.approx(hit @ head / head.sum())
+    assert values["token_match_tail_targets"]["hr@3"] == pytest.approx(hit @ (1 - head) / (1 - head).sum())
+    trained = Counter(plain.paths[target] for target in TRAIN_TARGETS)
+    trained = {path: trained[path] for path in plain.different_paths}
+    before = [share_before(len(trained) * decile / 10, trained) for decile in range(11)]
+    listed = Counter(path for mine in lists for path in mine)
+    for times, found in ((occurring, results["target_popularity_deciles"]), (listed, values["popularity_deciles"])):
+        expected = [sum(times[path] * share[path] for path in times) / times.total() for share in before]
+        assert found == pytest.approx(np.diff(expected)) and len(found) == 10
+    every = np.array([listed[path] for path in plain.different_paths])
+    assert values["coverage"] == np.mean(every > 0) < 1
+    assert values["gini_index"] == pytest.approx(np.abs(every[:, None] - every).mean() / (2 * every.mean()))
+    assert set(values["relaxed_match"]) == {str(k) for k in range(1, max(map(len, plain.paths)) - 1)}
+    for k, relaxed in values["relaxed_match"].items():  # paths end in EOS, which is no code
+        codes = [[path[:-1][: int(k)] for path in (target, *mine)] for target, mine in zip(targets, lists, strict=True)]
+        assert relaxed["hr@3"] == pytest.approx(np.mean([target in mine for target, *mine in codes]))
+        assert relaxed["hr@1"] == pytest.approx(np.mean([target == first for target, first, *_ in codes]))
+    del values["relaxed_match"]
+    assert read_metrics(text)["alpha"]["0.0"] == values  # titles have none
 
 
 def test_an_exact_evaluation_shows_what_the_beam_misses(evaluate, capsys):

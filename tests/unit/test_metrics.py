@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from igd_ds import metrics
+from igd_ds.items.trie import TokenTrie
 
 LISTS = np.array([[7, 3, 5], [4, 9, -1], [6, 2, 8], [-1, -1, -1]])
 TARGET = np.array([3, 4, 1, 5])  # rank 2, rank 1, absent, empty list
@@ -37,6 +38,73 @@ def test_popularity_is_the_expectation_over_random_orders_of_ties():
         ranks = np.array([[order.index(target) + 1 for target in targets] for order in orders])
         assert sums[f"hr@{k}"] == pytest.approx((ranks <= k).sum() / len(orders))
         assert sums[f"ndcg@{k}"] == pytest.approx(((ranks <= k) / np.log2(ranks + 1)).sum() / len(orders))
+
+
+def popular_first(count):
+    """All rankings of the items by count: every order of the tied ones."""
+    return [order for order in itertools.permutations(range(len(count))) if all(np.diff(count[list(order)]) <= 0)]
+
+
+def test_head_and_tail_are_the_expectation_over_random_orders_of_ties():
+    frequency = np.array([0, 3, 1, 1, 1, 2, 0])  # five items occur; the three tied ones share half a place of the head
+    target = np.repeat(np.arange(7), frequency)
+    head = metrics.head_share(frequency, target)
+    ahead = np.array([0, 1, math.inf, 0, math.inf, 2, 0, 1])
+    sums = metrics.ranking_sums(ahead, [1, 3], credit=head)
+    counts, hits, gains = [], [], []
+    for order in popular_first(frequency):
+        in_head = np.clip(2.5 - np.array([order.index(item) for item in target]), 0, 1)
+        counts.append(in_head.sum())
+        hits.append(in_head @ (ahead < 1))
+        gains.append(in_head @ np.where(ahead < 3, 1 / np.log2(ahead + 2), 0))
+    assert set(counts) == {head.sum()}  # so the quotient of expectations is the expectation of the quotient
+    assert sums["hr@1"] == pytest.approx(np.mean(hits)) and sums["ndcg@3"] == pytest.approx(np.mean(gains))
+    assert metrics.head_share(frequency[::-1], 6 - target).tolist() == head.tolist()  # item ids do not matter
+    assert metrics.head_share(frequency, target[[7, 0]]).tolist() == head[[7, 0]].tolist()  # nor which rows are sampled
+
+
+@pytest.mark.parametrize("count", [[3, 1, 0, 1, 0, 0, 7], [0] * 7, [6, 5, 4, 3, 2, 1, 0]])
+def test_popularity_deciles_are_the_expectation_over_random_orders_of_ties(count):
+    count, items, times = np.array(count), np.array([0, 2, 3, 6]), np.array([2, 5, 1, 4])
+    orders, shares = popular_first(count), np.zeros(10)
+    for order in orders:
+        for item, often in zip(items, times, strict=True):
+            begin = np.maximum(order.index(item) / 7, np.arange(10) / 10)  # each item takes a seventh of the ranking
+            end = np.minimum((order.index(item) + 1) / 7, np.arange(1, 11) / 10)
+            shares += 7 * often * np.maximum(end - begin, 0) / times.sum() / len(orders)
+    found = metrics.popularity_deciles(count, items, times)
+    assert found == pytest.approx(shares) and sum(found) == pytest.approx(1) and min(found) >= 0
+    assert metrics.popularity_deciles(count, np.arange(7), np.ones(7)) == pytest.approx([0.1] * 10)
+
+
+@pytest.mark.parametrize("listed", [[1], [4, 4, 4], [1, 9, 2, 2], [3, 1, 4, 1, 5, 9]])
+def test_gini_index_is_half_the_relative_mean_difference(listed):
+    every = np.array([*listed, *[0] * (6 - len(listed))])
+    expected = np.abs(every[:, None] - every).mean() / (2 * every.mean())
+    assert metrics.gini_index(np.array(listed), 6) == pytest.approx(expected)
+    assert metrics.gini_index(np.full(6, 2), 6) == 0 and metrics.gini_index(np.array([8]), 6) == pytest.approx(5 / 6)
+
+
+def test_relaxed_match_compares_the_first_codes():
+    random = np.random.default_rng(0)
+    paths = [[*map(int, random.integers(0, 3, random.integers(1, 5)))] for _ in range(40)]  # up to four codes, many shared
+    tokens, lengths = np.array(sum(([*path, 3] for path in paths), []), np.int32), [len(path) + 1 for path in paths]
+    trie = TokenTrie.build(tokens, np.concatenate([[0], np.cumsum(lengths)]), np.ones(40, int))
+    codes = {int(leaf): path for leaf, path in zip(trie.leaf_of_item, paths, strict=True)}
+    target = trie.leaf_of_item[:30]
+    leaves = np.array([random.permutation(list(codes))[:8] for _ in target])
+    leaves[:5, 3:] = leaves[5, :] = -1  # short lists, and an empty one
+    found = metrics.relaxed_match(trie, target, leaves, [1, 5])
+    assert set(found) == {"1", "2", "3"}
+    for k in (1, 2, 3):
+        hits, gain = 0, 0.0
+        for wanted, row in zip(target, leaves, strict=True):
+            for rank, leaf in enumerate(row[:5], 1):
+                if leaf >= 0 and codes[leaf][:k] == codes[wanted][:k]:
+                    hits, gain = hits + 1, gain + 1 / math.log2(rank + 1)
+                    break
+        assert 0 < hits < 30 and found[str(k)]["hr@5"] == pytest.approx(hits / 30)
+        assert found[str(k)]["ndcg@5"] == pytest.approx(gain / 30)
 
 
 def test_cutoffs_beyond_the_list_are_omitted_with_a_warning():

@@ -222,3 +222,28 @@ def test_tokenizer_of_semantic_ids(shared, tmp_path, capsys):
         found = tokenizer("".join(path), add_special_tokens=False)["input_ids"]
         assert tokenizer.convert_ids_to_tokens(found) == path
         assert tokenizer.decode(found, skip_special_tokens=True).replace(" ", "") == "".join(path)
+    where[3] = str(tmp_path / "codes")
+    with pytest.raises(SystemExit):
+        train_tokenizer([*where, "--codes_only"])
+    assert "--codes_only has none" in capsys.readouterr().err
+    assert train_tokenizer([*where[:4], "--codes_only"]) == 0
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "codes")
+    assert tokenizer.convert_ids_to_tokens(range(len(tokenizer))) == ["<pad>", "<|endoftext|>", "<unk>", *codes]
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (0, 1, 2)
+    found = tokenizer(["".join(path) for path in semantic_ids])["input_ids"]
+    assert [tokenizer.convert_ids_to_tokens(ids) for ids in found] == semantic_ids
+    assert tokenizer.decode(found[0] + [1], skip_special_tokens=True) == "".join(semantic_ids[0])
+    capsys.readouterr()
+    assert train_tokenizer([*where[:4], "--codes_only"]) == 0 and "nothing to do" in capsys.readouterr().out
+    assert train_tokenizer([*where, "--semantic_ids"]) == 2 and "was not made from this dataset" in capsys.readouterr().err
+
+
+def test_codes_must_be_tokens_of_their_own():
+    module = train_tokenizer.__globals__
+    with pytest.raises(ValueError, match="code '<pad>' is also a token of the tokenizer"):
+        module["of_codes"](["<a>", "<pad>"])
+    with pytest.raises(ValueError, match="code 'a' is also a token"):
+        module["train"](["A title"], ["text"], 300, ["a"])
+    semantic_ids = [["a", "bc"], ["ab", "c"]]
+    with pytest.raises(ValueError, match=r"codes \['a', 'bc'\] run into each other: 'abc' reads \['ab', 'c'\]"):
+        module["check_codes_stay_apart"](module["of_codes"](["a", "bc", "ab", "c"]), semantic_ids)

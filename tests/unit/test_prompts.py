@@ -51,6 +51,13 @@ def test_empty_history():
     assert text(builder(), []) == "Recent books:\n\nNext:\n"
 
 
+def test_the_null_prompt_says_unknown_for_the_history():
+    null = builder(template="alpaca", bos=True).null
+    assert null[0] == 1 and null.dtype == np.int32
+    found = "".join(tokenizer().convert_ids_to_tokens(null))
+    assert found.endswith('the following books before: "unknown"\n\n\n### Response:\n')
+
+
 @pytest.mark.parametrize("budget", range(28, 60))
 def test_whole_items_are_cut_oldest_first(budget):
     prompts, history = builder(budget), np.array([2, 3, 1, 0, 2, 1])
@@ -83,7 +90,7 @@ def test_a_title_longer_than_the_context_is_named():
 
 
 def test_templates_are_checked(tmp_path):
-    with pytest.raises(ValueError, match="no template 'shrt'; known names: alpaca, short"):
+    with pytest.raises(ValueError, match="no template 'shrt'; known names: alpaca, codes, short"):
         Template.load("shrt")
     file = tmp_path / "mine.yaml"
     file.write_text("prefix: a\nitem: '{item}'\nseparator: ','\nsuffix: b\n")

@@ -19,7 +19,7 @@ GROUPS = [
     {"config", "distributed", "runlog"},
     {"items", "loss", "metrics"},
     {"weighting", "data", "models", "decoding"},
-    {"engine", "recommender"},
+    {"engine", "recommender", "validation"},
     {"train", "eval", "stats"},
 ]
 LEVEL = {name: level for level, group in enumerate(GROUPS) for name in group}
@@ -124,10 +124,14 @@ def test_every_path_in_the_text_exists(path):
 
 
 def test_every_table_name_is_in_the_readme():
+    from igd_ds.data.presets import PRESETS
     from igd_ds.data.sources import SOURCES
     from igd_ds.decoding.rules import DECODING_RULES
+    from igd_ds.models.quantizers import QUANTIZERS
     from igd_ds.weighting import WEIGHTINGS
 
     readme = (ROOT / "README.md").read_text()
-    for name in [*WEIGHTINGS, *DECODING_RULES, *SOURCES]:
+    for name in [*WEIGHTINGS, *DECODING_RULES, *SOURCES, *QUANTIZERS]:
         assert f"`{name}`" in readme, f"{name} has no row in the README"
+    for name in PRESETS:
+        assert re.search(rf"`{name}`|--preset {name}\b", readme), f"preset {name} is not in the README"

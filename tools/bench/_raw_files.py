@@ -7,7 +7,7 @@ time keeps about half of the reviews. A user is active around a time of their ow
 time over 1996-2018), files are grouped by item as the published ones are, 0.5 % of the lines repeat the line before.
 Texts are made-up words, lengths log-normal as in real reviews; one body serves many reviews, far apart. About 2 % of the items
 have no metadata line, 2 % have two (every tenth of them with another title), some titles are missing, debris, too long or hold
-entities.
+entities. The forms of histories (d3-csv, lcrec-json, sequences) hold the same reviews, by user and day, and one title per item.
 """
 
 import argparse
@@ -16,10 +16,11 @@ import datetime
 import json
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise, zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -36,10 +37,12 @@ SINGLE_USERS = 0.6  # users with one review
 REPEATED_LINES = 0.005
 NO_METADATA, TWO_METADATA = 0.02, 0.02
 FIRST_DAY, LAST_DAY = 9_636, 17_806  # 1996-05-20 to 2018-10-02
+D3_HISTORY = 10
 ACTIVE_DAYS = 300  # scale of a user's activity around its centre
 UPPER, BASE32, DECIMAL = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ", "ABCDEFGHIJKLMNOPQRSTUVWXYZ234567", "0123456789"
 BASE64 = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
 GENRES = "Action Adventure Animation Children's Comedy Crime Documentary Drama Fantasy Film-Noir Horror Musical Mystery Romance"
+D3_HEADER = "user_id,history_item_title,item_title,history_item_id,item_id,history_item_sid,item_sid\n"
 Columns = list[pa.Array | bytes]
 
 
@@ -51,6 +54,11 @@ class Draw:
     items: np.ndarray
     days: np.ndarray
     num_items: int
+
+    def ordered(self, *keys: np.ndarray) -> "Draw":
+        """Return the reviews sorted by keys, the last one first, as for np.lexsort."""
+        order = np.lexsort(keys)
+        return Draw(self.users[order], self.items[order], self.days[order], self.num_items)
 
 
 def draw(num_reviews: int) -> Draw:
@@ -201,11 +209,11 @@ class Titles:
         return [pick(pool(heads), head), pick(pool(tails), tail)]
 
 
-def make_titles(rng: np.random.Generator, words: np.ndarray, clean: bool = False) -> Titles:
-    """Make pieces of titles; unless `clean`, 3 % are missing, debris, one character, exactly 20 words or more than 20."""
+def make_titles(rng: np.random.Generator, words: np.ndarray, clean: bool = False, tail_words: int = 4) -> Titles:
+    """Make pieces of titles, tails of about `tail_words`; unless `clean`, 3 % are missing, debris, too short, around 20 words."""
     plain = np.array([word.replace("\n\n", "-").replace("\t", "/") for word in words], dtype=object)
     heads: list[str | None] = [head.title() for head in texts(rng, plain, 7_000, 3, 0.4, 8)]
-    tails = texts(rng, plain, 8_000, 4, 0.5, 9)
+    tails = texts(rng, plain, 8_000, tail_words, 0.5, tail_words * 9 // 4)
     if clean:
         return Titles(heads, tails, len(heads))
     for place in range(0, 700, 4):
@@ -218,9 +226,22 @@ def make_titles(rng: np.random.Generator, words: np.ndarray, clean: bool = False
     return Titles([*heads, *odd * 20, *long, *exact * 10], tails, len(heads))
 
 
-# ---- forms: a function of (rng, draw) that returns (columns of reviews, columns of metadata)
+# ---- forms: a function of (rng, draw) that returns the parts, one per file
 
 Lines = Callable[..., Columns]
+
+
+@dataclass(frozen=True)
+class Part:
+    """The lines of a file: `about`, arrays (L,) that say what is on each; `lines(rng, *slices of them)` makes columns."""
+
+    about: Sequence[np.ndarray]
+    lines: Lines
+
+
+def two_parts(draw: Draw, reviews: Lines, metadata: Lines) -> list[Part]:
+    """Return the parts of a form with a line per review, from (users, items, days), and per item, from (items, variants)."""
+    return [Part((draw.users, draw.items, draw.days), reviews), Part(metadata_items(draw.num_items), metadata)]
 
 
 def quoted(text: str) -> str:
@@ -248,7 +269,19 @@ def day_pool(spell: Callable[[int], str]) -> pa.Array:
     return pool([spell(day) for day in range(FIRST_DAY, LAST_DAY + 1)])
 
 
-def amazon_2018(rng: np.random.Generator, draw: Draw) -> tuple[Lines, Lines]:
+def other_asins(rng: np.random.Generator, number: int, lines: int, num_items: int, mark: bytes) -> Columns:
+    """Return columns that spell a list of `number` ASINs, without its brackets, per line; each between marks."""
+    listed = [asins(rng.integers(num_items, size=lines), num_items) for _ in range(number)]
+    return [piece for one in listed for piece in (mark, one, mark + b", ")][:-1] + [mark]
+
+
+def american(day: int) -> str:
+    """Spell a day as Amazon's reviewTime does."""
+    date = date_of(day)
+    return f"{date.strftime('%m')} {date.day}, {date.year}"
+
+
+def amazon_2018(rng: np.random.Generator, draw: Draw) -> list[Part]:
     """Reviews and metadata of the 2018 release; texts of about 270 characters make lines of about 466."""
     words = make_words(rng)
     pieces = make_titles(rng, words)
@@ -269,7 +302,7 @@ def amazon_2018(rng: np.random.Generator, draw: Draw) -> tuple[Lines, Lines]:
             for place, (name, text, summary) in enumerate(bodies)
         ]
     )
-    dates = day_pool(lambda day: f'{date_of(day).strftime("%m")} {date_of(day).day}, {date_of(day).year}", "reviewerID": "A')
+    dates = day_pool(lambda day: f'{american(day)}", "reviewerID": "A')
     times = day_pool(lambda day: f', "unixReviewTime": {day * 86_400}}}\n')
 
     def reviews(rng: np.random.Generator, users: np.ndarray, items: np.ndarray, days: np.ndarray) -> Columns:
@@ -300,19 +333,78 @@ def amazon_2018(rng: np.random.Generator, draw: Draw) -> tuple[Lines, Lines]:
     images = pool([f'", {piece}}}\n' for piece in images])
 
     def metadata(rng: np.random.Generator, items: np.ndarray, variants: np.ndarray) -> Columns:
-        also = [asins(rng.integers(draw.num_items, size=len(items)), draw.num_items) for _ in range(12)]
+        bought, viewed = (other_asins(rng, number, len(items), draw.num_items, b'"') for number in (8, 4))
         parts = [pick(part, rng.integers(len(part), size=len(items))) for part in (fronts, brands, prices, images)]
-        bought, viewed = (
-            [piece for one in listed for piece in (b'"', one, b'", ')][:-1] + [b'"'] for listed in (also[:8], also[8:])
-        )
         title = pieces.columns(items, variants, quoted, '"title": "', '", ')
         asin = asins(items, draw.num_items)
         return [parts[0], *title, b'"also_buy": [', *bought, parts[1], *viewed, parts[2], asin, parts[3]]
 
-    return reviews, metadata
+    return two_parts(draw, reviews, metadata)
 
 
-def amazon_2023(rng: np.random.Generator, draw: Draw) -> tuple[Lines, Lines]:
+def amazon_2014(rng: np.random.Generator, draw: Draw) -> list[Part]:
+    """Reviews of the 2014 release as JSON lines, metadata as Python-dict lines; texts are as long as those of 2018."""
+    words = make_words(rng)
+    pieces = make_titles(rng, words)
+    names, summaries = texts(rng, words, BODIES, 2, 0.3, 3), texts(rng, words, BODIES, 3, 0.6, 20)
+    bodies = zip(names, texts(rng, words, BODIES, 20, 1.15), summaries, strict=True)
+    bodies = pool(
+        [
+            f'", {fields(reviewerName=name, helpful=[n % 3, n % 4], reviewText=text, overall=n % 5 + 1.0, summary=summary)}'
+            for n, (name, text, summary) in enumerate(bodies)
+        ]
+    )
+    times = day_pool(lambda day: f', "unixReviewTime": {day * 86_400}, "reviewTime": "{american(day)}"}}\n')
+
+    def reviews(rng: np.random.Generator, users: np.ndarray, items: np.ndarray, days: np.ndarray) -> Columns:
+        body = pick(bodies, rng.integers(len(bodies), size=len(users)))
+        asin = asins(items, draw.num_items)
+        return [b'{"reviewerID": "A', *codes(users, UPPER, 12), b'", "asin": "', asin, body, pick(times, days - FIRST_DAY)]
+
+    described = pool([f"', 'description': {ascii(text)}, " for text in ["", *texts(rng, words, 8_192, 70, 0.9)]])
+    image = "'imUrl': 'http://ecx.images-amazon.com/images/I"
+    spelled = ["", *(f"'price': {cents / 100}, " for cents in rng.integers(99, 20_000, 2_000))]
+    prices = pool([f"{image}/{n:09}L.jpg', {price}'related': {{'also_bought': [" for n, price in enumerate(spelled)])
+    ends = pool(
+        [
+            f"]}}, 'salesRank': {{'Books': {n}}}, 'brand': '{name}', 'categories': [['Books'], ['Books', '{name}']]}}\n"
+            for n, name in enumerate(map(python_quoted, names[:4096]))
+        ]
+    )
+
+    def metadata(rng: np.random.Generator, items: np.ndarray, variants: np.ndarray) -> Columns:
+        bought, viewed = (other_asins(rng, number, len(items), draw.num_items, b"'") for number in (20, 4))
+        text, price, end = (pick(part, rng.integers(len(part), size=len(items))) for part in (described, prices, ends))
+        title = pieces.columns(items, variants, python_quoted, "'title': '", "', ")
+        front = [b"{", *title, b"'asin': '", asins(items, draw.num_items), text, price]
+        return [*front, *bought, b"], 'bought_together': [", *viewed, end]
+
+    return two_parts(draw, reviews, metadata)
+
+
+def metadata_2023(rng: np.random.Generator, words: np.ndarray, pieces: Titles, num_items: int) -> Lines:
+    """Metadata of the 2023 release."""
+    described = texts(rng, words, 8_192, 70, 0.9)
+    names = texts(rng, words, 8_192, 2, 0.3, 3)
+    prices, link = [None, 12.99, 199.0, "from 9.99"], "https://m.media-amazon.com/images/I/"
+    scores = []
+    for place, (name, text) in enumerate(zip(names, described, strict=True)):
+        image = {"thumb": f"{link}{place:09}L.jpg", "large": None, "variant": "MAIN", "hi_res": None}
+        numbers = fields(average_rating=1 + place % 41 / 10, rating_number=place, features=[name], description=[text])
+        media = fields(price=prices[place % 4], images=[image], videos={"title": [], "url": [], "user_id": []}, store=name)
+        details = {"Brand": name, "Package Dimensions": f"9 x 6 x {place % 9} inches"}
+        scores.append(f'{numbers}, {media}, {fields(categories=["Books", name], details=details)}, "parent_asin": "')
+    scores = pool(scores)
+
+    def metadata(rng: np.random.Generator, items: np.ndarray, variants: np.ndarray) -> Columns:
+        score = pick(scores, rng.integers(len(scores), size=len(items)))
+        title = pieces.columns(items, variants, quoted, '"title": "', '", ')
+        return [b'{"main_category": "Books", ', *title, score, asins(items, num_items), b'", "bought_together": null}\n']
+
+    return metadata
+
+
+def amazon_2023(rng: np.random.Generator, draw: Draw) -> list[Part]:
     """Reviews and metadata of the 2023 release; half of the reviews name another item in `asin` than in `parent_asin`."""
     words = make_words(rng)
     pieces = make_titles(rng, words)
@@ -335,31 +427,31 @@ def amazon_2023(rng: np.random.Generator, draw: Draw) -> tuple[Lines, Lines]:
         body, end = (rng.integers(len(part), size=len(users)) for part in (bodies, ends))
         variant = asins(np.where(rng.random(len(items)) < 0.5, items, draw.num_items - 1 - items), draw.num_items)
         parent, user = asins(items, draw.num_items), codes(users, BASE32, 26)
-        stamp = decimal(days.astype(np.int64) * 86_400_000 + mix(users, 3, 86_400_000))
-        middle = [b'", "parent_asin": "', parent, b'", "user_id": "AE', *user, b'", "timestamp": ', stamp]
+        middle = [b'", "parent_asin": "', parent, b'", "user_id": "AE', *user, b'", "timestamp": ', milliseconds(users, days)]
         return [pick(bodies, body), variant, *middle, pick(ends, end)]
 
-    described = texts(rng, words, 8_192, 70, 0.9)
-    names = texts(rng, words, 8_192, 2, 0.3, 3)
-    prices, link = [None, 12.99, 199.0, "from 9.99"], "https://m.media-amazon.com/images/I/"
-    scores = []
-    for place, (name, text) in enumerate(zip(names, described, strict=True)):
-        image = {"thumb": f"{link}{place:09}L.jpg", "large": None, "variant": "MAIN", "hi_res": None}
-        numbers = fields(average_rating=1 + place % 41 / 10, rating_number=place, features=[name], description=[text])
-        media = fields(price=prices[place % 4], images=[image], videos={"title": [], "url": [], "user_id": []}, store=name)
-        details = {"Brand": name, "Package Dimensions": f"9 x 6 x {place % 9} inches"}
-        scores.append(f'{numbers}, {media}, {fields(categories=["Books", name], details=details)}, "parent_asin": "')
-    scores = pool(scores)
-
-    def metadata(rng: np.random.Generator, items: np.ndarray, variants: np.ndarray) -> Columns:
-        score = pick(scores, rng.integers(len(scores), size=len(items)))
-        title = pieces.columns(items, variants, quoted, '"title": "', '", ')
-        return [b'{"main_category": "Books", ', *title, score, asins(items, draw.num_items), b'", "bought_together": null}\n']
-
-    return reviews, metadata
+    return two_parts(draw, reviews, metadata_2023(rng, words, pieces, draw.num_items))
 
 
-def steam(rng: np.random.Generator, draw: Draw) -> tuple[Lines, Lines]:
+def milliseconds(users: np.ndarray, days: np.ndarray) -> pa.Array:
+    """Spell a user's times in milliseconds."""
+    return decimal(days.astype(np.int64) * 86_400_000 + mix(users, 3, 86_400_000))
+
+
+def amazon_2023_csv(rng: np.random.Generator, draw: Draw) -> list[Part]:
+    """Ratings of the 2023 release's benchmark, and its metadata."""
+    words = make_words(rng)
+    metadata = metadata_2023(rng, words, make_titles(rng, words), draw.num_items)
+    stars = pool([f",{number}.0," for number in range(1, 6)])
+
+    def ratings(rng: np.random.Generator, users: np.ndarray, items: np.ndarray, days: np.ndarray) -> Columns:
+        rating, parent = pick(stars, rng.integers(len(stars), size=len(users))), asins(items, draw.num_items)
+        return [b"AE", *codes(users, BASE32, 26), b",", parent, rating, milliseconds(users, days), b"\n"]
+
+    return two_parts(draw, ratings, metadata)
+
+
+def steam(rng: np.random.Generator, draw: Draw) -> list[Part]:
     """Reviews and games as Python 2 printed them: dict lines with u'' strings."""
     words = make_words(rng)
     pieces = make_titles(rng, words, clean=True)
@@ -407,10 +499,10 @@ def steam(rng: np.random.Generator, draw: Draw) -> tuple[Lines, Lines]:
             end,
         ]
 
-    return reviews, metadata
+    return two_parts(draw, reviews, metadata)
 
 
-def yelp(rng: np.random.Generator, draw: Draw) -> tuple[Lines, Lines]:
+def yelp(rng: np.random.Generator, draw: Draw) -> list[Part]:
     """Reviews and businesses of the academic data set."""
     words = make_words(rng)
     pieces = make_titles(rng, words, clean=True)
@@ -447,7 +539,7 @@ def yelp(rng: np.random.Generator, draw: Draw) -> tuple[Lines, Lines]:
         name = pieces.columns(items, variants, quoted, '"name": "', '", ')
         return [b'{"business_id": "', *codes(items, BASE64, 22), b'", ', *name, place]
 
-    return reviews, metadata
+    return two_parts(draw, reviews, metadata)
 
 
 def decimal(numbers: np.ndarray) -> pa.Array:
@@ -455,9 +547,7 @@ def decimal(numbers: np.ndarray) -> pa.Array:
     return pc.cast(pc.cast(pa.array(numbers), pa.string()), pa.binary())
 
 
-def delimited(
-    rng: np.random.Generator, draw: Draw, mark: str, title_mark: str, genre_mark: str, time_end: str
-) -> tuple[Lines, Lines]:
+def delimited(rng: np.random.Generator, draw: Draw, mark: str, title_mark: str, genre_mark: str, time_end: str) -> list[Part]:
     """Delimited ratings (user, item, rating, seconds) and items (item, title, genres)."""
     pieces = make_titles(rng, make_words(rng), clean=True)
     words = GENRES.split()
@@ -487,23 +577,127 @@ def delimited(
         title = pieces.columns(items, variants * 0, escape, title_mark, f" (1999){title_mark}")
         return [decimal(items + 1), between, *title, between, kind, b"\n"]
 
-    return reviews, metadata
+    return two_parts(draw, reviews, metadata)
+
+
+def histories(draw: Draw) -> tuple[Draw, np.ndarray]:
+    """Return the reviews by user, then day, and int64 (U + 1,) where each user's start, with the end."""
+    visits = draw.ordered(draw.days, draw.users)
+    return visits, np.flatnonzero(np.diff(visits.users, prepend=-1, append=-1))
+
+
+def lists(pieces: pa.Array, items: np.ndarray, starts: np.ndarray, ends: np.ndarray, mark: bytes) -> pa.Array:
+    """Join, per line, the pieces of items[start:end] with a mark."""
+    offsets = np.concatenate([[0], np.cumsum(ends - starts)])
+    places = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], ends - starts)
+    return pc.binary_join(pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pick(pieces, items[places])), mark)
+
+
+def spell(columns: Columns) -> pa.Array:
+    """Join columns to one."""
+    return pc.binary_join_element_wise(
+        *(pa.scalar(part) if isinstance(part, bytes) else part for part in columns), pa.scalar(b"")
+    )
+
+
+def semantic_ids(items: np.ndarray, letters: str, mark: bytes = b'", "') -> Columns:
+    """Return columns that spell a unique semantic id, codes like <a_236> for the given letters with marks between."""
+    numbers = items.astype(np.uint64) * np.uint64(0x9E3779B1) % np.uint64(256 ** len(letters))
+    columns: Columns = []
+    for place, letter in enumerate(letters):
+        code = (numbers >> np.uint64(8 * (len(letters) - 1 - place))) % np.uint64(256)
+        columns += [mark, pick(pool([f"<{letter}_{number}>" for number in range(256)]), code)]
+    return columns[1:]
+
+
+def d3_csv(rng: np.random.Generator, draw: Draw) -> list[Part]:
+    """Rows of MiniOneRec's form, split by time, of all reviews but each user's first; titles of about 80 characters."""
+    visits, bounds = histories(draw)
+    pieces = make_titles(rng, make_words(rng), clean=True, tail_words=14)
+    catalogue = np.arange(draw.num_items)
+
+    def titles(escape: Callable[[str], str]) -> pa.Array:
+        return spell(pieces.columns(catalogue, 0 * catalogue, escape, "", ""))
+
+    listed, quoted_titles = (
+        titles(lambda text: python_quoted(text).replace('"', '""')),
+        titles(lambda text: text.replace('"', '""')),
+    )
+    numbers, codes = decimal(catalogue), spell(semantic_ids(catalogue, "abc", b""))
+
+    def rows(rng: np.random.Generator, targets: np.ndarray, starts: np.ndarray) -> Columns:
+        past, apart = (visits.items, starts, targets), b"', '"
+        item = visits.items[targets]
+        title = [b",\"['", lists(listed, *past, apart), b'\']","', pick(quoted_titles, item), b'","[']
+        ids = [lists(numbers, *past, b", "), b']",', pick(numbers, item), b",\"['", lists(codes, *past, apart), b"']\","]
+        return [b"A", decimal(visits.users[targets]), *title, *ids, pick(codes, item), b"\n"]
+
+    firsts = np.repeat(bounds[:-1], np.diff(bounds))
+    places = np.arange(len(firsts))
+    targets = places[places > firsts]
+    targets = targets[np.argsort(visits.days[targets], kind="stable")]
+    starts = np.maximum(firsts[targets], targets - D3_HISTORY)
+    splits = [len(targets) * tenths // 10 for tenths in (0, 8, 9, 10)]
+    parts = [Part((targets[start:end], starts[start:end]), rows) for start, end in pairwise(splits)]
+    names = titles(str)
+    info = Part((catalogue,), lambda rng, items: [pick(codes, items), b"\t", pick(names, items), b"\t", decimal(items), b"\n"])
+    return [*parts, info]
+
+
+def users_part(draw: Draw, fronts: tuple[bytes, bytes], mark: bytes, ends: tuple[str, str]) -> Part:
+    """Return a part with a list of items per user: front, user, front, items with marks between, end; another end at the last."""
+    visits, bounds = histories(draw)
+    numbers = decimal(np.arange(draw.num_items))
+
+    def lines(rng: np.random.Generator, users: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> Columns:
+        end = pick(pool(ends), (stops == bounds[-1]).astype(int))
+        return [fronts[0], decimal(users), fronts[1], lists(numbers, visits.items, starts, stops, mark), end]
+
+    return Part((visits.users[bounds[:-1]], bounds[:-1], bounds[1:]), lines)
+
+
+def lcrec_json(rng: np.random.Generator, draw: Draw) -> list[Part]:
+    """Two JSON objects, indented and not, as published: users' items and items' codes."""
+    inter = users_part(draw, (b'\n    "', b'": [\n        '), b",\n        ", ("\n    ],", "\n    ]\n}"))
+    ends = pool(['"], ', '"]}'])
+
+    def index(rng: np.random.Generator, items: np.ndarray) -> Columns:
+        end = pick(ends, (items == draw.num_items - 1).astype(int))
+        return [b'"', decimal(items), b'": ["', *semantic_ids(items, "abcd"), end]
+
+    return [inter, Part((np.arange(draw.num_items),), index)]
+
+
+def sequences(rng: np.random.Generator, draw: Draw) -> list[Part]:
+    """Users' items and a catalogue with titles and codes, as JSON lines."""
+    users = users_part(draw, (b'{"user_id": ', b', "items": ['), b", ", ("]}\n", "]}\n"))
+    pieces = make_titles(rng, make_words(rng), clean=True)
+
+    def catalogue(rng: np.random.Generator, items: np.ndarray) -> Columns:
+        title = pieces.columns(items, 0 * items, quoted, ', "title": "', '", "semantic_id": ["')
+        return [b'{"item_id": ', decimal(items), *title, *semantic_ids(items, "abc"), b'"]}\n']
+
+    return [users, Part((np.arange(draw.num_items),), catalogue)]
 
 
 @dataclass(frozen=True)
 class Form:
-    """One published form: what writes its lines, its two files, their headers, their encoding, and whether users are together."""
+    """One published form: what makes its parts, their files, headers and encoding, and whether users are together."""
 
-    lines: Callable[[np.random.Generator, Draw], tuple[Lines, Lines]]
-    files: tuple[str, str]
-    headers: tuple[str, str] = ("", "")
+    parts: Callable[[np.random.Generator, Draw], list[Part]]
+    files: tuple[str, ...]
+    headers: tuple[str, ...] = ()
     encoding: str = "utf-8"
     by_user: bool = False
 
 
 FORMS = {
+    "amazon-2014": Form(amazon_2014, ("reviews_Books.json", "meta_Books.json")),
     "amazon-2018": Form(amazon_2018, ("Books.json", "meta_Books.json")),
     "amazon-2023": Form(amazon_2023, ("Books.jsonl", "meta_Books.jsonl")),
+    "amazon-2023-csv": Form(
+        amazon_2023_csv, ("Books.csv", "meta_Books.jsonl"), ("user_id,parent_asin,rating,timestamp\n",), by_user=True
+    ),
     "steam": Form(steam, ("steam_reviews.json", "steam_games.json")),
     "yelp": Form(yelp, ("yelp_academic_dataset_review.json", "yelp_academic_dataset_business.json")),
     "movielens-1m": Form(
@@ -523,6 +717,9 @@ FORMS = {
         ("books.inter", "books.item"),
         ("user_id:token\titem_id:token\trating:float\ttimestamp:float\n", "item_id:token\ttitle:token_seq\tgenre:token_seq\n"),
     ),
+    "d3-csv": Form(d3_csv, ("train.csv", "valid.csv", "test.csv", "info.txt"), (D3_HEADER,) * 3),
+    "lcrec-json": Form(lcrec_json, ("Books.inter.json", "Books.index.json"), ("{", "{")),
+    "sequences": Form(sequences, ("sequences.jsonl", "items.jsonl")),
 }
 
 
@@ -531,8 +728,7 @@ FORMS = {
 
 def join(columns: Columns) -> memoryview:
     """Join columns (constant bytes are the same on every line) into the bytes of all lines."""
-    merged: list[pa.Array | pa.Scalar] = [pa.scalar(part) if isinstance(part, bytes) else part for part in columns]
-    lines = pc.binary_join_element_wise(*merged, pa.scalar(b""))
+    lines = spell(columns)
     first, last = np.frombuffer(lines.buffers()[1], dtype=np.int32)[[lines.offset, lines.offset + len(lines)]]
     return memoryview(lines.buffers()[2])[first:last]
 
@@ -572,29 +768,20 @@ def ahead(threads: ThreadPoolExecutor, work: Callable, number: int) -> Iterator:
 
 
 def make_files(form_name: str, num_reviews: int, folder: Path, compress: bool = False) -> list[Path]:
-    """Write the review and the metadata file of a form; return their paths."""
+    """Write the files of a form; return their paths."""
     form, interactions = FORMS[form_name], draw(num_reviews)
     if form.by_user:
-        order = np.argsort(interactions.users, kind="stable")
-        interactions = Draw(
-            *(column[order] for column in (interactions.users, interactions.items, interactions.days)), interactions.num_items
-        )
-    reviews, metadata = form.lines(np.random.default_rng(SEED), interactions)
-    items, variants = metadata_items(interactions.num_items)
+        interactions = interactions.ordered(interactions.users)
+    parts = form.parts(np.random.default_rng(SEED), interactions)
     paths = [folder / (name + ".gz" * compress) for name in form.files]
+    for place, (path, part, header) in enumerate(zip_longest(paths, parts, form.headers, fillvalue="")):
 
-    def encoded(text: memoryview) -> memoryview | bytes:
-        return text if form.encoding == "utf-8" else bytes(text).decode("utf-8").encode(form.encoding)
+        def text(number: int, rows: slice, place: int = place, part: Part = part) -> memoryview | bytes:
+            rng = np.random.default_rng([SEED, number, place])
+            lines = join(part.lines(rng, *(column[rows] for column in part.about)))
+            return lines if form.encoding == "utf-8" else bytes(lines).decode("utf-8").encode(form.encoding)
 
-    def review_lines(number: int, rows: slice) -> memoryview | bytes:
-        rng = np.random.default_rng([SEED, number])
-        return join(reviews(rng, interactions.users[rows], interactions.items[rows], interactions.days[rows]))
-
-    def item_lines(number: int, rows: slice) -> memoryview | bytes:
-        return encoded(join(metadata(np.random.default_rng([SEED, number, 1]), items[rows], variants[rows])))
-
-    write(paths[0], form.headers[0].encode(), review_lines, num_reviews, compress)
-    write(paths[1], form.headers[1].encode(), item_lines, len(items), compress)
+        write(path, header.encode(), text, len(part.about[0]), compress)
     return paths
 
 

@@ -44,6 +44,7 @@ from igd_ds.items.decisiveness import information_gain, zero_gain
 from igd_ds.items.store import StoredCatalogue
 from igd_ds.items.trie import TokenTrie
 from igd_ds.loss import IGNORED, at_labels, predicting_positions
+from igd_ds.models import causal_lm
 from igd_ds.weighting import WEIGHTINGS
 
 EOS, NEWLINE, VOCABULARY = 0, 1, 151_936
@@ -81,8 +82,8 @@ def make_collator(catalogue: Catalogue) -> Collator:
     budget = ROW_TOKENS - int((catalogue.offsets[targets + 1] - catalogue.offsets[targets]).max())
     # A history shows items as their catalogue tokens; between two of them stands one more.
     separator = np.array([NEWLINE], np.int32)
-    prompts = PromptBuilder(frame[0], separator, frame[1], catalogue.token_ids, catalogue.offsets, budget)
-    weights = WEIGHTINGS["igd"].token_weights(stored, SimpleNamespace(igd_beta=BETA))
+    prompts = PromptBuilder(frame[0], separator, frame[1], catalogue.token_ids, catalogue.offsets, budget, frame[0])
+    weights = WEIGHTINGS["igd"].targets[0](stored, SimpleNamespace(igd_beta=BETA))[:, None]
     zero = zero_gain(trie)[trie.path_nodes(catalogue.offsets)]
     return Collator(split, prompts, catalogue.token_ids, catalogue.offsets, weights, zero, EOS)
 
@@ -157,15 +158,18 @@ def make_step(name: str, catalogue: Catalogue, num_rows: int):
     if name == "ours":
         if not torch.distributed.is_initialized():
             distributed.init()
-        settings = SimpleNamespace(weight_decay=0.0, learning_rate=LEARNING_RATE, warmup_ratio=0.0, schedule="constant")
+        settings = SimpleNamespace(
+            weight_decay=0.0, learning_rate=LEARNING_RATE, warmup_ratio=0.0, schedule="constant", normalization="global"
+        )
+        task = SimpleNamespace(adapter=causal_lm, weighting=WEIGHTINGS["igd"], mixing=None)
         ds = {"train_micro_batch_size_per_gpu": num_rows, "gradient_accumulation_steps": 1, "zero_optimization": {"stage": 0}}
         ds |= {"gradient_clipping": MAX_NORM, "steps_per_print": 10**9}
         logging.disable(logging.WARNING)  # DeepSpeed's start-up lines would hide the table
         wrapped = engine.initialize(model, settings, ds, num_steps=1000)
 
         def ours(batch: Batch) -> float:
-            sums, _ = train.train_step(wrapped, [batch], "global", False, 1)
-            return sums[train.SUMS.index("weighted")] / sums[train.SUMS.index("weight")]
+            sums, _ = train.train_step(wrapped, task, settings, [batch], False, 1)
+            return sums[train.SUMS.index("objective")]
 
         return ours, model, wrapped.optimizer
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)

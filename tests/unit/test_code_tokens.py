@@ -1,0 +1,215 @@
+"""Semantic-ID codes added to a pretrained causal LM: tokenizer, new rows, LoRA that trains them, saved and loaded again."""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pyarrow as pa
+import pytest
+import tokenizers
+import torch
+import transformers
+from tiny_run import INFO, rows
+
+from igd_ds.config import TrainConfig
+from igd_ds.data.dataset import item_table, user_table, write_dataset
+from igd_ds.loss import IGNORED
+from igd_ds.models import causal_lm
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+import add_codes  # noqa: E402
+
+CODES = [f"<{letter}_{i}>" for letter in "abc" for i in range(3)]
+OWN = 257  # tokens of the base model's tokenizer
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+MODELS = {"qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM)}
+MODELS |= {"llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM)}
+CPU = torch.device("cpu")
+
+
+def base(folder, kind: str = "qwen2", tied: bool = True, num_rows: int = OWN) -> str:
+    """Save a random model with its tokenizer, as a hub would have them."""
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>").save_pretrained(folder)
+    torch.manual_seed(0)
+    configuration, model = MODELS[kind]
+    model(configuration(vocab_size=num_rows, tie_word_embeddings=tied, initializer_range=0.2, **SIZES)).save_pretrained(folder)
+    return str(folder)
+
+
+def split_case(case: str) -> tuple[str, bool, int]:
+    kind, tied, num_rows = case.split()[:3]
+    return kind, tied == "tied", int(num_rows)
+
+
+def dataset(folder, codes=CODES) -> str:
+    items = [[a, b, c] for a in codes[:3] for b in codes[3:6] for c in codes[6:9]]
+    splits = {name: rows([1], [[0]], [2]) for name in ("train", "valid", "test")}
+    write_dataset(
+        folder, item_table([None] * len(items), items, pa.array(range(len(items)))), user_table(splits, None), splits, INFO
+    )
+    return str(folder)
+
+
+def with_codes(name: str):
+    """The base's tokenizer with the codes, and their ids."""
+    tokenizer = causal_lm.load_tokenizer(name)
+    add_codes.add_codes(tokenizer, CODES, name)
+    return tokenizer, causal_lm.added_token_ids(tokenizer, name)
+
+
+def train_config(name: str, **changes) -> TrainConfig:
+    return TrainConfig(ds_config="", dataset="", output_dir="", model_name_or_path=name, **changes)
+
+
+def vocabulary_rows(model) -> list[torch.Tensor]:
+    """Input and output rows as the forward pass sees them."""
+    return [module.weight.detach().float().clone() for module in (model.get_input_embeddings(), model.get_output_embeddings())]
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Two prompts that end in codes: ids, mask, labels."""
+    ids = torch.randint(0, OWN, (2, 9), generator=torch.Generator().manual_seed(1))
+    ids[:, -3:] = torch.tensor([[OWN, OWN + 3, OWN + 6], [OWN + 1, OWN + 3, OWN + 8]])
+    labels = ids.clone()
+    labels[:, :-3] = IGNORED
+    return ids, torch.ones_like(ids), labels
+
+
+def loss_of(model) -> torch.Tensor:
+    ids, mask, labels = batch()
+    return torch.nn.functional.cross_entropy(causal_lm.label_logits(model, ids, mask, labels).float(), labels[labels != IGNORED])
+
+
+def step(model) -> None:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.01, weight_decay=0.1)
+    loss_of(model).backward()
+    optimizer.step()
+
+
+def load(folder, load_in_4bit: bool = False):
+    settings = SimpleNamespace(model=str(folder), dtype="float32", base_model="", trust_remote_code=False)
+    return causal_lm.load_trained(settings, load_in_4bit, CPU)
+
+
+def test_the_tool_adds_one_token_per_code(tmp_path, capsys):
+    name, data = base(tmp_path / "base"), dataset(tmp_path / "data")
+    flags = ["--dataset", data, "--tokenizer", name, "--output", str(tmp_path / "codes")]
+    assert add_codes.main(flags) == 0
+    tokenizer = causal_lm.load_tokenizer(str(tmp_path / "codes"))
+    assert tokenizer.convert_tokens_to_ids(CODES) == list(range(OWN, OWN + 9))
+    text = "ab<a_1><b_0> <c_2>x"
+    own = causal_lm.load_tokenizer(name)
+    assert tokenizer(text)["input_ids"] == [*own("ab")["input_ids"], OWN + 1, OWN + 3, *own(" ")["input_ids"], OWN + 8,
+                                            *own("x")["input_ids"]]  # fmt: skip
+    assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
+    assert causal_lm.added_token_ids(tokenizer, name) == range(OWN, OWN + 9)
+    assert causal_lm.added_token_ids(own, name) == range(OWN, OWN)
+    assert add_codes.main(flags) == 0 and "nothing to do" in capsys.readouterr().out
+    again = ["--dataset", data, "--tokenizer", str(tmp_path / "codes"), "--output"]
+    assert add_codes.main([*again, str(tmp_path / "codes")]) == 2 and "delete it" in capsys.readouterr().err
+    assert add_codes.main([*again, str(tmp_path / "twice")]) == 2
+    assert "'<a_0>' is token 257" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("code", ["a", "<eos>", " ", "Ġ"])
+def test_a_code_that_is_a_token_already_is_refused(tmp_path, code):
+    name = base(tmp_path)
+    with pytest.raises(ValueError, match="is token [0-9]+ of the tokenizer .* already: rename the codes"):
+        add_codes.add_codes(causal_lm.load_tokenizer(name), ["<a_0>", code], name)
+
+
+def test_refusals(tmp_path):
+    name = base(tmp_path / "base")
+    tokenizer, added = with_codes(name)
+    config, model_config = train_config(name), transformers.AutoConfig.from_pretrained(name)
+    causal_lm.fit_model_config(model_config, config, tokenizer, added)
+    with pytest.raises(ValueError, match="266 tokens but the model at .* only 257"):
+        causal_lm.fit_model_config(model_config, config, tokenizer, range(0))
+    gap = SimpleNamespace(get_vocab=lambda: causal_lm.load_tokenizer(name).get_vocab() | {"zz": 300})
+    with pytest.raises(ValueError, match="not from 257 on without a gap"):
+        causal_lm.added_token_ids(gap, name)
+    holes = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 7}, "a"))
+    with pytest.raises(ValueError, match="unused ids below 8"):
+        add_codes.add_codes(transformers.PreTrainedTokenizerFast(tokenizer_object=holes, unk_token="a"), CODES, "holes")
+    config = train_config(name, lora_r=2, lora_targets="q_proj,lm_head")
+    with pytest.raises(ValueError, match="--lora_targets q_proj,lm_head: .* leave it out"):
+        causal_lm.fit_model_config(model_config, config, tokenizer, added)
+    biased = transformers.PhiConfig(vocab_size=OWN, **SIZES)  # its output layer has a bias, which PEFT would forget
+    with pytest.raises(ValueError, match="an output layer with a bias"):
+        causal_lm.fit_model_config(biased, train_config(name, lora_r=2), tokenizer, added)
+
+
+@pytest.mark.parametrize("case", ["qwen2 tied 257", "llama untied 257", "llama tied 260", "qwen2 untied 280"])
+def test_new_rows_start_near_the_mean(tmp_path, case):
+    """Whether they lie beyond the model's rows (257), partly so (260), or all within rows it has to spare (280)."""
+    kind, tied, num_rows = split_case(case)
+    name = base(tmp_path, kind, tied, num_rows)
+    _, added = with_codes(name)
+    before = vocabulary_rows(transformers.AutoModelForCausalLM.from_pretrained(name))
+    torch.manual_seed(5)  # makes no difference
+    model = causal_lm.build(train_config(name, seed=3), None, torch.float32, CPU, added)
+    again = causal_lm.build(train_config(name, seed=3), None, torch.float32, CPU, added)
+    assert model.config.vocab_size == max(num_rows, OWN + 9)
+    assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) is tied
+    for old, new, same in zip(before, vocabulary_rows(model), vocabulary_rows(again), strict=True):
+        assert torch.equal(new, same)
+        assert torch.equal(new[:OWN], old[:OWN]) and torch.equal(new[OWN + 9 :], old[OWN + 9 :])
+        off = (new[OWN : OWN + 9] - old[:OWN].mean(0)) / old[:OWN].std(0)
+        assert 0.05 < off.std() < 0.15 and off.abs().max() < 0.5
+        assert len(new[OWN : OWN + 9].unique(dim=0)) == 9
+
+
+@pytest.mark.parametrize("case", ["qwen2 tied 257", "llama untied 260", "qwen2 tied 280 4-bit", "llama untied 257 4-bit"])
+def test_lora_trains_the_new_rows_and_saves_them(tmp_path, case):
+    kind, tied, num_rows, in_4bit = *split_case(case), case.endswith("4-bit")
+    name = base(tmp_path / "base", kind, tied, num_rows)
+    _, added = with_codes(name)
+    config = train_config(name, lora_r=2, lora_dropout=0.0, load_in_4bit=in_4bit)
+    model = causal_lm.build(config, None, torch.float32, CPU, added)
+    before = vocabulary_rows(model)
+    step(model)
+    after = vocabulary_rows(model)
+    for old, new in zip(before, after, strict=True):
+        assert torch.equal(new[:OWN], old[:OWN]) and torch.equal(new[OWN + 9 :], old[OWN + 9 :])
+        assert (new[OWN : OWN + 9] != old[OWN : OWN + 9]).any(1).sum() >= 5
+    assert torch.equal(*after) is tied
+    expected = loss_of(model.eval())
+    model.save_pretrained(tmp_path / "model", save_embedding_layers=False)
+    saved = sum(p.stat().st_size for p in (tmp_path / "model").glob("*.safetensors"))
+    assert saved < 60_000  # rows of 9 codes and the LoRA matrices, no row of another token
+    loaded = load(tmp_path / "model", load_in_4bit=in_4bit)
+    for new, restored in zip(after, vocabulary_rows(loaded), strict=True):
+        assert torch.equal(new, restored)
+    with torch.no_grad():
+        torch.testing.assert_close(loss_of(loaded), expected, rtol=1e-5, atol=0)
+    without = causal_lm.num_trained_parameters(model.config, config)
+    assert causal_lm.num_trained_parameters(model.config, config, added) - without == 9 * 32 * (1 if tied else 2)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_lora_gives_new_rows_the_gradient_of_full_training(tmp_path, tied):
+    name = base(tmp_path, tied=tied)
+    _, added = with_codes(name)
+    full, lora = (causal_lm.build(train_config(name, lora_r=r), None, torch.float32, CPU, added) for r in (0, 2))
+    loss_of(full).backward()
+    loss_of(lora.eval()).backward()  # LoRA starts as the base model, without dropout
+    trained = [parameter for name, parameter in lora.named_parameters() if "trainable_tokens_delta" in name]
+    vocabulary = [full.get_input_embeddings().weight] + [full.get_output_embeddings().weight] * (not tied)
+    for delta, weight in zip(trained, vocabulary, strict=True):
+        torch.testing.assert_close(delta.grad, weight.grad[OWN:])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_all_weights_train_and_load_as_a_plain_model(tmp_path, tied):
+    name = base(tmp_path / "base", tied=tied)
+    _, added = with_codes(name)
+    model = causal_lm.build(train_config(name), None, torch.float32, CPU, added)
+    step(model)
+    model.save_pretrained(tmp_path / "model")
+    with torch.no_grad():
+        assert loss_of(load(tmp_path / "model")) == loss_of(model.eval())
