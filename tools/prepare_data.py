@@ -57,7 +57,7 @@ def make_parser(about: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--duplicates",
         choices=DUPLICATES,
-        help="exact: equal user, item and time once; first: an item once per user (default: keep)",
+        help="exact: equal user, item and second once; first: an item once per user (default: keep)",
     )
     parser.add_argument("--cold_items", choices=COLD, help="drop: no valid or test row whose target is no training target")
     parser.add_argument("--cold_users", choices=COLD, help="drop: no valid or test row of a user without training row")
@@ -91,13 +91,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for option in ("source", "protocol"):
         if getattr(args, option) is None:
             parser.error(f"--{option} is missing, or a --preset")
+    if args.min_items is not None and args.protocol != "d3":
+        parser.error(f"--min_items {args.min_items} is for --protocol d3: no other moves its window")
     for option, value in {**LAST_DEFAULTS, **DEFAULTS[args.protocol], **(preset.options if preset else {})}.items():
         if getattr(args, option) is None:
             setattr(args, option, value)
     args.name = args.name or args.output.resolve().name
     for option, least in [("max_history", 0), ("k_core", 0), ("min_items", 1), ("num_users", 0), ("num_items", 0), ("seed", 0)]:
-        if getattr(args, option) < least:
-            parser.error(f"--{option} {getattr(args, option)}: must be at least {least}")
+        if not least <= getattr(args, option) < 2**31:
+            parser.error(f"--{option} {getattr(args, option)}: must be at least {least}, and below 2^31")
     if args.num_items and args.source != "synthetic":
         parser.error("--num_items is for synthetic data; the other sources take every item of their files")
     if not 0 <= args.max_bad_lines < 1:

@@ -4,6 +4,7 @@ Nothing is ever overwritten or half-written: work goes on in a folder beside the
 an output that exists, `prepare` does nothing if it was made from the same files and options, and refuses otherwise.
 """
 
+import glob
 import json
 import os
 import shutil
@@ -59,7 +60,7 @@ def prepare(wanted: DatasetRequest) -> dict:
             "parameters": {"source": wanted.source, "preset": wanted.preset, "titles": wanted.titles}
             | {"num_items": wanted.num_items, "max_bad_lines": wanted.max_bad_lines, "ties": "file position"}
             | vars(wanted.options)
-            | {"window": [start, end]},
+            | {"window": [start, end], "min_items": wanted.options.min_items if wanted.protocol == "d3" else None},
             "version": VERSION,
         }
         if wanted.output.exists():
@@ -159,7 +160,7 @@ def _finished(output: Path, asked: dict) -> dict:
 def _scratch(output: Path) -> Iterator[Path]:
     """Yield an empty folder beside the output, removed in the end; remove those that killed runs left."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    for stale in output.parent.glob(f"{output.name}.*-*"):
+    for stale in output.parent.glob(f"{glob.escape(output.name)}.*-*"):
         kind, _, process = stale.name.removeprefix(f"{output.name}.").partition("-")
         if kind in ("scratch", "tmp") and process.isdigit() and not Path(f"/proc/{process}").exists():
             print(f"removing {stale}, left by a run that was killed", file=sys.stderr)

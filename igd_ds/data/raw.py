@@ -20,13 +20,23 @@ import numpy as np
 import pyarrow as pa
 
 from igd_ds.data.dataset import METADATA_SCHEMA, Interactions, SourceData
-from igd_ds.data.raw_files import RawRequest, first_line, is_gzip, open_raw, parse_json, parse_python, sniff
+from igd_ds.data.raw_files import (
+    BYTE_ORDER_MARK,
+    RawRequest,
+    first_line,
+    has_byte_order_mark,
+    is_gzip,
+    open_raw,
+    parse_json,
+    parse_python,
+    sniff,
+)
 
 MEMORY_LIMIT = "1GB"  # of DuckDB; with the arrays of 50 million interactions beside it 4 GiB are enough (measured)
 MEMORY_LEFT = "256MB"  # once interactions are read: enough to fetch metadata, the rest is for the protocol
 THREADS: dict[str, int] = {}  # all cores
 FETCH_ROWS = 1 << 20
-MAX_LINE = 1 << 26  # bytes of a line of delimited text (assumed)
+MAX_LINE = 1 << 22  # bytes of a line of delimited text (assumed); DuckDB holds buffers of 16 times that
 EARLIEST_MILLISECOND = 10**11  # the year 5138 in seconds, 1973 in milliseconds
 LATEST_MILLISECOND = 10**14
 MAX_LISTED = 5  # rejected lines named in a message
@@ -52,9 +62,12 @@ class RawReader:
         self.connection = duckdb.connect(config=config)
         return self
 
-    def __exit__(self, *error) -> None:
-        """Close the connection."""
+    def __exit__(self, kind, error, traceback) -> None:
+        """Close the connection. What DuckDB could not do with tables it has read is a matter of memory or disk: ValueError."""
         self.connection.close()
+        if isinstance(error, duckdb.Error):
+            where = "make room on the disk of --output, where DuckDB spills"
+            raise ValueError(f"{self._inputs()}: {_brief(error)}; {where}") from error
 
     def read_json_lines(self, table: str, paths: Sequence[Path], columns: dict[str, str]) -> None:
         """Make a table of JSON lines or Python-dict lines, in file order; a line without any of the columns is rejected.
@@ -68,7 +81,8 @@ class RawReader:
         empty = " AND ".join(f'"{name}" IS NULL' for name in columns)
         self._create(table, columns)
         for path in paths:
-            source = self._as_json(path, list(columns)) if sniff(path)[0] == "python" else path
+            unreadable = sniff(path)[0] == "python" or has_byte_order_mark(path)
+            source = self._as_json(path, list(columns)) if unreadable else path
             options = f"format = 'newline_delimited', columns = {{{declared}}}, ignore_errors = true"
             rows = self._insert(table, path, f"SELECT {values} FROM read_json({self._alias(source)}, {options})")
             self._check_share(path, rows, self._empty_lines(table, path, rows, empty))
@@ -101,7 +115,8 @@ class RawReader:
                 "store_rejects = true, rejects_limit = 0"
             )
             rows = self._insert(table, path, f"SELECT {values} FROM read_csv({self._alias(path)}, {options})")
-            found = self._run("SELECT DISTINCT line, error_type, csv_line FROM reject_errors ORDER BY line")
+            # A line can have several errors, in any order.
+            found = self._run("SELECT line, min(error_type), min(csv_line) FROM reject_errors GROUP BY line ORDER BY line")
             self._run("DROP TABLE reject_errors; DROP TABLE reject_scans")
             self._check_share(path, rows + len(found), [(line, f"{error.lower()}: {text!r}") for line, error, text in found])
 
@@ -176,21 +191,21 @@ class RawReader:
         except duckdb.OutOfMemoryException as error:
             raise ValueError(f"{path}: a line does not fit into {MEMORY_LIMIT} of memory ({_brief(error)})") from error
         except duckdb.Error as error:
-            advice = "; is it whole? download it again" if is_gzip(path) else ""
+            advice = "; is it whole? download it again" if "GZIP" in str(error) else ""
             raise ValueError(f"{path}: cannot be read ({_brief(error)}){advice}") from error
         self.funnel.append({"step": f"read {path.name}", "rows": rows})
         _say(f"read {path}: {rows:,} rows in {time.perf_counter() - begin:.1f} s")
         return rows
 
     def _as_json(self, path: Path, keys: Sequence[str]) -> Path:
-        """Write a file of Python-dict lines as JSON lines with these keys; any other line becomes `!`, which is no JSON."""
-        _say(f"{path} holds Python-dict lines: turned into JSON first")
+        """Write a file that DuckDB cannot read as JSON lines with these keys; what is no object becomes `!`, which is no JSON."""
+        _say(f"{path} holds Python-dict lines or a byte order mark: turned into plain JSON lines first")
         target = self._new_file("json")
         with open_raw(path) as lines, open(target, "w", encoding="utf-8", errors="replace") as output:
             for line in lines:
-                found = parse_json(line) or parse_python(line.strip())
-                kept = found and {key: _plain(found[key]) for key in keys if key in found}
-                output.write((json.dumps(kept, ensure_ascii=False) if kept else "!" if line.strip() else "") + "\n")
+                line = line.removeprefix(BYTE_ORDER_MARK).strip()
+                found = parse_json(line) or parse_python(line)
+                output.write((_json_text(found, keys) if line else "") + "\n")
         return target
 
     def _empty_lines(self, table: str, path: Path, rows: int, empty: str) -> list[tuple[int, str]]:
@@ -318,6 +333,9 @@ class RawReader:
 
 
 def _header(path: Path, columns: Iterable[str], delimiter: str, encoding: str, quote: str) -> list[str]:
+    with open_raw(path) as lines:
+        if not lines.readline().strip():
+            raise ValueError(f"{path}: the first line is blank, and should be the header")
     text = first_line(path).decode(encoding, "replace").removeprefix("\ufeff")
     names = [name.strip().strip(quote or None) for name in text.split(delimiter)]
     if missing := [name for name in columns if name not in names]:
@@ -342,9 +360,13 @@ def _brief(error: Exception) -> str:
     return str(error).splitlines()[0][:300]
 
 
-def _plain(value: object) -> object:
-    """Return a value that JSON can hold."""
-    return value if isinstance(value, str | int | float | bool | list | dict) or value is None else str(value)
+def _json_text(found: dict | None, keys: Sequence[str]) -> str:
+    """Return these keys of an object as JSON; `!`, which is none, where there is nothing, or something that JSON has not."""
+    kept = {key: found[key] for key in keys if key in found} if found else None
+    try:
+        return json.dumps(kept, ensure_ascii=False) if kept else "!"
+    except (TypeError, ValueError, RecursionError):
+        return "!"
 
 
 def _say(text: str) -> None:

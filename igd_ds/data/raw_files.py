@@ -4,7 +4,7 @@ import ast
 import gzip
 import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import IO
 
 GZIP_MAGIC = b"\x1f\x8b"
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+PARTS = ("train", "valid", "test")
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,20 @@ class RawRequest:
     max_bad_lines: float = 0.001
 
 
+def parts_in_order(paths: Sequence[Path], suffix: str) -> list[Path]:
+    """Return the files of one data set in the order to read them: one, or NAME.train, NAME.valid and NAME.test with `suffix`.
+
+    ValueError for anything else: two files of the same interactions would double them.
+    """
+    if len(paths) == 1:
+        return list(paths)
+    parts = [path.name.removesuffix(".gz").removesuffix(suffix).rpartition(".") for path in paths]
+    if len({name for name, _, _ in parts}) > 1 or sorted(part for *_, part in parts) != sorted(PARTS):
+        wanted = ", ".join(f"NAME.{part}{suffix}" for part in PARTS)
+        raise ValueError(f"{', '.join(map(str, paths))}: need one {suffix} file, or {wanted} of one NAME")
+    return [path for _, path in sorted(zip(parts, paths, strict=True), key=lambda pair: PARTS.index(pair[0][2]))]
+
+
 def is_gzip(path: Path) -> bool:
     """Whether a file is gzip, by its first two bytes, whatever its name."""
     with open(path, "rb") as file:
@@ -70,6 +86,12 @@ def open_raw(path: Path) -> Iterator[IO[bytes]]:
             yield file
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{path}: not a whole gzip file ({error}); download it again") from error
+
+
+def has_byte_order_mark(path: Path) -> bool:
+    """Whether a file's text starts with UTF-8's byte order mark, which strict JSON has not."""
+    with open_raw(path) as file:
+        return file.read(3) == BYTE_ORDER_MARK
 
 
 def first_line(path: Path) -> bytes:

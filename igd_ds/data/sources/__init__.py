@@ -66,7 +66,7 @@ def find_files(name: str, inputs: Sequence[Path]) -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = {role: [] for role in kinds}
     strangers = []
     for given in inputs:
-        if not given.exists():
+        if not (given.is_file() or given.is_dir()):
             raise ValueError(f"--input {given}: there is no such file or folder")
         for path in _inside(given) if given.is_dir() else [given]:
             role = _role(kinds, path)
@@ -76,6 +76,9 @@ def find_files(name: str, inputs: Sequence[Path]) -> dict[str, list[Path]]:
                 raise ValueError(_stranger(name, path))
             else:
                 strangers.append(path)
+    every = [path.resolve() for paths in found.values() for path in paths]
+    if twice := sorted({str(path) for path in every if every.count(path) > 1}):
+        raise ValueError(f"--input names {twice[0]} twice")
     for role, kind in kinds.items():
         if not found[role] and not kind.optional:
             told = f"; {_stranger(name, strangers[0])}" if strangers else ""
@@ -83,7 +86,7 @@ def find_files(name: str, inputs: Sequence[Path]) -> dict[str, list[Path]]:
             raise ValueError(f"source {name} needs --input with {role} ({kind.described()}), got {given}{told}")
         if len(found[role]) > 1 and not kind.many:
             raise ValueError(f"source {name} reads one file of {role}, found {', '.join(map(str, found[role]))}: name the one")
-    return {role: paths for role, paths in found.items() if paths}
+    return {role: sorted(paths) for role, paths in found.items() if paths}
 
 
 def _inside(folder: Path) -> list[Path]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from igd_ds.data.dataset import SourceData
 from igd_ds.data.raw import RawReader
-from igd_ds.data.raw_files import FileKind
+from igd_ds.data.raw_files import FileKind, parts_in_order
 
 REVIEW_KEYS = frozenset({"user_id", "parent_asin", "timestamp"})
 FILES = {
@@ -35,7 +35,6 @@ ITEM_COLUMNS = {
 INTERACTIONS = 'SELECT user_id AS "user", parent_asin AS item, "timestamp" AS "time", rowid AS position FROM reviews'
 ITEMS = """SELECT parent_asin AS item, title, rowid AS position, array_to_string(description, ' ') AS description, categories,
     store AS brand, try_cast(price AS DOUBLE) AS price FROM metadata"""
-SPLITS = ("train", "valid", "test")
 
 
 def read(raw: RawReader, files: dict[str, list[Path]]) -> SourceData:
@@ -46,13 +45,7 @@ def read(raw: RawReader, files: dict[str, list[Path]]) -> SourceData:
     if "reviews" in files:
         raw.read_json_lines("reviews", files["reviews"], REVIEW_COLUMNS)
     else:
-        raw.read_csv("reviews", sorted(files["ratings"], key=_split), REVIEW_COLUMNS, delimiter=",")
+        raw.read_csv("reviews", parts_in_order(files["ratings"], ".csv"), REVIEW_COLUMNS, delimiter=",")
     if "metadata" in files:
         raw.read_json_lines("metadata", files["metadata"], ITEM_COLUMNS)
     return raw.source_data(INTERACTIONS, ITEMS if "metadata" in files else None)
-
-
-def _split(path: Path) -> tuple[int, str]:
-    """Order NAME.train.csv before NAME.valid.csv before NAME.test.csv."""
-    names = [split for split in SPLITS if f".{split}." in path.name]
-    return (SPLITS.index(names[0]) if names else 0), path.name

@@ -13,8 +13,7 @@ for research. Plain or gzip. Where a folder holds several categories, name the f
 
 Only user_id, history_item_id, item_id and D3's timestamp are read of the rows: titles come from the info file, semantic ids from
 index.json or else from the info file's first column, split at "><". All items of the info file belong to the catalogue, and its
-ids are their source ids. The rows stay as they are for the protocol `given`. Other protocols take the targets, in the order
-train, valid, test, as interactions: what a user met first is in no row's target and so is missing.
+ids are their source ids. The rows stay as they are: `--protocol given`.
 """
 
 import re
@@ -54,12 +53,16 @@ def read(raw: RawReader, files: dict[str, list[Path]]) -> SourceData:
     add_table(raw, "d3_item", pa.Table.from_pylist(rows, ITEM_COLUMNS))
     ids = np.array(list(titles), dtype=np.int64)
     tables = {name: read_rows(raw, name, files[name][0], ids, info) for name in SPLITS}
+    timed = {name: not table["timestamp"].null_count for name, table in tables.items()}
+    if len(set(timed.values())) > 1:
+        without = ", ".join(str(files[name][0]) for name in SPLITS if not timed[name])
+        raise ValueError(f"{without}: no column timestamp, which the other files have; take all three from one place")
     add_table(raw, "d3_row", pa.concat_tables(table.drop_columns("history") for table in tables.values()))
     data = raw.source_data(
         'SELECT user_id AS "user", item_id::VARCHAR AS item, "timestamp" AS "time", rowid AS position FROM d3_row',
         ITEMS,
         whole_catalogue=True,
-        timed=not next(iter(tables.values()))["timestamp"].null_count,
+        timed=timed["train"],
     )
     return replace(data, splits={name: renumbered(table, data) for name, table in tables.items()})
 

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from igd_ds.data.dataset import SourceData
 from igd_ds.data.raw import RawReader
-from igd_ds.data.raw_files import FileKind, sniff
+from igd_ds.data.raw_files import FileKind, parts_in_order, sniff
 
 FILES = {
     "interactions": FileKind(names=("*.inter",), many=True),
@@ -37,7 +37,6 @@ ITEM = ("item_id", "business_id", "product_id", "venue_id", "id")
 TIME = ("timestamp", "date")
 TITLE = ("item_name", "title", "movie_title", "movie_name", "app_name", "name")
 CATEGORIES = ("categories", "category", "genres", "genre", "class", "type")
-PARTS = ("train", "valid", "test")
 UNQUOTED = """CASE WHEN {0} LIKE '"%"' AND length({0}) > 1 THEN replace({0}[2:-2], '""', '"') ELSE {0} END"""
 SEQUENCE = """
     nullif([trim(part, ' ''"') FOR part IN CASE
@@ -47,7 +46,7 @@ SEQUENCE = """
 
 def read(raw: RawReader, files: dict[str, list[Path]]) -> SourceData:
     """Read the files. Raises ValueError naming file and line for what is not as described above."""
-    paths = in_order(files["interactions"])
+    paths = parts_in_order(files["interactions"], ".inter")
     names = typed_header(paths[0])
     if lists := [name for name in names if name.endswith("_list")]:
         raise ValueError(f"{paths[0]}: column {lists[0]} holds a history; give interaction files, with one item on a line")
@@ -56,10 +55,13 @@ def read(raw: RawReader, files: dict[str, list[Path]]) -> SourceData:
         missing = " or ".join(ITEM if user else USER)
         raise ValueError(f"{paths[0]}: no column {missing}; the header has {', '.join(names.values())}")
     seconds = f"try_cast(floor({quoted(time)}) AS BIGINT)" if time else "NULL::BIGINT"
+    # Within a second the fraction decides the order: from here on the position says it.
+    position = f"row_number() OVER (ORDER BY {quoted(time)}, rowid) - 1" if time else "rowid"
     columns = {user: "VARCHAR", item: "VARCHAR"} | ({time: "DOUBLE"} if time else {})
     raw.read_csv("recbole_inter", paths, columns, delimiter="\t", header=True)
     interactions = f"""
-        SELECT {unquoted(user)} AS "user", {unquoted(item)} AS item, {seconds} AS "time", rowid AS position FROM recbole_inter"""
+        SELECT {unquoted(user)} AS "user", {unquoted(item)} AS item, {seconds} AS "time", {position} AS position
+        FROM recbole_inter"""
     items = files.get("items") and read_items(raw, files["items"][0], item.partition(":")[0])
     return raw.source_data(interactions, items or None, timed=time is not None)
 
@@ -80,18 +82,6 @@ def read_items(raw: RawReader, path: Path, item_name: str) -> str:
     columns = dict.fromkeys(column for column in (*texts.values(), categories, price) if column)
     raw.read_csv("recbole_item", [path], dict.fromkeys(columns, "VARCHAR"), delimiter="\t", header=True)
     return f"SELECT {', '.join(chosen)}, rowid AS position FROM recbole_item"
-
-
-def in_order(paths: list[Path]) -> list[Path]:
-    """Return the .inter files as they are read: one, or the benchmark's parts of one name."""
-    if len(paths) == 1:
-        return paths
-    parts = [path.name.removesuffix(".gz").removesuffix(".inter").rpartition(".") for path in paths]
-    if len({name for name, _, _ in parts}) > 1 or sorted(part for *_, part in parts) != sorted(set(PARTS)):
-        raise ValueError(
-            f"{', '.join(map(str, paths))}: need one .inter file, or NAME.train.inter, NAME.valid.inter and NAME.test.inter"
-        )
-    return [path for _, path in sorted(zip(parts, paths, strict=True), key=lambda pair: PARTS.index(pair[0][2]))]
 
 
 def typed_header(path: Path) -> dict[str, str]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from igd_ds.data.dataset import Interactions, SourceData
 from igd_ds.data.raw import RawReader
-from igd_ds.data.raw_files import FileKind
+from igd_ds.data.raw_files import FileKind, open_raw
 
 FILES = {"items": FileKind(names=("items.jsonl",)), "sequences": FileKind(names=("sequences.jsonl",))}
 
@@ -32,12 +32,12 @@ def _lines(path: Path, id_key: str) -> Iterator[tuple[str, int, dict]]:
     if not path.is_file():
         raise ValueError(f"{path} is missing")
     seen: dict[int, int] = {}
-    with open(path, "rb") as file:
+    with open_raw(path) as file:
         for number, line in enumerate(file, start=1):
             place = f"{path}:{number}"
             try:
                 entry = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{place}: not valid JSON: {error}") from error
             key = entry.get(id_key) if isinstance(entry, dict) else None
             if type(key) is not int or not -(2**63) <= key < 2**63:
@@ -76,7 +76,7 @@ def _read_users(path: Path, num_items: int) -> Interactions:
             items = np.asarray(listed) if isinstance(listed, list) and listed else np.empty(0, dtype=np.int64)
         except ValueError:  # a ragged list
             items = np.asarray("")
-        if not isinstance(listed, list) or items.ndim != 1 or items.dtype.kind != "i":
+        if not isinstance(listed, list) or bool in map(type, listed) or items.ndim != 1 or items.dtype.kind != "i":
             raise ValueError(f"{place}: items must be a list of item ids, found {str(listed)[:80]}")
         if len(items) and (items.min() < 0 or items.max() >= num_items):
             wrong = items[(items < 0) | (items >= num_items)][0]
