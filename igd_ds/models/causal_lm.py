@@ -32,6 +32,9 @@ def load_tokenizer(name: str, trust_remote_code: bool = False):
         raise ValueError(
             f"no tokenizer at '{name}': give a folder with tokenizer.json or a hub name in --tokenizer ({error})"
         ) from error
+    # Beside a config.json without tokenizer files transformers makes one of the model's type that knows special tokens alone.
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise ValueError(f"no tokenizer at '{name}': there are weights, but no files of a tokenizer; name one in --tokenizer")
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer at '{name}' has no EOS token: every item must end in one")
     if tokenizer.pad_token_id is None:
@@ -74,8 +77,8 @@ def fit_model_config(model_config, config, tokenizer, added_ids: range) -> None:
     name = config.model_config or config.model_name_or_path
     if model_config.vocab_size < len(tokenizer) - len(added_ids):
         raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens but the model at '{name}' only {model_config.vocab_size}: it belongs to "
-            "another model (pretrained weights take their own tokenizer with tokens added, if it lies beside them)"
+            f"the tokenizer has {len(tokenizer)} tokens but the model at '{name}' only {model_config.vocab_size}: this "
+            "tokenizer belongs to another model (pretrained weights take their own with tokens added, if it lies beside them)"
         )
     context = getattr(model_config, "max_position_embeddings", None)
     if context and config.max_length > context:

@@ -91,6 +91,7 @@ def _load_and_measure(world, run, settings) -> None:
     from igd_ds import train
     from igd_ds.config import EvalConfig, TrainConfig, parse
     from igd_ds.models import causal_lm
+    from igd_ds.validation import validation_nll
 
     flags = parse(EvalConfig, ["--model", str(run / "model"), "--dataset", world.dataset, "--output_dir", "unused"])
     quantised = causal_lm.describe(run / "model")["load_in_4bit"]
@@ -100,7 +101,7 @@ def _load_and_measure(world, run, settings) -> None:
     task = train.build_task(config, run, train.load_inputs(config))
     rows = train.sample_rows(len(task.valid.split), 10, seed=0)
     with torch.no_grad():
-        found = train.validation_nll(model, task, [rows])["valid/nll"]
+        found = validation_nll(model, task.adapter, task.valid, task.stored, [rows])["valid/nll"]
     best = json.loads((run / "summary.json").read_text())["best"]
     assert found == pytest.approx(best, rel=1e-5), (found, best)
 
@@ -184,7 +185,7 @@ def test_tensorboard_holds_every_tag_of_the_log(world, tmp_path):
         ({"seed": -1}, "--seed must not be negative"),
         ({"lora_alpha": 8}, "--lora_alpha has no effect without --lora_r"),
         ({"dataset": "no/such/dataset"}, "no/such/dataset is not a dataset"),
-        ({"prompt": "nothing"}, "--prompt: no template 'nothing'; known names: alpaca, short"),
+        ({"prompt": "nothing"}, "--prompt: no template 'nothing'; known names: alpaca, codes, short"),
     ],
 )
 def test_bad_settings_end_in_one_line_before_weights_load(world, tmp_path, change, message):

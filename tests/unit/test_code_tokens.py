@@ -213,3 +213,13 @@ def test_all_weights_train_and_load_as_a_plain_model(tmp_path, tied):
     model.save_pretrained(tmp_path / "model")
     with torch.no_grad():
         assert loss_of(load(tmp_path / "model")) == loss_of(model.eval())
+
+
+def test_weights_without_a_tokenizer_have_none(tmp_path):
+    """transformers makes an empty tokenizer for such a folder: its tokens must not count as all the model had."""
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = transformers.Qwen2Config(vocab_size=40, **sizes)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "weights")
+    with pytest.raises(ValueError, match="there are weights, but no files of a tokenizer"):
+        causal_lm.load_tokenizer(str(tmp_path / "weights"))
+    assert causal_lm.added_token_ids(None, str(tmp_path / "weights")) == range(0)

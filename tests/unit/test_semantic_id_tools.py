@@ -216,7 +216,7 @@ def test_bad_files_and_ids(folder, tmp_path, capsys):
         (["--embeddings", "x.npy", "--dtype", "fp16"], "--dtype belongs to --model"),
         (["--model", "x", "--item_ids", "y"], "--item_ids belongs to --embeddings"),
         (["--model", "x", "--batch_size", "0"], "--batch_size 0"),
-        ([], "--model --embeddings is required"),
+        ([], "--model --embeddings --cooccurrence is required"),
     ]:
         with pytest.raises(SystemExit):
             embed_items.parse(["--dataset", "d", "--output", "o", *flags])
