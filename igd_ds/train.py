@@ -25,7 +25,7 @@ import igd_ds
 from igd_ds import config as configuration
 from igd_ds import distributed
 from igd_ds import engine as engines
-from igd_ds.data.collate import MASKED_ROW, Batch, Collator, deal, epoch_batches, sample_rows
+from igd_ds.data.collate import MASKED_ROW, Batch, Collator, deal, epoch_batches, sample_rows, steps_per_epoch
 from igd_ds.data.dataset import InteractionDataset
 from igd_ds.data.prompts import PromptBuilder, Template
 from igd_ds.distributed import say
@@ -37,7 +37,7 @@ from igd_ds.models import adapter_of, causal_lm, read_model_config
 from igd_ds.runlog import RunLog, claim_run_folder, peak_memory_gib, write_json
 from igd_ds.validation import VALIDATIONS
 from igd_ds.weighting import WEIGHTINGS, Weighting, check_flags
-from igd_ds.weighting.token_loss import scaled_nll
+from igd_ds.weighting.token_loss import plain, scaled_nll
 
 EMPTY_WEIGHT = 1e-12  # stands for Ω of a micro-batch without weight: its loss is 0, and no loss scale makes that overflow
 # Sums over steps and their target tokens; behind them, per target of the loss: Σ w·loss, Σ w, Σ w·∂loss/∂α', and α' of each step.
@@ -175,14 +175,9 @@ def build_task(config, run: Path, inputs: Inputs) -> Task:
     return Task(train, valid, lengths, stored, tokenizer, inputs.adapter, weighting, mixing, description)
 
 
-def steps_per_epoch(config, num_rows: int) -> int:
-    """Return the optimizer steps of one pass over the training rows; the last one may be partly masked."""
-    return -(-num_rows // config.global_batch_size)
-
-
 def num_steps(config, num_rows: int) -> int:
     """Return the optimizer steps the run has at most."""
-    steps = config.epochs * steps_per_epoch(config, num_rows)
+    steps = config.epochs * steps_per_epoch(num_rows, config.global_batch_size)
     return min(steps, config.max_steps) if config.max_steps else steps
 
 
@@ -191,7 +186,7 @@ def windows(config, task: Task, first: int, accumulation: int) -> Iterator[list[
 
     The rows of a step follow from the step's number alone: that is all a resumed run needs to know of the sampler.
     """
-    per_epoch = steps_per_epoch(config, len(task.lengths))
+    per_epoch = steps_per_epoch(len(task.lengths), config.global_batch_size)
     micro = config.global_batch_size // (accumulation * distributed.world_size())
 
     def collate(rows: np.ndarray) -> list[Batch]:
@@ -221,7 +216,7 @@ def fit(engine, task: Task, config, run: Path, state: dict) -> int:
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, lambda received, _: stop.append(received))
     log = RunLog(run, distributed.is_main(), resume_step=state["step"])
-    total, per_epoch = num_steps(config, len(task.lengths)), steps_per_epoch(config, len(task.lengths))
+    total, per_epoch = num_steps(config, len(task.lengths)), steps_per_epoch(len(task.lengths), config.global_batch_size)
     every = config.validate_every or per_epoch
     batches = windows(config, task, state["step"], engine.gradient_accumulation_steps())
     bar = tqdm(total=total, initial=state["step"], disable=not distributed.is_main(), unit="step", mininterval=1.0)
@@ -323,10 +318,13 @@ def token_losses(engine, task: Task, config, batch: Batch, alpha: torch.Tensor) 
     """
     logits = task.adapter.label_logits(engine, batch.input_ids, batch.attention_mask, batch.labels)
     targets = at_labels(batch.labels, batch.labels)
-    nll = token_nll(logits, targets)
-    if task.mixing and task.mixing.form == "logits":
+    in_logits, null_logits = task.mixing and task.mixing.form == "logits", None
+    with torch.set_grad_enabled(task.weighting.token_loss is plain and not in_logits):  # else it is but logged
+        nll = token_nll(logits, targets)
+    if in_logits:
         return nll, *scaled_nll(logits, targets, alpha)
-    null_logits = None
+    if task.weighting.token_loss is plain:
+        return nll, nll, None
     if task.weighting.needs_null:
         null = task.adapter.label_logits(engine, batch.null_input_ids, batch.null_attention_mask, batch.null_labels)
         null_logits = null[batch.null_index]
@@ -336,9 +334,9 @@ def token_losses(engine, task: Task, config, batch: Batch, alpha: torch.Tensor) 
 def step_sums(batch: Batch, nll: torch.Tensor, weights: torch.Tensor, by_target: list[torch.Tensor]) -> torch.Tensor:
     """Return a micro-batch's part of the sums, float64: SUMS, then `by_target`'s (K,) tensors."""
     zero = at_labels(batch.zero_gain, batch.labels)
-    plain = [nll.sum(), nll.new_tensor(len(nll)), (nll * zero).sum(), zero.sum(), (weights.mean(1) * zero).sum()]
+    tokens = [nll.sum(), nll.new_tensor(len(nll)), (nll * zero).sum(), zero.sum(), (weights.mean(1) * zero).sum()]
     rows = [(batch.row_ids != MASKED_ROW).sum(), batch.attention_mask.sum()]
-    return torch.cat([nll.new_zeros(2).double(), torch.stack([*plain, *rows]).double(), *by_target])
+    return torch.cat([nll.new_zeros(2).double(), torch.stack([*tokens, *rows]).double(), *by_target])
 
 
 def step_values(sums: np.ndarray, seconds: float, mixing) -> dict[str, float]:

@@ -14,6 +14,11 @@ MASKED_ROW = -1  # fills the last global batch: a row whose labels are all IGNOR
 LENGTH_GROUP = 50  # global batches sorted together by length: HF's length grouping uses 50 too
 
 
+def steps_per_epoch(num_rows: int, global_batch: int) -> int:
+    """Return the optimizer steps of one pass over the rows; the last one may be partly masked."""
+    return -(-num_rows // global_batch)
+
+
 def epoch_batches(lengths: np.ndarray, global_batch: int, seed: int, epoch: int, group: bool) -> np.ndarray:
     """Return an epoch's row ids, int64 (steps, G), each row once; the last batch is filled with MASKED_ROW.
 
@@ -23,7 +28,7 @@ def epoch_batches(lengths: np.ndarray, global_batch: int, seed: int, epoch: int,
     """
     generator = np.random.default_rng([seed, epoch])
     rows = generator.permutation(len(lengths))
-    steps = -(-len(rows) // global_batch)
+    steps = steps_per_epoch(len(rows), global_batch)
     if group:
         block = global_batch * LENGTH_GROUP
         blocks = [rows[i : i + block] for i in range(0, len(rows), block)]
