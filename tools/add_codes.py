@@ -8,19 +8,18 @@ and tokenizer is left alone, any other existing folder is refused.
 """
 
 import argparse
-import json
-import os
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import AddedToken
-from train_tokenizer import check_codes_stay_apart
+from train_tokenizer import check_codes_stay_apart, is_made, write_folder
 
 from igd_ds.data.dataset import fingerprint, read_info, read_items
 from igd_ds.items.catalogue import tokenizer_fingerprint
 from igd_ds.models.causal_lm import load_tokenizer
+
+RECORD = "codes.json"  # in the folder: what it was made from
 
 
 def add_codes(tokenizer, codes: Sequence[str], name: str) -> None:
@@ -44,27 +43,15 @@ def make_tokenizer(dataset: Path, name: str, output: Path) -> str:
     """Write the tokenizer folder unless it is there; return a line that says what happened. Raises ValueError on bad input."""
     tokenizer = load_tokenizer(name)
     request = {"dataset": fingerprint(read_info(dataset)), "tokenizer": tokenizer_fingerprint(tokenizer)}
-    record = output / "codes.json"
-    if output.exists():
-        if record.is_file() and json.loads(record.read_text(encoding="utf-8")) == request:
-            return f"{output} is complete and was made from the same dataset and tokenizer: nothing to do"
-        raise ValueError(
-            f"{output} exists and was not made from this dataset and tokenizer; delete it or choose another --output"
-        )
+    if is_made(output, RECORD, request, "dataset and tokenizer"):
+        return f"{output} is complete and was made from the same dataset and tokenizer: nothing to do"
     _, semantic_ids = read_items(dataset)
     if semantic_ids is None:
         raise ValueError(f"{dataset} has no semantic IDs, so no codes to add; make some with tools/train_semantic_ids.py")
     codes = sorted({code for item_codes in semantic_ids for code in item_codes})
     add_codes(tokenizer, codes, name)
     check_codes_stay_apart(tokenizer, semantic_ids)
-    partial = output.with_name(f"{output.name}.tmp-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)  # of a killed run that had our process id
-    try:
-        tokenizer.save_pretrained(partial)
-        (partial / record.name).write_text(json.dumps(request, indent=1) + "\n", encoding="utf-8")
-        os.rename(partial, output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    write_folder(tokenizer, output, RECORD, request)
     return f"{output}: {len(tokenizer)} tokens, the last {len(codes)} of them semantic ID codes"
 
 

@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerFast
 from igd_ds.data.dataset import fingerprint, read_info, read_items
 from igd_ds.data.prompts import TEMPLATE_FOLDER
 
+RECORD = "training.json"  # in the folder: what it was made from
 EOS = "<|endoftext|>"
 SPECIAL_TOKENS = [EOS, "<|im_start|>", "<|im_end|>"]
 PAD, UNKNOWN = "<pad>", "<unk>"  # of a tokenizer of codes alone
@@ -100,19 +101,36 @@ def check_codes_stay_apart(tokenizer: PreTrainedTokenizerFast, semantic_ids: Seq
             raise ValueError(f"codes {codes} run into each other: {''.join(codes)!r} reads {read}; write codes as '<a_12>'")
 
 
+def is_made(output: Path, record: str, request: dict, what: str) -> bool:
+    """Whether the tokenizer folder is there, made from this request; ValueError when it was made from another `what`."""
+    if not output.exists():
+        return False
+    path = output / record
+    if path.is_file() and json.loads(path.read_text(encoding="utf-8")) == request:
+        return True
+    raise ValueError(f"{output} exists and was not made from this {what}; delete it or choose another --output")
+
+
+def write_folder(tokenizer: PreTrainedTokenizerFast, output: Path, record: str, request: dict) -> None:
+    """Write a tokenizer folder, whole or not at all, with what it was made from in the file `record`."""
+    partial = output.with_name(f"{output.name}.tmp-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)  # of a killed run that had our process id
+    try:
+        tokenizer.save_pretrained(partial)
+        (partial / record).write_text(json.dumps(request, indent=1) + "\n", encoding="utf-8")
+        os.rename(partial, output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def make_tokenizer(dataset: Path, output: Path, vocab_size: int, with_codes: bool, codes_only: bool) -> str:
     """Write the tokenizer folder unless it is there; return a line that says what happened. Raises ValueError on bad input."""
     info = read_info(dataset)
     texts = template_texts(info["domain"])
     request = {"dataset": fingerprint(info)}
     request |= {"codes_only": True} if codes_only else {"vocab_size": vocab_size, "semantic_ids": with_codes, "templates": texts}
-    record = output / "training.json"
-    if output.exists():
-        if record.is_file() and json.loads(record.read_text(encoding="utf-8")) == request:
-            return f"{output} is complete and was made from the same dataset and options: nothing to do"
-        raise ValueError(
-            f"{output} exists and was not made from this dataset with these options; delete it or choose another --output"
-        )
+    if is_made(output, RECORD, request, "dataset with these options"):
+        return f"{output} is complete and was made from the same dataset and options: nothing to do"
     titles, semantic_ids = read_items(dataset)
     titles = [title for title in titles if title is not None]
     with_codes |= codes_only
@@ -124,14 +142,7 @@ def make_tokenizer(dataset: Path, output: Path, vocab_size: int, with_codes: boo
     tokenizer = of_codes(codes) if codes_only else train(titles, texts, vocab_size, codes)
     if with_codes:
         check_codes_stay_apart(tokenizer, semantic_ids)
-    partial = output.with_name(f"{output.name}.tmp-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)  # of a killed run that had our process id
-    try:
-        tokenizer.save_pretrained(partial)
-        (partial / record.name).write_text(json.dumps(request, indent=1) + "\n", encoding="utf-8")
-        os.rename(partial, output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    write_folder(tokenizer, output, RECORD, request)
     return f"{output}: {len(tokenizer)} tokens, {len(codes)} of them semantic ID codes"
 
 

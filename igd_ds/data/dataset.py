@@ -62,7 +62,7 @@ class Interactions:
 class SourceData:
     """What a source hands over.
 
-    N `titles`, N `semantic_ids` (or None), interactions with item ids in [0, N), the files read. `item_names` (N,) and
+    N `titles`, N `semantic_ids` (or None), interactions with item ids in [0, N). `item_names` (N,) and
     `user_names` (U,) are string arrays with the source's ids at the place of ours; None where ours are the source's. `metadata`
     maps item ids to a table of some columns of METADATA_SCHEMA, one row each. `funnel` says what was read and rejected. `splits`
     are rows that the source itself made (tables of ROW_SCHEMA), for the protocol `given`.
@@ -71,7 +71,6 @@ class SourceData:
     titles: list[str | None]
     semantic_ids: list[list[str]] | None
     interactions: Interactions
-    files: tuple[Path, ...]
     item_names: pa.Array | None = None
     user_names: pa.Array | None = None
     metadata: Callable[[np.ndarray], pa.Table] | None = None

@@ -102,10 +102,10 @@ def apply_titles(data: SourceData, policy: str) -> tuple[SourceData, np.ndarray,
     if policy not in DROPPING:
         return replace(data, titles=titles), origin, report
     usable = np.array([title is not None for title in titles])
-    if data.splits is not None and not usable.all():
-        raise ValueError(f"--titles {policy} removes items, and the source's rows are to stay as they are; use placeholder")
     if usable.all():
         return replace(data, titles=titles), origin, report
+    if data.splits is not None:
+        raise ValueError(f"--titles {policy} removes items, and the source's rows are to stay as they are; use placeholder")
     origin = origin[usable]
     kept = data.interactions.take(usable[data.interactions.items])
     numbers = np.cumsum(usable, dtype=np.int32) - 1

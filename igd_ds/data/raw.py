@@ -156,7 +156,6 @@ class RawReader:
             titles=titles,
             semantic_ids=semantic_ids,
             interactions=interactions_read,
-            files=self.request.inputs,
             item_names=item_names,
             user_names=user_names,
             metadata=lambda ids: self._metadata(item_order[ids]),

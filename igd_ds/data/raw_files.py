@@ -103,10 +103,10 @@ def first_line(path: Path) -> bytes:
     raise ValueError(f"{path}: the file is empty")
 
 
-def parse_python(line: bytes | str) -> dict | None:
+def parse_python(line: bytes) -> dict | None:
     """Return the dict that a line of Python source spells (literals only, nothing is run), or None if it is not one."""
     try:
-        value = ast.literal_eval(line.decode("utf-8") if isinstance(line, bytes) else line)
+        value = ast.literal_eval(line.decode("utf-8"))
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return None
     return value if isinstance(value, dict) else None

@@ -8,6 +8,7 @@ RQ-VAE: Lee et al. 2022 (arXiv:2203.01941), settings of LETTER and LC-Rec; the u
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -57,7 +58,7 @@ class QuantizerOptions:
     """0: the codebook is trained by its gradient. Above: by an exponential moving average with this decay (usual: 0.99)."""
 
 
-class Quantizer(nn.Module):
+class Quantizer(nn.Module, ABC):
     """What all quantizers share: rows are centred and divided by one number, so that settings mean the same for any encoder.
 
     `mean` (D,) and `scale` () do that; scaled entries have variance 1 on average. `codebooks` (L, K, d), float32.
@@ -70,17 +71,17 @@ class Quantizer(nn.Module):
         self.register_buffer("scale", torch.ones(()))
         self.codebooks = nn.Parameter(torch.zeros(options.levels, options.codes, codeword_width), requires_grad=False)
 
+    @abstractmethod
     def fit(self, vectors: np.ndarray, log: Log) -> list[str]:
         """Learn from `vectors` (N, D); return warnings."""
-        raise NotImplementedError
 
+    @abstractmethod
     def encode(self, rows: torch.Tensor) -> torch.Tensor:
         """Codes int64 (B, L) of scaled rows (B, D): the nearest code of each level."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """Scaled rows (B, D) that codes (B, L) stand for."""
-        raise NotImplementedError
 
     def rows(self, vectors: np.ndarray, index) -> torch.Tensor:
         """Scaled float32 rows of `vectors` at a slice or an index array, on this quantizer's device."""

@@ -45,7 +45,7 @@ def random_interactions(seed, users=30, items=12, count=300, timed=True):
 
 
 def source(interactions, num_items=15, splits=None):
-    return SourceData([f"title {i}" for i in range(num_items)], None, interactions, (), splits=splits)
+    return SourceData([f"title {i}" for i in range(num_items)], None, interactions, splits=splits)
 
 
 def listed(interactions):

@@ -33,7 +33,8 @@ def test_sequences_reads_items_in_any_order(tmp_path):
     assert data.titles == [None, "b", "c"] and data.semantic_ids is None and data.interactions.timestamps is None
     assert data.interactions.users.tolist() == [4, 4, 4, 3] and data.interactions.items.tolist() == [0, 1, 1, 2]
     assert (data.interactions.users.dtype, data.interactions.items.dtype) == (np.int64, np.int32)
-    assert [path.name for path in data.files] == ["items.jsonl", "sequences.jsonl"]
+    found = find_files("sequences", [tmp_path / "s"])
+    assert [path.name for paths in found.values() for path in paths] == ["items.jsonl", "sequences.jsonl"]
 
 
 @pytest.mark.parametrize(

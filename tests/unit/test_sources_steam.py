@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from raw_source import events_of, items_of, reading, refused_or_read
 
+from igd_ds.data.sources import find_files
+
 
 def python2(value):
     """What Python 2 prints for a dict of the crawler: unicode strings with a u, everything beyond ASCII escaped."""
@@ -73,10 +75,8 @@ def test_steam_equals_plain_parsing(tmp_path):
             "328100": ('L\'été "π"\tx', None, None, ["Free to Play"], "P", 0.0),
             "999": (None,) * 6,
         }
-        assert data.semantic_ids is None and {path.name for path in data.files} == {
-            "steam_reviews.json.gz",
-            "steam_games.json.gz",
-        }
+        found = {path.name for paths in find_files("steam", inputs).values() for path in paths}
+        assert data.semantic_ids is None and found == {"steam_reviews.json.gz", "steam_games.json.gz"}
         first = [data.interactions.items.tolist(), data.item_names.to_pylist()]
     numbered = set()
     for seed in range(5):  # the numbers depend on the seed, what they stand for does not

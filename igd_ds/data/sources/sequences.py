@@ -24,7 +24,7 @@ def read(raw: RawReader, files: dict[str, list[Path]]) -> SourceData:
     """Read the two files. Raises ValueError naming file and line when something is not as described above."""
     (items,), (sequences,) = files["items"], files["sequences"]
     titles, semantic_ids = _read_items(items)
-    return SourceData(titles, semantic_ids, _read_users(sequences, len(titles)), (items, sequences))
+    return SourceData(titles, semantic_ids, _read_users(sequences, len(titles)))
 
 
 def _lines(path: Path, id_key: str) -> Iterator[tuple[str, int, dict]]:

@@ -164,7 +164,7 @@ def make_synthetic(num_items: int, num_users: int, seed: int) -> SourceData:
     valid = np.arange(longest) < lengths[:, None]
     timestamps = (np.cumsum(days, axis=1) * DAY)[valid]
     users = np.repeat(np.arange(num_users, dtype=np.int64), lengths)
-    return SourceData(chain.titles, None, Interactions(users, items[valid], timestamps), ())
+    return SourceData(chain.titles, None, Interactions(users, items[valid], timestamps))
 
 
 def oracle_hit_rate(chain: Chain, last_items: np.ndarray, k: int) -> float:
