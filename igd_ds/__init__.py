@@ -1,5 +1,5 @@
-"""entries (train, eval, stats) → engine, recommender, validation → weighting, data, models, decoding → items, loss, metrics →
-config, distributed, runlog.
+"""report → entries (train, eval, baseline, stats, show) → engine, recommender, validation, results → weighting, data, models,
+decoding → items, loss, metrics → config, distributed, runlog.
 
 Imports flow only along this arrow, and packages of one group do not import each other (`tests/unit/test_structure.py`).
 

@@ -193,7 +193,9 @@ def initialize(model, config, ds: dict, num_steps: int):
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": [p for p in trainable if id(p) not in chosen], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate, betas=(0.9, 0.999), eps=1e-8)
+    optimizer = torch.optim.AdamW(
+        [g for g in groups if g["params"]], lr=config.learning_rate, betas=(0.9, 0.999), eps=1e-8, fused=True
+    )
     factor = schedule_factor(config, num_steps)
     engine, _, _, _ = deepspeed.initialize(
         model=model,

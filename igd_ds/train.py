@@ -93,9 +93,9 @@ def main() -> int:
         torch.manual_seed(config.seed)  # the same random weights and LoRA matrices on every rank
         model = task.adapter.build(config, inputs.model_config, engines.dtype_of(ds), distributed.device(), inputs.added_ids)
     engine = engines.initialize(model, config, ds, num_steps(config, len(task.train.split)))
-    state = {"step": 0, "validated": 0, "best": None, "best_step": None, "stale": 0}
+    state = {"step": 0, "validated": 0, "best": None, "best_step": None, "stale": 0, "seconds": 0.0}
     if tag:
-        state = engines.load_checkpoint(engine, run / "checkpoints", tag, config)
+        state |= engines.load_checkpoint(engine, run / "checkpoints", tag, config)
         if task.mixing:
             task.mixing.load_state_dict(state["mixing"])
         say(f"resumed {run} from {tag}")
@@ -221,11 +221,13 @@ def fit(engine, task: Task, config, run: Path, state: dict) -> int:
     batches = windows(config, task, state["step"], engine.gradient_accumulation_steps())
     bar = tqdm(total=total, initial=state["step"], disable=not distributed.is_main(), unit="step", mininterval=1.0)
     began, window_sums = time.perf_counter(), 0
+    started = began - state["seconds"]
     while True:
         paused = time.perf_counter()
         if state["step"] > state["validated"] and (state["step"] % every == 0 or state["step"] == total):
             validate(engine, task, config, run, state, log)
             engines.update_state(run / "checkpoints", state)
+        state["seconds"] = time.perf_counter() - started
         stale = config.patience and state["stale"] >= config.patience
         if stale or state["step"] == total:
             break
@@ -259,7 +261,7 @@ def fit(engine, task: Task, config, run: Path, state: dict) -> int:
         say(f"validation has not improved {config.patience} time(s): stopped early at step {state['step']}")
     log.hparams(dataclasses.asdict(config), {"best_validation": state["best"]})
     log.close()
-    summary = {key: state[key] for key in ("step", "best", "best_step")} | {"validation_metric": config.validation_metric}
+    summary = {"validation_metric": config.validation_metric, **state}
     distributed.on_main(lambda: write_json(run / "summary.json", summary))
     say(f"done: best {config.validation_metric} {state['best']:.4f} at step {state['best_step']}; model in {run / 'model'}")
     say(f"watch it: tensorboard --logdir {run}")

@@ -19,12 +19,13 @@ GROUPS = [
     {"config", "distributed", "runlog"},
     {"items", "loss", "metrics"},
     {"weighting", "data", "models", "decoding"},
-    {"engine", "recommender", "validation"},
-    {"train", "eval", "stats"},
+    {"engine", "recommender", "validation", "results"},
+    {"train", "eval", "baseline", "stats", "show"},
+    {"report"},
 ]
 LEVEL = {name: level for level, group in enumerate(GROUPS) for name in group}
 DEPENDENCIES = {"torch", "deepspeed", "transformers", "peft", "bitsandbytes", "datasets", "tensorboard", "pyarrow", "tokenizers"}
-DEPENDENCIES |= {"numpy", "yaml", "tqdm", "mpi4py", "pytest", "evaluate", "accelerate", "duckdb", "matplotlib", "hypothesis"}
+DEPENDENCIES |= {"numpy", "yaml", "tqdm", "mpi4py", "pytest", "evaluate", "accelerate", "duckdb", "matplotlib", "hypothesis", "scipy", "jinja2"}
 PROSE = [p for p in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "slurm").glob("*")] if p.is_file()]
 
 
