@@ -212,7 +212,7 @@ def _parser(cls, description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def _checked(cls, key: str, value, source: str):
+def checked(cls, key: str, value, source: str):
     """Return `value` as the type of field `key`, or raise ValueError that names the file, the key and what it takes."""
     fields = {f.name: f for f in dataclasses.fields(cls)}
     if key not in fields:
@@ -245,7 +245,7 @@ def parse(cls, argv: Sequence[str] | None = None, description: str | None = None
         loaded = yaml.safe_load(Path(path).read_text()) or {}
         if not isinstance(loaded, dict):
             raise ValueError(f"{path}: expected 'setting: value' lines, found a {type(loaded).__name__}")
-        values = {key: _checked(cls, key, value, path) for key, value in loaded.items()}
+        values = {key: checked(cls, key, value, path) for key, value in loaded.items()}
     values.update(flags)
     missing = [
         f.name for f in dataclasses.fields(cls) if f.default is MISSING and f.default_factory is MISSING and f.name not in values

@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from tqdm import tqdm
 import igd_ds
 from igd_ds import config as configuration
 from igd_ds import distributed, metrics
+from igd_ds.data.chains import refuse_empty
 from igd_ds.data.collate import sample_rows
 from igd_ds.data.dataset import Split, sha256_of
 from igd_ds.data.per_row import ItemLists, map_guidance
@@ -34,15 +36,11 @@ from igd_ds.decoding.expand import PerUser
 from igd_ds.decoding.filters import ItemFilter
 from igd_ds.decoding.search import Limits, SearchResult, check_limits
 from igd_ds.distributed import say
-from igd_ds.items import decisiveness
 from igd_ds.models import causal_lm
 from igd_ds.recommender import Recommender
-from igd_ds.runlog import RunLog, write_json
+from igd_ds.results import LIST_SCHEMA, Ranked, write_results, write_table
+from igd_ds.runlog import write_json
 
-LIST_SCHEMA = pa.schema([
-    ("row_id", pa.int64()), ("user_id", pa.int64()), ("alpha", pa.float64()), ("rank", pa.int32()), ("leaf_id", pa.int32()),
-    ("item_ids", pa.list_(pa.int32())), ("score", pa.float32()), ("certified", pa.bool_()),
-])  # fmt: skip
 PART_SCHEMA = LIST_SCHEMA.append(pa.field("by_beam", pa.bool_()))  # the list that an exact search started from
 # What the lists depend on. Not the number of ranks, and not where model and data lie: those are recognised by their content.
 REQUEST = (
@@ -120,8 +118,7 @@ def build_task(config) -> Task:
     check_memory(config, len(recommender.tokenizer))
     split = recommender.dataset.splits[config.split]
     rows = sample_rows(len(split), config.num_rows, config.seed)
-    if len(empty := rows[np.diff(split.history_offsets)[rows] == 0]):
-        raise ValueError(f"row {empty[0]} of {split.name} has an empty history: leave such rows out of the dataset")
+    refuse_empty(split, rows)
     lists = ItemLists.read(config.item_filter, len(split)) if config.item_filter else None
     guidance = map_guidance(config.guidance, len(split), recommender.dataset.num_items) if config.guidance else None
     task = Task(recommender, split, rows, lists, None if guidance is None else (guidance, config.guidance_weight))
@@ -206,9 +203,7 @@ def search_rows(config, task: Task, parts: Path) -> tuple[int, float]:
             rows = batches[path]
             histories, per_user = [task.split.history(row) for row in rows], task.per_user(rows)
             found = recommender.search(histories, scoring, config.num_beams, config.search, per_user, limits)
-            temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-            pq.write_table(part_table(task, rows, config.alpha, found, per_user.item_filter), temporary)
-            os.replace(temporary, path)
+            write_table(path, part_table(task, rows, config.alpha, found, per_user.item_filter))
             bar.update(len(rows))
     return count, time.perf_counter() - began
 
@@ -240,68 +235,21 @@ def finish(config, task: Task, output: Path, timing: dict) -> None:
     parts = sorted((output / "parts").glob("batch-*.parquet"))
     table = pa.concat_tables(pq.read_table(path) for path in parts).replace_schema_metadata()
     counts = [json.loads(pq.read_schema(path).metadata[b"counts"]) for path in parts]
-    stored, dataset = task.recommender.stored, task.recommender.dataset
-    trie, entropy = stored.trie, decisiveness.entropy(stored.trie, stored.entropy)
-    target = trie.leaf_of_item[task.split.targets[task.rows]]
-    frequency = np.bincount(trie.leaf_of_item[task.split.targets], minlength=trie.num_nodes)
-    cutoffs = metrics.usable_cutoffs(min(config.num_beams, task.recommender.num_leaves))
     request = json.loads((output / "request.json").read_text())
-    results = {name: request[name] for name in (*REQUEST, *REQUEST_FILES)} | {"rows": len(task.rows)}
-    results |= metrics.describe_targets(trie, entropy, frequency, target, cutoffs)
-    results |= {"dataset": dataset.info["name"], "entropy": stored.entropy, "alpha": {}}
-    results["search_per_row"] = {name: sum(part[name] for part in counts) / len(task.rows) for name in counts[0]}
-    log = RunLog(output, enabled=True, resume_step=-1)  # from scratch, should an earlier attempt have been killed here
-    for alpha in config.alpha:
-        both = table.filter(pc.equal(table["alpha"], alpha)).sort_by([("row_id", "ascending"), ("rank", "ascending")])
-        lists = both.filter(pc.invert(both["by_beam"])).select(LIST_SCHEMA.names)
-        leaves, scores, certified = lists_by_row(lists, task.rows, config.num_beams)
-        values = metrics.describe_lists(trie, entropy, frequency, target, leaves, scores, item_credit(task, lists), cutoffs)
-        if stored.catalogue.kind == "semantic-id":  # a title's first tokens say little about what it is
-            values["relaxed_match"] = metrics.relaxed_match(trie, target, leaves, cutoffs)
-        line = ", ".join(f"{name} {value:.4f}" for name, value in values["token_match"].items())
-        if config.search == "exact":
-            beam, _, _ = lists_by_row(both.filter(both["by_beam"]), task.rows, config.num_beams)
-            values |= metrics.compare_with_beam(leaves, certified, beam, target, cutoffs)
-            line += f"; proven for {values['proof_share']:.2%} of rows"
-        results["alpha"][str(alpha)] = values
-        results["short_lists"] = int((leaves[:, -1] < 0).sum())  # the same for every α
-        log.log(round(1000 * alpha), {f"eval/{name}": value for name, value in values["token_match"].items()})
-        temporary = output / f"predictions.tmp-{os.getpid()}"
-        pq.write_table(lists, temporary)
-        os.replace(temporary, output / f"predictions-alpha{alpha}.parquet")
-        print(f"alpha {alpha}: {line}", flush=True)
-    log.close()
-    if (short := results["short_lists"]) and config.num_beams <= task.recommender.num_leaves:
-        print(f"warning: {short} lists are shorter than --num_beams, because filter or guidance leaves those rows fewer items")
-    write_json(output / "timing.json", timing)
-    write_json(output / "metrics.json", results)
+    settings = {name: request[name] for name in (*REQUEST, *REQUEST_FILES)} | {"dataset": task.recommender.dataset.info["name"]}
+    settings["search_per_row"] = {name: sum(part[name] for part in counts) / len(task.rows) for name in counts[0]}
+
+    def lists_by_alpha() -> Iterator[tuple[float, pa.Table, pa.Table | None]]:
+        for alpha in config.alpha:
+            both = table.filter(pc.equal(table["alpha"], alpha)).sort_by([("row_id", "ascending"), ("rank", "ascending")])
+            lists = both.filter(pc.invert(both["by_beam"])).select(LIST_SCHEMA.names)
+            yield alpha, lists, both.filter(both["by_beam"]) if config.search == "exact" else None
+
+    run = Path(config.model).resolve().parent
+    run = run if (run / "config.yaml").is_file() else None
+    ranked = Ranked(task.recommender.stored, task.recommender.dataset, task.split, task.rows, config.num_beams, run)
+    write_results(output, ranked, settings, lists_by_alpha(), timing, max(config.alpha) if config.alpha_from else None)
     shutil.rmtree(output / "parts")
-    print(f"{len(task.rows)} rows of {config.split}: {output / 'metrics.json'}", flush=True)
-
-
-def lists_by_row(lists: pa.Table, rows: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return one α's leaves int64, scores float32 and certified bool, each (R, length); −1, −inf, False behind a list's end."""
-    row, place, by_row = np.searchsorted(rows, lists["row_id"].to_numpy()), lists["rank"].to_numpy() - 1, []
-    for name, nothing in (("leaf_id", np.int64(-1)), ("score", np.float32(-np.inf)), ("certified", False)):
-        by_row.append(np.full((len(rows), length), nothing))
-        by_row[-1][row, place] = lists[name].to_numpy()
-    there = by_row[0] >= 0
-    assert np.array_equal(lists["row_id"].to_numpy(), rows[row]) and there[:, 0].all(), "the expected rows, all of them, no other"
-    assert there.sum() == len(row) and (there[:, :-1] >= there[:, 1:]).all(), "each has one list, without a hole"
-    return tuple(by_row)
-
-
-def item_credit(task: Task, lists: pa.Table) -> np.ndarray:
-    """Return the share of a hit that item match counts, float64 (R,): of the leaf's items that the row may get one is drawn."""
-    target = task.split.targets[task.rows]
-    row = np.searchsorted(task.rows, lists["row_id"].to_numpy())
-    hit = task.recommender.stored.trie.leaf_of_item[target[row]] == lists["leaf_id"].to_numpy()
-    row, items = row[hit], lists["item_ids"].filter(pa.array(hit)).combine_chunks()
-    count = pc.list_value_length(items).to_numpy()
-    owner = np.repeat(row, count)
-    credit = np.zeros(len(target))
-    credit[row] = np.bincount(owner, items.flatten().to_numpy() == target[owner], len(target))[row] / count
-    return credit
 
 
 if __name__ == "__main__":

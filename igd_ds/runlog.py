@@ -17,7 +17,7 @@ import yaml
 import igd_ds
 
 # Settings that may change when a run is resumed: where things lie (their content is checked) and what is only recorded.
-FREE_ON_RESUME = {"resume", "output_dir", "dataset", "log_every", "keep_checkpoints", "save_every"}
+FREE_ON_RESUME = {"resume", "output_dir", "dataset", "log_every", "keep_checkpoints", "save_every", "splits", "save_scores"}
 TAGS = {
     "train/loss": "nats: the step's objective, Σ w·NLL / Ω where there is one target, mean over the logged steps",
     **{f"train/loss_{name}": f"nats per unit of weight: target {name} of multi-target" for name in ("fg", "fr", "or")},
@@ -35,6 +35,11 @@ TAGS = {
     "speed/memory_gib": "peak memory of rank 0 in GiB: GPU memory where there is one, else resident memory",
     "valid/nll": "nats per item: unweighted negative log-likelihood summed over the item's tokens",
     "valid/nll_per_token": "nats per token: the same, per target token",
+    "valid/nll_gain_zero": "nats per token: mean over validation target tokens with zero information gain",
+    **{
+        f"valid/nll_gain_{i}": f"the same, decile {i} of the non-zero gains of training-target tokens (IGD Figure 4)"
+        for i in range(10)
+    },
     "valid/ndcg@10": "NDCG@10 of a beam search with 10 beams, α = 0",
     "quantizer/loss": "reconstruction + codebook loss + commitment, mean over the epoch; tools/train_semantic_ids.py",
     "quantizer/reconstruction": "mean squared error over the embeddings' variance: 0 is exact, 1 no better than their mean",
@@ -48,11 +53,32 @@ TAGS = {
         for metric in ("hr", "ndcg")
         for k in (1, 3, 5, 10, 20)
     },
+    "eval/alpha_grid": "figure: HR@10 and NDCG@10, token match, over α",
+    "eval/popularity_deciles": "figure: share of the top 10 in each tenth of the catalogue by training count (MTC Figure 2)",
+    "eval/prefix_entropy": "figure: entropy in nats of lists' prefixes minus targets', after each token (IGD Figures 3, 6, 8)",
+    "eval/lists": "text: history, target and first 5 entries of a few rows; step = 1000·α",
+}
+# TensorBoard's tab Custom Scalars: category → chart → the tags that begin with, or are, one of these regular expressions.
+LAYOUT = {
+    "loss by token group": {
+        "training: zero and non-zero gain": ["Multiline", ["train/nll_(non)?zero_gain"]],
+        "validation: zero gain and deciles of non-zero gain": ["Multiline", ["valid/nll_gain_"]],
+    },
+    "objectives": {"weights α'": ["Multiline", ["train/alpha_"]], "losses": ["Multiline", ["train/loss"]]},
+    "validation": {
+        "nats per item": ["Multiline", ["valid/nll$"]],
+        "nats per token": ["Multiline", ["valid/nll_per_token"]],
+        "NDCG@10": ["Multiline", ["valid/ndcg@10"]],
+    },
+    "speed": {
+        "per second": ["Multiline", ["speed/.*_per_second"]],
+        "peak memory, GiB": ["Multiline", ["speed/memory_gib"]],
+    },
 }
 
 
 class RunLog:
-    """Write scalars of a run; does nothing unless `enabled` (rank 0).
+    """Write scalars, figures and texts of a run; does nothing unless `enabled` (rank 0).
 
     Args:
         folder: run folder; `metrics.jsonl` and `tensorboard/` lie in it.
@@ -72,13 +98,13 @@ class RunLog:
         self.writer = SummaryWriter(
             str(Path(folder) / "tensorboard"), purge_step=None if resume_step is None else resume_step + 1
         )
+        if not resume_step:
+            self.writer.add_custom_scalars(LAYOUT)
         self.file = open(self.path, "a")  # noqa: SIM115  open for the run's length, closed by close()
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Record `values` (tag → number) at an optimizer step. Raises KeyError for a tag that TAGS does not name."""
-        for tag in values:
-            if tag not in TAGS:
-                raise KeyError(f"tag '{tag}' is not in runlog.TAGS: add it there with its unit")
+        check_tags(values)
         if not self.enabled:
             return
         self.file.write(json.dumps({"step": step, **values}) + "\n")
@@ -86,23 +112,44 @@ class RunLog:
         for tag, value in values.items():
             self.writer.add_scalar(tag, value, step)
 
-    def hparams(self, settings: dict, metrics: dict[str, float]) -> None:
-        """Record the run's settings with its final metrics for TensorBoard's hparams table."""
+    def show(self, step: int, views: dict) -> None:
+        """Show `views` (tag → matplotlib figure, or text in Markdown) in TensorBoard alone. Raises KeyError as `log` does."""
+        check_tags(views)
         if not self.enabled:
             return
-        from torch.utils.tensorboard.summary import hparams
+        for tag, view in views.items():
+            (self.writer.add_text if isinstance(view, str) else self.writer.add_figure)(tag, view, step)
 
-        settings = {key: value if isinstance(value, (int, float, bool, str)) else str(value) for key, value in settings.items()}
-        for summary in hparams(settings, {f"hparam/{key}": value for key, value in metrics.items()}):
-            self.writer.file_writer.add_summary(summary)
-        for key, value in metrics.items():
-            self.writer.add_scalar(f"hparam/{key}", value)
+    def hparams(self, settings: dict, metrics: dict[str, float]) -> None:
+        """Record final metrics for TensorBoard's hparams table, in the row of the run that has these settings (its config.yaml).
+
+        They lie in a folder of their own, because every scalar beside the settings becomes a column. A training and its
+        evaluations each write theirs: TensorBoard joins what has the same trial, here the run's --output_dir.
+        """
+        if not self.enabled:
+            return
+        from tensorboard.plugins.hparams.summary_v2 import hparams_pb
+        from torch.utils.tensorboard import SummaryWriter
+
+        known = {key: value for key, value in settings.items() if value is not None}
+        known = {key: value if isinstance(value, (int, float, str)) else str(value) for key, value in known.items()}
+        with SummaryWriter(f"{self.writer.log_dir}/hparams") as writer:
+            writer.file_writer.add_summary(hparams_pb(known, trial_id=settings.get("output_dir")))
+            for name, value in metrics.items():
+                writer.add_scalar(name, value)
 
     def close(self) -> None:
         """Flush and close both records."""
         if self.enabled:
             self.writer.close()
             self.file.close()
+
+
+def check_tags(tags) -> None:
+    """Raise KeyError for a tag that TAGS does not name."""
+    for tag in tags:
+        if tag not in TAGS:
+            raise KeyError(f"tag '{tag}' is not in runlog.TAGS: add it there with its unit")
 
 
 def drop_entries_after(path: Path, step: int) -> None:

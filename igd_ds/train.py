@@ -261,8 +261,7 @@ def fit(engine, task: Task, config, run: Path, state: dict) -> int:
         say(f"validation has not improved {config.patience} time(s): stopped early at step {state['step']}")
     log.hparams(dataclasses.asdict(config), {"best_validation": state["best"]})
     log.close()
-    summary = {"validation_metric": config.validation_metric, **state}
-    distributed.on_main(lambda: write_json(run / "summary.json", summary))
+    distributed.on_main(lambda: write_json(run / "summary.json", {"validation_metric": config.validation_metric, **state}))
     say(f"done: best {config.validation_metric} {state['best']:.4f} at step {state['best_step']}; model in {run / 'model'}")
     say(f"watch it: tensorboard --logdir {run}")
     return 0
@@ -381,7 +380,8 @@ def validate(engine, task: Task, config, run: Path, state: dict, log: RunLog) ->
         raise FloatingPointError(f"step {state['step']}: validation gives {value}; lower --learning_rate")
     improved = state["best"] is None or (value < state["best"] if lower_is_better else value > state["best"])
     state["stale"], state["validated"] = 0 if improved else state["stale"] + 1, state["step"]
-    say(f"step {state['step']}: " + ", ".join(f"{k} {v:.4f}" for k, v in values.items()) + (" (best so far)" if improved else ""))
+    shown = ", ".join(f"{tag} {number:.4f}" for tag, number in values.items() if "gain" not in tag)
+    say(f"step {state['step']}: {shown}" + (" (best so far)" if improved else ""))
     if improved:
         state["best"], state["best_step"] = value, state["step"]
         engines.save_model(engine, run / "model", bool(config.lora_r), lambda folder: save_extras(folder, task, run))

@@ -2,9 +2,10 @@
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from igd_ds import distributed, metrics
-from igd_ds.data.collate import MASKED_ROW, Collator
+from igd_ds.data.collate import MASKED_ROW, Batch, Collator
 from igd_ds.decoding.cache import prompt_tree
 from igd_ds.decoding.rules import Scoring, ScoringOptions
 from igd_ds.decoding.search import search
@@ -12,17 +13,33 @@ from igd_ds.decoding.trie import SearchTrie
 from igd_ds.items.store import StoredCatalogue
 from igd_ds.loss import at_labels, token_nll
 
+GAIN_GROUPS = ("zero", *range(10))  # tokens without information gain, then deciles of the others'
+
 
 def validation_nll(engine, adapter, valid: Collator, stored: StoredCatalogue, batches: list[np.ndarray]) -> dict[str, float]:
-    """Return the unweighted NLL per item and per token, in nats."""
-    sums = torch.zeros(3, dtype=torch.float64, device=distributed.device())
+    """Return the unweighted NLL per item, per token, and per token of each gain group that has any, in nats."""
+    device = distributed.device()
+    sums = torch.zeros(2, len(GAIN_GROUPS) + 1, dtype=torch.float64, device=device)  # Σ NLL and tokens by group; Σ NLL and items
     for rows in batches:
-        batch = valid(rows).to(distributed.device())
+        batch = valid(rows)
+        member = F.one_hot(gain_group(batch, stored), len(GAIN_GROUPS)).double().to(device)
+        batch = batch.to(device)
         logits = adapter.label_logits(engine, batch.input_ids, batch.attention_mask, batch.labels)
-        nll = token_nll(logits, at_labels(batch.labels, batch.labels))
-        sums += torch.stack([nll.double().sum(), (batch.row_ids != MASKED_ROW).sum().double(), sums.new_tensor(len(nll))])
-    nll, items, tokens = distributed.all_reduce_sum(sums).tolist()
-    return {"valid/nll": nll / items, "valid/nll_per_token": nll / tokens}
+        nll = token_nll(logits, at_labels(batch.labels, batch.labels)).double()
+        sums[:, :-1] += torch.stack([nll @ member, member.sum(0)])
+        sums[:, -1] += torch.stack([nll.sum(), (batch.row_ids != MASKED_ROW).sum()])
+    totals, counts = distributed.all_reduce_sum(sums).tolist()
+    values = {"valid/nll": totals[-1] / counts[-1], "valid/nll_per_token": totals[-1] / sum(counts[:-1])}
+    by_group = zip(GAIN_GROUPS, totals, counts)  # noqa: B905  what is left over is the items'
+    return values | {f"valid/nll_gain_{name}": total / count for name, total, count in by_group if count}
+
+
+def gain_group(batch: Batch, stored: StoredCatalogue) -> torch.Tensor:
+    """Return the index in GAIN_GROUPS of each labelled token of a batch, int64 (n,), in the order of the logits."""
+    trie, items = stored.trie, batch.item_ids[batch.row_ids != MASKED_ROW].numpy()
+    nodes = metrics.path_nodes(trie.leaf_of_item[items], trie.parent, trie.depth)
+    decile = np.searchsorted(stored.gain_deciles, stored.gain[nodes[nodes >= 0]])
+    return torch.where(at_labels(batch.zero_gain, batch.labels), 0, torch.from_numpy(1 + decile))
 
 
 def validation_ndcg(engine, adapter, valid: Collator, stored: StoredCatalogue, batches: list[np.ndarray]) -> dict[str, float]:

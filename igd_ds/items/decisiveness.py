@@ -68,6 +68,19 @@ def zero_gain(trie: TokenTrie) -> np.ndarray:
     return zero
 
 
+def gain_deciles(trie: TokenTrie, gain: np.ndarray) -> np.ndarray:
+    """Borders of the deciles of the non-zero gains of all training-target tokens: (9,) of `gain`'s type, in nats, ascending.
+
+    Border j is the smallest gain that at least j + 1 tenths of these tokens do not exceed; it belongs to decile j, and what
+    exceeds the last one to decile 9. An edge counts once per training target under it. Empty where no token gains anything.
+    """
+    edges = np.flatnonzero(~zero_gain(trie) & (trie.train_count > 0))[1:]  # without the root
+    edges = edges[np.argsort(gain[edges], kind="stable")]
+    reached = np.cumsum(trie.train_count[edges], dtype=np.int64)
+    tenths = np.outer(np.arange(1, 10), reached[-1:]).ravel()  # in integers, so that a border never depends on rounding
+    return gain[edges[np.searchsorted(10 * reached, tenths)]]
+
+
 def normalised_gain(trie: TokenTrie, gain: np.ndarray, cold: str = "zero", epsilon: float = 0.0) -> np.ndarray:
     """Min-max normalised gain among siblings, float64 (M,) in [0, 1]: (gain - min) / (max - min + epsilon) (IGD Eq. 9).
 

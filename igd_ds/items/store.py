@@ -5,6 +5,7 @@ The structure and the chosen entropy's gain take about 30 bytes per trie node; o
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from igd_ds.items.catalogue import Catalogue, tokenizer_fingerprint
-from igd_ds.items.decisiveness import ENTROPIES
+from igd_ds.items.decisiveness import ENTROPIES, gain_deciles
 from igd_ds.items.trie import TokenTrie
 
 VERSION = 1
@@ -32,6 +33,11 @@ class StoredCatalogue:
     trie: TokenTrie
     gain: np.ndarray
     entropy: str
+
+    @functools.cached_property
+    def gain_deciles(self) -> np.ndarray:
+        """Borders of the deciles of non-zero gains, float32 (9,), see `decisiveness.gain_deciles`; found once per process."""
+        return gain_deciles(self.trie, self.gain)
 
 
 def save_catalogue(folder, catalogue: Catalogue, trie: TokenTrie, gain: np.ndarray, entropy_name: str) -> None:

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 pytestmark = pytest.mark.slurm
 ROOT = Path(__file__).parents[2]
@@ -133,34 +134,70 @@ def test_a_job_saves_requeues_resumes_and_is_evaluated(submit, world, tmp_path):
     assert json.loads((run / "eval/test/timing.json").read_text())["world_size"] == 2
 
 
-def test_a_sweep_trains_chooses_alpha_and_tests_every_row(submit, world, tmp_path):
-    table = tmp_path / "sweep.tsv"
-    rows = [(world.dataset, "igd", "0.1", "0"), (world.dataset, "uniform", "-", "1")]
-    table.write_text("\n".join("\t".join(row) for row in [("dataset", "weighting", "igd_beta", "seed"), *rows]) + "\n")
-    flags = world.train_flags("unused", dataset=None, output_dir=None, igd_beta=None)
-    job = submit(
-        [*ONE_TASK, "--array=0-1", "--wait"],
-        "sweep.sbatch",
-        flags,
-        TABLE=str(table),
-        RUNS=str(tmp_path / "runs"),
-        ALPHAS="0 0.3 0.6",
-        EVAL_FLAGS="--num_rows 8 --num_beams 10",
-    )
-    for dataset, weighting, beta, seed in rows:
-        run = tmp_path / "runs" / f"{Path(dataset).name}-{weighting}-{beta}-{seed}"
-        config = (run / "config.yaml").read_text()
-        assert f"weighting: {weighting}\n" in config and f"seed: {seed}\n" in config, job
-        valid, test = (json.loads((run / "eval" / split / "metrics.json").read_text()) for split in ("valid", "test"))
-        ndcg = {alpha: values["token_match"]["ndcg@10"] for alpha, values in valid["alpha"].items()}
-        assert set(ndcg) == {"0.0", "0.3", "0.6"}
-        best = max(sorted(ndcg), key=ndcg.get)
-        assert test["split"] == "test" and set(test["alpha"]) == {"0.0", best}
+def test_a_sweep_is_two_arrays(submit, world, tmp_path):
+    """Every row is trained and validated in the first; the second, which waits for it, tests what validation chose."""
+    model = {"model_config": world.model_config, "tokenizer": world.tokenizer}
+    defaults = {"ds_config": world.ds_config(2), "global_batch_size": 8, "max_length": 160, "max_steps": 6, "learning_rate": 3e-3}
+    runs = [{"dataset": "small", "backbone": "qwen2", "weighting": "igd", "igd_beta": [0.1, 0.6], "seed": 1}]
+    table = {"name": "small", "datasets": {"small": world.dataset}, "backbones": {"qwen2": model}, "defaults": defaults}
+    table |= {"evaluation": {"alpha": [0, 0.3, 0.6], "num_rows": 16}, "select": ["igd_beta"], "runs": runs}
+    (tmp_path / "table.yaml").write_text(yaml.safe_dump(table))
+    folder = tmp_path / "runs"
+    variables = {"TABLE": str(tmp_path / "table.yaml"), "RUNS": str(folder)}
+    first = submit([*ONE_TASK, "--array=0-1"], "sweep.sbatch", [], **variables)
+    after = [f"--dependency=afterany:{first}", "--array=0-1", "--wait"]
+    submit([*ONE_TASK, *after], "sweep.sbatch", [], STAGE="test_row", **variables)
+
+    sweep = json.loads((folder / "sweep.json").read_text())
+    printed = "\n".join(path.read_text() for path in sorted(tmp_path.glob("*.out")))
+    assert [row["state"] for row in sweep["rows"]] == ["finished", "finished"], printed
+    ndcg, alphas = {}, {}
+    for row in sweep["rows"]:
+        run = folder / row["name"]
+        assert f"igd_beta: {row['settings']['igd_beta']}\n" in (run / "config.yaml").read_text()
+        assert "srun --kill-on-bad-exit=1 python" in (folder / "logs" / f"{row['name']}.log").read_text()
+        valid = json.loads((run / "eval/valid/metrics.json").read_text())["alpha"]
+        by_alpha = {alpha: values["token_match"]["ndcg@10"] for alpha, values in valid.items()}
+        assert set(by_alpha) == {"0.0", "0.3", "0.6"}
+        ndcg[row["name"]], alphas[row["name"]] = by_alpha["0.0"], {"0.0", max(sorted(by_alpha), key=by_alpha.get)}
+    chosen = max(ndcg, key=ndcg.get)
+    assert [row["name"] for row in sweep["rows"] if row["chosen"]] == [chosen]
+    [test] = folder.glob("*/eval/test/metrics.json")
+    test = json.loads(test.read_text())
+    assert test["split"] == "test" and set(test["alpha"]) == alphas[chosen] and (folder / chosen / "eval/test").is_dir()
 
 
-def test_the_checked_in_table_is_what_the_script_reads():
-    header, *rows = [line.split("\t") for line in (ROOT / "slurm" / "sweep.tsv").read_text().splitlines()]
-    assert header == ["dataset", "weighting", "igd_beta", "seed"]
-    assert len({tuple(row) for row in rows}) == len(rows) and all(len(row) == 4 for row in rows)
-    [array] = [line for line in (ROOT / "slurm/sweep.sbatch").read_text().splitlines() if line.startswith("#SBATCH --array")]
-    assert array == f"#SBATCH --array=0-{len(rows) - 1}"
+def test_a_row_of_a_sweep_saves_requeues_and_resumes(submit, world, tmp_path):
+    model = {"model_config": world.model_config, "tokenizer": world.tokenizer}
+    defaults = {
+        "ds_config": world.ds_config(2),
+        "global_batch_size": 8,
+        "max_length": 160,
+        "max_steps": 60,
+        "log_every": 1,
+        "epochs": 9,
+    }
+    runs = [{"dataset": "small", "backbone": "qwen2", "weighting": "uniform", "seed": 0}]
+    table = {"name": "small", "datasets": {"small": world.dataset}, "backbones": {"qwen2": model}, "defaults": defaults}
+    (tmp_path / "table.yaml").write_text(yaml.safe_dump(table | {"evaluation": {"num_rows": 8}, "runs": runs}))
+    run = tmp_path / "runs" / "small-qwen2-uniform-seed0"
+    variables = {"TABLE": str(tmp_path / "table.yaml"), "RUNS": str(run.parent)}
+    job = submit([*TWO_TASKS, "--array=0"], "sweep.sbatch", [], **variables)
+
+    def log() -> str:
+        path = run.parent / "logs" / f"{run.name}.log"
+        return path.read_text() if path.is_file() else ""
+
+    wait_for(lambda: len(entries(run)) > 3, 300, log)
+    command("scancel", "--signal", "USR1", job)  # what --signal=USR1@120 does before the time limit
+    wait_for(lambda: state(job)["JobState"] == "PENDING", 60, log)
+    assert "stopped by a signal after step" in log() and not (run / "summary.json").exists()
+    [row] = json.loads((run.parent / "sweep.json").read_text())["rows"]
+    assert (row["state"], row["error"]) == ("waiting", None)
+
+    time.sleep(3)  # as above: its node would still refuse it
+    command("scontrol", "update", f"JobId={job}", "StartTime=now")
+    wait_for(lambda: state(job)["JobState"] not in ("PENDING", "RUNNING", "COMPLETING"), 300, log)
+    assert state(job)["JobState"] == "COMPLETED", log()
+    assert f"resumed {run} from step-" in log() and json.loads((run / "summary.json").read_text())["step"] == 60
+    assert (run / "eval/valid/metrics.json").is_file()

@@ -1,22 +1,42 @@
 """The run's record: named tags only, and each step once after a resume."""
 
 import json
+import re
 
 import pytest
 
-from igd_ds.runlog import RunLog, drop_entries_after, write_json
+from igd_ds.runlog import LAYOUT, TAGS, RunLog, drop_entries_after, write_json
 
 
 def test_unknown_tags_are_refused(tmp_path):
     log = RunLog(tmp_path, enabled=True)
     with pytest.raises(KeyError, match="not in runlog.TAGS"):
         log.log(1, {"train/lossy": 1.0})
+    with pytest.raises(KeyError, match="not in runlog.TAGS"):
+        log.show(1, {"eval/list": "text"})
     log.close()
+
+
+def test_every_chart_has_curves():
+    """TensorBoard matches a chart's regular expressions from the beginning of a tag."""
+    charts = {title: tags for charts in LAYOUT.values() for title, (_, tags) in charts.items()}
+    drawn = {title: {tag for tag in TAGS if any(re.match(pattern, tag) for pattern in tags)} for title, tags in charts.items()}
+    assert all(drawn.values()) and drawn["nats per item"] == {"valid/nll"}
+    assert drawn["training: zero and non-zero gain"] == {"train/nll_zero_gain", "train/nll_nonzero_gain"}
+    assert len(drawn["validation: zero gain and deciles of non-zero gain"]) == 11
+
+
+def test_only_the_first_process_of_a_run_writes_the_layout(tmp_path):
+    for resume_step in (0, 4):
+        RunLog(tmp_path, enabled=True, resume_step=resume_step).close()
+    files = sorted((tmp_path / "tensorboard").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    assert [b"custom_scalars" in path.read_bytes() for path in files] == [True, False]
 
 
 def test_ranks_that_do_not_write_touch_nothing(tmp_path):
     log = RunLog(tmp_path, enabled=False)
     log.log(1, {"train/loss": 1.0})
+    log.show(1, {"eval/lists": "text"})
     log.hparams({}, {})
     log.close()
     assert not list(tmp_path.iterdir())

@@ -32,17 +32,17 @@ def rows(users, histories, targets):
     return pa.table(columns, names=["user_id", "history", "target", "timestamp"])
 
 
-def make(folder: Path) -> Path:
+def make(folder: Path, titles: list[str] = TITLES) -> Path:
     """Write folder/data and folder/run; returns the run folder. Row 4 of the validation split has no history."""
     random = np.random.default_rng(0)
-    histories = [[int(i) for i in random.integers(0, len(TITLES), random.integers(1, 5))] for _ in range(NUM_TEST)]
+    histories = [[int(i) for i in random.integers(0, len(titles), random.integers(1, 5))] for _ in range(NUM_TEST)]
     users, targets = [7, 7, 7, 8, 9, 9, 10, 11, 12, 12, 13], [int(t) for t in random.integers(0, 10, NUM_TEST - 2)] + [8, 3]
     splits = {
         "train": rows(range(12), [[1]] * 12, TRAIN_TARGETS),
         "valid": rows(users, [*histories[:4], [], *histories[5:]], targets),
         "test": rows(users, histories, targets),
     }
-    items = item_table(TITLES, None, pa.array(range(10)))
+    items = item_table(titles, None, pa.array(range(len(titles))))
     write_dataset(folder / "data", items, user_table(splits, None), splits, INFO)
     letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     backend = tokenizers.Tokenizer(tokenizers.models.BPE({letter: i for i, letter in enumerate(letters)}, []))

@@ -1,0 +1,227 @@
+"""Baselines in one process: rows chained to sequences, lists by hand, guidance for eval.py, guards. Training: tests/dist."""
+
+import dataclasses
+import json
+from types import SimpleNamespace
+
+import datasets
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import tiny_run
+import torch
+from tiny_run import NUM_TEST, TITLES, TRAIN_TARGETS
+
+from igd_ds import baseline, distributed, eval
+from igd_ds.baseline import BaselineConfig
+from igd_ds.config import parse
+from igd_ds.data.chains import Chains
+from igd_ds.data.collate import MASKED_ROW, sample_rows
+from igd_ds.data.dataset import Split
+from igd_ds.items.leaves import Leaves, build_catalogue
+
+NUM_ITEMS = len(TITLES)
+SMALL = ("--splits", "test", "--validation_rows", 5, "--seed", 3)  # a sample without the row that has no history
+
+
+def make_split(rows, name="train"):
+    """A split of (user, history, target) rows."""
+    users, histories, targets = zip(*rows, strict=True)
+    offsets = np.cumsum([0, *map(len, histories)])
+    return Split(name, np.array(users), np.concatenate(histories).astype(np.int32), offsets, np.array(targets, np.int32), None)
+
+
+def random_rows(longest, seed):
+    """Every prefix of random users' items with its last `longest`, in random order; few items, so that much is alike."""
+    random, rows = np.random.default_rng(seed), []
+    for user in range(30):
+        items = random.integers(4, size=random.integers(2, 12))
+        rows += [(user, items[max(0, end - longest) : end], items[end]) for end in range(1, len(items))]
+        if user % 5 == 0:  # a row that stands alone, and one that is there twice
+            rows += [(user, random.integers(4, size=3), 0), rows[-1]]
+    return [rows[i] for i in random.permutation(len(rows))]
+
+
+@pytest.mark.parametrize("longest", [3, 20])
+def test_chained_rows_are_the_datasets_rows_each_once_with_its_own_history(longest):
+    rows = random_rows(longest, seed=longest)
+    chains, seen = Chains.build(make_split(rows)), []
+    for begin in range(0, len(chains), 4):
+        sequences = np.append(np.arange(begin, min(begin + 4, len(chains))), MASKED_ROW)
+        batch = chains.collate(sequences)
+        width = batch.histories.shape[1]
+        assert width == max(chains.lengths[np.maximum(sequences, 0)])
+        for place, target, row in zip(batch.places.tolist(), batch.targets.tolist(), batch.rows.tolist(), strict=True):
+            sequence, end = divmod(place, width)
+            assert batch.histories[sequence, : end + 1].tolist() == rows[row][1].tolist() and target == rows[row][2]
+            assert sequence < len(sequences) - 1, "the masked sequence predicts nothing"
+            seen.append(row)
+    assert sorted(seen) == list(range(len(rows)))
+    assert len(chains) < len(rows) * (0.9 if longest == 3 else 0.4)
+
+
+def test_a_users_prefixes_are_one_sequence_and_truncated_or_other_rows_stay_alone():
+    prefixes = [(7, [5], 6), (7, [5, 6], 5), (7, [5, 6, 5], 8)]
+    assert [len(Chains.build(make_split(rows))) for rows in (prefixes, prefixes[::-1])] == [1, 1]
+    others = [(8, [5, 6, 5, 8], 1), (7, [6, 5, 8], 1), (7, [5, 6, 5, 1], 2), (7, [5, 6, 1, 8], 1)]
+    for row in others:  # another user; a truncated history; other last item; other item within
+        assert len(Chains.build(make_split([*prefixes, row]))) == 2
+    assert len(Chains.of_rows(make_split(prefixes), np.array([1, 2]))) == 2
+
+
+def test_leaves_are_the_different_names_and_their_probabilities_add_up():
+    names = [["a"], ["b", "a"], ["a"], ["b"], ["a", "b"], ["a"], ["b"]]
+    dataset = SimpleNamespace(titles=[None] * 7, semantic_ids=names, num_items=7, fingerprint="")
+    dataset.splits = {"train": SimpleNamespace(targets=np.array([0, 2, 2, 3]))}
+    stored = build_catalogue(dataset, "auto")
+    leaves = Leaves.build(stored.trie, torch.device("cpu"))
+    assert stored.catalogue.kind == "semantic-id" and len(leaves.nodes) == 4
+    p = torch.rand(5, 7).softmax(1)
+    found = leaves.log_probabilities(p.log()).exp()
+    for item, name in enumerate(names):
+        column = np.flatnonzero(leaves.nodes == stored.trie.leaf_of_item[item])[0]
+        alike = [other for other in range(7) if names[other] == name]
+        assert torch.allclose(found[:, column], p[:, alike].sum(1))
+        assert stored.trie.train_count[leaves.nodes[column]] == sum(other in (0, 2, 2, 3) for other in alike) + (name == ["a"])
+    with pytest.raises(ValueError, match="--item_kind text: item 0 has no such name"):
+        build_catalogue(dataset, "text")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return tiny_run.make(tmp_path_factory.mktemp("made"))
+
+
+@pytest.fixture
+def entry(made, tmp_path, monkeypatch):
+    """Run an entry point with flags; returns its exit code."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(distributed, "init", lambda: None)
+    monkeypatch.setattr(distributed, "device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(baseline.signal, "signal", lambda *_: None)
+
+    def run(module, *flags):
+        monkeypatch.setattr("sys.argv", ["entry", "--dataset", str(made.parent / "data"), *map(str, flags)])
+        return module.main()
+
+    return run
+
+
+def flags(tmp_path, name, *more):
+    """A small run's flags."""
+    return ["--recommender", name, "--output_dir", tmp_path / name, "--num_beams", 5, *SMALL, *more]
+
+
+def lists(folder):
+    table = pq.read_table(folder / "predictions-alpha0.0.parquet").to_pylist()
+    return [[line for line in table if line["row_id"] == row] for row in range(NUM_TEST)]
+
+
+def test_popularity_lists_the_catalogue_by_training_count(entry, tmp_path):
+    assert entry(baseline, *flags(tmp_path, "popularity")) == 0
+    run = tmp_path / "popularity"
+    names = sorted(path.name for path in run.iterdir())
+    assert names == ["checkpoints", "config.yaml", "ds_config.json", "env.json", "eval", "metrics.jsonl", "model", "summary.json",
+                     "tensorboard"]  # fmt: skip
+    assert json.loads((run / "summary.json").read_text())["seconds"] > 0
+    count = {title: sum(TITLES[target] == title for target in TRAIN_TARGETS) for title in TITLES}
+    ranked = sorted(count.values(), reverse=True)
+    for mine in lists(run / "eval" / "test"):
+        assert [count[TITLES[line["item_ids"][0]]] for line in mine] == ranked[:5]
+        assert [line["rank"] for line in mine] == [1, 2, 3, 4, 5] and all(line["certified"] for line in mine)
+        assert (2, 3) in {tuple(line["item_ids"]) for line in mine}, "written alike: one entry"
+        assert np.isclose(np.exp([line["score"] for line in mine]).sum(), (sum(ranked[:5]) + 0.6) / 13, atol=0.02)
+    found = json.loads((run / "eval" / "test" / "metrics.json").read_text())
+    assert found["popularity_baseline"]["hr@5"] == pytest.approx(found["alpha"]["0.0"]["token_match"]["hr@5"], abs=0.2)
+    assert found["alpha"]["0.0"]["coverage"] == 5 / 9 and found["short_lists"] == 0
+
+
+def test_the_metrics_have_eval_pys_keys_and_rows(entry, made, tmp_path):
+    """Same sampled rows, same catalogue of different items, so that runs of both can be compared."""
+    sample = ("--num_rows", 6, "--num_beams", 5)
+    assert entry(eval, "--model", made / "model", "--output_dir", tmp_path / "other", *sample, "--seed", 3) == 0
+    assert entry(baseline, *flags(tmp_path, "last-item-knn"), *sample, "--rows_seed", 3) == 0
+    mine = json.loads((tmp_path / "last-item-knn" / "eval" / "test" / "metrics.json").read_text())
+    other = json.loads((tmp_path / "other" / "metrics.json").read_text())
+    for key in ("dataset", "rows", "num_rows", "seed", "num_beams", "length_penalty", "popularity_baseline", "leaves",
+                "cold_targets", "head_targets", "target_popularity_deciles"):  # fmt: skip
+        assert mine[key] == other[key], key
+    assert mine["alpha"]["0.0"].keys() == other["alpha"]["0.0"].keys()
+    tables = [pq.read_table(folder / "predictions-alpha0.0.parquet") for folder in
+              (tmp_path / "last-item-knn" / "eval" / "test", tmp_path / "other")]  # fmt: skip
+    assert tables[0].schema == tables[1].schema and tables[0]["row_id"] == tables[1]["row_id"]
+    assert set(tables[0]["row_id"].to_pylist()) == set(sample_rows(NUM_TEST, 6, 3))
+
+
+def test_scores_guide_the_search_of_eval_py(entry, made, tmp_path):
+    assert entry(baseline, *flags(tmp_path, "last-item-knn", "--save_scores")) == 0
+    folder = tmp_path / "last-item-knn" / "eval" / "test"
+    scores = np.load(folder / "scores.npy")
+    assert scores.dtype == np.float32 and scores.shape == (NUM_TEST, NUM_ITEMS) and np.allclose(scores.sum(1), 1)
+    for row, mine in enumerate(lists(folder)):
+        for line in mine:
+            assert np.log(scores[row, line["item_ids"]].sum()) == pytest.approx(line["score"], abs=1e-5)
+    guided = ("--guidance", folder / "scores.npy", "--guidance_weight", 10000, "--num_beams", 5, "--search", "exact")
+    assert entry(eval, "--model", made / "model", "--output_dir", tmp_path / "guided", *guided) == 0
+    for row, (mine, other) in enumerate(zip(lists(folder), lists(tmp_path / "guided"), strict=True)):
+        mass = [[scores[row, line["item_ids"]].sum() for line in found] for found in (mine, other)]
+        assert mass[0] == pytest.approx(mass[1], rel=0.01), "the guide's say is a thousand times the model's"
+
+
+def test_a_finished_run_is_evaluated_on_further_splits_and_not_again(entry, tmp_path, capsys, monkeypatch):
+    assert entry(baseline, *flags(tmp_path, "popularity")) == 0
+    model = tmp_path / "popularity" / "model" / "model.safetensors"
+    written = model.stat().st_mtime_ns, (tmp_path / "popularity" / "eval" / "test" / "metrics.json").stat().st_mtime_ns
+    with pytest.raises(ValueError, match="holds a run already"):
+        entry(baseline, *flags(tmp_path, "popularity"))
+    capsys.readouterr()
+    assert entry(baseline, *flags(tmp_path, "popularity", "--resume", "auto", "--splits", "train", "test")) == 0
+    assert "12 rows of train" in (text := capsys.readouterr().out) and "rows of test" not in text
+    assert written == (model.stat().st_mtime_ns, (tmp_path / "popularity" / "eval" / "test" / "metrics.json").stat().st_mtime_ns)
+    with pytest.raises(ValueError, match="these settings differ: num_beams"):
+        entry(baseline, *flags(tmp_path, "popularity", "--resume", "auto", "--num_beams", 4))
+
+
+TRAINED = ["--ds_config", "ds_configs/zero1-fp32.json"]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--recommender", "gru4rec"], "gru4rec is trained: give --ds_config"),
+        (["--recommender", "popularity", "--dropout", 0.1], "--dropout has no effect on popularity"),
+        (["--recommender", "last-item-knn", "--loss", "bce"], "--loss has no effect on last-item-knn"),
+        ([*TRAINED, "--recommender", "lrurec", "--num_heads", 2], "--num_heads has no effect on lrurec"),
+        ([*TRAINED, "--recommender", "sasrec", "--num_heads", 3], "--hidden_size 50 is not divisible by --num_heads 3"),
+        ([*TRAINED, "--recommender", "sasrec", "--num_negatives", 3], "--num_negatives has no effect on --loss cross-entropy"),
+        ([*TRAINED, "--recommender", "sasrec", "--loss", "bpr-max"], "--num_negatives 2048 of --loss bpr-max: .* hold 8 items"),
+        ([*TRAINED, "--recommender", "sasrec", "--loss", "bce", "--num_negatives", 10], "--num_negatives 10 .* hold 9 items"),
+        ([*TRAINED, "--recommender", "sasrec", "--dropout", 1.0], r"--dropout must lie in \[0, 1\)"),
+        ([*TRAINED, "--recommender", "sasrec", "--hidden_size", 0], "--hidden_size must be at least 1"),
+        ([*TRAINED, "--recommender", "sasrec", "--global_batch_size", 12], "not a multiple of micro-batch 8"),
+        (["--recommender", "popularity", "--splits", "test", "test"], "--splits needs at least one and none twice"),
+        (["--recommender", "popularity", "--splits", "valid"], "row 4 of valid has an empty history"),
+        (["--recommender", "popularity", "--item_kind", "semantic-id"], "--item_kind semantic-id: item 0 has no such name"),
+    ],
+)
+def test_bad_input_is_refused_before_a_run_folder_is_made(entry, tmp_path, more, message):
+    with pytest.raises(ValueError, match=message):
+        entry(baseline, "--output_dir", tmp_path / "run", *SMALL, *more)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_recommender_or_loss_is_refused_with_the_known_ones(capsys):
+    for flag, known in (("--recommender", "sasrec"), ("--loss", "bpr-max")):
+        with pytest.raises(SystemExit):
+            parse(BaselineConfig, ["--dataset", "d", "--output_dir", "o", flag, "unknown"])
+        assert known in capsys.readouterr().err
+
+
+def test_presets_fill_in_what_is_not_given():
+    given = parse(
+        BaselineConfig, ["--dataset", "d", "--output_dir", "o", "--recommender", "sasrec", *TRAINED, "--dropout", "0.2"]
+    )
+    config = baseline.with_preset(given)
+    assert (config.hidden_size, config.num_layers, config.num_heads, config.dropout) == (50, 2, 1, 0.2)
+    assert (config.global_batch_size, config.learning_rate, config.num_negatives) == (128, 1e-3, None)
+    assert baseline.with_preset(dataclasses.replace(given, loss="bce")).num_negatives == 1

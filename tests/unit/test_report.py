@@ -1,0 +1,101 @@
+"""tools/report.py: from run folders to a report, the same report from what it keeps, and what it refuses."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import tiny_run
+from study_runs import TITLES, draw, sweep_row, write_run, write_sweep
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+
+import report  # noqa: E402
+
+METHODS = {"uniform": {"weighting": "uniform"}, "igd": {"weighting": "igd", "igd_beta": 0.1}}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder of four whole run folders, as `make demo` leaves two."""
+    source, folder = tiny_run.make(tmp_path_factory.mktemp("source"), TITLES), tmp_path_factory.mktemp("runs") / "demo"
+    for name, settings in METHODS.items():
+        for seed in range(2):
+            ranks = draw(np.random.default_rng([len(name), seed]))
+            write_run(folder / f"{name}-{seed}", source, settings | {"seed": seed}, ranks)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "cache")
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def refused(capsys, *words) -> str:
+    """The message of a call that must fail without a trace."""
+    assert report.main(list(map(str, words))) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.startswith("error: ") and "Traceback" not in said.err
+    return said.err
+
+
+def test_run_folders_to_a_report_and_the_same_again(made, tmp_path, capsys):
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert report.main([str(made), "-o", str(first), "--examples", "2"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 1 and said[0].endswith(f"figures: {first / 'index.html'}")
+    readme = (first / "README.md").read_text()
+    assert f"python tools/report.py {made} -o {first} --examples 2" in readme
+    for run in made.iterdir():
+        assert run.name in readme
+    test = [json.loads((made / f"igd-{seed}/eval/test/metrics.json").read_text())["alpha"] for seed in range(2)]
+    valid = [json.loads((made / f"igd-{seed}/eval/valid/metrics.json").read_text())["alpha"] for seed in range(2)]
+    best = [max(sorted(alphas), key=lambda alpha, of=alphas: of[alpha]["token_match"]["ndcg@10"]) for alphas in valid]
+    mean = np.mean([entries[alpha]["token_match"]["ndcg@10"] for entries, alpha in zip(test, best, strict=True)])
+    [line] = [line for line in (first / "tables" / "main-toy.md").read_text().splitlines() if line.startswith("| q | igd β=0.1")]
+    assert f"{mean:.4f} ±" in line
+    assert len(list((first / "figures").glob("*.svg"))) > 2
+    assert report.main([str(first / "data"), "-o", str(second)]) == 0
+    assert bytes_of(second) == bytes_of(first)
+    assert report.main([str(first / "data"), "-o", str(first)]) == 0  # in its own place
+    assert bytes_of(second) == bytes_of(first)
+    assert report.main([str(first / "data"), "-o", str(second), "--command", "make it"]) == 0
+    assert "```\nmake it\n```" in (second / "README.md").read_text()
+
+
+def test_a_sweep_with_rows_that_are_not_whole(made, tmp_path, capsys):
+    folder = shutil.copytree(made, tmp_path / "sweep", symlinks=True)
+    (folder / "igd-1" / "eval" / "test" / "metrics.json").write_text('{"alpha": ')
+    rows = [sweep_row("uniform-0"), sweep_row("uniform-1", seed=1), sweep_row("igd-0", method="igd β=0.1", group="i"),
+            sweep_row("igd-1", method="igd β=0.1", group="i", seed=1), sweep_row("gone", "failed", seed=2, error="KeyError: 'x'"),
+            sweep_row("large", "not run", backbone="llama")]  # fmt: skip
+    assert report.main([str(write_sweep(folder, rows)), "-o", str(tmp_path / "out"), "--command", "make it"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(" (")[0] for line in said[:-1]] == ["not whole: igd-1", "not whole: gone"]
+    assert "eval/test/metrics.json is not JSON" in said[0] and said[1] == "not whole: gone (failed): KeyError: 'x'"
+    readme = (tmp_path / "out" / "README.md").read_text()
+    assert "6: 3 finished, 1 unfinished, 1 failed, 1 not run" in readme and "**Budget.** little" in readme
+    assert "One seed" in readme and "make it" in readme
+
+
+def test_bad_input_is_an_error_that_says_what_to_do(made, tmp_path, capsys):
+    assert "holds no run folders" in refused(capsys, tmp_path / "nothing", "-o", tmp_path / "out")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("mine")
+    assert "holds no report, but thesis.tex" in refused(capsys, made, "-o", tmp_path / "full")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "study.json").write_text("{}")
+    assert "give it alone" in refused(capsys, made, tmp_path / "data", "-o", tmp_path / "out")
+    assert "holds no study" in refused(capsys, tmp_path / "data", "-o", tmp_path / "out")
+    other = shutil.copytree(made, tmp_path / "other", symlinks=True)
+    path = other / "igd-0" / "eval" / "test" / "metrics.json"
+    path.write_text(path.read_text().replace('"num_beams": 10', '"num_beams": 20'))
+    assert "num_beams" in refused(capsys, other, "-o", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,547 @@
+"""Sweeps: what a table expands to, what validation chooses, and what becomes of rows that fail, stop or run side by side."""
+
+import itertools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tools"))
+
+import _sweep_table  # noqa: E402
+import sweep  # noqa: E402
+
+FAKE = f"{sys.executable} {Path(__file__).parent / 'fake_entry.py'}"
+ENTRY = {"dataset": "toys", "backbone": "tiny", "weighting": "igd", "igd_beta": [0.1, 0.3], "seed": [0, 1]}
+U0, U1 = "toys-tiny-uniform-seed0", "toys-tiny-uniform-seed1"
+A0, A1, B0, B1 = [f"toys-tiny-igd-igd_beta{beta}-seed{seed}" for beta in (0.1, 0.3) for seed in (0, 1)]
+
+
+def table_of(folder: Path, **changes) -> dict:
+    """A table of one dataset and one backbone, whose files are there: uniform and two β, two seeds each."""
+    (folder / "data").mkdir(exist_ok=True)
+    (folder / "data" / "dataset.json").touch()
+    table = {
+        "name": "test",
+        "budget": "little",
+        "datasets": {"toys": str(folder / "data")},
+        "backbones": {"tiny": {"model_config": str(ROOT / "tools/models/qwen2-1m.json"), "tokenizer": "T/{dataset}"}},
+        "defaults": {"ds_config": str(ROOT / "ds_configs/zero1-fp32.json"), "frequency_beta": 0.9},
+        "evaluation": {"alpha": [0, 0.2], "num_rows": 50},
+        "select": ["igd_beta"],
+        "runs": [ENTRY | {"weighting": "uniform"}, ENTRY],
+    }
+    del table["runs"][0]["igd_beta"]
+    return table | changes
+
+
+def write(folder: Path, table: dict) -> str:
+    path = folder / "table.yaml"
+    path.write_text(yaml.safe_dump(table, sort_keys=False))
+    return str(path)
+
+
+def read(folder: Path, **changes) -> _sweep_table.Table:
+    return _sweep_table.read_table(write(folder, table_of(folder, **changes)))
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    """A table, a fake train.py and eval.py that follow a plan, and a function that runs the sweep."""
+    return World(tmp_path, monkeypatch)
+
+
+class World:
+    scores = {U0: 0.1, U1: 0.2, A0: 0.3, A1: 0.1, B0: 0.15, B1: 0.28}  # β = 0.3: 0.215, β = 0.1: 0.2
+
+    def __init__(self, folder: Path, monkeypatch):
+        self.folder, self.plan, self.runs = folder, folder / "plan", folder / "runs"
+        self.plan.mkdir()
+        monkeypatch.setenv("FAKE_PLAN", str(self.plan))
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        self.write()
+        (self.plan / "scores.json").write_text(json.dumps(self.scores))
+        monkeypatch.setattr(signal, "signal", lambda *_: None)  # pytest keeps its own handlers
+
+    def write(self, **changes) -> None:
+        self.table = write(self.folder, table_of(self.folder, **changes))
+
+    def order(self, row: str, part: str, what: str | None) -> None:
+        path = self.plan / f"{row}.{part}"
+        path.unlink() if what is None else path.write_text(what)
+
+    def run(self, *words) -> int:
+        return sweep.main([self.table, "--output", str(self.runs), "--launcher", FAKE, *words])
+
+    def calls(self) -> list[tuple[str, str]]:
+        path = self.plan / "calls.jsonl"
+        lines = path.read_text().splitlines() if path.is_file() else []
+        path.unlink(missing_ok=True)
+        self.last = [json.loads(line) for line in lines]
+        return [(call["row"], call["part"]) for call in self.last]
+
+    def rows(self) -> dict[str, dict]:
+        return {row["name"]: row for row in json.loads((self.runs / "sweep.json").read_text())["rows"]}
+
+    def states(self) -> dict[str, str]:
+        return {name: row["state"] for name, row in self.rows().items()}
+
+
+# What a table expands to
+
+
+def test_an_entry_is_the_product_of_its_lists(tmp_path):
+    entry = {"dataset": ["toys", "books"], "backbone": ["tiny", "big"], "weighting": "igd", "igd_beta": [0.1, 0.3, 1]}
+    entry |= {"epochs": 2, "seed": [0, 7]}
+    table = table_of(tmp_path, runs=[entry, ENTRY | {"seed": 3, "igd_beta": 0.5, "run": False}])
+    table["datasets"]["books"] = "other"
+    table["backbones"]["big"] = {"model_name_or_path": "M", "epochs": 9, "evaluation": {"length_penalty": 1}}
+    rows = _sweep_table.read_table(write(tmp_path, table)).rows
+    expected = list(itertools.product(entry["dataset"], entry["backbone"], [0.1, 0.3, 1.0], [0, 7])) + [("toys", "tiny", 0.5, 3)]
+    assert [(r.dataset, r.backbone, r.settings["igd_beta"], r.seed) for r in rows] == expected
+    assert [r.name for r in rows[-2:]] == ["books-big-igd-igd_beta1.0-epochs2-seed7", "toys-tiny-igd-igd_beta0.5-seed3"]
+    assert [r.run for r in rows] == [True] * 24 + [False]
+    assert rows[0].group == rows[1].group == "toys-tiny-igd-igd_beta0.1-epochs2" != rows[2].group
+    big, last = rows[6], rows[-1]
+    assert big.settings["epochs"] == 2 and big.evaluation == {"alpha": [0.0, 0.2], "num_rows": 50, "length_penalty": 1.0}
+    assert rows[0].settings["tokenizer"] == "T/toys" and rows[12].settings["dataset"] == "other"
+    assert "epochs" not in last.settings and last.config.epochs == 3 and "length_penalty" not in last.evaluation
+    assert "frequency_beta" not in last.settings  # a default that igd has no use for
+
+
+def test_defaults_reach_the_weightings_that_use_them(tmp_path):
+    entry = ENTRY | {"weighting": ["uniform", "frequency"], "seed": 0}
+    del entry["igd_beta"]
+    uniform, frequency = read(tmp_path, runs=[entry]).rows
+    assert frequency.settings["frequency_beta"] == 0.9 and "frequency_beta" not in uniform.settings
+    for row in (uniform, frequency):
+        row.check_inputs()
+    with_own = entry | {"weighting": "uniform", "frequency_beta": 0.5}
+    with pytest.raises(ValueError, match="toys-tiny-uniform-frequency_beta0.5-seed0: --frequency_beta 0.5 has no effect"):
+        read(tmp_path, runs=[with_own]).rows[0].check_inputs()
+
+
+def test_the_exact_search_is_where_it_is_asked_for(tmp_path):
+    runs = [ENTRY | {"seed": 0, "igd_beta": 0.1}, ENTRY | {"seed": 1, "igd_beta": 0.1, "exact": {"num_rows": 5}}]
+    without, asked = read(tmp_path, runs=runs).rows
+    assert without.exact is None and asked.exact == {"alpha": [0.0, 0.2], "num_rows": 5, "search": "exact"}
+    names = [done.parent.name for done, _ in sweep.steps(asked, tmp_path, 2)]
+    assert names == ["test", "test-exact"] and len(sweep.steps(without, tmp_path, 2)) == 1
+    _, words = sweep.steps(asked, tmp_path, 2)[1]
+    line = " ".join(words)
+    assert "--search exact" in line and "--num_rows 5 " in line and "--alpha " not in line
+    assert f"--alpha_from {tmp_path / asked.name / 'eval/valid'}" in line
+
+
+def test_baselines_are_evaluated_like_the_others(world):
+    world.write(
+        baseline={"ds_config": str(ROOT / "ds_configs/zero1-fp32.json"), "epochs": 5, "dropout": 0.4},
+        evaluation={"num_rows": 50, "num_beams": 12, "seed": 3},
+        select=["igd_beta", "hidden_size"],
+        runs=[
+            {"dataset": "toys", "recommender": "popularity", "seed": 0},
+            {"dataset": "toys", "recommender": "sasrec", "hidden_size": [8, 16], "seed": 0},
+        ],
+    )
+    names = ["toys-popularity-seed0", "toys-sasrec-hidden_size8-seed0", "toys-sasrec-hidden_size16-seed0"]
+    (world.plan / "scores.json").write_text(json.dumps(dict(zip(names, (0.1, 0.2, 0.3), strict=True))))
+    assert world.run() == 0
+    assert world.calls() == [(name, "valid") for name in names] + [(name, "test") for name in (names[0], names[2])]
+    flags = world.last[1]["flags"]
+    assert flags["dropout"] == ["0.4"] and "dropout" not in world.last[0]["flags"]  # popularity has none
+    assert world.last[1]["script"] == str(ROOT / "igd_ds/baseline.py") and flags["recommender"] == ["sasrec"]
+    assert (flags["num_rows"], flags["num_beams"], flags["rows_seed"], flags["epochs"]) == (["50"], ["12"], ["3"], ["5"])
+    assert flags["output_dir"] == [str(world.runs / names[1])] and flags["splits"] == ["valid"]
+    row = world.rows()[names[2]]
+    assert (row["backbone"], row["method"].split()[0], row["state"], row["chosen"]) == ("", "SASRec", "finished", True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"nmae": "x"}, "unknown key 'nmae', did you mean 'name'"),
+        ({"name": ""}, "name: expected a text"),
+        ({"runs": []}, "runs: expected a list, found \\[\\]"),
+        ({"runs": ["x"]}, "run 1: expected 'setting: value' lines, found 'x'"),
+        ({"runs": [ENTRY | {"igd_bta": 0.1}]}, "run 1: unknown setting 'igd_bta', did you mean 'igd_beta'"),
+        ({"runs": [ENTRY, ENTRY | {"backbone": "tinny"}]}, "run 2: backbone: unknown name 'tinny', did you mean 'tiny'"),
+        ({"runs": [ENTRY | {"dataset": ["toys", "toyz"]}]}, "run 1: dataset: unknown name 'toyz', did you mean 'toys'"),
+        ({"runs": [ENTRY | {"weighting": "idg"}]}, "run 1: weighting: unknown name 'idg', did you mean 'igd'"),
+        ({"runs": [{k: v for k, v in ENTRY.items() if k != "seed"}]}, "run 1: 'seed' is missing"),
+        ({"runs": [{k: v for k, v in ENTRY.items() if k != "backbone"}]}, "run 1: give either 'backbone'"),
+        ({"runs": [ENTRY | {"recommender": "sasrec"}]}, "run 1: give either 'backbone'"),
+        ({"runs": [{"dataset": "toys", "recommender": "sasrek", "seed": 0}]}, "'recommender' is one of .*; found 'sasrek'"),
+        ({"runs": [{"dataset": "toys", "recommender": "popularity", "seed": 0, "dropout": 0.1}]}, "--dropout has no effect on"),
+        ({"runs": [ENTRY | {"seed": []}]}, "run 1: the list of 'seed' is empty"),
+        ({"runs": [ENTRY | {"seed": ["0"]}]}, "run 1: 'seed' takes int, found '0'"),
+        ({"runs": [ENTRY | {"learning_rate": "1e-4"}]}, "write 1.0e-4"),
+        ({"runs": [ENTRY | {"epochs": 0}]}, "run 1: --epochs must be at least 1"),
+        ({"runs": [ENTRY | {"run": "no"}]}, "run 1: 'run' is true or false"),
+        ({"runs": [ENTRY | {"output_dir": "x"}]}, "run 1: 'output_dir' is what the sweep itself sets"),
+        ({"runs": [ENTRY | {"evaluation": {"aplha": [0]}}]}, "run 1: evaluation: unknown setting 'aplha', did you mean 'alpha'"),
+        ({"defaults": {"ds_confg": "x"}}, "defaults: unknown setting 'ds_confg', did you mean 'ds_config'"),
+        ({"defaults": {}}, "run 1: 'ds_config' is given neither there nor in what all rows share"),
+        ({"backbones": {"tiny": "qwen"}}, "backbone tiny: expected settings of train.py, found 'qwen'"),
+        ({"backbones": {"a/b": {}}}, "backbones: 'a/b' becomes part of folder names"),
+        ({"datasets": {"toys": ["a"]}}, "datasets: toys: expected a folder"),
+        ({"select": ["igd_betta"]}, "select: unknown setting 'igd_betta', did you mean 'igd_beta'"),
+        ({"select": ["seed"]}, "select: unknown setting 'seed'"),
+        ({"evaluation": {"alpha": [0, 1.5]}}, "run 1: evaluation: --alpha must lie in \\[0, 1\\], found 1.5"),
+        ({"evaluation": {"alpha": []}}, "run 1: evaluation: --alpha needs at least one value"),
+        ({"evaluation": {"alpha": [0.1]}}, "alpha \\[0.1\\] lacks 0"),
+        ({"evaluation": {"num_beams": 5}}, "lists of num_beams 5 have no ndcg@10"),
+        ({"evaluation": {"split": "test"}}, "evaluation: 'split' is what the sweep itself sets"),
+    ],
+)
+def test_bad_tables_are_named(tmp_path, capsys, change, message):
+    path = write(tmp_path, table_of(tmp_path, **change))
+    assert sweep.main([path, "--output", str(tmp_path / "runs")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {path}: ") and re.search(message, error), error
+    assert not (tmp_path / "runs").exists()
+
+
+def test_no_table_and_no_yaml(tmp_path):
+    with pytest.raises(ValueError, match="no table nowhere.yaml"):
+        _sweep_table.read_table("nowhere.yaml")
+    (tmp_path / "t.yaml").write_text("runs: [")
+    with pytest.raises(ValueError, match="t.yaml: not YAML .*line 1"):
+        _sweep_table.read_table(str(tmp_path / "t.yaml"))
+
+
+def test_rows_that_share_a_folder_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=f"two rows are called {A1}: they are the same run"):
+        read(tmp_path, runs=[ENTRY, ENTRY | {"igd_beta": 0.1, "seed": 1}])
+    with pytest.raises(ValueError, match=f"two rows are called {A0}: they differ in evaluation, which is not in the name"):
+        read(tmp_path, runs=[ENTRY, ENTRY | {"evaluation": {"num_rows": 9}}])
+    with pytest.raises(ValueError, match="prompta.yaml-seed0: they differ in prompt, which"):
+        read(tmp_path, runs=[ENTRY | {"igd_beta": 0.1, "prompt": ["x/a.yaml", "y/a.yaml"]}])
+
+
+# What validation chooses
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_choice_is_the_best_mean_of_each_family(tmp_path, seed):
+    """Against a search by hand over every (dataset, backbone, weighting, epochs)."""
+    random = np.random.default_rng(seed)
+    runs = [ENTRY | {"dataset": ["toys", "books"], "epochs": [1, 2], "igd_beta": [0.1, 0.3, 0.5]}]
+    runs += [ENTRY | {"weighting": "igd-linear", "run": False}, ENTRY | {"weighting": "igd-linear", "igd_beta": 0.7}]
+    table = table_of(tmp_path, runs=runs)
+    table["datasets"]["books"] = "other"
+    table = _sweep_table.read_table(write(tmp_path, table))
+    scores = {row.name: float(random.integers(0, 6)) for row in table.to_run}  # with ties
+    missing = table.to_run[random.integers(len(table.to_run))].name if seed % 2 else None
+    chosen = table.choose(scores | ({missing: None} if missing else {}))
+    best, undecided = {}, set()
+    for row in table.to_run:
+        family = (row.dataset, row.settings["weighting"], row.settings.get("epochs"))
+        if row.name == missing and row.settings["weighting"] != "igd-linear":  # which has one group: nothing to choose from
+            undecided.add(family)
+        total = sum(scores[other.name] for other in table.to_run if other.group == row.group)
+        if family not in best or total > best[family][0]:
+            best[family] = (total, row.group)
+    for row in table.to_run:
+        family = (row.dataset, row.settings["weighting"], row.settings.get("epochs"))
+        is_open = family in undecided or row.name == missing
+        assert chosen[row.name] == (None if is_open else best[family][1] == row.group)
+    assert set(chosen) == {row.name for row in table.rows if row.run}
+
+
+# Running
+
+
+def test_a_sweep_trains_chooses_and_tests(world):
+    assert world.run() == 0
+    calls = world.calls()
+    names = list(World.scores)
+    assert calls[:12] == [(name, part) for name in names for part in ("train", "valid")]
+    assert calls[12:] == [(name, "test") for name in (U0, U1, B0, B1)]  # the mean over seeds, not the best seed, which is A0
+    train, valid, test = world.last[4], world.last[5], world.last[-1]
+    assert train["script"] == str(ROOT / "igd_ds/train.py")
+    expected = {"igd_beta": ["0.1"], "seed": ["0"], "resume": ["auto"], "output_dir": [str(world.runs / A0)]}
+    assert expected.items() <= train["flags"].items() and train["flags"]["tokenizer"] == ["T/toys"]
+    assert valid["flags"]["alpha"] == ["0.0", "0.2"] and valid["flags"]["split"] == ["valid"]
+    assert valid["flags"]["model"] == [str(world.runs / A0 / "model")] and valid["flags"]["num_rows"] == ["50"]
+    assert test["flags"]["alpha_from"] == [str(world.runs / B1 / "eval/valid")] and "alpha" not in test["flags"]
+    rows = world.rows()
+    assert {name: row["chosen"] for name, row in rows.items()} == {U0: True, U1: True, A0: False, A1: False, B0: True, B1: True}
+    assert set(world.states().values()) == {"finished"} and not (world.runs / A0 / "eval/test").exists()
+    method = {"method": "igd β=0.3", "group": B0.removesuffix("-seed0"), "dataset": "toys", "backbone": "tiny", "seed": 0}
+    assert (method | {"state": "finished", "error": None}).items() <= rows[B0].items()
+    about = json.loads((world.runs / "sweep.json").read_text())
+    assert (about["version"], about["name"], about["table"], about["budget"]) == (1, "test", world.table, "little")
+    assert about["select"] == {"metric": "ndcg@10", "over": ["igd_beta"]}
+    assert world.run() == 0 and world.calls() == []  # finished rows are skipped
+
+
+def test_where_nothing_is_to_choose_a_row_is_tested_without_waiting_for_other_seeds(world):
+    world.order(U1, "train", "fail")
+    assert world.run() == 1
+    assert (U0, "test") in world.calls() and world.states()[U0] == "finished"
+
+
+def test_a_failed_row_is_listed_and_holds_up_its_family_only(world, capsys):
+    world.order(A1, "valid", "fail")
+    assert world.run() == 1
+    assert [call for call in world.calls() if call[1] == "test"] == [(U0, "test"), (U1, "test")]
+    assert world.states() == {U0: "finished", U1: "finished", A0: "waiting", A1: "failed", B0: "waiting", B1: "waiting"}
+    rows = world.rows()
+    assert rows[A1]["error"] == "ValueError: the model is broken" and rows[B0]["chosen"] is None
+    log = (world.runs / "logs" / f"{A1}.log").read_text()
+    assert "igd_ds/eval.py --alpha 0.0 0.2" in log and "ChildFailedError" in log
+    capsys.readouterr()
+    assert world.run("--list") == 0 and world.calls() == []
+    assert f"{A1}: ValueError: the model is broken" in capsys.readouterr().out
+    world.order(A1, "valid", None)
+    assert world.run() == 1 and world.calls() == []  # not run again without being asked
+    assert world.run("--retry") == 0
+    assert world.calls() == [(A1, "valid"), (B0, "test"), (B1, "test")]  # its training was done
+    assert set(world.states().values()) == {"finished"} and world.rows()[A1]["error"] is None
+
+
+def test_a_failed_candidate_can_be_left_out_on_record(world):
+    world.order(B1, "train", "fail")
+    assert world.run() == 1
+    runs = [ENTRY | {"igd_beta": 0.1}, ENTRY | {"igd_beta": 0.3, "run": False}]
+    world.write(runs=runs)
+    world.calls()
+    assert world.run() == 0
+    assert world.calls() == [(A0, "test"), (A1, "test")]
+    assert world.states() == {A0: "finished", A1: "finished", B0: "not run", B1: "not run"}
+
+
+def test_a_stopped_row_waits_and_is_resumed(world):
+    world.order(A0, "train", "stop")
+    assert world.run() == 85
+    assert world.states()[A0] == "waiting" and world.rows()[A0]["error"] is None
+    assert len(world.calls()) == 2 * 6 - 1 + 2  # the others go on
+    world.order(A0, "train", None)
+    assert world.run() == 0
+    assert world.calls() == [(A0, "train"), (A0, "valid"), (B0, "test"), (B1, "test")]
+    assert world.last[0]["flags"]["resume"] == ["auto"]
+
+
+@pytest.mark.parametrize(("sent", "received"), [("SIGTERM", 15), ("SIGINT", 15), ("SIGUSR1", 10)])
+def test_signals_reach_the_rows_and_end_the_sweep(world, sent, received):
+    world.order(U0, "train", "hang")
+    words = [world.table, "--output", str(world.runs), "--launcher", FAKE]
+    process = subprocess.Popen([sys.executable, str(ROOT / "tools/sweep.py"), *words], stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (world.plan / "hanging").exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    while world.states()[U0] != "running":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(getattr(signal, sent))
+    assert process.wait(timeout=30) == 85
+    assert (world.runs / U0 / f"saved-on-{received}").exists()
+    assert set(world.states().values()) == {"waiting"} and world.calls() == [(U0, "train")]  # no other row began
+
+
+def test_a_row_that_a_killed_sweep_left_is_told_from_one_that_runs(world):
+    table = _sweep_table.read_table(world.table)
+    row, attempt = table.rows[0], sweep.attempt_file(world.runs, table.rows[0])
+    attempt.parent.mkdir(parents=True)
+    process = psutil.Process()
+    running = {"state": "running", "host": sweep.socket.gethostname(), "pid": process.pid, "started": process.create_time()}
+    for change, state in [
+        ({}, "running"),
+        ({"started": 1.0}, "waiting"),
+        ({"pid": 2**22 - 1}, "waiting"),
+        ({"host": "x"}, "running"),
+    ]:
+        attempt.write_text(json.dumps(running | change))
+        assert sweep.survey(table, world.runs)[row.name].state == state
+    attempt.write_text(json.dumps(running))
+    assert world.run("--row", "0") == 2 and world.calls() == []
+    assert world.run() == 1 and (U0, "train") not in world.calls()  # the others are run
+
+
+def test_rows_run_side_by_side(world):
+    for name in (U0, U1):
+        world.order(name, "train", "meet")
+    assert world.run("--jobs", "2") == 0  # one alone would wait for ever
+    assert world.calls() and {call["gpu"] for call in world.last} == {None}
+
+
+def test_every_row_has_a_gpu_of_its_own(world, monkeypatch):
+    for name in (U0, U1):
+        world.order(name, "train", "meet")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,7")
+    assert world.run("--gpus", "2") == 0
+    world.calls()
+    assert {call["gpu"] for call in world.last if call["row"] in (U0, U1) and call["part"] == "train"} == {"3", "5"}
+    assert world.run("--gpus", "4") == 2 and world.run("--jobs", "0") == 2 and world.run("--launcher", "no-such-program") == 2
+
+
+def test_rows_one_by_one_as_in_an_array(world, capsys):
+    assert world.run("--count") == 0 and capsys.readouterr().out == "6\n"
+    for index in (4, 5, 2):
+        assert world.run("--row", str(index)) == 0
+    assert world.calls() == [(name, part) for name in (B0, B1, A0) for part in ("train", "valid")]
+    capsys.readouterr()
+    assert world.run("--test_row", "4") == 2
+    assert f"{B0}: validation cannot choose before all candidates have finished; missing: {A1}\n" in capsys.readouterr().err
+    world.order(A1, "train", "fail")
+    assert world.run("--row", "3") == 1 and world.run("--row", "3") == 2
+    assert "failed before (ValueError: the model is broken); --retry runs it again" in capsys.readouterr().err
+    world.order(A1, "train", None)
+    assert world.run("--row", "3", "--retry") == 0
+    world.calls()
+    assert [world.run("--test_row", str(index)) for index in (2, 3, 4, 5)] == [0] * 4
+    assert world.calls() == [(B0, "test"), (B1, "test")]
+    assert "did not choose it; nothing to do" in capsys.readouterr().out
+    assert world.run("--test_row", "4") == 0 and world.run("--row", "4") == 0 and world.calls() == []
+    world.order(U0, "train", "stop")
+    assert world.run("--row", "0") == 85
+    assert world.run("--row", "6") == 2
+    assert "has no row 6: 6 are to run, counted from 0" in capsys.readouterr().err
+
+
+# What is refused before anything starts
+
+
+def test_missing_files_are_refused_before_anything_starts(world, capsys):
+    for change, message in [
+        ({"datasets": {"toys": "nowhere"}}, f"{U0}: no dataset at nowhere"),
+        ({"defaults": {"ds_config": "no.json"}}, f"{U0}: ds_config: no file no.json"),
+        ({"runs": [ENTRY, ENTRY | {"weighting": "rank"}]}, "igd_beta 0.1 has no effect with --weighting rank"),
+    ]:
+        world.write(**change)
+        assert world.run() == 2 and message in capsys.readouterr().err
+    assert world.calls() == []
+
+
+def test_a_folder_of_another_sweep_is_refused(world, capsys):
+    world.runs.mkdir()
+    (world.runs / "something").touch()
+    assert world.run() == 2 and "is not empty and holds no sweep" in capsys.readouterr().err
+    (world.runs / "something").unlink()
+    assert world.run() == 0
+    world.write(name="other")
+    assert world.run() == 2 and "holds the sweep 'test'" in capsys.readouterr().err
+    world.write(defaults=table_of(world.folder)["defaults"] | {"epochs": 5}, evaluation={"alpha": [0], "num_rows": 50})
+    assert world.run("--list") == 2
+    assert f"{U0} was run with other settings, these differ: epochs, evaluation.alpha; undo it" in capsys.readouterr().err
+
+
+def test_test_is_touched_once(world, capsys):
+    assert world.run() == 0
+    world.write(runs=[ENTRY, ENTRY | {"igd_beta": 0.5}])  # one more candidate, once the test rows have been seen
+    assert world.run() == 2
+    assert f"{B0} was tested already" in capsys.readouterr().err
+    world.write(runs=[ENTRY, ENTRY | {"igd_beta": 0.5, "epochs": 1}])  # a family of its own
+    scores = World.scores | {f"toys-tiny-igd-igd_beta0.5-epochs1-seed{seed}": 0.0 for seed in (0, 1)}
+    (world.plan / "scores.json").write_text(json.dumps(scores))
+    assert world.run() == 0
+
+
+def test_a_metric_that_is_no_number_fails_the_row(world):
+    (world.plan / "scores.json").write_text(json.dumps(World.scores | {U1: float("nan")}))
+    assert world.run() == 1
+    assert world.states()[U1] == "failed" and "no ndcg@10 at α = 0 that is a number" in world.rows()[U1]["error"]
+    assert world.rows()[U0]["chosen"] is None
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "expected"),
+    [
+        ("step 1\nerror: --epochs must be at least 1\n", 2, "error: --epochs must be at least 1"),
+        ("Traceback\n  x\nKeyError: 'a'\nW1 torch\nsubprocess.CalledProcessError: died\n", 1, "KeyError: 'a'"),
+        ("[rank1]: torch.OutOfMemoryError: CUDA out\nclosing\n", 1, "[rank1]: torch.OutOfMemoryError: CUDA out"),
+        ("10%|#\r20%|##\rsegfault\n\n", 139, "segfault"),
+        ("working\n", -9, "killed by SIGKILL; working"),
+        ("", 3, "exit code 3, without a word"),
+    ],
+)
+def test_the_last_error(text, code, expected):
+    assert sweep.last_error(text, code) == expected
+
+
+# The checked-in tables
+
+
+BETAS, FIVE = 8, 5
+COUNTS = {
+    "igd-main": 4 * 2 + 4 * 3 * 3 + 4 * 2 * (1 + 2 + 2 * 2 + BETAS) * 3 + 4 * 9 * 3 + 4 * (1 + BETAS) + (1 + BETAS),
+    "mtc-main": 4 * 2 + 4 * FIVE * (3 + 1 + 4 + 2 + 2 * 2 + BETAS + 5 + 1),
+    "mtc-ablation": 3 * FIVE * (1 + 3 + 2 * 5 + 2),
+    "mtc-pq": 3 * FIVE * (1 + 5),
+    "demo": 6,
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_the_checked_in_tables_expand_to_runs_that_could_start(name, tmp_path, monkeypatch):
+    table = _sweep_table.read_table(str(ROOT / "tools" / "sweeps" / f"{name}.yaml"))
+    assert table.name == name and len(table.rows) == len(table.to_run) == COUNTS[name]
+    monkeypatch.chdir(tmp_path)
+    for folder in ("ds_configs", "tools"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    for row in table.rows:
+        for path in (row.settings["dataset"], row.settings.get("item_embeddings")):
+            if path:
+                (tmp_path / path).mkdir(parents=True, exist_ok=True)
+                (tmp_path / path / "dataset.json").touch()
+    for row in table.rows:
+        row.check_inputs()
+    chosen = table.choose({row.name: 0.0 for row in table.rows})
+    groups = {(row.family, row.group) for row in table.rows if chosen[row.name]}
+    assert len(groups) == len({row.family for row in table.rows})  # one group of each family
+
+
+def test_every_checked_in_table_is_expanded_here():
+    assert {path.stem for path in (ROOT / "tools/sweeps").glob("*.yaml")} - {"cpu"} == set(COUNTS)
+
+
+# The real train.py and eval.py
+
+
+def test_a_real_sweep(tmp_path):
+    import prepare_data
+    import train_tokenizer
+
+    data, tokenizer = str(tmp_path / "data"), str(tmp_path / "tokenizer")
+    prepare_data.main(["--source", "synthetic", "--num_items", "60", "--num_users", "80", "--protocol", "d3", "--k_core", "0",
+                       "--min_items", "1", "--output", data])  # fmt: skip
+    train_tokenizer.main(["--dataset", data, "--vocab_size", "400", "--output", tokenizer])
+    model = json.loads((ROOT / "tools/models/qwen2-demo.json").read_text()) | {"vocab_size": 400, "hidden_size": 32}
+    (tmp_path / "model.json").write_text(json.dumps(model | {"intermediate_size": 64}))
+    table = table_of(tmp_path, datasets={"toys": data}, backbones={"tiny": {"model_config": str(tmp_path / "model.json")}})
+    table["defaults"] |= {"tokenizer": tokenizer, "global_batch_size": 8, "max_steps": 4, "max_length": 160}
+    table["evaluation"] = {"alpha": [0, 0.4], "num_rows": 12}
+    table["runs"] = [ENTRY | {"seed": 0}, {"dataset": "toys", "recommender": "popularity", "seed": 0}]
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, str(ROOT / "tools/sweep.py"), write(tmp_path, table), "--output", str(tmp_path / "runs")]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = {row["name"]: row for row in json.loads((tmp_path / "runs/sweep.json").read_text())["rows"]}
+    popularity = "toys-popularity-seed0"
+    assert [(name, row["state"]) for name, row in rows.items()] == [(name, "finished") for name in (A0, B0, popularity)]
+    assert json.loads((tmp_path / "runs" / popularity / "eval/test/metrics.json").read_text())["rows"] == 12
+    del rows[popularity]
+    valid = {}
+    for name in rows:
+        settings = yaml.safe_load((tmp_path / "runs" / name / "config.yaml").read_text())
+        assert rows[name]["settings"].items() <= settings.items()
+        valid[name] = json.loads((tmp_path / "runs" / name / "eval/valid/metrics.json").read_text())["alpha"]
+        assert set(valid[name]) == {"0.0", "0.4"}
+    ndcg = {name: alphas["0.0"]["token_match"]["ndcg@10"] for name, alphas in valid.items()}
+    chosen = max(sorted(ndcg), key=ndcg.get)
+    assert [name for name in rows if rows[name]["chosen"]] == [chosen]
+    test = json.loads((tmp_path / "runs" / chosen / "eval/test/metrics.json").read_text())
+    best = max(("0.0", "0.4"), key=lambda alpha: valid[chosen][alpha]["token_match"]["ndcg@10"])
+    assert test["split"] == "test" and test["rows"] == 12 and set(test["alpha"]) == {"0.0", best}
+    assert {path.parents[1].name for path in (tmp_path / "runs").glob("*/eval/test")} == {chosen, popularity}

@@ -1,0 +1,298 @@
+"""Tables from figures made by hand: what is averaged, marked, left out, and how it is written."""
+
+import csv
+import io
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from igd_ds.report import significance, tables
+from igd_ds.report.layout import Cell, Table
+from igd_ds.report.study import Run, Study
+
+DECILES = [0.1] * 10
+
+
+def entry(value: float, **more) -> dict:
+    """Figures of an α whose NDCG@10 is `value`, NDCG@5 half and HR twice of it."""
+    match = {"ndcg@5": value / 2, "ndcg@10": value, "hr@5": value * 1.5, "hr@10": value * 2}
+    found = {"token_match": match, "first_token_repetition": 0.5, "score_entropy_bits": 2.5, "coverage": 0.3, "gini_index": 0.8}
+    return found | {"cold_share_of_listed": 0.01, "popularity_deciles": DECILES} | more
+
+
+def make_run(method: str, seed: int, valid: dict[str, float], test: dict[str, float] | None, **changes) -> Run:
+    """A run with NDCG@10 by α; a run without test is a candidate that was not chosen."""
+    settings = {"weighting": method.split()[0]}
+    settings |= {"igd_beta": float(method.split("β=")[1])} if "β=" in method else {}
+    common = {"rows": 4, "popularity_baseline": {"ndcg@10": 0.01, "hr@10": 0.02}, "target_popularity_deciles": DECILES}
+    run = Run(
+        name=f"{method}-{seed}", dataset="toys", backbone="qwen", method=method, group=method, seed=seed,
+        state="no test" if test is None else "finished", family=method.split()[0], settings=settings,
+        valid=common | {"alpha": {alpha: entry(value) for alpha, value in valid.items()}},
+        test=None if test is None else common | {"alpha": {alpha: entry(value) for alpha, value in test.items()}},
+        seconds=1800.0, eval_seconds=360.0,
+    )  # fmt: skip
+    return replace(run, **changes)
+
+
+def make_study() -> Study:
+    """Two seeds each of: the baseline, three β of which 0.2 was chosen, another form, a recommender that does not generate."""
+    runs = []
+    for seed, shift in ((0, -0.01), (1, 0.01)):
+        runs += [
+            make_run("uniform", seed, {"0.0": 0.20 + shift, "0.1": 0.19}, {"0.0": 0.20 + shift}),
+            make_run("igd β=0.1", seed, {"0.0": 0.19 + shift, "0.1": 0.1}, None),
+            make_run("igd β=0.2", seed, {"0.0": 0.26 + shift, "0.1": 0.3}, {"0.0": 0.25 + shift, "0.1": 0.30 + shift}),
+            make_run("igd β=0.3", seed, {"0.0": 0.22 + shift, "0.1": 0.1}, None),
+            make_run("igd-linear β=0.4", seed, {"0.0": 0.23 + shift, "0.1": 0.1}, {"0.0": 0.22 + shift}),
+            make_run("SASRec", seed, {"0.0": 0.1}, {"0.0": 0.28 + shift}, backbone="", settings={"recommender": "sasrec"}),
+        ]
+    return Study("s", "two seeds", runs)
+
+
+def table(study: Study, name: str) -> Table:
+    (found,) = [table for table in tables.all_tables(study) if table.name == name]
+    return found
+
+
+def text(found: Table) -> list[list[str]]:
+    return [[cell.text for cell in row] for row in found.rows]
+
+
+def test_main_results():
+    found = table(make_study(), "main-toys")
+    assert found.columns == ["Model", "Method", "α", "Seeds", "NDCG@5", "NDCG@10", "HR@5", "HR@10"]
+    lines = text(found)
+    assert [line[:4] for line in lines] == [
+        ["baseline", "popularity (expected)", "", "–"], ["baseline", "SASRec", "", "2"], ["qwen", "uniform", "0", "2"],
+        ["qwen", "igd β=0.2", "0.1", "2"], ["qwen", "igd-linear β=0.4", "0", "2"], ["qwen", "improvement of igd β=0.2", "", "–"],
+    ]  # fmt: skip
+    sd = f"{0.02 / np.sqrt(2):.4f}"  # of 0.29 and 0.31
+    assert lines[3][5] == f"0.3000 ± {sd}" and lines[1][5] == f"0.2800 ± {sd}" and lines[0][4:] == ["–", "0.0100", "–", "0.0200"]
+    assert [row[5].mark for row in found.rows] == ["", "second", "", "best", "", ""]
+    assert lines[5][4:] == ["+50.00%"] * 4  # 0.3 over 0.2
+
+
+def test_the_star_is_on_what_the_corrected_test_finds(monkeypatch):
+    study = make_study()
+    compared = significance.compare(study, "toys")
+    assert [c.method for c in compared] == ["igd β=0.2", "igd-linear β=0.4"]
+    changed = [replace(compared[0], users_holm=0.04), replace(compared[1], users_holm=0.06)]
+    monkeypatch.setattr(significance, "compare", lambda *_: changed)
+    stars = {row[1].text: [cell.star for cell in row[4:]] for row in table(study, "main-toys").rows}
+    assert stars.pop("igd β=0.2") == [False, True, False, False] and not any(map(any, stars.values()))
+
+
+def test_runs_that_are_not_whole_are_never_averaged_in():
+    study = make_study()
+    runs = [replace(run, state="unfinished", note="NaN") if run.name == "igd β=0.2-1" else run for run in study.runs]
+    found = table(replace(study, runs=runs), "main-toys")
+    assert text(found)[3][:6] == ["qwen", "igd β=0.2", "0.1", "1", "0.1450", "0.2900"]  # no deviation of one seed
+    assert found.notes == [
+        "qwen, igd β=0.2: mean of 1 of 2 runs (seed 1 unfinished).",
+        "One seed: no deviation and no test for igd β=0.2.",
+    ]
+    tests = table(replace(study, runs=runs), "significance-toys")
+    assert [row[1].text for row in tests.rows] == ["igd-linear β=0.4"]
+    assert tests.notes[-1] == "No test, for want of two seeds in common with uniform: igd β=0.2."
+
+
+def test_the_tests_say_what_so_few_seeds_can_show():
+    found = table(make_study(), "significance-toys")
+    assert found.notes == ["With 2 seeds per method Mann–Whitney's p is at least 0.3333 before correction."]
+    line = dict(zip(found.columns, text(found)[0], strict=True))
+    assert (line["Improvement"], line["p seeds"], line["p seeds, Holm"]) == ("+50.00%", "0.3333", "0.6667")
+    assert (line["p users"], line["95 % interval"]) == ("–", "")  # no ranks
+
+
+def test_selection_is_shown_and_checked():
+    study = make_study()
+    found = table(study, "selection")
+    assert [(row[1].text, row[3].text, row[4].text[:6], row[4].mark) for row in found.rows] == [
+        ("igd β=0.1", "", "0.1900", ""), ("igd β=0.2", "yes", "0.2600", "best"), ("igd β=0.3", "", "0.2200", "second"),
+    ]  # fmt: skip
+    assert found.notes == []
+    tested = [replace(run, state="finished", test=run.valid) if run.method == "igd β=0.3" else run for run in study.runs]
+    note = "toys, qwen: tested igd β=0.3, validation prefers igd β=0.2."
+    assert table(replace(study, runs=tested), "selection").notes == [note]
+
+
+def test_beta_sensitivity_and_its_effective_range():
+    found = table(make_study(), "beta")
+    assert [(row[1].text, row[2].text, row[4].text[:6]) for row in found.rows] == [
+        ("uniform", "–", "0.2000"), ("igd", "0.1", "0.1900"), ("igd", "0.2", "0.2600"), ("igd", "0.3", "0.2200"),
+    ]  # fmt: skip
+    assert found.notes == ["toys, qwen, igd: effective β: 0.2, 0.3."]
+
+
+def test_ablation_of_igd():
+    found = table(make_study(), "ablation-igd")
+    assert [(row[1].text, row[3].text[:6]) for row in found.rows] == [
+        ("igd β=0.2", "0.3000"), ("w/o w_d (α = 0)", "0.2500"), ("w/o w_t (uniform)", "0.2000"), ("w/o both", "0.2000"),
+    ]  # fmt: skip
+
+
+def test_linear_and_binary_weights_are_compared_at_alpha_0():
+    found = table(make_study(), "linear-binary")
+    assert [cell.text[:6] for cell in found.rows[1]] == ["toys, ", "NDCG@1", "0.4", "0.2", "0.2000", "0.2200", "0.2500"]
+    assert [cell.mark for cell in found.rows[1]][4:] == ["", "", "best"]
+
+
+def test_the_alpha_grid_of_validation():
+    study = make_study()
+    for run in study.runs:
+        for alpha, figures in run.valid["alpha"].items():
+            figures["first_token_repetition"] = 0.5 - float(alpha)
+    found = table(study, "alpha")
+    lines = [row for row in found.rows if row[1].text == "igd β=0.2"]
+    assert [(row[2].text, row[3].text, row[5].text[:6]) for row in lines] == [
+        ("0", "0.500 ± 0.000", "0.2600"), ("0.1", "0.400 ± 0.000", "0.3000"),
+    ]  # fmt: skip
+    assert [row[3].mark for row in lines] == ["second", "best"]  # less repetition is better
+    assert "SASRec" not in {row[1].text for row in found.rows}
+
+
+def test_groups_are_weighted_means_over_rows():
+    known = {
+        "head": np.array([1.0, 0.5, 0.0, 0.5]),
+        "cold": np.array([False, False, True, False]),
+        "history": np.array([1, 5, 6, 10]),
+    }
+    study, ranks = make_study(), np.array([1, 0, 3, 1], np.int32)  # NDCG 1, 0, 0.5, 1
+    run = replace(study.runs[0], ranks={"test": (np.arange(4, dtype=np.int32), ranks)})
+    found = table(replace(study, runs=[run], rows={"toys": {"test": known}}), "groups-toys")
+    assert found.columns == ["Model", "Method", "head", "tail", "warm", "cold", "history 1–5", "history 6–10"]
+    assert text(found)[0][2:] == ["2", "2", "3", "1", "2", "2"]
+    assert [cell.value for cell in found.rows[1][2:]] == pytest.approx([1.5 / 2, 1.0 / 2, 2 / 3, 0.5, 0.5, 0.75])
+
+
+def test_mtc_ablation_relaxed_match_and_quantizers():
+    runs, level = [], 0.2
+    for dataset in ("rq data", "pq data"):
+        for method in ("uniform", "frequency", "multi-target", "multi-target + curriculum cT=2"):
+            level += 0.01
+            run = make_run(method, 0, {"0.0": level}, {"0.0": level}, dataset=dataset)
+            run.test["alpha"]["0.0"]["relaxed_match"] = {"1": {"ndcg@5": 0.4}, "2": {"ndcg@5": 0.3}}
+            runs.append(run)
+    catalogue = {"kind": "semantic-id", "filtering_ratio": [0.9, 0.5], "zero_ig_share": 0.0}
+    catalogue |= dict.fromkeys(("items", "train_rows", "valid_rows", "test_rows", "target_tokens", "zero_ig_tokens"), 1234)
+    made_by = {
+        "rq data": catalogue | {"quantizer": "rq-vae"},
+        "pq data": catalogue | {"quantizer": "pq", "filtering_ratio": [0.7]},
+    }
+    study = Study("s", "", runs, made_by)
+    ablation = [(row[0].text, row[1].text, row[3].text) for row in table(study, "ablation-mtc").rows]
+    assert ablation[:4] == [
+        ("rq data, qwen", "uniform", "0.2100"), ("rq data, qwen", "frequency", "0.2200"),
+        ("rq data, qwen", "multi-target", "0.2300"), ("rq data, qwen", "multi-target + curriculum cT=2", "0.2400"),
+    ]  # fmt: skip
+    relaxed = table(study, "relaxed-rq-data")
+    assert relaxed.columns[2:] == ["top-1", "top-2", "whole ID"] and text(relaxed)[0][2:] == ["0.4000", "0.3000", "0.1050"]
+    quantizers = [[cell.text for cell in row[1:5]] for row in table(study, "quantizers").rows]
+    assert quantizers[:2] == [
+        ["rq-vae", "uniform", "0.1050", "0.2100"],
+        ["rq-vae", "multi-target + curriculum cT=2", "0.1200", "0.2400"],
+    ]
+    assert quantizers[2] == ["rq-vae", "improvement", "+14.29%", "+14.29%"] and quantizers[3][0] == "pq"
+    assert text(table(study, "filtering-ratio")) == [["rq data", "90.00%", "50.00%"], ["pq data", "70.00%", "–"]]
+    assert text(table(study, "statistics"))[0][2:] == ["1,234"] * 6 + ["0.00%"]
+
+
+def test_backbones_side_by_side():
+    runs = [replace(run, backbone="llama", name=f"l{run.name}") for run in make_study().runs if not run.is_baseline]
+    found = table(replace(make_study(), runs=[*make_study().runs, *runs]), "backbones")
+    assert [(row[1].text, row[2].text) for row in found.rows] == [
+        (backbone, method) for backbone in ("qwen", "llama") for method in ("uniform", "igd β=0.2", "improvement")
+    ]
+
+
+def test_beam_beside_exact():
+    study = make_study()
+    missed = ({"1": 0.0, "10": 2.0}, {"1": 0.5, "10": 4.0})
+    exact = [{"rows": 3, "alpha": {"0.0": entry(0.3, proof_share=0.5, beam=entry(0.2, missed_of_true_top=m))}} for m in missed]
+    runs = [replace(run, exact=exact[run.seed]) if run.method == "igd β=0.2" else run for run in study.runs]
+    found = table(replace(study, runs=runs), "beam-exact")
+    line = dict(zip(found.columns, [cell.value for cell in found.rows[0]], strict=True))
+    assert (line["α"], line["Rows"], line["NDCG@10 beam"], line["NDCG@10 exact"]) == (
+        "0",
+        3,
+        0.2,
+        0.3,
+    )  # 0.1, the chosen one, is not there
+    assert (line["HR@10 beam"], line["HR@10 exact"], line["Proven"]) == (0.4, 0.6, 0.5)
+    assert (line["Missed of top 1"], line["Missed of the list"]) == (0.25, 3.0)
+
+
+def test_all_runs_with_states_and_cost():
+    study = make_study()
+    failed = replace(study.runs[0], name="f", state="failed", note="out of memory", valid=None, test=None, seconds=None)
+    found = table(replace(study, runs=[*study.runs, failed]), "runs")
+    assert "two seeds" in found.caption and len(found.rows) == 13
+    line = dict(zip(found.columns, text(found)[-1], strict=True))
+    assert (line["State"], line["Note"], line["α"], line["Training (s)"]) == ("failed", "out of memory", "", "–")
+    assert found.notes == [
+        "Total cost: 7.30 hours of wall time: 6.00 training, 1.30 searching.", "Runs: 8 finished, 4 no test, 1 failed.",
+        "The training time of 1 of 13 runs that were started is not recorded.",
+    ]  # fmt: skip
+
+
+def test_examples_mark_the_target():
+    example = {"dataset": "toys", "backbone": "qwen", "row": 7, "history": ["a", "b|c"], "target": "x_y"}
+    found = table(
+        replace(make_study(), examples=[example | {"lists": {"uniform": ["d"], "igd β=0.2": ["e", "x_y"]}}]),
+        "example-toys-qwen-7",
+    )
+    assert text(found) == [["uniform", "d", ""], ["igd β=0.2", "e", "x_y"]]
+    assert found.rows[1][2].mark == "best" and "a; b|c" in found.caption and r"b\|c" in found.markdown()
+
+
+def test_an_older_version_without_a_figure_leaves_its_cell_empty():
+    study = make_study()
+    for entry_ in study.runs[0].test["alpha"].values():
+        del entry_["gini_index"], entry_["popularity_deciles"]
+    lines = {line[1]: line for line in text(table(study, "diversity-toys"))}
+    assert lines["uniform"][3] == "–" and lines["uniform"][5:] == ["–"] * 10 and lines["igd β=0.2"][3] == "0.8000 ± 0.0000"
+
+
+def test_an_empty_study_has_its_list_of_runs_alone():
+    waiting = replace(make_run("uniform", 0, {"0.0": 0.1}, None), state="unfinished", valid=None)
+    assert [found.name for found in tables.all_tables(Study("s", "", [waiting]))] == ["runs"]
+    assert tables.all_tables(Study("s", "", [])) == []
+
+
+SMALL = Table(
+    "small", "A & B", "50 % of β_1", ["Method", "NDCG@10"],
+    [
+        [Cell("a|b_c"), Cell(0.123456789, 0.01, mark="best", star=True)], [Cell("d"), Cell(None)],
+        [Cell("e"), Cell(0.1, mark="second")],
+    ],
+    ["x < y"],
+)  # fmt: skip
+
+
+def test_markdown():
+    assert SMALL.markdown() == (
+        "### A & B\n\n50 % of β\\_1\n\n| Method | NDCG@10 |\n| --- | --- |\n| a\\|b\\_c | **0.1235 ± 0.0100 \\*** |\n| d | – |\n"
+        "| e | <u>0.1000</u> |\n\n* x \\< y\n"
+    )
+
+
+def test_csv_has_every_digit():
+    assert list(csv.reader(io.StringIO(SMALL.csv()))) == [
+        ["Method", "NDCG@10", "NDCG@10 sd"], ["a|b_c", "0.123456789", "0.01"], ["d", "", ""], ["e", "0.1", ""],
+    ]  # fmt: skip
+
+
+def test_latex():
+    assert SMALL.latex() == "\n".join([
+        r"\begin{table}", r"\centering", r"\caption{A \& B. 50 \% of $\beta$\_1 x \textless{} y}",
+        r"\label{tab:small}", r"\begin{tabular}{lr}", r"\toprule", r"Method & NDCG@10 \\", r"\midrule",
+        r"a\textbar{}b\_c & \textbf{0.1235 $\pm$ 0.0100 *} \\", r"d & -- \\", r"e & \underline{0.1000} \\",
+        r"\bottomrule", r"\end{tabular}", r"\end{table}", "",
+    ])  # fmt: skip
+
+
+def test_a_row_of_another_length_is_a_mistake():
+    with pytest.raises(AssertionError, match="small: a row"):
+        replace(SMALL, rows=[[Cell("a")]])

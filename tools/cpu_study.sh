@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# The published study, from the data on: datasets, item embeddings, semantic IDs, tokenizers, then every row of tools/sweeps/cpu.yaml and the
+# report docs/results/cpu-study. CPU is enough: 12 CPU-hours at most. Resumable: start it again; --jobs is the number of cores.
+#   tools/cpu_study.sh ../shared/data [JOBS]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source="$1" jobs="${2:-2}" out=runs/cpu
+export OMP_NUM_THREADS=1
+
+dataset() {  # NAME DOMAIN flags of prepare_data.py
+    python tools/prepare_data.py --source sequences --input "$source/$1" --protocol leave-one-out --name "$1" --domain "$2" \
+        --output "$out/$1/data" "${@:3}"
+}
+codes() {  # DATASET: a vocabulary of its semantic IDs
+    python tools/train_tokenizer.py --dataset "$out/$1/data" --codes_only --output "$out/$1/tokenizer"
+}
+
+dataset instruments "musical instruments" --max_history 20
+python tools/embed_items.py --dataset "$out/instruments/data" --cooccurrence 64 --output "$out/instruments/embeddings"
+codes instruments
+
+dataset industrial "industrial and scientific products" --max_history 20
+python tools/embed_items.py --dataset "$out/industrial/data" --model minilm --output "$out/industrial/embeddings"
+python tools/train_tokenizer.py --dataset "$out/industrial/data" --vocab_size 4096 --output "$out/industrial/tokenizer"
+for quantizer in rq-vae pq; do
+    ids="industrial-${quantizer%-vae}" flags=()
+    [ "$quantizer" = rq-vae ] && flags=(--epochs 200 --batch_size 256 --hidden 512 256 128 64)
+    python tools/train_semantic_ids.py --dataset "$out/industrial/data" --embeddings "$out/industrial/embeddings" \
+        --quantizer "$quantizer" "${flags[@]}" --output "$out/$ids/data"
+    codes "$ids"
+    ln -sfn ../industrial/embeddings "$out/$ids/embeddings"
+done
+
+dataset books-small books --max_history 5 --num_users 8000 --seed 0
+python tools/train_tokenizer.py --dataset "$out/books-small/data" --vocab_size 8192 --output "$out/books-small/tokenizer"
+
+python tools/sweep.py tools/sweeps/cpu.yaml --output "$out/runs" --jobs "$jobs"
+python tools/report.py "$out/runs" -o docs/results/cpu-study --examples 0 --command "bash tools/cpu_study.sh ../shared/data"

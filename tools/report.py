@@ -1,0 +1,55 @@
+"""Make the report of some runs: both papers' tables and figures with statistics, as one page, Markdown, CSV, LaTeX, PNG and SVG.
+
+    python tools/report.py runs/demo -o runs/demo-report
+    python tools/report.py REPORT/data -o REPORT2    # the same report again, from the numbers that a report keeps
+
+Runs that are not whole are listed with the reason and left out of every mean.
+"""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+from igd_ds.report.folders import read_runs
+from igd_ds.report.pages import check_folder, left_out, render
+from igd_ds.report.study import Study, load
+
+
+def read(folders: list[Path], examples: int) -> tuple[Study, bool]:
+    """Return the study of some folders, and whether it was stored; ValueError for a stored one among others."""
+    stored = [folder for folder in folders if (folder / "study.json").is_file()]
+    if stored and len(folders) > 1:
+        raise ValueError(f"{stored[0]} is the stored study of a report: give it alone, or the runs that it is made of")
+    return (load(folders[0]), True) if stored else (read_runs(folders, examples), False)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Read, write, say what is where and what was left out."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "runs", nargs="+", type=Path, help="sweeps, run folders, folders of those; or the folder data of a report"
+    )
+    parser.add_argument(
+        "-o", "--output", required=True, type=Path, help="folder of the report: new, empty, or a report to replace"
+    )
+    parser.add_argument("--examples", type=int, default=5, help="rows per dataset and backbone whose lists are shown; default: 5")
+    parser.add_argument("--command", default="", help="line that makes runs and report, printed in it; default: this one")
+    arguments = parser.parse_args(argv)
+    try:
+        check_folder(arguments.output)
+        study, is_stored = read(arguments.runs, arguments.examples)
+        command = arguments.command or ("" if is_stored else shlex.join(["python", "tools/report.py", *argv]))
+        tables, figures = render(study, arguments.output, command)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for run in left_out(study):
+        print(f"not whole: {run.name} ({run.state}){': ' * bool(run.note)}{run.note}")
+    print(f"{tables} tables and {figures} figures: {arguments.output / 'index.html'}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
