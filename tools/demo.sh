@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# make demo: generated data → tokenizer → two trainings (β = 1: the baseline; β = 0.1: IGD) → α chosen on validation → test table.
+# make demo: generated data → tokenizer → two trainings (β = 1: the baseline; β = 0.1: IGD) → α chosen on validation → test table and report.
 # Two DeepSpeed ranks, on CPU or on two GPUs; one rank where there is a single GPU. Leaves runs/demo.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -25,5 +25,5 @@ for run in uniform igd; do
     deepspeed --log_level warning --num_accelerators "$ranks" igd_ds/eval.py --model "$out/$run/model" --dataset "$out/data" --split test \
         --num_rows 800 --alpha_from "$out/$run/eval/valid" --batch_size 32 --output_dir "$out/$run/eval/test"
 done
-python tools/compare.py "$out/uniform" "$out/igd"
+python tools/report.py "$out/uniform" "$out/igd" -o "$out/report"
 echo "TensorBoard: .venv/bin/tensorboard --logdir $out"

@@ -3,7 +3,7 @@
     python tools/report.py runs/demo -o runs/demo-report
     python tools/report.py REPORT/data -o REPORT2    # the same report again, from the numbers that a report keeps
 
-Runs that are not whole are listed with the reason and left out of every mean.
+The main results are printed too. Runs that are not whole are listed with the reason and left out of every mean.
 """
 
 import argparse
@@ -45,9 +45,12 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    for table in tables:
+        if table.name.startswith("main-"):
+            print(table.plain())
     for run in left_out(study):
         print(f"not whole: {run.name} ({run.state}){': ' * bool(run.note)}{run.note}")
-    print(f"{tables} tables and {figures} figures: {arguments.output / 'index.html'}")
+    print(f"{len(tables)} tables and {len(figures)} figures: {arguments.output / 'index.html'}")
     return 0
 
 

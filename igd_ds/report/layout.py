@@ -1,4 +1,4 @@
-"""Tables and the forms they are written in: Markdown, CSV with every digit, LaTeX with booktabs."""
+"""Tables and the forms they are written in: plain text, Markdown, CSV with every digit, LaTeX with booktabs."""
 
 import csv
 import io
@@ -63,6 +63,13 @@ class Table:
         table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
         notes = "".join(f"\n* {in_markdown(note)}" for note in self.notes)
         return f"### {in_markdown(self.title)}\n\n{in_markdown(self.caption)}\n\n{table}\n" + (notes and f"{notes}\n")
+
+    def plain(self) -> str:
+        """Return title and cells in aligned columns, for a terminal."""
+        lines = [self.columns, *([cell.text for cell in row] for row in self.rows)]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        rows = ("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+        return "\n".join([self.title, *rows]) + "\n"
 
     def csv(self) -> str:
         """Return the values with every digit; a column with standard deviations is followed by one of them."""

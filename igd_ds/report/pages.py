@@ -24,8 +24,8 @@ LONG = 60  # characters from which a column of text is broken into lines
 STATES = {"no test": "validated only"}  # a run's state, where the word alone would not be understood
 
 
-def render(study: Study, folder: Path, command: str = "") -> tuple[int, int]:
-    """Write the report and the study it is made of; returns how many tables and figures it has.
+def render(study: Study, folder: Path, command: str = "") -> tuple[list[Table], list[Figure]]:
+    """Write the report and the study it is made of; returns its tables and figures.
 
     It is made in a folder beside and then renamed, so `folder` holds a whole report or what it held before.
 
@@ -54,7 +54,7 @@ def render(study: Study, folder: Path, command: str = "") -> tuple[int, int]:
         os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return len(tables), len(figures)
+    return tables, figures
 
 
 def check_folder(folder: Path) -> None:

@@ -148,12 +148,19 @@ def save(study: Study, folder: Path) -> None:
 
 
 def load(folder: Path) -> Study:
-    """Read what `save` wrote. Raises ValueError if it is not there."""
+    """Read what `save` wrote. Raises ValueError if it is not there, damaged, or of another version."""
     folder = Path(folder)
     if not (folder / "study.json").is_file() or not (folder / "ranks.parquet").is_file():
         raise ValueError(f"{folder} holds no study: study.json and ranks.parquet, which tools/report.py leaves in DIR/data")
-    plain = json.loads((folder / "study.json").read_text())
-    table, rows, ranks = pq.read_table(folder / "ranks.parquet"), {}, {run["name"]: {} for run in plain["runs"]}
+    try:
+        return _study(json.loads((folder / "study.json").read_text()), pq.read_table(folder / "ranks.parquet"))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder}: damaged, or of another version ({error!r}): make the report from its runs again") from error
+
+
+def _study(plain: dict, table: pa.Table) -> Study:
+    """Put together what `save` took apart."""
+    rows, ranks = {}, {run["name"]: {} for run in plain["runs"]}
     for dataset, split in dict.fromkeys(zip(table["dataset"].to_pylist(), table["split"].to_pylist(), strict=True)):
         part = table.filter(pc.and_(pc.equal(table["dataset"], dataset), pc.equal(table["split"], split)))
         rows.setdefault(dataset, {})[split] = {name: part[name].to_numpy() for name in ("row", "user", "head", "cold", "history")}

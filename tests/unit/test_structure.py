@@ -25,7 +25,8 @@ GROUPS = [
 ]
 LEVEL = {name: level for level, group in enumerate(GROUPS) for name in group}
 DEPENDENCIES = {"torch", "deepspeed", "transformers", "peft", "bitsandbytes", "datasets", "tensorboard", "pyarrow", "tokenizers"}
-DEPENDENCIES |= {"numpy", "yaml", "tqdm", "mpi4py", "pytest", "evaluate", "accelerate", "duckdb", "matplotlib", "hypothesis", "scipy", "jinja2"}
+DEPENDENCIES |= {"numpy", "yaml", "tqdm", "mpi4py", "pytest", "evaluate", "accelerate", "duckdb", "matplotlib", "hypothesis"}
+DEPENDENCIES |= {"scipy", "jinja2"}
 PROSE = [p for p in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "slurm").glob("*")] if p.is_file()]
 
 

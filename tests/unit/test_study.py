@@ -297,3 +297,6 @@ def test_equal_runs_give_equal_bytes_and_so_does_what_was_kept(run, tmp_path):
         assert all(np.array_equal(one.ranks[split], other.ranks[split]) for split in ("valid", "test"))
     with pytest.raises(ValueError, match="holds no study"):
         load(tmp_path / "runs")
+    (tmp_path / "third" / "study.json").write_text('{"runs": [{"name": "uniform", "of": "another version"}]}')
+    with pytest.raises(ValueError, match="third: damaged, or of another version"):
+        load(tmp_path / "third")

@@ -278,6 +278,10 @@ def test_markdown():
     )
 
 
+def test_plain_text_is_aligned():
+    assert SMALL.plain() == "A & B\nMethod  NDCG@10\na|b_c   0.1235 ± 0.0100 *\nd       –\ne       0.1000\n"
+
+
 def test_csv_has_every_digit():
     assert list(csv.reader(io.StringIO(SMALL.csv()))) == [
         ["Method", "NDCG@10", "NDCG@10 sd"], ["a|b_c", "0.123456789", "0.01"], ["d", "", ""], ["e", "0.1", ""],
