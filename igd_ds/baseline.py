@@ -7,6 +7,7 @@ files that train.py and eval.py leave. `popularity` and `last-item-knn` only cou
 """
 
 import dataclasses
+import json
 import math
 import os
 import shutil
@@ -45,7 +46,10 @@ VALIDATION_METRIC = "ndcg@10"
 
 @dataclass(frozen=True, kw_only=True)
 class BaselineConfig:
-    """One baseline: a recommender, its training and its evaluation. What is None follows from the recommender's paper."""
+    """One baseline: a recommender, its training and its evaluation. What is None follows from the recommender's paper.
+
+    Those that only count pass over what concerns the training and has a default, so that a sweep's rows can share it.
+    """
 
     dataset: str = option("canonical dataset folder (tools/prepare_data.py makes one)")
     output_dir: str = option("run folder; one run each")
@@ -103,6 +107,8 @@ class BaselineConfig:
             raise ValueError(f"{self.recommender} is trained: give --ds_config, such as ds_configs/zero1-fp32.json")
         if self.num_negatives is not None and not LOSSES[self.loss].num_negatives:
             raise ValueError(f"--num_negatives has no effect on --loss {self.loss}, which takes all items: leave it out")
+        if self.loss == "bpr-max" and self.num_negatives == 1:  # it may be a micro-batch's only target
+            raise ValueError("--num_negatives of --loss bpr-max must be at least 2, found 1")
         at_least_1 = (
             "num_negatives",
             "hidden_size",
@@ -155,7 +161,7 @@ def main() -> int:
     ds = engines.resolve_ds_config(config, distributed.world_size()) if config.recommender in SEQUENTIAL else {}
     task, run = build_task(config), Path(config.output_dir)
     model = build_model(config, task)
-    tag, finished = distributed.on_main(lambda: open_run_folder(run, config, ds, model))
+    tag, finished = distributed.on_main(lambda: open_run_folder(run, config, ds, task, model))
     if not finished and (code := train(model, task, config, ds, run, tag) if ds else save_counts(model, task, config, run)):
         return code
     # A ranking takes minutes, so a stopped one begins again.
@@ -209,16 +215,23 @@ def model_form(config: BaselineConfig, dataset: InteractionDataset) -> dict:
     return {"num_items": dataset.num_items, "max_history": longest} | form
 
 
-def open_run_folder(run: Path, config: BaselineConfig, ds: dict, model) -> tuple[str | None, bool]:
+def open_run_folder(run: Path, config: BaselineConfig, ds: dict, task: Task, model) -> tuple[str | None, bool]:
     """Claim the run folder; return the checkpoint to go on from (or None) and whether the training is finished. Rank 0 only."""
     claim_run_folder(run, dataclasses.asdict(config), ds, distributed.world_size())
     if (run / "summary.json").is_file():
+        refuse_other_dataset(run, json.loads((run / "summary.json").read_text()), task)
         return None, True
     tag, torn = engines.newest_checkpoint(run / "checkpoints")
     for name in torn:
         print(f"warning: checkpoint {name} was not whole (cut off while it was written?) and is removed", flush=True)
     engines.check_disk_space(run, sum(parameter.numel() for parameter in model.parameters()), config.keep_checkpoints)
     return tag, False
+
+
+def refuse_other_dataset(run: Path, state: dict, task: Task) -> None:
+    """Raise ValueError if a run was begun on another dataset: --dataset may move, but not change."""
+    if state["dataset"] != task.dataset.fingerprint:
+        raise ValueError(f"--dataset: {run} was trained on another dataset, or another version of it; give a new --output_dir")
 
 
 def write_description(folder: Path, config: BaselineConfig, task: Task) -> None:
@@ -229,7 +242,7 @@ def write_description(folder: Path, config: BaselineConfig, task: Task) -> None:
 
 def save_counts(model, task: Task, config: BaselineConfig, run: Path) -> int:
     """Save a recommender that only counts, and measure it once. Returns the exit code."""
-    began, state = time.perf_counter(), new_state()
+    began, state = time.perf_counter(), new_state(task)
     log = RunLog(run, distributed.is_main(), resume_step=-1)
 
     def save() -> None:
@@ -244,9 +257,10 @@ def save_counts(model, task: Task, config: BaselineConfig, run: Path) -> int:
     return 0
 
 
-def new_state() -> dict:
+def new_state(task: Task) -> dict:
     """Return the loop's state before the first step."""
-    return {"step": 0, "validated": 0, "best": None, "best_step": None, "stale": 0, "seconds": 0.0}
+    state = {"step": 0, "validated": 0, "best": None, "best_step": None, "stale": 0, "seconds": 0.0}
+    return state | {"dataset": task.dataset.fingerprint}
 
 
 def train(model, task: Task, config: BaselineConfig, ds: dict, run: Path, tag: str | None) -> int:
@@ -256,9 +270,10 @@ def train(model, task: Task, config: BaselineConfig, ds: dict, run: Path, tag: s
         signal.signal(number, lambda received, _: stop.append(received))
     per_epoch = steps_per_epoch(len(task.train), config.global_batch_size)
     total = min(config.epochs * per_epoch, config.max_steps or math.inf)
-    engine, state = engines.initialize(model, config, ds, total), new_state()
+    engine, state = engines.initialize(model, config, ds, total), new_state(task)
     if tag:
         state |= engines.load_checkpoint(engine, run / "checkpoints", tag, config)
+        refuse_other_dataset(run, state, task)
         say(f"resumed {run} from {tag}")
     log = RunLog(run, distributed.is_main(), resume_step=state["step"])
     began, sums = time.perf_counter(), np.zeros(2)
@@ -279,7 +294,7 @@ def train(model, task: Task, config: BaselineConfig, ds: dict, run: Path, tag: s
         # Dropout and negatives follow from the step and the rank, so that a resumed run needs no saved RNG state.
         torch.manual_seed(config.seed + 1_000_003 * state["step"] + 7_919 * distributed.rank())
         learning_rate = engine.get_lr()[0]
-        step_sums, stopped = train_step(engine, task, config.loss, next(batches), bool(stop))
+        step_sums, stopped = train_step(engine, task, config.loss, next(batches), bool(stop), state["step"] + 1)
         state["step"] += 1
         sums += step_sums
         bar.update()
@@ -299,14 +314,14 @@ def train(model, task: Task, config: BaselineConfig, ds: dict, run: Path, tag: s
             return distributed.EXIT_REQUEUE
     bar.close()
     finish(config, run, state, log)
-    return 0
+    return distributed.EXIT_REQUEUE if distributed.any_rank(bool(stop)) else 0  # the evaluation is left to the next start
 
 
-def train_step(engine, task: Task, loss: str, window: list[SequenceBatch], stop: bool) -> tuple[np.ndarray, bool]:
+def train_step(engine, task: Task, loss: str, window: list[SequenceBatch], stop: bool, step: int) -> tuple[np.ndarray, bool]:
     """Make an optimizer step: the mean loss over the targets of all ranks' micro-batches.
 
     Returns (sum of losses in nats, targets), float64 over all ranks, and whether any rank was asked to stop. Raises
-    FloatingPointError on every rank, before the update, if the loss is not finite anywhere.
+    FloatingPointError on every rank, before the update, if the loss is not finite anywhere, and after it for the gradient.
     """
     device = distributed.device()
     counted = torch.tensor([sum(len(batch.targets) for batch in window), stop], dtype=torch.float64, device=device)
@@ -318,8 +333,10 @@ def train_step(engine, task: Task, loss: str, window: list[SequenceBatch], stop:
         engine.backward(losses.sum() * (distributed.world_size() / num_targets), scale_wrt_gas=False)  # it averages over ranks
         total += losses.detach().sum()
         if index == len(window) - 1 and not math.isfinite(distributed.all_reduce_sum(total)):
-            raise FloatingPointError("the loss is not finite; no weight was updated. Lower --learning_rate")
+            raise FloatingPointError(f"step {step}: the loss is not finite; no weight was updated. Lower --learning_rate")
         engine.step()
+    if not engine.fp16_enabled() and not math.isfinite(engine.get_global_grad_norm() or 0.0):  # fp16 skips such a step itself
+        raise FloatingPointError(f"step {step}: the gradient is not finite; the last checkpoint is still good, see --resume")
     return np.array([total.item(), num_targets]), stopped > 0
 
 
@@ -423,6 +440,7 @@ def evaluate(model, task: Task, config: BaselineConfig, run: Path, split: Split)
 
 def new_scores(path: Path, shape: tuple[int, int]) -> None:
     """Make a .npy file of zeros, float32; rows that are not sampled take no space. ValueError if the disk is too small."""
+    path.unlink(missing_ok=True)  # what a killed evaluation left
     needed, free = 4 * shape[0] * shape[1], shutil.disk_usage(path.parent).free
     if needed > free:
         raise ValueError(f"--save_scores: {path.parent} has {free / 2**30:.1f} GiB free, the scores take {needed / 2**30:.1f}")

@@ -27,6 +27,7 @@ from igd_ds.decoding.filters import Guidance, ItemFilter, ItemRanges
 from igd_ds.decoding.rules import Scoring, ScoringOptions
 from igd_ds.decoding.search import Limits, SearchResult, search
 from igd_ds.decoding.trie import SearchTrie
+from igd_ds.items.leaves import ranges
 from igd_ds.items.store import load_catalogue
 from igd_ds.models import causal_lm
 
@@ -225,7 +226,7 @@ class Recommender:
         trie = self.stored.trie
         count = trie.num_items[leaves].astype(np.int64)
         owner = np.repeat(np.arange(len(leaves)), count)
-        items = trie.item_order[np.arange(len(owner)) + (trie.first_item[leaves] - count.cumsum() + count)[owner]]
+        items = trie.item_order[ranges(trie.first_item[leaves].astype(np.int64), count)]
         if item_filter is not None:
             user, item = (torch.from_numpy(np.asarray(x, np.int64)).to(self.device) for x in (users[owner], items))
             allowed = item_filter.allows_items(user, item).cpu().numpy()

@@ -19,7 +19,8 @@ import igd_ds
 # Settings that may change when a run is resumed: where things lie (their content is checked) and what is only recorded.
 FREE_ON_RESUME = {"resume", "output_dir", "dataset", "log_every", "keep_checkpoints", "save_every", "splits", "save_scores"}
 TAGS = {
-    "train/loss": "nats: the step's objective, Σ w·NLL / Ω where there is one target, mean over the logged steps",
+    "train/loss": "nats: the step's objective, Σ w·NLL / Ω where there is one target, mean over the logged steps; of a baseline "
+    "its own loss, mean over those steps' targets",
     **{f"train/loss_{name}": f"nats per unit of weight: target {name} of multi-target" for name in ("fg", "fr", "or")},
     **{f"train/alpha_{name}": f"share of target {name} in the loss, 0 to 1 (MTC Figure 5)" for name in ("fg", "fr", "or")},
     "train/nll": "nats per token: unweighted mean over the step's target tokens",
@@ -40,7 +41,7 @@ TAGS = {
         f"valid/nll_gain_{i}": f"the same, decile {i} of the non-zero gains of training-target tokens (IGD Figure 4)"
         for i in range(10)
     },
-    "valid/ndcg@10": "NDCG@10 of a beam search with 10 beams, α = 0",
+    "valid/ndcg@10": "NDCG@10 of a beam search with 10 beams, α = 0; of a baseline, of its full ranking",
     "quantizer/loss": "reconstruction + codebook loss + commitment, mean over the epoch; tools/train_semantic_ids.py",
     "quantizer/reconstruction": "mean squared error over the embeddings' variance: 0 is exact, 1 no better than their mean",
     "quantizer/commitment": "squared distance of a level's input to its code, mean over entries and levels, unweighted",

@@ -16,9 +16,10 @@ from igd_ds.items.trie import TokenTrie
 
 
 def build_catalogue(dataset, kind: str) -> StoredCatalogue:
-    """Return the catalogue that a generative model of this dataset writes, without a tokenizer: who shares a leaf is the same.
+    """Return the catalogue that a generative model of this dataset writes, without a tokenizer.
 
-    A word is a whole title, or a code of a semantic ID, and one token.
+    A word is a whole title, or a code of a semantic ID, and one token. So who shares a leaf is the same, unless a tokenizer
+    normalises Unicode (Qwen's do, to NFC) and two titles differ in nothing else.
 
     Args:
         dataset: has `titles`, `semantic_ids`, `splits["train"].targets`, `fingerprint`, `num_items`.

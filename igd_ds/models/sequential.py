@@ -319,7 +319,10 @@ def cross_entropy(score: Score, targets: torch.Tensor, negatives: Negatives) -> 
 
 
 def bce(score: Score, targets: torch.Tensor, negatives: Negatives) -> torch.Tensor:
-    """Return −log σ(target) − mean over its negatives of log(1 − σ(negative)), float32 (n,) (SASRec, Eq. 7)."""
+    """Return −log σ(target) − mean over its negatives of log(1 − σ(negative)), float32 (n,) (SASRec, Eq. 7).
+
+    There no item of the user is a negative; here only the target is none.
+    """
     items = torch.cat([targets[:, None], negatives.other_than(targets)], 1)
     candidates, place = torch.unique(items, return_inverse=True)
     scores = score(candidates).float().gather(1, place)

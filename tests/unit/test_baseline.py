@@ -15,7 +15,7 @@ from tiny_run import NUM_TEST, TITLES, TRAIN_TARGETS
 from igd_ds import baseline, distributed, eval
 from igd_ds.baseline import BaselineConfig
 from igd_ds.config import parse
-from igd_ds.data.chains import Chains
+from igd_ds.data.chains import Chains, SequenceBatch
 from igd_ds.data.collate import MASKED_ROW, sample_rows
 from igd_ds.data.dataset import Split
 from igd_ds.items.leaves import Leaves, build_catalogue
@@ -180,6 +180,30 @@ def test_a_finished_run_is_evaluated_on_further_splits_and_not_again(entry, tmp_
     assert written == (model.stat().st_mtime_ns, (tmp_path / "popularity" / "eval" / "test" / "metrics.json").stat().st_mtime_ns)
     with pytest.raises(ValueError, match="these settings differ: num_beams"):
         entry(baseline, *flags(tmp_path, "popularity", "--resume", "auto", "--num_beams", 4))
+    summary = tmp_path / "popularity" / "summary.json"
+    summary.write_text(json.dumps(json.loads(summary.read_text()) | {"dataset": "another"}))
+    with pytest.raises(ValueError, match="popularity was trained on another dataset"):
+        entry(baseline, *flags(tmp_path, "popularity", "--resume", "auto"))
+
+
+@pytest.mark.parametrize(("score", "norm", "message"), [(torch.nan, 1.0, "the loss"), (0.0, torch.nan, "the gradient")])
+def test_a_step_that_is_not_finite_ends_the_run(score, norm, message):
+    weight = torch.tensor(score, requires_grad=True)
+
+    class Engine:
+        def __call__(self, *_):
+            return weight.expand(1, 4)
+
+        def backward(self, loss, scale_wrt_gas):
+            loss.backward()
+
+        step = fp16_enabled = lambda self: None
+        get_global_grad_norm = lambda self: norm  # noqa: E731
+
+    batch = SequenceBatch(torch.tensor([[0]]), torch.tensor([0]), torch.tensor([2]), torch.tensor([0]))
+    task = SimpleNamespace(negatives=None)
+    with pytest.raises(FloatingPointError, match=f"step 7: {message} is not finite"):
+        baseline.train_step(Engine(), task, "cross-entropy", [batch], False, 7)
 
 
 TRAINED = ["--ds_config", "ds_configs/zero1-fp32.json"]
@@ -196,6 +220,10 @@ TRAINED = ["--ds_config", "ds_configs/zero1-fp32.json"]
         ([*TRAINED, "--recommender", "sasrec", "--num_negatives", 3], "--num_negatives has no effect on --loss cross-entropy"),
         ([*TRAINED, "--recommender", "sasrec", "--loss", "bpr-max"], "--num_negatives 2048 of --loss bpr-max: .* hold 8 items"),
         ([*TRAINED, "--recommender", "sasrec", "--loss", "bce", "--num_negatives", 10], "--num_negatives 10 .* hold 9 items"),
+        (
+            [*TRAINED, "--recommender", "gru4rec", "--loss", "bpr-max", "--num_negatives", 1],
+            "must be at least 2, found 1",
+        ),
         ([*TRAINED, "--recommender", "sasrec", "--dropout", 1.0], r"--dropout must lie in \[0, 1\)"),
         ([*TRAINED, "--recommender", "sasrec", "--hidden_size", 0], "--hidden_size must be at least 1"),
         ([*TRAINED, "--recommender", "sasrec", "--global_batch_size", 12], "not a multiple of micro-batch 8"),

@@ -125,7 +125,7 @@ def make_ours(name: str, chains: Chains, batch_size: int):
     task = SimpleNamespace(negatives=None)
 
     def ours(sequences: np.ndarray) -> float:
-        (total, num_targets), _ = baseline.train_step(wrapped, task, "cross-entropy", [chains.collate(sequences)], False)
+        (total, num_targets), _ = baseline.train_step(wrapped, task, "cross-entropy", [chains.collate(sequences)], False, 1)
         return total / num_targets
 
     return ours
