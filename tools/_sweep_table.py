@@ -18,10 +18,11 @@ A table is YAML. Every list in an entry of `runs` is expanded, with every other 
       - {dataset: books-small, backbone: llama3-8b, weighting: uniform, seed: 0, run: false}
 
 An entry's own setting wins over its backbone's, and that over `defaults`; `evaluation` and `exact` are merged in the same way
-from table, backbone and entry. The table's num_rows, num_beams and seed of `evaluation` hold for baselines too. `{dataset}` in a
-text stands for the dataset's name, and in an evaluation `{split}` for valid or test. What one weighting or recommender alone
-uses (here position_floor) may stand among what rows share: others pass it over. `run: false` keeps rows in the table and the
-report that are not run: rows that need other hardware, or a candidate that failed and shall not hold up its family's choice.
+from table, backbone and entry. A report compares the rows of a dataset, so they must agree in num_beams, num_rows and seed of the
+evaluation; baselines take these, and item_kind, from the dataset's other rows. `{dataset}` in a text stands for the dataset's
+name, and in an evaluation `{split}` for valid or test. What one weighting or recommender alone uses (here position_floor) may
+stand among what rows share: others pass it over. `run: false` keeps rows in the table and the report that are not run: rows that
+need other hardware, or a candidate that failed and shall not hold up its family's choice.
 
 A row is named DATASET-BACKBONE-WEIGHTING-…-seedN or DATASET-RECOMMENDER-…-seedN, with the entry's own settings between, so that
 names stay when the table grows. Rows of a *group* differ in the seed alone, rows of a *family* in the seed and in what is
@@ -53,7 +54,7 @@ EVALUATIONS = ("evaluation", "exact")
 NOT_EXPANDED = (*EVALUATIONS, "run")  # keys of an entry that hold no list to expand
 SWEEPS_OWN = {"dataset", "output_dir", "resume", "splits"}  # what the sweep itself gives train.py and baseline.py …
 EVALUATIONS_OWN = {"model", "dataset", "output_dir", "split", "alpha_from"}  # … and eval.py
-EVALUATED_ALIKE = {"num_rows": "num_rows", "num_beams": "num_beams", "rows_seed": "seed"}  # of baseline.py: of eval.py
+ALIKE = {"num_beams": "num_beams", "num_rows": "num_rows", "seed": "rows_seed"}  # of eval.py: of baseline.py
 WEIGHTING_SETTINGS = {name for weighting in WEIGHTINGS.values() for name in weighting.flags + weighting.optional}
 
 
@@ -77,6 +78,14 @@ class Row:
     def is_baseline(self) -> bool:
         """Whether the row is a run of baseline.py."""
         return "recommender" in self.settings
+
+    @property
+    def alike(self) -> dict[str, dict[str, int]]:
+        """What the report wants equal in all rows of a dataset (ALIKE), of `evaluation` and, where there is one, of `exact`."""
+        if self.is_baseline:
+            return {"evaluation": {name: getattr(self.config, of_baseline) for name, of_baseline in ALIKE.items()}}
+        blocks = {block: values for block in EVALUATIONS if (values := getattr(self, block)) is not None}
+        return {block: {name: resolved(values)[name] for name in ALIKE} for block, values in blocks.items()}
 
     def check_inputs(self) -> None:
         """Raise ValueError, before anything starts, for a dataset or file that is not there and for settings that do not fit."""
@@ -144,10 +153,15 @@ def read_table(path: str) -> Table:
     _refuse_unknown(
         table["select"], [name for name in selectable if name not in {"seed", *SWEEPS_OWN}], f"{path}: select", "setting"
     )
-    rows = []
-    for number, entry in enumerate(table["runs"], 1):
-        rows += _rows_of(entry, f"{path}: run {number}", table)
+    expanded, table["first"] = {}, {}
+    entries = sorted(enumerate(table["runs"], 1), key=lambda numbered: "recommender" in numbered[1])
+    for number, entry in entries:  # baselines last: they are evaluated as the dataset's other rows are
+        expanded[number] = list(_rows_of(entry, f"{path}: run {number}", table))
+        for row in expanded[number]:
+            table["first"].setdefault(row.dataset, row)
+    rows = [row for number in sorted(expanded) for row in expanded[number]]
     _check_names(path, rows)
+    _check_alike(path, rows)
     return Table(path, table["name"], table["budget"], table["select"], rows)
 
 
@@ -168,8 +182,10 @@ def _load(path: str) -> dict:
             raise ValueError(f"{path}: {key}: expected {KINDS[kind]}, found {value!r}")
     table = {key: kind() for key, kind in TABLE_KEYS.items() if key not in EVALUATIONS} | table
     for key in ("datasets", "backbones"):
-        if bad := [name for name in table[key] if not re.fullmatch(r"[\w.+-]+", str(name))]:
-            raise ValueError(f"{path}: {key}: {bad[0]!r} becomes part of folder names: use letters, digits and . + - _")
+        if bad := [name for name in table[key] if not (isinstance(name, str) and re.fullmatch(r"[\w.+-]+", name))]:
+            raise ValueError(
+                f"{path}: {key}: {bad[0]!r} becomes part of folder names: use letters, digits and . + - _; quote a number"
+            )
     if bad := [name for name, folder in table["datasets"].items() if not isinstance(folder, str)]:
         raise ValueError(f"{path}: datasets: {bad[0]}: expected a folder, found {table['datasets'][bad[0]]!r}")
     for number, entry in enumerate(table["runs"], 1):
@@ -203,7 +219,7 @@ def _refuse_unknown(names: Iterable, known: Iterable[str], where: str, what: str
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=1)
-            raise ValueError(f"{where}: unknown {what} '{name}'" + (f", did you mean '{near[0]}'?" if near else ""))
+            raise ValueError(f"{where}: unknown {what} {name!r}" + (f", did you mean '{near[0]}'?" if near else ""))
 
 
 def _settings(cls, values, where: str) -> dict:
@@ -213,7 +229,7 @@ def _settings(cls, values, where: str) -> dict:
     own = EVALUATIONS_OWN if cls is EvalConfig else SWEEPS_OWN
     if taken := [name for name in values if name in own]:
         raise ValueError(f"{where}: '{taken[0]}' is what the sweep itself sets, row by row: leave it out")
-    return {name: checked(cls, name, value, where) for name, value in values.items()}
+    return {name: checked(cls, str(name), value, where) for name, value in values.items()}
 
 
 def _backbone(values, where: str) -> dict:
@@ -256,8 +272,7 @@ def _row(point: dict, entry: dict, where: str, table: dict, cls) -> Row:
         shared, evaluation, exact = _shared(own["weighting"], backbone, entry, where, table)
         words = [dataset, backbone, own["weighting"]]
     else:
-        alike = table.get("evaluation", {})
-        shared = {name: alike[of_eval] for name, of_eval in EVALUATED_ALIKE.items() if of_eval in alike} | table["baseline"]
+        shared = _evaluated_like(table["first"].get(dataset), table) | table["baseline"]
         foreign = _foreign_settings(own["recommender"])
         shared = {name: value for name, value in shared.items() if name not in foreign}
         evaluation, exact, words = {}, None, [dataset, own["recommender"]]
@@ -279,6 +294,17 @@ def _shared(weighting: str, backbone: str, entry: dict, where: str, table: dict)
     unused = WEIGHTING_SETTINGS - {*WEIGHTINGS[weighting].flags, *WEIGHTINGS[weighting].optional} | {*EVALUATIONS}
     shared = table["defaults"] | table["backbones"][backbone]
     return {name: value for name, value in shared.items() if name not in unused}, *_evaluation(levels, where)
+
+
+def _evaluated_like(row: Row | None, table: dict) -> dict:
+    """Return settings of baseline.py that evaluate like `row`, its dataset's first; None: as the table's `evaluation` says."""
+    alike = row.alike["evaluation"] if row else resolved(table.get("evaluation", {}))
+    return {ALIKE[name]: alike[name] for name in ALIKE} | ({"item_kind": row.config.item_kind} if row else {})
+
+
+def resolved(evaluation: dict) -> dict:
+    """Return all settings of eval.py for an evaluation that names some of them; empty what the sweep sets."""
+    return dataclasses.asdict(EvalConfig(**dict.fromkeys(EVALUATIONS_OWN, "") | evaluation))
 
 
 def filled(settings: dict | None, name: str, value: str) -> dict | None:
@@ -333,3 +359,17 @@ def _check_names(path: str, rows: list[Row]) -> None:
         differing = [key for key in {**both[0], **both[1]} if key != "settings" and both[0].get(key) != both[1].get(key)]
         why = f"they differ in {', '.join(differing)}, which is not in the name" if differing else "they are the same run"
         raise ValueError(f"{path}: two rows are called {row.name}: {why}")
+
+
+def _check_alike(path: str, rows: list[Row]) -> None:
+    """Raise ValueError if rows of one dataset are evaluated on other rows or with lists of other lengths (ALIKE)."""
+    seen = {}
+    for row in rows:
+        for block, values in row.alike.items():
+            for name, value in values.items():
+                first, expected = seen.setdefault((row.dataset, block, name), (row, value))
+                if value != expected:
+                    raise ValueError(
+                        f"{path}: dataset {row.dataset}: {block}: {name} is {expected} for {first.name}, {value} for {row.name}; "
+                        "a report compares the rows of a dataset: evaluate them alike"
+                    )

@@ -34,5 +34,8 @@ done
 dataset books-small books --max_history 5 --num_users 8000 --seed 0
 python tools/train_tokenizer.py --dataset "$out/books-small/data" --vocab_size 8192 --output "$out/books-small/tokenizer"
 
-python tools/sweep.py tools/sweeps/cpu.yaml --output "$out/runs" --jobs "$jobs"
+code=0
+python tools/sweep.py tools/sweeps/cpu.yaml --output "$out/runs" --jobs "$jobs" || code=$?
+[ "$code" -le 1 ] || exit "$code"  # stopped (85) or refused (2); 1: some row is not finished, and the report says which
 python tools/report.py "$out/runs" -o docs/results/cpu-study --examples 0 --command "bash tools/cpu_study.sh ../shared/data"
+exit "$code"

@@ -20,6 +20,7 @@ How a table is written: tools/_sweep_table.py; tables: tools/sweeps/.
 
 import argparse
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -40,14 +41,16 @@ from datetime import datetime
 from pathlib import Path
 
 import psutil
-from _sweep_table import METRIC, Row, Table, filled, read_table
+import yaml
+from _sweep_table import EVALUATIONS_OWN, METRIC, Row, Table, filled, read_table, resolved
 
 from igd_ds.distributed import EXIT_REQUEUE
-from igd_ds.runlog import write_json
+from igd_ds.runlog import FREE_ON_RESUME, write_json
 
 ENTRIES = Path(__file__).resolve().parents[1] / "igd_ds"
 # Stopped by a signal; or hit by USR1 while still loading, which just ends them (the last: as srun reports it).
 STOPPED = (EXIT_REQUEUE, -signal.SIGUSR1, 128 + signal.SIGUSR1)
+REQUEST_FILES = ("guidance", "item_filter")  # settings of eval.py that name files
 ERROR_LINE = re.compile(r"(\[rank\d+\]: )?(error: |[\w.]*(Error|Exception): )")
 LAUNCHER_ERROR = ("ChildFailedError", "CalledProcessError")
 
@@ -85,7 +88,8 @@ def _status(row: Row, runs: Path, score: float | None, chosen: bool | None) -> S
     elif attempt["state"] == "failed":
         state, error = "failed", attempt["error"]
     elif score is None and (path := runs / row.name / "eval" / "valid" / "metrics.json").is_file():
-        state, error = "failed", f"{path} has no {METRIC} at α = 0 that is a number"
+        advice = f"remove {runs / row.name} to train it again, or mark the row `run: false`"
+        state, error = "failed", f"{path} has no {METRIC} at α = 0 that is a number: {advice}"
     return Status(state, error, score, chosen)
 
 
@@ -104,7 +108,7 @@ def attempt_file(runs: Path, row: Row) -> Path:
 
 
 def last_attempt(runs: Path, row: Row) -> dict:
-    """Return what the row's last attempt came to: state running, failed (with its error) or idle, and the row's settings."""
+    """Return what the row's last attempt came to: state running (with its process), failed (with its error) or idle."""
     path = attempt_file(runs, row)
     return json.loads(path.read_text()) if path.is_file() else {"state": "idle"}
 
@@ -121,6 +125,11 @@ def is_alive(attempt: dict) -> bool:
         return process.create_time() == attempt["started"] and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def runs_here(attempt: dict) -> bool:
+    """Return whether an attempt is running on this machine."""
+    return attempt["state"] == "running" and attempt["host"] == socket.gethostname() and is_alive(attempt)
 
 
 def steps(row: Row, runs: Path, stage: int) -> list[tuple[Path, list[str]]]:
@@ -174,32 +183,55 @@ def last_error(text: str, code: int) -> str:
 
 def check_folder(table: Table, runs: Path) -> None:
     """Raise ValueError if RUNS holds another sweep, rows with other settings, or a test that validation would not choose now."""
+    # Listed before the snapshot is looked for: another task of an array may be writing it now, before any row's folder.
+    present = [path.name for path in runs.iterdir()] if runs.exists() else []
     snapshot = runs / "sweep.json"
     if snapshot.is_file():
         if (name := json.loads(snapshot.read_text())["name"]) != table.name:
             raise ValueError(f"--output {runs} holds the sweep '{name}', {table.path} is '{table.name}': give another folder")
-    elif runs.exists() and any(path.name != "logs" for path in runs.iterdir()):
+    elif any(name != "logs" and ".tmp-" not in name for name in present):
         raise ValueError(f"--output {runs} is not empty and holds no sweep; give a new folder")
     for row in table.to_run:
-        if not (before := last_attempt(runs, row)).get("settings"):
-            continue
-        now = json.loads(json.dumps(fingerprint(row)))
-        if changed := sorted(key for key in before["settings"] | now if before["settings"].get(key) != now.get(key)):
+        if changed := changed_settings(row, runs / row.name):
             raise ValueError(
                 f"{row.name} was run with other settings, these differ: {', '.join(changed)}; "
-                f"undo it, or remove {runs / row.name} and {attempt_file(runs, row)}"
+                f"undo it, or remove {runs / row.name}"
             )
-    for name, status in survey(table, runs).items():
-        if not status.chosen and (runs / name / "eval" / "test").exists() and status.state != "not run":
-            raise ValueError(
-                f"{name} was tested already, but with the candidates that {table.path} has now validation has not chosen it: "
-                "test is touched once; give a new folder"
-            )
+    statuses = survey(table, runs)
+    for name in sorted(path.parents[1].name for path in runs.glob("*/eval/test")):
+        if name not in statuses or statuses[name].state == "not run":
+            why = f"{table.path} has now no such row to run"
+        elif not statuses[name].chosen:
+            why = f"with the candidates that {table.path} has now validation has not chosen it"
+        else:
+            continue
+        raise ValueError(f"{name} was tested already, but {why}: test is touched once; undo it, or give a new folder")
 
 
-def fingerprint(row: Row) -> dict:
-    """Return what must not change in a row that has been run."""
-    return row.settings | {f"evaluation.{name}": value for name, value in row.evaluation.items()}
+def changed_settings(row: Row, run: Path) -> list[str]:
+    """Return the names of settings that a run folder was made with and that are others in the table now."""
+    changed = set()
+    if (path := run / "config.yaml").is_file():
+        saved, defaults = yaml.safe_load(path.read_text()), type(row.config)  # settings newer than the run had their defaults
+        now = {name: value for name, value in asdict(row.config).items() if name not in FREE_ON_RESUME}
+        changed |= {name for name, value in now.items() if saved.get(name, getattr(defaults, name, None)) != value}
+    for folder, block in (("valid", "evaluation"), ("test", "evaluation"), ("test-exact", "exact")):
+        path, evaluation = run / "eval" / folder / "request.json", getattr(row, block)
+        if not row.is_baseline and evaluation is not None and path.is_file():  # a baseline's are in its config.yaml
+            changed |= {f"{block}.{name}" for name in changed_request(row, evaluation, json.loads(path.read_text()))}
+    return sorted(changed)
+
+
+def changed_request(row: Row, evaluation: dict, request: dict) -> set[str]:
+    """Return the names of settings that the request.json of an evaluation has and the table has otherwise.
+
+    Of files it has the hashes: what counts is whether there is one. α of a test is what validation chose.
+    """
+    now = resolved(evaluation)
+    now |= {"max_length": now["max_length"] or row.config.max_length}  # 0: as trained
+    ignored = EVALUATIONS_OWN | {"base_model"} | ({"alpha"} if request["split"] == "test" else set())
+    before, now = ({k: bool(v) if k in REQUEST_FILES else v for k, v in values.items()} for values in (request, now))
+    return {name for name in before.keys() & now.keys() - ignored if before[name] != now[name]}
 
 
 def write_snapshot(table: Table, runs: Path) -> None:
@@ -213,6 +245,7 @@ def write_snapshot(table: Table, runs: Path) -> None:
     for row in table.rows:
         status = statuses[row.name]
         described = {key: getattr(row, key) for key in ("name", "group", "dataset", "backbone", "seed", "settings")}
+        described["family"] = hashlib.sha256(repr(row.family).encode()).hexdigest()[:8]  # the same however the table grows
         described |= {"method": methods[row.name], "state": status.state, "error": status.error, "chosen": status.chosen}
         rows.append(described)
     select = {"metric": METRIC, "over": table.select}
@@ -256,9 +289,15 @@ class Runner:
             list(pool.map(lambda row: self.run_row(row, stage), rows))
 
     def run_row(self, row: Row, stage: int) -> None:
-        """Run those of a row's commands that are not done, until one fails or a signal stops it."""
+        """Run those of a row's commands that are not done, until one fails or a signal stops it.
+
+        Not if another sweep on this machine has begun the row in the meantime.
+        """
         device = self.devices.get()
         try:
+            if runs_here(attempt := last_attempt(self.runs, row)):
+                print(f"{row.name}: running already, as process {attempt['pid']}", flush=True)
+                return
             for done, command in steps(row, self.runs, stage):
                 if self.signal is not None or not (done.is_file() or self.execute(row, done, command, device)):
                     break
@@ -301,7 +340,7 @@ class Runner:
 
     def record(self, row: Row, state: str, **more) -> None:
         """Write what the row's attempt has come to, then the snapshot of all rows."""
-        write_json(attempt_file(self.runs, row), {"state": state, "settings": fingerprint(row), **more})
+        write_json(attempt_file(self.runs, row), {"state": state, **more})
         with self.lock:
             write_snapshot(self.table, self.runs)
 
@@ -385,9 +424,10 @@ def run_one(runner: Runner, retry: bool, index: int, stage: int) -> bool:
         raise ValueError(f"{table.path} has no row {index}: {len(table.to_run)} are to run, counted from 0")
     row = table.to_run[index]
     row.check_inputs()
+    write_snapshot(table, runs)  # before the row has a folder: other tasks of the array may be looking for it
+    if runs_here(attempt := last_attempt(runs, row)):
+        raise ValueError(f"{row.name} is running already, as process {attempt['pid']}")
     status = survey(table, runs)[row.name]
-    if status.state == "running" and last_attempt(runs, row)["host"] == socket.gethostname():
-        raise ValueError(f"{row.name} is running already, as process {last_attempt(runs, row)['pid']}")
     if status.state == "failed" and not retry:
         raise ValueError(f"{row.name} failed before ({status.error}); --retry runs it again")
     if stage == 2 and status.chosen is None:

@@ -1,15 +1,20 @@
 """A launcher of tools/sweep.py that stands in for train.py, eval.py and baseline.py: it leaves their files, or obeys $FAKE_PLAN.
 
+That is config.yaml of train.py, and of eval.py request.json without the hashes.
+
 The plan is a folder: `scores.json` has validation NDCG@10 by row; `ROW.SCRIPT` (train, valid, test, test-exact) what to do
 instead: "fail", "stop" (exit 85), "hang" (until a signal) or "meet" (wait for another row that meets).
 """
 
+import dataclasses
 import json
 import os
 import signal
 import sys
 import time
 from pathlib import Path
+
+from igd_ds.config import EvalConfig, TrainConfig, parse
 
 
 def write(path: Path, value) -> None:
@@ -38,6 +43,10 @@ def main() -> int:
     with open(plan / "calls.jsonl", "a") as file:
         gpu = os.environ.get("CUDA_VISIBLE_DEVICES")
         file.write(json.dumps({"row": row, "part": part, "gpu": gpu, "flags": flags, "script": sys.argv[1]}) + "\n")
+    if script != "baseline.py":
+        settings = dataclasses.asdict(parse(TrainConfig if part == "train" else EvalConfig, sys.argv[2:]))
+        settings["max_length"] = settings["max_length"] or TrainConfig.max_length
+        write(output / ("config.yaml" if part == "train" else "request.json"), settings)  # JSON is YAML
     order = plan / f"{row}.{part}"
     order = order.read_text() if order.is_file() else ""
     if order == "fail":

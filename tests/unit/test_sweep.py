@@ -4,10 +4,12 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +23,13 @@ sys.path.insert(0, str(ROOT / "tools"))
 import _sweep_table  # noqa: E402
 import sweep  # noqa: E402
 
+from igd_ds.baseline import BaselineConfig  # noqa: E402
+from igd_ds.config import EvalConfig, parse  # noqa: E402
+from igd_ds.report.folders import ALIKE  # noqa: E402
+
 FAKE = f"{sys.executable} {Path(__file__).parent / 'fake_entry.py'}"
 ENTRY = {"dataset": "toys", "backbone": "tiny", "weighting": "igd", "igd_beta": [0.1, 0.3], "seed": [0, 1]}
+UNIFORM = {"dataset": "toys", "backbone": "tiny", "weighting": "uniform", "seed": [0, 1]}
 U0, U1 = "toys-tiny-uniform-seed0", "toys-tiny-uniform-seed1"
 A0, A1, B0, B1 = [f"toys-tiny-igd-igd_beta{beta}-seed{seed}" for beta in (0.1, 0.3) for seed in (0, 1)]
 
@@ -39,9 +46,8 @@ def table_of(folder: Path, **changes) -> dict:
         "defaults": {"ds_config": str(ROOT / "ds_configs/zero1-fp32.json"), "frequency_beta": 0.9},
         "evaluation": {"alpha": [0, 0.2], "num_rows": 50},
         "select": ["igd_beta"],
-        "runs": [ENTRY | {"weighting": "uniform"}, ENTRY],
+        "runs": [UNIFORM, ENTRY],
     }
-    del table["runs"][0]["igd_beta"]
     return table | changes
 
 
@@ -120,8 +126,7 @@ def test_an_entry_is_the_product_of_its_lists(tmp_path):
 
 
 def test_defaults_reach_the_weightings_that_use_them(tmp_path):
-    entry = ENTRY | {"weighting": ["uniform", "frequency"], "seed": 0}
-    del entry["igd_beta"]
+    entry = UNIFORM | {"weighting": ["uniform", "frequency"], "seed": 0}
     uniform, frequency = read(tmp_path, runs=[entry]).rows
     assert frequency.settings["frequency_beta"] == 0.9 and "frequency_beta" not in uniform.settings
     for row in (uniform, frequency):
@@ -166,6 +171,34 @@ def test_baselines_are_evaluated_like_the_others(world):
     assert (row["backbone"], row["method"].split()[0], row["state"], row["chosen"]) == ("", "SASRec", "finished", True)
 
 
+def test_baselines_take_from_the_other_rows_of_their_dataset_how_they_are_evaluated(tmp_path):
+    popularity = {"dataset": ["toys", "books"], "recommender": "popularity", "seed": 0}
+    table = table_of(tmp_path, runs=[popularity, UNIFORM | {"backbone": "wide"}, UNIFORM | {"dataset": "books"}])
+    table["datasets"]["books"] = "other"
+    table["backbones"]["wide"] = table["backbones"]["tiny"] | {"item_kind": "text", "evaluation": {"num_beams": 15, "seed": 4}}
+    rows = _sweep_table.read_table(write(tmp_path, table)).rows
+    assert [row.is_baseline for row in rows] == [True, True] + [False] * 4  # in the table's order
+    names = ("num_beams", "num_rows", "rows_seed", "item_kind")
+    assert [row.settings[name] for row in rows[:2] for name in names] == [15, 50, 4, "text", 10, 50, 0, "auto"]
+    table["runs"][0] = popularity | {"num_beams": 12, "dataset": "books"}
+    with pytest.raises(ValueError, match="books: evaluation: num_beams is 12 for books-popularity-.*, 10 for books-tiny-"):
+        _sweep_table.read_table(write(tmp_path, table))
+
+
+@pytest.mark.parametrize(
+    ("evaluated", "message"),
+    [
+        ({"evaluation": {"num_beams": 20}}, f"dataset toys: evaluation: num_beams is 10 for {U0}, 20 for {A0}"),
+        ({"evaluation": {"num_rows": 9}}, "evaluation: num_rows is 50"),
+        ({"evaluation": {"seed": 1}}, "evaluation: seed is 0"),
+        ({"exact": {"num_rows": 6}}, "exact: num_rows is 5"),
+    ],
+)
+def test_rows_of_a_dataset_are_evaluated_alike(tmp_path, evaluated, message):
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path, runs=[UNIFORM | {"exact": {"num_rows": 5}}, ENTRY | evaluated])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -193,6 +226,9 @@ def test_baselines_are_evaluated_like_the_others(world):
         ({"defaults": {}}, "run 1: 'ds_config' is given neither there nor in what all rows share"),
         ({"backbones": {"tiny": "qwen"}}, "backbone tiny: expected settings of train.py, found 'qwen'"),
         ({"backbones": {"a/b": {}}}, "backbones: 'a/b' becomes part of folder names"),
+        ({"datasets": {2018: "data"}}, "datasets: 2018 becomes part of folder names: .*; quote a number"),
+        ({"runs": [ENTRY | {"dataset": 2018}], "datasets": {"2018": "d"}}, "unknown name 2018, did you mean '2018'"),
+        ({"defaults": {7: 1}}, "defaults: unknown setting '7'"),
         ({"datasets": {"toys": ["a"]}}, "datasets: toys: expected a folder"),
         ({"select": ["igd_betta"]}, "select: unknown setting 'igd_betta', did you mean 'igd_beta'"),
         ({"select": ["seed"]}, "select: unknown setting 'seed'"),
@@ -313,12 +349,11 @@ def test_a_failed_row_is_listed_and_holds_up_its_family_only(world, capsys):
 def test_a_failed_candidate_can_be_left_out_on_record(world):
     world.order(B1, "train", "fail")
     assert world.run() == 1
-    runs = [ENTRY | {"igd_beta": 0.1}, ENTRY | {"igd_beta": 0.3, "run": False}]
-    world.write(runs=runs)
+    world.write(runs=[UNIFORM, ENTRY | {"igd_beta": 0.1}, ENTRY | {"igd_beta": 0.3, "run": False}])
     world.calls()
     assert world.run() == 0
     assert world.calls() == [(A0, "test"), (A1, "test")]
-    assert world.states() == {A0: "finished", A1: "finished", B0: "not run", B1: "not run"}
+    assert world.states() == dict.fromkeys((U0, U1, A0, A1), "finished") | {B0: "not run", B1: "not run"}
 
 
 def test_a_stopped_row_waits_and_is_resumed(world):
@@ -367,6 +402,40 @@ def test_a_row_that_a_killed_sweep_left_is_told_from_one_that_runs(world):
     attempt.write_text(json.dumps(running))
     assert world.run("--row", "0") == 2 and world.calls() == []
     assert world.run() == 1 and (U0, "train") not in world.calls()  # the others are run
+
+
+def test_a_row_that_another_sweep_has_begun_meanwhile_is_left_to_it(world, monkeypatch, capsys):
+    table, execute, process = _sweep_table.read_table(world.table), sweep.Runner.execute, psutil.Process()
+    running = {"state": "running", "host": sweep.socket.gethostname(), "pid": process.pid, "started": process.create_time()}
+
+    def beside_another(self, row, *more):
+        if row.name == U0:
+            sweep.attempt_file(world.runs, table.rows[1]).write_text(json.dumps(running))
+        return execute(self, row, *more)
+
+    monkeypatch.setattr(sweep.Runner, "execute", beside_another)
+    assert world.run() == 1
+    assert (U1, "train") not in world.calls() and world.states() == dict.fromkeys(World.scores, "finished") | {U1: "running"}
+    assert f"{U1}: running already, as process {process.pid}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [(), ("--row", "0")])
+def test_the_snapshot_is_there_before_any_row_has_a_folder(world, monkeypatch, words):
+    there = []
+    monkeypatch.setattr(sweep.Runner, "execute", lambda *_: there.append((world.runs / "sweep.json").is_file()))
+    world.run(*words)
+    assert there and all(there)
+
+
+def test_what_validation_chooses_among_is_one_family_in_the_snapshot(world):
+    assert world.run() == 0
+    before = {name: row["family"] for name, row in world.rows().items()}
+    assert before[A0] == before[A1] == before[B0] == before[B1] != before[U0] == before[U1]
+    world.write(runs=[ENTRY | {"igd_beta": [0.05], "run": False}, ENTRY, UNIFORM, UNIFORM | {"epochs": 1}])
+    assert world.run("--list") == 0
+    after = {name: row["family"] for name, row in world.rows().items()}
+    assert before.items() <= after.items() and after["toys-tiny-igd-igd_beta0.05-seed0"] == before[A0]
+    assert after["toys-tiny-uniform-epochs1-seed0"] not in before.values()
 
 
 def test_rows_run_side_by_side(world):
@@ -429,30 +498,74 @@ def test_a_folder_of_another_sweep_is_refused(world, capsys):
     (world.runs / "something").touch()
     assert world.run() == 2 and "is not empty and holds no sweep" in capsys.readouterr().err
     (world.runs / "something").unlink()
+    (world.runs / "logs").mkdir()
+    (world.runs / "sweep.json.tmp-7").touch()  # another task of the array begins just now
     assert world.run() == 0
     world.write(name="other")
     assert world.run() == 2 and "holds the sweep 'test'" in capsys.readouterr().err
-    world.write(defaults=table_of(world.folder)["defaults"] | {"epochs": 5}, evaluation={"alpha": [0], "num_rows": 50})
-    assert world.run("--list") == 2
-    assert f"{U0} was run with other settings, these differ: epochs, evaluation.alpha; undo it" in capsys.readouterr().err
+
+
+def test_other_settings_than_a_row_was_run_with_are_refused(world, capsys):
+    world.write(exact={"num_rows": 5})
+    assert world.run() == 0
+    shutil.rmtree(world.runs / "logs")  # rows may have been run by hand
+    defaults = table_of(world.folder)["defaults"]
+    for change, differing in [
+        ({"defaults": defaults | {"epochs": 5}, "evaluation": {"alpha": [0], "num_rows": 50}}, "epochs, evaluation.alpha"),
+        ({"evaluation": {"alpha": [0, 0.2]}}, "evaluation.num_rows"),
+        ({"evaluation": {"alpha": [0, 0.2], "num_rows": 50, "item_filter": "f"}}, "evaluation.item_filter, exact.item_filter"),
+        ({"exact": {"num_rows": 6}}, "exact.num_rows"),
+    ]:
+        world.write(**{"exact": {"num_rows": 5}} | change)
+        assert world.run("--list") == 2
+        assert f"{U0} was run with other settings, these differ: {differing}; undo it" in capsys.readouterr().err
+    evaluation = {"alpha": [0.0, 0.2], "num_rows": 50, "num_beams": 10, "max_length": 512}  # the same, written out
+    world.write(exact={"num_rows": 5}, defaults=defaults | {"epochs": 3, "log_every": 7}, evaluation=evaluation)
+    assert world.run("--list") == 0
+    (world.runs / U1 / "eval/valid/request.json").unlink()
+    changed = json.loads((world.runs / U1 / "eval/test/request.json").read_text()) | {"dtype": "float16"}
+    (world.runs / U1 / "eval/test/request.json").write_text(json.dumps(changed))
+    assert (
+        world.run("--list") == 2
+        and f"{U1} was run with other settings, these differ: evaluation.dtype" in capsys.readouterr().err
+    )
+
+
+def test_a_search_that_was_not_begun_may_be_added(world):
+    assert world.run() == 0
+    world.calls()
+    world.write(exact={"num_rows": 5})
+    assert world.run() == 0
+    assert world.calls() == [(name, "test-exact") for name in (U0, U1, B0, B1)]
 
 
 def test_test_is_touched_once(world, capsys):
     assert world.run() == 0
-    world.write(runs=[ENTRY, ENTRY | {"igd_beta": 0.5}])  # one more candidate, once the test rows have been seen
+    world.write(runs=[UNIFORM, ENTRY, ENTRY | {"igd_beta": 0.5}])  # one more candidate, once the test rows have been seen
     assert world.run() == 2
     assert f"{B0} was tested already" in capsys.readouterr().err
-    world.write(runs=[ENTRY, ENTRY | {"igd_beta": 0.5, "epochs": 1}])  # a family of its own
+    for left in [ENTRY | {"igd_beta": 0.1}, ENTRY | {"igd_beta": 0.3, "run": False}]:  # B0 is gone, or out of the choice
+        world.write(runs=[UNIFORM, left])
+        assert world.run() == 2
+        assert f"{B0} was tested already, but {world.table} has now no such row to run" in capsys.readouterr().err
+    world.write(runs=[UNIFORM, ENTRY, ENTRY | {"igd_beta": 0.5, "epochs": 1}])  # a family of its own
     scores = World.scores | {f"toys-tiny-igd-igd_beta0.5-epochs1-seed{seed}": 0.0 for seed in (0, 1)}
     (world.plan / "scores.json").write_text(json.dumps(scores))
     assert world.run() == 0
 
 
 def test_a_metric_that_is_no_number_fails_the_row(world):
-    (world.plan / "scores.json").write_text(json.dumps(World.scores | {U1: float("nan")}))
+    (world.plan / "scores.json").write_text(json.dumps(World.scores | {A1: float("nan")}))
     assert world.run() == 1
-    assert world.states()[U1] == "failed" and "no ndcg@10 at α = 0 that is a number" in world.rows()[U1]["error"]
-    assert world.rows()[U0]["chosen"] is None
+    rows = world.rows()
+    assert rows[A1]["state"] == "failed" and "no ndcg@10 at α = 0 that is a number" in rows[A1]["error"]
+    assert f"remove {world.runs / A1} to train it again, or mark the row `run: false`" in rows[A1]["error"]
+    assert rows[B0]["chosen"] is None and rows[U0]["state"] == "finished"
+    (world.plan / "scores.json").write_text(json.dumps(World.scores))
+    world.calls()
+    assert world.run("--retry") == 1 and world.calls() == []
+    shutil.rmtree(world.runs / A1)
+    assert world.run() == 0 and world.calls() == [(A1, "train"), (A1, "valid"), (B0, "test"), (B1, "test")]
 
 
 @pytest.mark.parametrize(
@@ -480,13 +593,17 @@ COUNTS = {
     "mtc-ablation": 3 * FIVE * (1 + 3 + 2 * 5 + 2),
     "mtc-pq": 3 * FIVE * (1 + 5),
     "demo": 6,
+    "cpu": 3 * (5 + 1 + 1 + 1 + 2) + 2 + 2 + 1 + 3 * (3 + 3 + 1) + 3 * 2 + 3 * (2 + 3 * 3),
 }
+NOT_RUN = {"cpu": 3 * (4 + 1 + 1 + 3)}
+BEAMS = dict.fromkeys(("instruments", "industrial-rq", "industrial-pq"), 20) | dict.fromkeys(("books-small", "industrial"), 10)
 
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_the_checked_in_tables_expand_to_runs_that_could_start(name, tmp_path, monkeypatch):
     table = _sweep_table.read_table(str(ROOT / "tools" / "sweeps" / f"{name}.yaml"))
-    assert table.name == name and len(table.rows) == len(table.to_run) == COUNTS[name]
+    assert (len(table.to_run), len(table.rows) - len(table.to_run)) == (COUNTS[name], NOT_RUN.get(name, 0))
+    assert table.name == (f"{name}-study" if name == "cpu" else name)
     monkeypatch.chdir(tmp_path)
     for folder in ("ds_configs", "tools"):
         (tmp_path / folder).symlink_to(ROOT / folder)
@@ -497,13 +614,33 @@ def test_the_checked_in_tables_expand_to_runs_that_could_start(name, tmp_path, m
                 (tmp_path / path / "dataset.json").touch()
     for row in table.rows:
         row.check_inputs()
-    chosen = table.choose({row.name: 0.0 for row in table.rows})
-    groups = {(row.family, row.group) for row in table.rows if chosen[row.name]}
-    assert len(groups) == len({row.family for row in table.rows})  # one group of each family
+    evaluated = defaultdict(set)
+    for row in table.rows:
+        config = parse(BaselineConfig if row.is_baseline else EvalConfig, sweep.steps(row, tmp_path, 1)[-1][1][1:])
+        evaluated[row.dataset].add((config.num_beams, config.num_rows, config.rows_seed if row.is_baseline else config.seed))
+    assert all(len(values) == 1 for values in evaluated.values()), evaluated
+    if name == "cpu":
+        assert evaluated == {dataset: {(num_beams, 3000, 0)} for dataset, num_beams in BEAMS.items()}
 
 
 def test_every_checked_in_table_is_expanded_here():
-    assert {path.stem for path in (ROOT / "tools/sweeps").glob("*.yaml")} - {"cpu"} == set(COUNTS)
+    assert {path.stem for path in (ROOT / "tools/sweeps").glob("*.yaml")} == set(COUNTS)
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, 85])
+def test_the_study_is_reported_though_a_row_failed(tmp_path, code):
+    """tools/cpu_study.sh with a python whose sweep ends with `code`."""
+    (tmp_path / "tools").mkdir()
+    shutil.copy(ROOT / "tools/cpu_study.sh", tmp_path / "tools")
+    for ids in ("industrial-rq", "industrial-pq"):
+        (tmp_path / "runs/cpu" / ids).mkdir(parents=True)
+    python = tmp_path / "bin/python"
+    python.parent.mkdir()
+    python.write_text(f"#!/bin/sh\ncase $1 in tools/sweep.py) exit {code};; tools/report.py) touch reported;; esac\n")
+    python.chmod(0o755)
+    environment = os.environ | {"PATH": f"{python.parent}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", str(tmp_path / "tools/cpu_study.sh"), "data"], env=environment)
+    assert done.returncode == code and (tmp_path / "reported").exists() == (code < 2)
 
 
 # The real train.py and eval.py
@@ -530,6 +667,9 @@ def test_a_real_sweep(tmp_path):
     rows = {row["name"]: row for row in json.loads((tmp_path / "runs/sweep.json").read_text())["rows"]}
     popularity = "toys-popularity-seed0"
     assert [(name, row["state"]) for name, row in rows.items()] == [(name, "finished") for name in (A0, B0, popularity)]
+    results = [json.loads((tmp_path / "runs" / name / "eval/valid/metrics.json").read_text()) for name in rows]
+    alike = [{key: result[key] for key in ALIKE if key in result} for result in results]
+    assert alike[0] == alike[1] == alike[2] and alike[0].keys() >= {"num_beams", "num_rows", "seed", "popularity_baseline"}
     assert json.loads((tmp_path / "runs" / popularity / "eval/test/metrics.json").read_text())["rows"] == 12
     del rows[popularity]
     valid = {}
