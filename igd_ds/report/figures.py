@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from igd_ds.report.significance import Comparison, compare
-from igd_ds.report.study import Run, Study
+from igd_ds.report.significance import BASELINE, Comparison, compare
+from igd_ds.report.study import AT_ALPHA, Run, Study, lines_by
 
 STYLE = {
     "figure.dpi": 100,
@@ -41,6 +41,7 @@ STROKES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 SHARES = {"fg": "front-greater", "fr": "frequency", "or": "cross-entropy"}  # MTC's targets
 SELECTION = ("hr@10", "ndcg@10")  # β is effective where both of them are above uniform's (IGD App. H)
+LEVEL_DRAWN = f"The dashed line and its band are {BASELINE}'s; points above it are filled."
 REACHED = 0.01  # share of the targets that must still have a token at a step for it to be shown
 
 
@@ -101,6 +102,11 @@ class Block:
         """Return the runs of a weighting."""
         return [run for run in self.runs if run.settings.get("weighting") == name]
 
+    @property
+    def baseline(self) -> list[Run]:
+        """The runs that others are held against."""
+        return [run for run in self.runs if run.method == BASELINE]
+
 
 def all_figures(study: Study) -> list[Figure]:
     """Return every figure that the study has data for, dataset by dataset."""
@@ -145,7 +151,7 @@ def spread(values: list[float]) -> tuple[float, float]:
 
 
 def chosen(run: Run) -> dict:
-    """Return a run's test figures at the α that validation chose."""
+    """Return a run's test figures at the α that it is reported at."""
     return run.test["alpha"][run.alpha]
 
 
@@ -235,7 +241,7 @@ def improvements(block: Block) -> Figure | None:
 
     caption = (
         "Mean over seeds, and the 95 % interval of the paired bootstrap over users. Filled: its p is below 0.05 after Holm's "
-        "correction over the methods of the dataset. Lists at the α that validation chose."
+        f"correction over the methods of the dataset. {AT_ALPHA}"
     )
     return block.figure("improvements", f"Difference from {compared[0].baseline}", caption, draw, 0.8 + 0.25 * len(compared))
 
@@ -345,73 +351,75 @@ def probability_by_gain(block: Block) -> Figure | None:
     )
 
 
-def sensitivity(axes, block: Block, by_value: dict[float, list[Run]], metric: str) -> None:
-    """Draw validation figures against a setting's values, with uniform's as a band; what is above uniform is filled."""
-    places = np.arange(len(by_value))
-    points = [validated(runs, metric) for runs in by_value.values()]
-    level, deviation = validated(block.weighted("uniform"), metric)
-    label = None
+def sensitivity(axes, block: Block, lines: dict[str, dict[float, list[Run]]], metric: str) -> None:
+    """Draw each line's validation figures against a setting's values, the baseline's as a band; what is above it is filled."""
+    values = sorted({value for by_value in lines.values() for value in by_value})
+    level, deviation = validated(block.baseline, metric)
     if math.isfinite(level):
-        label = "not above uniform"
-        axes.axhline(level, color=COLOURS[2], linestyle="--", label="uniform")
-        axes.axhspan(level - deviation, level + deviation, color=COLOURS[2], alpha=0.15, linewidth=0)
-    draw_points(axes, places, points, 1, marker="o", linestyle="-", markerfacecolor="white", label=label)
-    above = [place for place, (mean, _) in zip(places, points, strict=True) if mean > level]
-    axes.plot(above, [points[place][0] for place in above], "o", color=COLOURS[1], zorder=3, label="above uniform")
-    axes.set_xticks(places, [f"{value:g}" for value in by_value])
+        axes.axhline(level, color=COLOURS[0], linestyle="--", label=BASELINE)
+        axes.axhspan(level - deviation, level + deviation, color=COLOURS[0], alpha=0.12, linewidth=0)
+    for index, (line, by_value) in enumerate(lines.items(), 1):
+        points = [validated(runs, metric) for runs in by_value.values()]
+        draw_points(axes, [values.index(value) for value in by_value], points, index, markerfacecolor="white", label=line)
+        above = {values.index(value): mean for value, (mean, _) in zip(by_value, points, strict=True) if mean > level}
+        axes.plot(above.keys(), above.values(), **look(index) | {"linestyle": "none"}, zorder=3, label=f"_{line} above")
+    axes.set_xticks(range(len(values)), [f"{value:g}" for value in values])
     axes.margins(x=0.08)
     axes.set_ylabel(f"validation {metric.upper()}, α = 0")
 
 
 def beta_sensitivity(block: Block) -> Figure | None:
     """IGD App. H: validation against β, and where it is effective."""
-    by_beta = by_setting(block.weighted("igd"), "igd_beta")
-    if len(by_beta) < 2:
+    lines = lines_by(block.weighted("igd"), "igd_beta")
+    if not lines:
         return None
 
     def draw(figure):
         for axes, metric in zip(figure.subplots(1, 2), SELECTION, strict=True):
-            sensitivity(axes, block, by_beta, metric)
+            sensitivity(axes, block, lines, metric)
             axes.set_xlabel("β, weight of tokens with zero gain")
         legend(figure)
 
-    levels = {metric: validated(block.weighted("uniform"), metric)[0] for metric in SELECTION}
-    effective = [
-        f"{beta:g}"
-        for beta, runs in by_beta.items()
-        if all(validated(runs, metric)[0] > level for metric, level in levels.items())
-    ]
-    verdict = f"effective at β = {', '.join(effective)}" if effective else "not effective at any β tried"
-    if any(map(math.isnan, levels.values())):
-        verdict = "without uniform runs to compare with, so its effective range is not known"
-    caption = f"IGD is {verdict} (mean HR@10 and NDCG@10 above uniform's). The dashed line and its band are uniform's."
-    return block.figure("beta", "Sensitivity to β (IGD Appendix H)", caption, draw, 3.0, ["uniform"])
+    if block.baseline:
+        caption = f"{effective_range(block, lines)} (mean HR@10 and NDCG@10 above {BASELINE}'s). {LEVEL_DRAWN}"
+    else:
+        caption = f"There are no {BASELINE} runs to compare with, so the effective range is not known."
+    return block.figure("beta", "Sensitivity to β (IGD Appendix H)", caption, draw, 3.0, [BASELINE, *lines])
 
 
-def by_setting(runs: list[Run], name: str) -> dict[float, list[Run]]:
-    """Return the runs by a setting's value, ascending; runs without a value are left out."""
-    runs = [run for run in runs if run.settings.get(name) is not None]
-    return {value: [run for run in runs if run.settings[name] == value] for value in sorted({run.settings[name] for run in runs})}
+def effective_range(block: Block, lines: dict[str, dict[float, list[Run]]]) -> str:
+    """Say at which β each line is above the baseline in both metrics of SELECTION."""
+    levels = {metric: validated(block.baseline, metric)[0] for metric in SELECTION}
+    verdicts = []
+    for line, by_beta in lines.items():
+        effective = [
+            f"{beta:g}"
+            for beta, runs in by_beta.items()
+            if all(validated(runs, metric)[0] > level for metric, level in levels.items())
+        ]
+        verdicts.append(
+            f"{line} is " + (f"effective at β = {', '.join(effective)}" if effective else "not effective at any β tried")
+        )
+    return "; ".join(verdicts)
 
 
 def curriculum_sensitivity(block: Block) -> Figure | None:
     """MTC Figure 4: validation against the curriculum's speed c."""
     axes_labels = {"curriculum_cT": "c·T, T optimizer steps in all", "curriculum_c": "c, per optimizer step"}
-    by_value, label = max(
-        ((by_setting(block.weighted("multi-target"), setting), label) for setting, label in axes_labels.items()),
-        key=lambda found: len(found[0]),
-    )
-    if len(by_value) < 2:
+    found = {label: lines_by(block.weighted("multi-target"), setting) for setting, label in axes_labels.items()}
+    label = max(found, key=lambda label: sum(map(len, found[label].values())))
+    lines = found[label]
+    if not lines:
         return None
 
     def draw(figure):
         for axes, metric in zip(figure.subplots(1, 2), ("ndcg@5", "ndcg@10"), strict=True):
-            sensitivity(axes, block, by_value, metric)
+            sensitivity(axes, block, lines, metric)
             axes.set_xlabel(label)
         legend(figure)
 
-    caption = "Multi-target by the speed of its curriculum. The dashed line and its band are uniform's."
-    return block.figure("curriculum", "Sensitivity to the curriculum (MTC Figure 4)", caption, draw, 3.0, ["uniform"])
+    caption = f"Multi-target by the speed of its curriculum.{f' {LEVEL_DRAWN}' if block.baseline else ''}"
+    return block.figure("curriculum", "Sensitivity to the curriculum (MTC Figure 4)", caption, draw, 3.0, [BASELINE, *lines])
 
 
 def objective_shares(block: Block) -> Figure | None:
@@ -462,8 +470,8 @@ def popularity(block: Block) -> Figure | None:
         legend(figure)
 
     caption = (
-        "Shares of the test targets (bars) and of the entries of the top 10 lists (points) in each tenth of the catalogue. Lists "
-        "at the α that validation chose."
+        "Shares of the test targets (bars) and of the entries of the top 10 lists (points) in each tenth of the catalogue. "
+        f"{AT_ALPHA}"
     )
     return block.figure("popularity", "Popularity of targets and lists (MTC Figure 2)", caption, draw, 3.3, ["targets", *methods])
 
@@ -490,8 +498,8 @@ def head_tail(block: Block) -> Figure | None:
             axes.set_xlabel("test NDCG@10")
 
     caption = (
-        "Head: the more frequent half of the items that occur as test targets; tail: the other half. Lists at the α that "
-        "validation chose. Mind the two scales."
+        "Head: the more frequent half of the items that occur as test targets; tail: the other half. Mind the two scales. "
+        f"{AT_ALPHA}"
     )
     return block.figure("head-tail", "Head and tail (MTC Figure 3)", caption, draw, 0.9 + 0.25 * len(methods))
 

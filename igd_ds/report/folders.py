@@ -16,7 +16,7 @@ from igd_ds import metrics
 from igd_ds.data.dataset import InteractionDataset
 from igd_ds.items.decisiveness import mean_by_token, purity_gain
 from igd_ds.items.store import StoredCatalogue, load_catalogue
-from igd_ds.report.study import METRIC, Run, Study, family, labels, method_of
+from igd_ds.report.study import METRIC, Run, Study, family_of, labels, method_of, reported_alpha
 from igd_ds.stats import catalogue_statistics
 
 POINTS = 200  # of a stored curve
@@ -25,8 +25,15 @@ SPLITS = ("valid", "test")
 EVALUATIONS = {"valid": "eval/valid/metrics.json", "test": "eval/test/metrics.json", "exact": "eval/test-exact/metrics.json"}
 FILES = {"config": "config.yaml", "summary": "summary.json", "env": "env.json"} | EVALUATIONS
 FIGURES = ("item_match", "first_token_repetition", "score_entropy_bits", "coverage", "gini_index", "popularity_deciles")
-# What must be equal in evaluations that stand in one table (of metrics.json; `fingerprint` and `protocol` are the dataset's).
-ALIKE = ("fingerprint", "protocol", "rows", "num_rows", "seed", "num_beams", "length_penalty", "popularity_baseline")
+# What must be equal in a dataset's evaluations (of metrics.json; `fingerprint` and `protocol` are the dataset's), and what only
+# in those of one backbone: a backbone may stand for a way to decode, as BIGRec and D3 do.
+ALIKE = ("fingerprint", "protocol", "rows", "num_rows", "seed", "num_beams", "popularity_baseline")
+ALIKE_IN_BACKBONE = (
+    "search", "decoding_rule", "length_penalty", "softmax", "temperature", "popularity_prior", "guidance", "guidance_weight",
+    "item_filter",
+)  # fmt: skip
+# What is said of a validated run without test, by whether validation chose it.
+UNTESTED = {True: "chosen, not tested yet", False: "", None: "validation has not chosen yet"}
 NO_ROW = {"dataset": "", "method": "", "group": "", "settings": {}}  # of a run folder outside of sweeps
 EXAMPLE_LENGTH = 3  # places of a list that an example shows, as MTC Table 7
 
@@ -109,7 +116,7 @@ def read_run(name: str, folder: Path, row: dict | None) -> Run:
     for key, path in FILES.items():
         try:
             read[key] = read_settings(folder / path) if key == "config" else read_json(folder / path)
-            if key in EVALUATIONS and read[key] and (problem := problem_of(read[key])):
+            if key in EVALUATIONS and read[key] and (problem := problem_of(key, read[key])):
                 raise ValueError(f"{path}: {problem}")
         except ValueError as error:
             problems[key], read[key] = str(error).replace(f"{folder}/", ""), None
@@ -120,6 +127,8 @@ def read_run(name: str, folder: Path, row: dict | None) -> Run:
     settings, summary, env = (read[key] or {} for key in ("config", "summary", "env"))
     row = row or NO_ROW | {"backbone": backbone_of(settings), "seed": settings.get("seed", 0)}
     evaluated = [read[split]["dataset"] for split in EVALUATIONS if read[split]]
+    searched = searches(folder / "eval")
+    spent = [(seconds, ranks) for seconds, ranks in [(summary.get("seconds"), env.get("world_size")), *searched] if seconds]
     return Run(
         name=name,
         dataset=row["dataset"] or (evaluated or [dataset_name(settings)])[0],
@@ -129,12 +138,13 @@ def read_run(name: str, folder: Path, row: dict | None) -> Run:
         seed=row["seed"],
         state=state,
         note="; ".join(filter(None, notes)),
-        family=row.get("family") or family(row["method"]),
+        family=row.get("family") or family_of(settings or row["settings"]),
         settings=settings or row["settings"],
         **{split: read[split] for split in EVALUATIONS},
         curves=read_curves(folder / "metrics.jsonl"),
         seconds=summary.get("seconds"),
-        eval_seconds=eval_seconds(folder / "eval"),
+        eval_seconds=sum(seconds for seconds, _ in searched) if searched else None,
+        rank_seconds=sum(s * ranks for s, ranks in spent) if spent and all(ranks for _, ranks in spent) else None,
         world_size=env.get("world_size"),
     )
 
@@ -151,10 +161,12 @@ def read_settings(path: Path) -> dict | None:
         raise ValueError(f"{path} is no configuration of a run ({type(error).__name__}: {error})") from None
 
 
-def problem_of(results: dict) -> str:
-    """Return what keeps a metrics.json from being used; empty if nothing does."""
+def problem_of(split: str, results: dict) -> str:
+    """Return what keeps a metrics.json of EVALUATIONS from being used; empty if nothing does."""
     if not isinstance(results.get("alpha"), dict) or not results["alpha"] or "dataset" not in results:
         return "an older version's: it has no dataset or no figures by α"
+    if split == "valid" and "0.0" not in results["alpha"]:
+        return "no α = 0, at which validation chooses; evaluate with it too"
     for alpha, entry in results["alpha"].items():
         if METRIC not in entry.get("token_match", {}):
             return f"no {METRIC} at α = {alpha}, which chooses α; its lists hold {results.get('num_beams', 'too few')} items"
@@ -175,21 +187,22 @@ def state_of(row: dict | None, read: dict, problems: dict[str, str]) -> tuple[st
     """Return (state, reason) of a run from its row of the sweep, what could be read of its folder, and what could not (FILES)."""
     if row and row["state"] == "not run":
         return "not run", ""
-    if row and row["state"] == "failed":
-        return "failed", row["error"] or "no error line"
-    if row and row["state"] != "finished":
-        return "unfinished", row["state"]
+    error = row["error"] or "no error line" if row and row["state"] == "failed" else ""
     for key, missing in (("config", "no config.yaml"), ("summary", "the training has not finished"), ("valid", "no eval/valid")):
         if not read[key]:
-            return "unfinished", problems.get(key, missing)
-    if not read["test"] and ("test" in problems or (row and row["chosen"])):
-        return "unfinished", problems.get("test", "chosen, but not evaluated on test")
+            if error:
+                return "failed", error
+            pending = row["state"] if row and row["state"] != "finished" else ""
+            return "unfinished", pending or problems.get(key, missing)
+    if "test" in problems:
+        return "unfinished", problems["test"]
     if not read["test"]:
-        return "no test", "" if row and row["chosen"] is False else "not evaluated on test"
-    alpha = metrics.best_alpha(read["valid"], METRIC)
+        untested = UNTESTED[row["chosen"]] if row else "not evaluated on test"
+        return "no test", "; ".join(filter(None, [untested, error]))
+    alpha = reported_alpha(read["config"], read["valid"])
     if alpha not in read["test"]["alpha"]:
-        return "unfinished", f"eval/test lacks α = {alpha}, the best one on validation"
-    return "finished", ""
+        return "unfinished", f"eval/test lacks α = {alpha}, at which it is to be reported"
+    return "finished", error
 
 
 def older_version(read: dict) -> list[str]:
@@ -229,16 +242,17 @@ def read_curves(path: Path) -> dict[str, list]:
     return {tag: thinned(points) for tag, points in curves.items()}
 
 
-def eval_seconds(folder: Path) -> float | None:
-    """Return how long the searches of a run's evaluations took, as if each had run in one go; None if none tells."""
-    seconds = []
+def searches(folder: Path) -> list[tuple[float, int | None]]:
+    """Return (seconds, ranks) of the searches of a run's evaluations that tell, as if each had run in one go."""
+    found = []
     for path in sorted(folder.glob("*/timing.json")):
         try:
             timing = read_json(path)
-            seconds.append((timing["rows_searched"] + timing["rows_already_there"]) / timing["rows_per_second"])
+            seconds = (timing["rows_searched"] + timing["rows_already_there"]) / timing["rows_per_second"]
+            found.append((seconds, timing.get("world_size")))
         except (ValueError, KeyError, ZeroDivisionError):  # damaged, an older version, nothing left to search
             continue
-    return sum(seconds) if seconds else None
+    return found
 
 
 def thinned(points: list[list], most: int = POINTS) -> list[list]:
@@ -252,23 +266,26 @@ def environment_of(paths: list[Path]) -> dict:
     values = {}
     for path in paths:
         try:
-            env = read_json(path) or {}
+            env = read_json(path)
         except ValueError:
             continue
-        igd_ds = {"igd_ds": env.get("igd_ds", {}).get("version"), "commit": env.get("igd_ds", {}).get("commit")}
+        if env is None:  # of a row that was never started
+            continue
+        program = env.get("igd_ds", {})
+        igd_ds = {"igd_ds": program.get("version"), "commit": program.get("commit") or "not recorded"}
         for key, value in (igd_ds | env.get("versions", {}) | env.get("hardware", {})).items():
             values.setdefault(key, {})[str(value)] = None
     return {key: ", ".join(different) for key, different in values.items()}
 
 
 def with_labels(runs: list[Run]) -> list[Run]:
-    """Return the runs, those outside of sweeps with method, group and family too."""
+    """Return the runs, those outside of sweeps with method and group too."""
     labelled = {}
     for dataset, backbone in {(run.dataset, run.backbone): None for run in runs}:
         alike = [r for r in runs if (r.dataset, r.backbone) == (dataset, backbone) and not r.method and r.settings]
         for run, method in zip(alike, labels([r.settings for r in alike]), strict=True):
             group = "-".join(filter(None, [dataset, backbone, method]))
-            labelled[run.name] = replace(run, method=method, group=group, family=family(method))
+            labelled[run.name] = replace(run, method=method, group=group)
     return [labelled.get(run.name, run) for run in runs]
 
 
@@ -288,26 +305,29 @@ def with_note(run: Run, note: str) -> Run:
 
 
 def refuse_unlike(runs: list[Run], folders: dict[str, Path]) -> None:
-    """Raise ValueError if runs of one dataset were not evaluated on the same rows of the same data in the same way (ALIKE)."""
+    """Raise ValueError if a dataset's runs were not evaluated alike (ALIKE), or those of one backbone not decoded alike."""
     for split, path in EVALUATIONS.items():
         seen = {}
         for run in (run for run in runs if getattr(run, split)):
             evaluation = (folders[run.name] / path).parent
             values = describe_evaluation(evaluation, run)
-            different = [key for key in values if seen.setdefault(key, (values[key], evaluation))[0] != values[key]]
+            scope = {key: run.backbone if key in ALIKE_IN_BACKBONE else "" for key in values}
+            first = {key: seen.setdefault((key, scope[key]), (values[key], evaluation)) for key in values}
+            different = [key for key in values if first[key][0] != values[key]]
             if different:
                 raise ValueError(
-                    f"{evaluation} and {seen[different[0]][1]} are evaluations of {run.dataset}, but not alike: "
+                    f"{evaluation} and {first[different[0]][1]} are evaluations of {run.dataset}, but not alike: "
                     f"{', '.join(different)} differ; report them apart, or evaluate one again"
                 )
 
 
 def describe_evaluation(folder: Path, run: Run) -> dict:
-    """Return the values of ALIKE as far as the evaluation in `folder` and its run's dataset tell them."""
-    results = read_json(folder / "metrics.json") | {"fingerprint": fingerprint_of(folder)}
+    """Return what must be alike as far as the evaluation in `folder` and its run's dataset tell it."""
+    results, dataset = read_json(folder / "metrics.json"), {"fingerprint": fingerprint_of(folder)}
     with contextlib.suppress(KeyError, ValueError):
-        results |= {"protocol": (read_json(Path(run.settings["dataset"]) / "dataset.json") or {}).get("protocol")}
-    return {key: results[key] for key in ALIKE if results.get(key) is not None}
+        dataset |= {"protocol": (read_json(Path(run.settings["dataset"]) / "dataset.json") or {}).get("protocol")}
+    results |= {key: value for key, value in dataset.items() if value is not None}
+    return {key: results[key] for key in (*ALIKE, *ALIKE_IN_BACKBONE) if key in results}
 
 
 def fingerprint_of(evaluation: Path) -> str | None:
@@ -340,14 +360,20 @@ def describe_catalogue(dataset: InteractionDataset, stored: StoredCatalogue) -> 
     """Return what `Study.catalogues` keeps of a dataset."""
     gains = sorted(mean_by_token(stored.trie, purity_gain(stored.trie))[1].tolist(), reverse=True)
     statistics = catalogue_statistics(dataset, stored.catalogue, stored.trie, stored.entropy)
-    return statistics | {
-        "purity_gain_by_token": [gain for _, gain in thinned(list(enumerate(gains)))],
-        "quantizer": dataset.info.get("semantic_ids", {}).get("request", {}).get("quantizer"),
-    }
+    sizes = [step for step in dataset.info.get("funnel", ()) if "users" in step and "interactions" in step]
+    interactions = {key: sizes[-1][key] for key in ("users", "interactions")} if sizes else {}  # none of ready-made rows
+    return (
+        statistics
+        | interactions
+        | {
+            "purity_gain_by_token": [gain for _, gain in thinned(list(enumerate(gains)))],
+            "quantizer": dataset.info.get("semantic_ids", {}).get("request", {}).get("quantizer"),
+        }
+    )
 
 
 def with_ranks(run: Run, folder: Path, dataset: InteractionDataset) -> Run:
-    """Return the run with the ranks of the targets in its lists at the chosen α."""
+    """Return the run with the ranks of the targets in its lists at `Run.alpha`."""
     for split in (split for split in SPLITS if getattr(run, split)):
         path = folder / "eval" / split / f"predictions-alpha{run.alpha}.parquet"
         if not path.is_file():

@@ -16,7 +16,7 @@ from igd_ds.data.card import escape
 from igd_ds.report.figures import Figure, all_figures
 from igd_ds.report.layout import Table
 from igd_ds.report.study import Run, Study, load, save
-from igd_ds.report.tables import all_tables
+from igd_ds.report.tables import all_tables, cost
 
 ENTRIES = {"index.html", "README.md", "tables", "figures", "data"}
 WRITERS = {"csv": Table.csv, "md": Table.markdown, "tex": Table.latex}
@@ -27,7 +27,8 @@ STATES = {"no test": "validated only"}  # a run's state, where the word alone wo
 def render(study: Study, folder: Path, command: str = "") -> tuple[list[Table], list[Figure]]:
     """Write the report and the study it is made of; returns its tables and figures.
 
-    It is made in a folder beside and then renamed, so `folder` holds a whole report or what it held before.
+    It is made in a folder beside; then what `folder` held is renamed aside, the new one put in its place and the old one deleted.
+    A kill between the two renames leaves the old one as FOLDER.old-PROCESS.
 
     Args:
         study: what to report.
@@ -41,7 +42,7 @@ def render(study: Study, folder: Path, command: str = "") -> tuple[list[Table], 
     check_folder(folder)
     if command:
         study = replace(study, environment=study.environment | {"command": command})
-    temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+    temporary, old = (folder.with_name(f"{folder.name}.{name}-{os.getpid()}") for name in ("tmp", "old"))
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         save(study, temporary / "data")
@@ -50,8 +51,10 @@ def render(study: Study, folder: Path, command: str = "") -> tuple[list[Table], 
         drawings = write_files(temporary, tables, figures)
         (temporary / "index.html").write_text(page(study, tables, figures, drawings), encoding="utf-8")
         (temporary / "README.md").write_text(markdown(study, tables, figures), encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            os.replace(folder, old)
         os.replace(temporary, folder)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return tables, figures
@@ -98,22 +101,6 @@ def summary(study: Study) -> dict[str, str]:
         "Cost": cost(study.runs),
         "Environment": environment or "not recorded",
     }
-
-
-def cost(runs: list[Run]) -> str:
-    """Say how long the runs took, unfinished ones as far as they tell."""
-    training = sum(run.seconds or 0 for run in runs)
-    searching = sum(run.eval_seconds or 0 for run in runs)
-    ranks = sum(((run.seconds or 0) + (run.eval_seconds or 0)) * (run.world_size or 1) for run in runs)
-    silent = sum(run.seconds is None for run in runs if run.state != "not run")
-    text = f"{hours(training + searching)} of wall time ({hours(training)} training, {hours(searching)} evaluation)"
-    text += f", {hours(ranks)} over all ranks" if any((run.world_size or 1) > 1 for run in runs) else ""
-    return text + (f"; {silent} runs did not tell their training's" if silent else "")
-
-
-def hours(seconds: float) -> str:
-    """Write a time in hours, or in minutes where that is less than one."""
-    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
 
 
 def page(study: Study, tables: list[Table], figures: list[Figure], drawings: dict[str, str]) -> str:

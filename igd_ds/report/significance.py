@@ -14,16 +14,17 @@ from igd_ds.report.study import METRIC, Run, Study
 BASELINE = "uniform"  # the method that weighted ones of the same backbone are held against
 LEVEL = 0.05
 RESAMPLES = 9999
+PERMUTATIONS = 99_999  # of seeds; all of them up to 9 against 9
 CUTOFF = 10  # of the NDCG that is tested, as METRIC says
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A method against the baseline of its dataset and backbone: NDCG@10 on test at the chosen α, over the seeds both have.
+    """A method against the baseline of its dataset and backbone: NDCG@10 on test at `Run.alpha`, over the seeds both have.
 
     `relative` is the improvement of the mean. `seeds_p` is of Mann–Whitney's U over seeds, `seeds_smallest_p` the smallest one
     that so few seeds can give. `low`, `high` and `users_p` are of the paired bootstrap over users: the difference's 95 % interval
-    and p; None where the rows' ranks are not known. `*_holm` are corrected over the comparisons of one dataset.
+    and p; None where the rows' ranks are not known or of one user. `*_holm` are corrected over the comparisons of one dataset.
     """
 
     dataset: str
@@ -63,19 +64,26 @@ def relative(value: float, baseline: float) -> float | None:
 def mann_whitney(first: list[float], second: list[float]) -> tuple[float, float]:
     """Return the two-sided p of Mann–Whitney's U, and the smallest p that samples of these sizes can give.
 
-    Exact where there are no ties and a sample has at most 8 values. Three against three give 0.1 at best.
+    Exact, ties included: over all ways to deal the ranks, up to PERMUTATIONS. Three against three give 0.1 at best.
     """
-    p = scipy.stats.mannwhitneyu(first, second, alternative="two-sided").pvalue
-    return float(p), 2 / math.comb(len(first) + len(second), len(first))
+    ranks = scipy.stats.rankdata([*first, *second])
+    p = scipy.stats.permutation_test(
+        (ranks[: len(first)], ranks[len(first) :]), lambda first, second, axis: first.sum(axis), permutation_type="independent",
+        vectorized=True, n_resamples=PERMUTATIONS, rng=np.random.default_rng(0),
+    ).pvalue  # fmt: skip
+    return float(p), 2 / math.comb(len(ranks), len(first))
 
 
-def bootstrap_over_users(difference: np.ndarray, user: np.ndarray) -> tuple[float, float, float]:
+def bootstrap_over_users(difference: np.ndarray, user: np.ndarray) -> tuple[float, float, float] | None:
     """Return (low, high, p) of the mean of `difference` (R,): the 95 % percentile interval and a two-sided p.
 
     Users are resampled, each with all its rows, as a user's rows are not independent. p is twice the share of resamples on the
-    other side of 0, at least 2 / (RESAMPLES + 1). Seeded: equal input gives equal numbers.
+    other side of 0, at least 2 / (RESAMPLES + 1). Seeded: equal input gives equal numbers. None of a single user, who tells
+    nothing about others.
     """
-    _, index = np.unique(user, return_inverse=True)
+    users, index = np.unique(user, return_inverse=True)
+    if len(users) < 2:
+        return None
     total, count = np.bincount(index, difference), np.bincount(index).astype(float)
     if not difference.any():
         return 0.0, 0.0, 1.0
@@ -136,7 +144,7 @@ def compare_runs(runs: list[Run], baseline: list[Run], users: np.ndarray | None)
     low, high, users_p = None, None, None
     if users is not None and all("test" in run.ranks for run in (*runs, *baseline)):
         by_row = [np.mean([ndcg(run.ranks["test"][1]) for run in side], axis=0) for side in (runs, baseline)]
-        low, high, users_p = bootstrap_over_users(by_row[0] - by_row[1], users)
+        low, high, users_p = bootstrap_over_users(by_row[0] - by_row[1], users) or (None, None, None)
     return Comparison(
         runs[0].dataset, runs[0].backbone, runs[0].method, baseline[0].method, [run.seed for run in runs], mean, sd,
         baseline_mean, baseline_sd, relative(mean, baseline_mean), *mann_whitney(values, others), low, high, users_p,

@@ -28,6 +28,9 @@ SYMBOLS = {
 }  # fmt: skip
 # Settings that make no other method: what a run is called, where it runs, its seed; the model is the backbone's name.
 NO_METHOD = FREE_ON_RESUME | {"seed", "ds_config", "model_config", "model_name_or_path", "tokenizer"}
+SELECTABLE = SYMBOLS.keys() - {"frequency_beta"}  # what the papers let validation choose
+IGD = ("igd", "igd-linear")  # the weightings that IGD's decoding belongs to
+AT_ALPHA = "IGD's lists are at the α that was best on each run's validation, all others' at α = 0 (plain beam search)."
 
 
 @dataclass(frozen=True)
@@ -55,8 +58,9 @@ class Run:
     curves: dict[str, list] = field(default_factory=dict)  # tag → [[step, value], …], see `thinned`
     seconds: float | None = None  # wall time of the training
     eval_seconds: float | None = None  # of its evaluations' searches, all together
+    rank_seconds: float | None = None  # both, each times its ranks; None where their number is not known
     world_size: int | None = None
-    # "valid" and "test" → ids (R,) of the rows and rank (R,) of their target, 1 … K or 0 (not listed), int32, at the chosen α.
+    # "valid" and "test" → ids (R,) of the rows and rank (R,) of their target, 1 … K or 0 (not listed), int32, at `alpha`.
     ranks: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
 
     @property
@@ -71,7 +75,12 @@ class Run:
 
     @property
     def alpha(self) -> str | None:
-        """The α that was best on validation, as metrics.json writes it; None without a validation."""
+        """The α it is reported at, see `reported_alpha`; None without a validation."""
+        return reported_alpha(self.settings, self.valid) if self.valid else None
+
+    @property
+    def best_alpha(self) -> str | None:
+        """The α that was best on validation, whatever the method; None without a validation."""
         return metrics.best_alpha(self.valid, METRIC) if self.valid else None
 
 
@@ -103,8 +112,17 @@ def method_of(settings: dict) -> str:
         return f"{weighting} β={settings['igd_beta']:g}"
     if weighting == "rank":
         return f"{weighting} τ={settings['rank_tau']:g}"
-    with_curriculum = settings.get("curriculum_c") is not None or settings.get("curriculum_cT") is not None
-    return f"{weighting} + curriculum" if with_curriculum else weighting
+    return f"{weighting} + curriculum" if has_curriculum(settings) else weighting
+
+
+def has_curriculum(settings: dict) -> bool:
+    """Return whether a config.yaml gives the speed of a curriculum."""
+    return settings.get("curriculum_c") is not None or settings.get("curriculum_cT") is not None
+
+
+def reported_alpha(settings: dict, valid: dict) -> str:
+    """Return the α that a run is reported at, as metrics.json writes it: for IGD the best one on validation, else 0."""
+    return metrics.best_alpha(valid, METRIC) if settings.get("weighting") in IGD else "0.0"
 
 
 def labels(many: list[dict]) -> list[str]:
@@ -121,9 +139,22 @@ def labels(many: list[dict]) -> list[str]:
     return methods
 
 
-def family(method: str) -> str:
-    """Return a label without its values: `igd β=0.1` → `igd`."""
-    return re.sub(r" \S+=\S+", "", method)
+def family_of(settings: dict) -> str:
+    """Return, of a config.yaml outside of sweeps, what is equal for the runs that validation chooses among."""
+    kept = {key: value for key, value in settings.items() if key not in NO_METHOD | SELECTABLE and value is not None}
+    return json.dumps(kept | {"curriculum": has_curriculum(settings)}, sort_keys=True)
+
+
+def lines_by(runs: list[Run], setting: str) -> dict[str, dict[float, list[Run]]]:
+    """Return the runs by line, named as their label without the setting, and by its value, ascending.
+
+    The runs of a line differ in the setting and the seed alone. Lines of one value are left out.
+    """
+    lines = {}
+    for run in sorted((run for run in runs if run.settings.get(setting) is not None), key=lambda run: run.settings[setting]):
+        line = re.sub(rf" {SYMBOLS[setting]}=\S+", "", run.method)
+        lines.setdefault(line, {}).setdefault(run.settings[setting], []).append(run)
+    return {line: by_value for line, by_value in sorted(lines.items()) if len(by_value) > 1}
 
 
 def save(study: Study, folder: Path) -> None:
@@ -149,11 +180,20 @@ def save(study: Study, folder: Path) -> None:
 
 def load(folder: Path) -> Study:
     """Read what `save` wrote. Raises ValueError if it is not there, damaged, or of another version."""
-    folder = Path(folder)
-    if not (folder / "study.json").is_file() or not (folder / "ranks.parquet").is_file():
+    parts = {
+        Path(folder) / "study.json": lambda path: json.loads(path.read_text()),
+        Path(folder) / "ranks.parquet": pq.read_table,
+    }
+    if not all(path.is_file() for path in parts):
         raise ValueError(f"{folder} holds no study: study.json and ranks.parquet, which tools/report.py leaves in DIR/data")
+    read = []
+    for path, reader in parts.items():
+        try:
+            read.append(reader(path))
+        except (ValueError, OSError) as error:  # pyarrow raises either
+            raise ValueError(f"{path} is damaged ({error}): make the report from its runs again") from error
     try:
-        return _study(json.loads((folder / "study.json").read_text()), pq.read_table(folder / "ranks.parquet"))
+        return _study(*read)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder}: damaged, or of another version ({error!r}): make the report from its runs again") from error
 

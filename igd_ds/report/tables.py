@@ -1,7 +1,7 @@
 """The tables of both papers, and what a reader needs beside them, from a `Study`.
 
-Figures are means over the seeds' runs, each at the α that was best on its validation, unless a caption says otherwise. Only whole
-runs count. A table's blocks are datasets and backbones; best (bold) and second (underlined) are of a block.
+Figures are means over the seeds' runs, each at its `Run.alpha`, unless a caption says otherwise. Only whole runs count. A table's
+blocks are datasets and backbones; best (bold) and second (underlined) are of a block.
 """
 
 import re
@@ -13,12 +13,16 @@ import numpy as np
 from igd_ds.report import significance
 from igd_ds.report.layout import Cell, Table
 from igd_ds.report.significance import BASELINE, mean_sd, ndcg, relative
-from igd_ds.report.study import METRIC, Run, Study, family
+from igd_ds.report.study import AT_ALPHA, METRIC, Run, Study, has_curriculum, lines_by
 
 MEASURES = ("ndcg@5", "ndcg@10", "ndcg@20", "hr@5", "hr@10", "hr@20")
-ABLATION = ("uniform", "front-greater", "frequency", "multi-target", "multi-target + curriculum")  # MTC Table 4, in its order
+SCHEDULED = {"fg-ce": "front-greater → CE", "fg-ce-fr": "front-greater → CE → frequency"}  # by `mixing`
+ABLATION = (  # MTC Table 4 in its order, then what stands beside it
+    BASELINE, *SCHEDULED.values(), "multi-target", "multi-target + curriculum", "front-greater", "frequency",
+    "multi-target on logits", "multi-target + curriculum on logits",
+)  # fmt: skip
 HISTORY = ((1, 5), (6, 10), (11, None))  # lengths that are reported apart
-CURRENT = None  # stands for the chosen α
+CURRENT, BEST = None, "best"  # stand for the α that a run is reported at, and for the one that was best on its validation
 Methods = dict[tuple[str, str], list[Run]]  # (backbone, method) → the runs of its seeds
 
 
@@ -53,9 +57,10 @@ def methods(study: Study, dataset: str, split: str = "test", baselines: bool = F
 
 
 def figure(run: Run, split: str, alpha: str | None, path: tuple[str, ...]):
-    """Return a figure of a run's metrics.json at an α (CURRENT: the chosen one), None where it is not there."""
+    """Return a figure of a run's metrics.json at an α, CURRENT or BEST, None where it is not there."""
     results = getattr(run, split)
-    value = results["alpha"].get(run.alpha if alpha is CURRENT else alpha) if results else None
+    alpha = {CURRENT: run.alpha, BEST: run.best_alpha}.get(alpha, alpha)
+    value = results["alpha"].get(alpha) if results else None
     for key in path:
         value = value.get(key) if isinstance(value, dict) else None
     return value
@@ -115,23 +120,29 @@ def improvement(runs: list[Run], baseline: list[Run], columns: list[str], alpha:
 
 
 def chosen_alphas(runs: list[Run]) -> str:
-    """Return the chosen α of the seeds' runs, each value once."""
+    """Return the α that the seeds' runs are reported at, each value once."""
     return ", ".join(sorted({f"{float(run.alpha):g}" for run in runs}, key=float))
 
 
-def best_on_valid(found: Methods, backbone: str, accept: Callable[[str], bool]) -> str | None:
-    """Return the tested method of a backbone with the best NDCG@10 on validation among those that `accept` takes."""
+def best_on_valid(found: Methods, backbone: str, accept: Callable[[Run], bool]) -> str | None:
+    """Return the tested method of a backbone with the best NDCG@10 on validation among those whose runs `accept` takes."""
     means = {
         method: average(runs, "token_match", METRIC, split="valid").value
         for (its, method), runs in found.items()
-        if its == backbone and accept(method)
+        if its == backbone and accept(runs[0])
     }
     return max(means, key=means.get) if means else None
 
 
-def of_family(*names: str) -> Callable[[str], bool]:
-    """Return a test of method labels: are they of one of these families?"""
-    return lambda method: family(method) in names
+def component(run: Run) -> str:
+    """Return which line of MTC Table 4 (ABLATION) a run belongs to; of another method its weighting."""
+    settings = run.settings
+    if settings["weighting"] != "multi-target":
+        return settings["weighting"]
+    if settings.get("mixing") in SCHEDULED:
+        return SCHEDULED[settings["mixing"]]
+    curriculum = " + curriculum" if has_curriculum(settings) else ""
+    return f"multi-target{curriculum}{' on logits' if settings.get('mixing_form') == 'logits' else ''}"
 
 
 def slug(*names: str) -> str:
@@ -145,14 +156,21 @@ def title_of(*names: str) -> str:
 
 
 def dataset_statistics(study: Study) -> list[Table]:
-    """IGD Table 1, MTC Table 2."""
+    """IGD Table 1, and MTC Table 2 as far as the datasets know the interactions that their rows were made of."""
     keys = ("items", "train_rows", "valid_rows", "test_rows", "target_tokens", "zero_ig_tokens")
+    columns = ["Dataset", "Items are", "Items", "Train", "Valid", "Test", "Target tokens", "Zero-IG tokens", "Share"]
+    caption = "Rows of each split, tokens of all training targets, and how many of them have no information gain (IGD Table 1)."
     rows = [
         [*words(dataset, found["kind"]), *(Cell(found[key], form=",d") for key in keys), Cell(found["zero_ig_share"], form=".2%")]
         for dataset, found in study.catalogues.items()
     ]
-    columns = ["Dataset", "Items are", "Items", "Train", "Valid", "Test", "Target tokens", "Zero-IG tokens", "Share"]
-    caption = "Rows of each split, tokens of all training targets, and how many of them have no information gain (IGD Table 1)."
+    if any("users" in found for found in study.catalogues.values()):
+        columns += ["Users", "Interactions", "Per user"]
+        caption += " Users, their interactions and how many a user has on average (MTC Table 2), before rows are made of them."
+        for row, found in zip(rows, study.catalogues.values(), strict=True):
+            users, interactions = found.get("users"), found.get("interactions")
+            row += [Cell(number, form=",d") for number in (users, interactions)]
+            row.append(Cell(interactions / users if users else None, form=".2f"))
     return [Table("statistics", "Datasets", caption, columns, rows)]
 
 
@@ -187,14 +205,14 @@ def main_results(study: Study) -> list[Table]:
             rows.append([*words(kind, method, alphas, len(runs)), *cells])
         rows = marked(rows, 4)
         for backbone in dict.fromkeys(backbone for backbone, _ in found):
-            best = best_on_valid(found, backbone, lambda method: method != BASELINE)
+            best = best_on_valid(found, backbone, lambda run: run.method != BASELINE)
             if best and (backbone, BASELINE) in found:
                 cells = improvement(found[backbone, best], found[backbone, BASELINE], measures)
                 rows.append([*words(backbone, f"improvement of {best}", "", None), *cells])
         caption = (
             f"Test rows of {dataset}, all items ranked, mean ± sd over seeds. Bold: best; underlined: second. * differs from "
             f"{BASELINE} in NDCG@10 (paired bootstrap over users, Holm, p < {significance.LEVEL}). Improvement over "
-            f"{BASELINE} is that of the method with the best validation NDCG@10."
+            f"{BASELINE} is that of the method with the best validation NDCG@10. {AT_ALPHA}"
         )
         columns = ["Model", "Method", "α", "Seeds", *headings(measures)]
         tables.append(
@@ -204,11 +222,11 @@ def main_results(study: Study) -> list[Table]:
 
 
 def gaps(study: Study, dataset: str, found: Methods) -> list[str]:
-    """Return notes on what the means of a dataset lack: seeds that are not whole, and methods with a single one."""
+    """Return notes on what the means of a dataset lack: seeds without a whole test, and methods with a single one."""
     notes = []
     for (backbone, method), runs in found.items():
         lost = [r for r in study.runs if (r.dataset, r.backbone, r.method) == (dataset, backbone, method)]
-        lost = [run for run in lost if not run.whole and run.state != "not run"]
+        lost = [run for run in lost if not (run.whole and run.test) and run.state != "not run"]
         if lost:
             states = ", ".join(f"seed {run.seed} {run.state}" for run in lost)
             notes.append(f"{title_of(backbone, method)}: mean of {len(runs)} of {len(runs) + len(lost)} runs ({states}).")
@@ -234,7 +252,8 @@ def significance_of(study: Study) -> list[Table]:
         caption = (
             f"Test NDCG@10 of each method against {BASELINE} on the same rows and seeds. Users: paired bootstrap of the "
             f"difference of means over seeds, {significance.RESAMPLES} resamples of users; it speaks of other users and these "
-            "trainings. Seeds: Mann–Whitney U, two-sided; it speaks of other trainings. Holm: corrected over its methods."
+            "trainings. Seeds: Mann–Whitney U, two-sided; it speaks of other trainings. Holm: corrected over its methods. "
+            f"{AT_ALPHA}"
         )
         smallest = {(len(c.seeds), round(c.seeds_smallest_p, 4)) for c in compared}
         notes = [f"With {n} seeds per method Mann–Whitney's p is at least {p:g} before correction." for n, p in sorted(smallest)]
@@ -270,7 +289,10 @@ def selection(study: Study) -> list[Table]:
             if wrong := [line[1].value for line in ordered[1:] if line[3].value]:
                 notes.append(f"{data}: tested {', '.join(wrong)}, validation prefers {ordered[0][1].value}.")
     columns = ["Data", "Candidate", "Seeds", "Tested", "NDCG@10"]
-    caption = "Validation NDCG@10 at α = 0. The best candidate of each family is the one to be tested; α is chosen after it."
+    caption = (
+        "Validation NDCG@10 at α = 0. Candidates of a family differ in what validation chooses alone; the best one is to be "
+        "tested. For IGD α is chosen after it."
+    )
     return [Table("selection", "Selection on validation", caption, columns, rows, notes)]
 
 
@@ -281,14 +303,10 @@ def beta_sensitivity(study: Study) -> list[Table]:
         found = methods(study, dataset, "valid")
         for backbone in dict.fromkeys(backbone for backbone, _ in found):
             baseline = found.get((backbone, BASELINE))
-            for name in ("igd", "igd-linear"):
-                candidates = [
-                    (runs[0].settings["igd_beta"], runs) for (b, m), runs in found.items() if (b, family(m)) == (backbone, name)
-                ]
-                if len(candidates) < 2 or not baseline:
-                    continue
+            lines = lines_by([run for (b, _), runs in found.items() if b == backbone for run in runs], "igd_beta")
+            for name, by_beta in lines.items() if baseline else ():
                 block, effective = [], []
-                for beta, runs in [(None, baseline), *sorted(candidates, key=lambda pair: pair[0])]:
+                for beta, runs in [(None, baseline), *by_beta.items()]:
                     cells = [average(runs, "token_match", m, split="valid", alpha="0.0") for m in (METRIC, "hr@10")]
                     beaten = beta is not None and all(c.value > b.value for c, b in zip(cells, block[0][4:], strict=True))
                     effective += [f"{beta:g}"] if beaten else []
@@ -309,15 +327,18 @@ def igd_ablation(study: Study) -> list[Table]:
     for dataset in datasets(study):
         found = methods(study, dataset)
         for backbone in dict.fromkeys(backbone for backbone, _ in found):
-            best = best_on_valid(found, backbone, of_family("igd"))
+            best = best_on_valid(found, backbone, lambda run: run.settings["weighting"] == "igd")
             if not best or (backbone, BASELINE) not in found:
                 continue
             with_weights, without = found[backbone, best], found[backbone, BASELINE]
             parts = ((best, with_weights, CURRENT), ("w/o w_d (α = 0)", with_weights, "0.0"))
-            parts += ((f"w/o w_t ({BASELINE})", without, CURRENT), ("w/o both", without, "0.0"))
+            parts += ((f"w/o w_t ({BASELINE})", without, BEST), ("w/o both", without, "0.0"))
             block = [[*words(title_of(dataset, backbone), name), *measured(runs, measures, alpha)] for name, runs, alpha in parts]
             rows += marked(block, 2)
-    caption = "Test. w_d: the calibration of decoding by α; w_t: the weights of training."
+    caption = (
+        "Test. w_d: the calibration of decoding by α, with and without w_t at the α that was best on each run's validation; w_t: "
+        "the weights of training."
+    )
     return [Table("ablation-igd", "Ablation of IGD (IGD Table 3)", caption, ["Data", "Method", *headings(measures)], rows)]
 
 
@@ -327,7 +348,10 @@ def linear_and_binary(study: Study) -> list[Table]:
     for dataset in datasets(study):
         found = methods(study, dataset)
         for backbone in dict.fromkeys(backbone for backbone, _ in found):
-            forms = [best_on_valid(found, backbone, of_family(name)) for name in (BASELINE, "igd-linear", "igd")]
+            forms = [
+                best_on_valid(found, backbone, lambda run, name=name: run.settings["weighting"] == name)
+                for name in (BASELINE, "igd-linear", "igd")
+            ]
             if None in forms:
                 continue
             for measure in ("hr@10", METRIC):
@@ -357,7 +381,10 @@ def alpha_grid(study: Study) -> list[Table]:
                 block.append([*words(title_of(dataset, backbone), method), Cell(float(alpha), form="g"), *cells])
             rows += marked(block, 3, smallest=(3,))
     columns = ["Data", "Method", "α", "FWR ↓", "ISE ↑ (bits)", "NDCG@10", "HR@10"]
-    caption = "Validation. FWR: share of the commonest first token among a list's ten items; ISE: entropy of the list's scores."
+    caption = (
+        "Validation; α > 0 is IGD's decoding, whatever the training. FWR: share of the commonest first token among a list's ten "
+        "items; ISE: entropy of the list's scores."
+    )
     return [Table("alpha", "Diversity and accuracy along α (IGD Table 7)", caption, columns, rows)]
 
 
@@ -367,24 +394,26 @@ def mtc_ablation(study: Study) -> list[Table]:
     for dataset in datasets(study):
         found = methods(study, dataset)
         for backbone in dict.fromkeys(backbone for backbone, _ in found):
-            parts = [best_on_valid(found, backbone, of_family(name)) for name in ABLATION]
-            parts = [part for part in parts if part]
+            parts = {name: best_on_valid(found, backbone, lambda run, name=name: component(run) == name) for name in ABLATION}
+            parts = {name: method for name, method in parts.items() if method}
             if len(parts) > 2:
-                block = [
-                    [*words(title_of(dataset, backbone), part), *measured(found[backbone, part], measures)] for part in parts
-                ]
-                rows += marked(block, 2)
-    caption = "Test. Each line is a training of its own; of several settings the one with the best validation NDCG@10."
-    return [
-        Table("ablation-mtc", "Components of multi-target (MTC Table 4)", caption, ["Data", "Method", *headings(measures)], rows)
-    ]
+                data = title_of(dataset, backbone)
+                block = [[*words(data, *part), *measured(found[backbone, part[1]], measures)] for part in parts.items()]
+                rows += marked(block, 3)
+    caption = (
+        "Test at α = 0. Cumulative as in the paper: front-greater on a schedule to cross-entropy, then on to frequency, learned "
+        "weights, the curriculum. Beside them front-greater and frequency alone, without schedule, and the form that scales the "
+        "logits. Each line is a training of its own; of several settings the one with the best validation NDCG@10."
+    )
+    columns = ["Data", "Components", "Method", *headings(measures)]
+    return [Table("ablation-mtc", "Components of multi-target (MTC Table 4)", caption, columns, rows)]
 
 
 def backbones(study: Study) -> list[Table]:
     """IGD Tables 4 and 5: of the datasets that were tried with several backbones."""
     cases = [(d, b) for d in datasets(study) for b in dict.fromkeys(b for b, _ in methods(study, d))]
     cases = {(dataset, b): [dataset, b] for dataset, b in cases if sum(other == dataset for other, _ in cases) > 1}
-    caption = f"Test. The method with the best validation NDCG@10 against {BASELINE}, by backbone."
+    caption = f"Test. The method with the best validation NDCG@10 against {BASELINE}, by backbone. {AT_ALPHA}"
     return [gains(study, "backbones", "Backbones (IGD Tables 4, 5)", caption, ["Dataset", "Backbone"], cases)]
 
 
@@ -395,7 +424,9 @@ def quantizers(study: Study) -> list[Table]:
     for dataset, quantizer in made_by.items() if len(set(made_by.values()) - {None}) > 1 else ():
         for backbone in dict.fromkeys(b for b, _ in methods(study, dataset)) if quantizer else ():
             cases[dataset, backbone] = [dataset, quantizer]
-    caption = f"Test. The method with the best validation NDCG@10 against {BASELINE}, by quantizer of the semantic IDs."
+    caption = (
+        f"Test. The method with the best validation NDCG@10 against {BASELINE}, by quantizer of the semantic IDs. {AT_ALPHA}"
+    )
     return [gains(study, "quantizers", "Semantic IDs (MTC Table 5)", caption, ["Dataset", "Quantizer"], cases)]
 
 
@@ -404,7 +435,7 @@ def gains(study: Study, name: str, title: str, caption: str, columns: list[str],
     rows, measures = [], measures_of(study)
     for (dataset, backbone), label in cases.items():
         found = methods(study, dataset)
-        best = best_on_valid(found, backbone, lambda method: method != BASELINE)
+        best = best_on_valid(found, backbone, lambda run: run.method != BASELINE)
         if best and (backbone, BASELINE) in found:
             pair = (BASELINE, best)
             rows += marked([[*words(*label, method), *measured(found[backbone, method], measures)] for method in pair], 3)
@@ -425,7 +456,7 @@ def relaxed_match(study: Study) -> list[Table]:
             cells = [average(runs, "relaxed_match", level, "ndcg@5") for level in levels]
             rows.append([*words(backbone, method), *cells, average(runs, "token_match", "ndcg@5")])
         columns = ["Model", "Method", *(f"top-{level}" for level in levels), "whole ID"]
-        caption = f"Test NDCG@5 on {dataset} when the first k codes of an item are enough for a hit."
+        caption = f"Test NDCG@5 on {dataset} when the first k codes of an item are enough for a hit. {AT_ALPHA}"
         tables.append(
             Table(slug("relaxed", dataset), f"Relaxed match (MTC Table 6): {dataset}", caption, columns, marked(rows, 2))
         )
@@ -446,7 +477,7 @@ def row_groups(study: Study) -> list[Table]:
                 values.append([*words("baseline" if runs[0].is_baseline else backbone, method), *cells])
         caption = (
             "Test NDCG@10 by group of rows. Head and tail: the target is in the more or less frequent half of the items of test "
-            "(MTC Figure 3); warm and cold: the target was a training target or not; history: its length in items."
+            f"(MTC Figure 3); warm and cold: the target was a training target or not; history: its length in items. {AT_ALPHA}"
         )
         columns, rows = ["Model", "Method", *groups], rows + marked(values, 2) if values else []
         tables.append(Table(slug("groups", dataset), f"Groups of rows: {dataset}", caption, columns, rows))
@@ -482,7 +513,7 @@ def diversity(study: Study) -> list[Table]:
         caption = (
             "First ten places of the lists, test, means over seeds. Coverage: share of the catalogue that is listed. Gini: 0 "
             "if all items are equally often. Cold: share of listed items that are no training target. D1 to D10: shares of the "
-            "catalogue's popularity deciles, the most popular first."
+            f"catalogue's popularity deciles, the most popular first. {AT_ALPHA}"
         )
         columns = ["Model", "Method", "Coverage", "Gini", "Cold", *(f"D{i + 1}" for i in range(10))]
         tables.append(Table(slug("diversity", dataset), f"What is recommended: {dataset}", caption, columns, rows))
@@ -490,7 +521,7 @@ def diversity(study: Study) -> list[Table]:
 
 
 def beam_and_exact(study: Study) -> list[Table]:
-    """Beam search beside the exact search, where a run was evaluated with both: at the chosen α, or the smallest there is."""
+    """Beam search beside the exact search, where a run was evaluated with both: at `Run.alpha`, or the smallest α there is."""
     rows = []
     for dataset in datasets(study):
         for (backbone, method), runs in methods(study, dataset, "exact").items():
@@ -530,7 +561,7 @@ def examples(study: Study) -> list[Table]:
         caption = (
             f"Row {e['row']} of test, drawn at random among those that the methods rank differently. History, oldest first: "
         )
-        caption += f"{'; '.join(e['history'])}. Next was: {e['target']} (bold where listed)."
+        caption += f"{'; '.join(e['history'])}. Next was: {e['target']} (bold where listed). {AT_ALPHA}"
         columns = ["Method", *(f"Place {i + 1}" for i in range(length))]
         name, title = slug("example", e["dataset"], e["backbone"], str(e["row"])), title_of(e["dataset"], e["backbone"])
         tables.append(Table(name, f"Example (MTC Table 7): {title}", caption, columns, rows))
@@ -542,17 +573,27 @@ def all_runs(study: Study) -> list[Table]:
     rows = []
     for run in study.runs:
         alpha = f"{float(run.alpha):g}" if run.whole and not run.is_baseline else ""
-        cost = [Cell(seconds, form=",.0f") for seconds in (run.seconds, run.eval_seconds)]
-        rows.append(
-            [*words(run.name, run.dataset, run.backbone, run.method, run.seed, run.state, run.note, alpha, run.world_size), *cost]
-        )
+        seconds = [Cell(seconds, form=",.0f") for seconds in (run.seconds, run.eval_seconds)]
+        named = words(run.name, run.dataset, run.backbone, run.method, run.seed, run.state, run.note, alpha, run.world_size)
+        rows.append([*named, *seconds])
     columns = ["Run", "Dataset", "Model", "Method", "Seed", "State", "Note", "α", "Ranks", "Training (s)", "Evaluation (s)"]
-    hours = [sum(getattr(run, key) or 0.0 for run in study.runs) / 3600 for key in ("seconds", "eval_seconds")]
-    total = f"{sum(hours):.2f} hours of wall time: {hours[0]:.2f} training, {hours[1]:.2f} searching"
-    started = [run for run in study.runs if run.state != "not run"]
     states = {state: sum(run.state == state for run in study.runs) for state in dict.fromkeys(run.state for run in study.runs)}
-    notes = [f"Total cost: {total}.", f"Runs: {', '.join(f'{count} {state}' for state, count in states.items())}."]
-    if unknown := sum(run.seconds is None for run in started):
-        notes.append(f"The training time of {unknown} of {len(started)} runs that were started is not recorded.")
+    notes = [f"Total cost: {cost(study.runs)}.", f"Runs: {', '.join(f'{count} {state}' for state, count in states.items())}."]
     caption = f"Budget, fixed before the first run: {study.budget}" if study.budget else "All runs and what they cost."
     return [Table("runs", "Runs and cost", caption, columns, rows, notes)]
+
+
+def cost(runs: list[Run]) -> str:
+    """Say how long the runs took, unfinished ones as far as they tell; over all ranks too, where their numbers are known."""
+    training = sum(run.seconds or 0 for run in runs)
+    searching = sum(run.eval_seconds or 0 for run in runs)
+    ranks = [run.rank_seconds for run in runs if run.seconds or run.eval_seconds]
+    silent = sum(run.seconds is None for run in runs if run.state != "not run")
+    text = f"{hours(training + searching)} of wall time ({hours(training)} training, {hours(searching)} evaluation)"
+    text += f", {hours(sum(ranks))} over all ranks" if ranks and None not in ranks else ""
+    return text + (f"; {silent} runs did not tell their training's" if silent else "")
+
+
+def hours(seconds: float) -> str:
+    """Write a time in hours, or in minutes where that is less than one."""
+    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"

@@ -165,13 +165,32 @@ def test_beta_is_drawn_and_judged_as_averaged_by_hand(study):
     for column, axes in enumerate(drawn(figure).axes):
         assert any(np.allclose(line, [means[beta][column] for beta in grid]) for line in lines_of(axes, len(grid)))
         assert any(np.allclose(line, uniform[column]) for line in lines_of(axes, 2))
-        [filled] = [line.get_xdata().tolist() for line in axes.lines if line.get_label() == "above uniform"]
+        [filled] = [list(line.get_xdata()) for line in axes.lines if line.get_label() == "_igd above"]
         assert filled == [place for place, beta in enumerate(grid) if means[beta][column] > uniform[column]]
         assert [label.get_text() for label in axes.get_xticklabels()] == [f"{beta:g}" for beta in grid]
     effective = [f"{beta:g}" for beta in grid if all(a > b for a, b in zip(means[beta], uniform, strict=True))]
-    assert 0 < len(effective) < len(grid) and f"effective at β = {', '.join(effective)} (" in figure.caption
+    assert 0 < len(effective) < len(grid) and f"igd is effective at β = {', '.join(effective)} (" in figure.caption
     without = dataclasses.replace(study, runs=[run for run in study.runs if run.method != "uniform"])
     assert "is not known" in by_name(without)[BOOKS + "beta"].caption
+
+
+@pytest.mark.parametrize(("dataset", "name"), [("books-small", BOOKS + "beta"), ("instruments", INSTRUMENTS + "curriculum")])
+def test_nothing_but_seeds_is_averaged_in_a_sensitivity(study, dataset, name):
+    """Runs that differ in another setting too, uniform ones included, are a line of their own."""
+
+    def worse(run):
+        settings, method = run.settings | {"epochs": 9}, f"{run.method} epochs=9"
+        entries = {a: e | {"token_match": {k: v / 2 for k, v in e["token_match"].items()}} for a, e in run.valid["alpha"].items()}
+        return dataclasses.replace(run, settings=settings, method=method, valid=run.valid | {"alpha": entries})
+
+    other = [worse(run) for run in study.runs if run.dataset == dataset and "weighting" in run.settings]
+    both = by_name(dataclasses.replace(study, runs=[*study.runs, *other]))[name]
+    for alone, axes in zip(drawn(by_name(study)[name]).axes, drawn(both).axes, strict=True):
+        lines = [[list(line.get_ydata()) for line in panel.lines] for panel in (alone, axes)]
+        assert len(lines[1]) > len(lines[0]) and all(line in lines[1] for line in lines[0])
+        [container] = [c for c in axes.containers if c.get_label().endswith("epochs=9")]
+        [whole] = alone.containers
+        assert np.allclose(container[0].get_ydata(), whole[0].get_ydata() / 2)
 
 
 def test_the_entropy_gap_is_listed_minus_target(study):

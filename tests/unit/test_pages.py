@@ -17,9 +17,9 @@ from PIL import Image
 from igd_ds.report import pages
 from igd_ds.report.figures import Figure, all_figures
 from igd_ds.report.layout import Cell, Table
-from igd_ds.report.pages import cost, render
+from igd_ds.report.pages import render
 from igd_ds.report.study import Run, load
-from igd_ds.report.tables import all_tables
+from igd_ds.report.tables import all_tables, cost
 
 FAILED = "RuntimeError: <b>out of memory</b> & more"
 
@@ -173,6 +173,23 @@ def test_a_report_is_replaced_whole_or_not_at_all(small, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [folder]
 
 
+def test_the_old_report_is_whole_until_the_new_one_is_in_its_place(small, tmp_path, monkeypatch):
+    folder = tmp_path / "report"
+    render(small, folder)
+    before, replace = bytes_of(folder), os.replace
+
+    def killed(source, target):
+        if Path(target) == folder:
+            raise OSError("killed")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(OSError, match="killed"):
+        render(dataclasses.replace(small, name="other"), folder)
+    [old] = tmp_path.iterdir()
+    assert old.name.startswith("report.old-") and bytes_of(old) == before
+
+
 @pytest.mark.parametrize("other", ["notes.txt", "data/items.parquet", "index.html"])
 def test_a_folder_with_something_else_is_refused(study, tmp_path, other):
     (tmp_path / other).parent.mkdir(exist_ok=True)
@@ -213,11 +230,14 @@ def test_nothing_whole_is_a_report_too(study, tmp_path, count):
 
 
 def test_cost_adds_up(study):
-    one, two, silent = (dataclasses.replace(study.runs[0], seconds=s, eval_seconds=e, world_size=w)
-                        for s, e, w in ((3600.0, 1800.0, 1), (7200.0, None, 4), (None, 60.0, None)))  # fmt: skip
-    assert cost([one]) == "1.5 h of wall time (1.0 h training, 30.0 min evaluation)"
-    assert cost([one, two]) == "3.5 h of wall time (3.0 h training, 30.0 min evaluation), 9.5 h over all ranks"
-    assert cost([silent]) == "1.0 min of wall time (0.0 min training, 1.0 min evaluation); 1 runs did not tell their training's"
+    one, two, silent, failed = (dataclasses.replace(study.runs[0], seconds=s, eval_seconds=e, rank_seconds=r) for s, e, r in (
+        (3600.0, 1800.0, 5400.0), (7200.0, None, 28800.0), (None, 60.0, None), (None, None, None)))  # fmt: skip
+    assert cost([one]) == "1.5 h of wall time (1.0 h training, 30.0 min evaluation), 1.5 h over all ranks"
+    together = "3.5 h of wall time (3.0 h training, 30.0 min evaluation), 9.5 h over all ranks"
+    untold = "; 1 runs did not tell their training's"
+    assert cost([one, two]) == together and cost([one, two, failed]) == together + untold
+    assert cost([silent]) == "1.0 min of wall time (0.0 min training, 1.0 min evaluation)" + untold
+    assert "ranks" not in cost([one, silent])
 
 
 def test_columns_of_numbers_stand_right():

@@ -27,16 +27,25 @@ def test_holm_by_hand():
     assert holm([0.9, 0.8]) == [1.0, 1.0] and holm([]) == [] and holm([0.2]) == [0.2]
 
 
-@pytest.mark.parametrize("first", [[3.0, 5.0, 6.0], [7.0, 8.0, 9.0], [1.0, 4.5]])
+@pytest.mark.parametrize(
+    "first", [[3.0, 5.0, 6.0], [7.0, 8.0, 9.0], [1.0, 4.5], [4.0, 4.0, 5.0], [2.0, 2.0], [5.0, 5.0, 5.0], [4.0] * 4],
+)  # fmt: skip
 def test_mann_whitney_equals_an_enumeration(first):
-    """Two-sided p: the share of all ways to deal the ranks whose U is as far from its mean as the one found."""
+    """Two-sided p, ties included: twice the smaller share of all ways to deal the ranks whose U is as small, or as large."""
     second = [1.5, 2.0, 4.0]
-    ranks = np.argsort(np.argsort([*first, *second])) + 1
+    pooled = [*first, *second]
+    ranks = [sum(other < value for other in pooled) + (pooled.count(value) + 1) / 2 for value in pooled]
     sums = [sum(dealt) for dealt in itertools.combinations(ranks, len(first))]
-    found, mean = sum(ranks[: len(first)]), len(first) * (len(ranks) + 1) / 2
+    tails = [np.mean([sign * total >= sign * sum(ranks[: len(first)]) for total in sums]) for sign in (-1, 1)]
     p, smallest = mann_whitney(first, second)
-    assert p == pytest.approx(np.mean([abs(total - mean) >= abs(found - mean) for total in sums]))
+    assert p == pytest.approx(min(1, 2 * min(tails)))
     assert smallest == pytest.approx(2 / len(sums)) and p >= smallest - 1e-12
+
+
+def test_mann_whitney_is_exact_with_five_seeds_and_a_tie():
+    p, smallest = mann_whitney([1.0, 2.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0, 8.0])
+    assert p == smallest == pytest.approx(2 / 252)  # the two most extreme of all ways to deal
+    assert mann_whitney([1.0, 1.0], [1.0, 1.0]) == (1.0, pytest.approx(1 / 3))
 
 
 def test_three_seeds_cannot_reach_the_usual_level():
@@ -70,6 +79,12 @@ def test_rows_of_one_user_are_no_further_evidence():
     assert bootstrap_over_users(np.repeat(difference, 3), np.repeat(user, 3)) == pytest.approx(once)
     low, high, _ = bootstrap_over_users(np.repeat(difference, 3), np.arange(150))
     assert high - low < 0.7 * (once[1] - once[0])
+
+
+def test_a_single_user_tells_nothing_about_others(study):
+    assert bootstrap_over_users(np.array([0.1, 0.2, 0.3]), np.zeros(3)) is None
+    alone = replace(study, rows={"toy": {"test": {"user": np.zeros(120, np.int64)}}})
+    assert [(c.low, c.high, c.users_p, c.users_holm) for c in compare(alone, "toy")] == [(None,) * 4] * 2
 
 
 def test_a_bootstrap_of_no_and_of_a_sure_difference():

@@ -1,5 +1,6 @@
 """Run folders → a study: states and notes, refusals, ranks against the predictions, and the bytes that are kept."""
 
+import dataclasses
 import json
 import shutil
 
@@ -15,8 +16,8 @@ from study_runs import ROWS, TITLES, draw, ndcg, sweep_row, write_run, write_swe
 from igd_ds import distributed, eval
 from igd_ds.data.collate import sample_rows
 from igd_ds.data.dataset import InteractionDataset
-from igd_ds.report.folders import read_runs, thinned
-from igd_ds.report.study import family, labels, load, method_of, save
+from igd_ds.report.folders import environment_of, read_runs, thinned
+from igd_ds.report.study import Run, family_of, labels, lines_by, load, method_of, save
 from igd_ds.report.tables import groups_of
 
 UNIFORM = {"weighting": "uniform", "seed": 0}
@@ -69,9 +70,39 @@ def test_labels_name_what_differs_within_a_method():
     base = {"weighting": "cft", "seed": 0, "output_dir": "a", "cft_lambda": 0.5}
     many = [base, base | {"seed": 1, "output_dir": "b"}, base | {"cft_lambda": 1.0}, {"weighting": "uniform", "epochs": 3}]
     assert labels(many) == ["cft λ=0.5", "cft λ=0.5", "cft λ=1", "uniform"]
-    assert [family(label) for label in ("cft λ=0.5", "igd β=0.1 epochs=2", "multi-target + curriculum c=2e-05")] == [
-        "cft", "igd", "multi-target + curriculum",
+
+
+def test_a_family_shares_all_but_what_validation_chooses():
+    base = {"weighting": "multi-target", "seed": 0, "output_dir": "a", "epochs": 2, "curriculum_c": 1e-5, "mixing": None}
+    same = [base, base | {"seed": 1, "output_dir": "b"}, base | {"curriculum_c": 2e-5}]
+    others = [base | other for other in ({"mixing": "fg-ce"}, {"mixing_form": "logits"}, {"epochs": 3}, {"curriculum_c": None})]
+    assert len({family_of(settings) for settings in same}) == 1
+    assert len({family_of(settings) for settings in (base, *others)}) == 5
+
+
+def test_a_line_differs_in_one_setting_and_the_seed_alone():
+    settings = [
+        {"weighting": "multi-target", "mixing_form": form, "curriculum_c": c, "seed": seed}
+        for form in ("loss", "logits") for c in (2e-5, 1e-5) for seed in (0, 1)
     ]  # fmt: skip
+    settings.append({"weighting": "multi-target", "mixing_form": "loss", "curriculum_c": 1e-5, "epochs": 9, "seed": 0})
+    runs = [
+        Run(str(i), "toy", "q", method, method, one["seed"], "finished", settings=one)
+        for i, (one, method) in enumerate(zip(settings, labels(settings), strict=True))
+    ]
+    found = lines_by(runs, "curriculum_c")
+    assert {line: {c: [run.name for run in its] for c, its in by_value.items()} for line, by_value in found.items()} == {
+        "multi-target + curriculum mixing_form=logits": {1e-5: ["6", "7"], 2e-5: ["4", "5"]},
+        "multi-target + curriculum mixing_form=loss": {1e-5: ["2", "3"], 2e-5: ["0", "1"]},
+    }
+    assert list(found["multi-target + curriculum mixing_form=loss"]) == [1e-5, 2e-5]
+
+
+def test_the_environment_says_what_is_not_recorded(tmp_path):
+    described = {"igd_ds": {"version": "1", "commit": ""}, "versions": {"torch": "2"}, "hardware": {"gpu": None}}
+    (tmp_path / "env.json").write_text(json.dumps(described))
+    found = environment_of([tmp_path / "env.json", tmp_path / "never started" / "env.json"])
+    assert found == {"igd_ds": "1", "commit": "not recorded", "torch": "2", "gpu": "None"}
 
 
 def test_curves_are_means_over_equal_stretches():
@@ -91,8 +122,43 @@ def test_a_whole_run(run):
         0,
     )
     assert (found.seconds, found.eval_seconds, found.world_size) == (60.0, 4.0, 2)  # two evaluations of 10 rows at 5 rows/s
+    assert found.rank_seconds == 2 * 60.0 + 3 * 4.0
     assert found.curves.keys() == {"train/nll"} and len(found.curves["train/nll"]) == 200  # the last, cut line is passed over
-    assert found.alpha == max(study_runs.ALPHAS, key=lambda alpha: found.valid["alpha"][alpha]["token_match"]["ndcg@10"])
+    assert found.best_alpha == max(study_runs.ALPHAS, key=lambda alpha: found.valid["alpha"][alpha]["token_match"]["ndcg@10"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "best"),
+    [
+        ({"weighting": "igd", "igd_beta": 0.1}, True), ({"weighting": "igd-linear", "igd_beta": 0.1}, True),
+        ({"weighting": "uniform"}, False), ({"weighting": "cft"}, False), ({"weighting": "multi-target"}, False),
+        ({"recommender": "sasrec"}, False),
+    ],
+)  # fmt: skip
+def test_igd_alone_is_reported_at_the_best_alpha(source, tmp_path, settings, best):
+    ranks = {split: {"0.0": [2] * len(rows), "0.2": [1] * len(rows)} for split, rows in ROWS.items()}
+    run = only(read_runs([write_run(tmp_path / "run", source, settings | {"seed": 0}, ranks)], 0))
+    assert (run.alpha, run.best_alpha) == ("0.2" if best else "0.0", "0.2")
+    assert all(set(run.ranks[split][1]) == {1 if best else 2} for split in ("valid", "test"))
+
+
+@pytest.mark.parametrize(
+    ("weighting", "lacking", "state"),
+    [("igd", "0.2", "unfinished"), ("uniform", "0.2", "finished"), ("igd", "0.0", "finished"), ("uniform", "0.0", "unfinished")],
+)
+def test_a_test_must_hold_the_alpha_that_is_reported(source, tmp_path, weighting, lacking, state):
+    ranks = {split: {"0.0": [2] * len(rows), "0.2": [1] * len(rows)} for split, rows in ROWS.items()}
+    del ranks["test"][lacking]
+    run = only(read_runs([write_run(tmp_path / "run", source, {"weighting": weighting, "igd_beta": 0.1, "seed": 0}, ranks)], 0))
+    assert run.state == state
+    assert run.note == ("" if state == "finished" else f"eval/test lacks α = {lacking}, at which it is to be reported")
+
+
+def test_a_validation_without_alpha_0_is_not_whole(source, tmp_path):
+    ranks = {split: {"0.2": [1] * len(rows)} for split, rows in ROWS.items()}
+    run = only(read_runs([write_run(tmp_path / "run", source, {"weighting": "igd", "igd_beta": 0.1, "seed": 0}, ranks)], 0))
+    note = "eval/valid/metrics.json: no α = 0, at which validation chooses; evaluate with it too"
+    assert (run.state, run.note) == ("unfinished", note)
 
 
 def test_ranks_are_those_of_the_predictions(source, run):
@@ -140,25 +206,35 @@ def test_groups_of_a_real_evaluation_are_those_that_it_measured(source, tmp_path
 
 
 def test_states_and_notes_of_a_sweep(run, tmp_path):
-    run("whole"), run("candidate", 1), run("half", 2), run("failed", 3), run("undecided", 4)
+    out_of_memory = {"state": "failed", "error": "RuntimeError: out of memory"}
+    names = ("whole", "candidate", "training", "failed", "undecided", "due", "testing", "untested", "exact")
+    for seed, name in enumerate(names):
+        run(name, seed)
     folder = tmp_path / "runs"
-    for name in ("candidate", "half", "undecided"):
+    for name in set(names) - {"whole", "exact"}:
         shutil.rmtree(folder / name / "eval" / "test")
+    for name in ("training", "failed"):
+        shutil.rmtree(folder / name / "eval")
     rows = [
-        sweep_row("whole"), sweep_row("candidate", seed=1, chosen=False), sweep_row("half", "running", seed=2),
-        sweep_row("failed", "failed", seed=3, error="RuntimeError: out of memory"), sweep_row("gone", "waiting", seed=5),
-        sweep_row("large", "not run", seed=0, backbone="llama"), sweep_row("undecided", seed=4, chosen=None, family="f"),
+        sweep_row("whole"), sweep_row("candidate", chosen=False, seed=1),
+        sweep_row("training", "running", chosen=None, seed=2), sweep_row("failed", chosen=None, seed=3, **out_of_memory),
+        sweep_row("undecided", "waiting", chosen=None, seed=4, family="f"), sweep_row("due", "waiting", seed=5),
+        sweep_row("testing", "running", seed=6), sweep_row("untested", seed=7, **out_of_memory),
+        sweep_row("exact", seed=8, **out_of_memory), sweep_row("gone", "waiting", chosen=None, seed=9),
+        sweep_row("large", "not run", chosen=None, backbone="llama"),
     ]  # fmt: skip
     study = read_runs([write_sweep(folder, rows)], 0)
     assert (study.name, study.budget) == ("a sweep", "little")
     assert [(run.name, run.state, run.note) for run in study.runs] == [
-        ("whole", "finished", ""), ("candidate", "no test", ""), ("half", "unfinished", "running"),
-        ("failed", "failed", "RuntimeError: out of memory"), ("gone", "unfinished", "waiting"), ("large", "not run", ""),
-        ("undecided", "no test", "not evaluated on test"),
+        ("whole", "finished", ""), ("candidate", "no test", ""), ("training", "unfinished", "running"),
+        ("failed", "failed", "RuntimeError: out of memory"), ("undecided", "no test", "validation has not chosen yet"),
+        ("due", "no test", "chosen, not tested yet"), ("testing", "no test", "chosen, not tested yet"),
+        ("untested", "no test", "chosen, not tested yet; RuntimeError: out of memory"),
+        ("exact", "finished", "RuntimeError: out of memory"), ("gone", "unfinished", "waiting"), ("large", "not run", ""),
     ]  # fmt: skip
-    assert [run.name for run in study.runs if run.whole] == ["whole", "candidate", "undecided"]
-    assert study.runs[0].family == "uniform" and study.runs[-1].family == "f"
-    assert study.runs[5].settings == {"weighting": "uniform"}  # from the table
+    assert all(run.valid and "valid" in run.ranks for run in study.runs if run.whole)
+    assert study.runs[0].family == family_of(study.runs[0].settings) and study.runs[4].family == "f"
+    assert study.runs[-1].settings == {"weighting": "uniform"}  # from the table
 
 
 def drop(path, *keys):
@@ -202,13 +278,10 @@ def test_a_metric_that_is_not_a_number_leaves_the_run_out(run, split):
     assert found.state == "unfinished" and found.note == f"eval/{split}/metrics.json: alpha.0.2.gini_index is not finite"
 
 
-def test_lists_too_short_to_choose_by_and_a_chosen_alpha_without_test(run):
+def test_lists_too_short_to_choose_by(run):
     folder = run("uniform")
     path = folder / "eval" / "test" / "metrics.json"
     results = json.loads(path.read_text())
-    chosen = only(read_runs([folder], 0)).alpha
-    path.write_text(json.dumps(results | {"alpha": {a: entry for a, entry in results["alpha"].items() if a != chosen}}))
-    assert only(read_runs([folder], 0)).note == f"eval/test lacks α = {chosen}, the best one on validation"
     del results["alpha"]["0.0"]["token_match"]["ndcg@10"]
     path.write_text(json.dumps(results))
     assert "its lists hold 10 items" in only(read_runs([folder], 0)).note
@@ -219,6 +292,28 @@ def test_runs_that_were_not_evaluated_alike_are_refused(run, key, value):
     folders = [run("uniform"), run("other", changes={key: value})]
     with pytest.raises(ValueError, match=f"other/eval/valid and .*uniform/eval/valid .* not alike: {key} differ"):
         read_runs(folders, 0)
+
+
+def test_ways_to_decode_are_compared_within_a_backbone(run):
+    """As BIGRec and D3, which share rows and beams but not the length penalty."""
+    penalty = {"length_penalty": 1.0}
+    folders = [run("d3"), run("bigrec", model_config="m/bigrec.json", changes=penalty)]
+    assert [run.state for run in read_runs(folders, 0).runs] == ["finished", "finished"]
+    with pytest.raises(ValueError, match="other/eval/valid and .*d3/eval/valid .* not alike: length_penalty differ"):
+        read_runs([*folders, run("other", 1, changes=penalty)], 0)
+    with pytest.raises(ValueError, match="other2/eval/valid and .*d3/.* not alike: num_beams differ"):
+        read_runs([*folders, run("other2", 1, model_config="m/bigrec.json", changes=penalty | {"num_beams": 20})], 0)
+
+
+def test_the_interactions_of_a_dataset_are_those_that_its_rows_were_made_of(run, source, monkeypatch):
+    folder, loaded = run("uniform"), InteractionDataset.load(source.parent / "data")
+    assert "users" not in read_runs([folder], 0).catalogues["toy"]  # given rows: nothing is known
+    funnel = [{"step": "source", "users": 9, "items": 9, "interactions": 90}, {"step": "left out", "items": 1},
+              {"step": "sample", "users": 4, "items": 8, "interactions": 30}, {"step": "rows", "train": 7}]  # fmt: skip
+    known = dataclasses.replace(loaded, info=loaded.info | {"funnel": funnel})
+    monkeypatch.setattr(InteractionDataset, "load", lambda *_: known)
+    found = read_runs([folder], 0).catalogues["toy"]
+    assert (found["users"], found["interactions"]) == (4, 30)
 
 
 def test_runs_of_another_dataset_of_the_same_name_are_refused(run):
@@ -297,6 +392,11 @@ def test_equal_runs_give_equal_bytes_and_so_does_what_was_kept(run, tmp_path):
         assert all(np.array_equal(one.ranks[split], other.ranks[split]) for split in ("valid", "test"))
     with pytest.raises(ValueError, match="holds no study"):
         load(tmp_path / "runs")
+    for name in ("study.json", "ranks.parquet"):
+        damaged = shutil.copytree(tmp_path / "first", tmp_path / f"damaged {name}")
+        (damaged / name).write_bytes((damaged / name).read_bytes()[:-9])
+        with pytest.raises(ValueError, match=f"damaged {name}/{name} is damaged .*: make the report from its runs again"):
+            load(damaged)
     (tmp_path / "third" / "study.json").write_text('{"runs": [{"name": "uniform", "of": "another version"}]}')
     with pytest.raises(ValueError, match="third: damaged, or of another version"):
         load(tmp_path / "third")

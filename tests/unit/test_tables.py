@@ -9,7 +9,7 @@ import pytest
 
 from igd_ds.report import significance, tables
 from igd_ds.report.layout import Cell, Table
-from igd_ds.report.study import Run, Study
+from igd_ds.report.study import AT_ALPHA, Run, Study, labels
 
 DECILES = [0.1] * 10
 
@@ -74,6 +74,23 @@ def test_main_results():
     assert lines[5][4:] == ["+50.00%"] * 4  # 0.3 over 0.2
 
 
+def test_igd_alone_is_reported_at_its_best_alpha():
+    """Validation prefers α = 0.1 for all; uniform's and CFT's test at it is in no table but IGD's ablation."""
+    runs = [
+        make_run(method, seed, {"0.0": 0.2, "0.1": 0.3}, {"0.0": level + 0.01 * seed, "0.1": 0.9})
+        for seed in range(2)
+        for method, level in (("uniform", 0.2), ("cft", 0.25), ("igd β=0.2", 0.3))
+    ]
+    study = Study("s", "", runs)
+    found = table(study, "main-toys")
+    values = {row[1].text: (row[2].text, row[5].value) for row in found.rows if row[1].text in ("uniform", "cft", "igd β=0.2")}
+    assert values == {"uniform": ("0", pytest.approx(0.205)), "cft": ("0", pytest.approx(0.255)), "igd β=0.2": ("0.1", 0.9)}
+    assert [c.mean for c in significance.compare(study, "toys")] == pytest.approx([0.255, 0.9])
+    ablation = {row[1].text: row[3].value for row in table(study, "ablation-igd").rows}
+    assert ablation["w/o w_t (uniform)"] == 0.9 and ablation["w/o both"] == pytest.approx(0.205)
+    assert all(AT_ALPHA in table(study, name).caption for name in ("main-toys", "significance-toys", "diversity-toys"))
+
+
 def test_the_star_is_on_what_the_corrected_test_finds(monkeypatch):
     study = make_study()
     compared = significance.compare(study, "toys")
@@ -116,6 +133,16 @@ def test_selection_is_shown_and_checked():
     tested = [replace(run, state="finished", test=run.valid) if run.method == "igd β=0.3" else run for run in study.runs]
     note = "toys, qwen: tested igd β=0.3, validation prefers igd β=0.2."
     assert table(replace(study, runs=tested), "selection").notes == [note]
+    apart = [replace(run, family="another") if run.method == "igd β=0.3" else run for run in tested]
+    found = table(replace(study, runs=apart), "selection")
+    assert found.notes == [] and "igd β=0.3" not in {row[1].text for row in found.rows}
+
+
+def test_what_was_chosen_and_not_tested_yet_is_validated_and_missed():
+    runs = [replace(run, state="no test", test=None) if run.name == "igd β=0.2-1" else run for run in make_study().runs]
+    study = replace(make_study(), runs=runs)
+    assert "qwen, igd β=0.2: mean of 1 of 2 runs (seed 1 no test)." in table(study, "main-toys").notes
+    assert {row[1].text: row[2].text for row in table(study, "selection").rows}["igd β=0.2"] == "2"
 
 
 def test_beta_sensitivity_and_its_effective_range():
@@ -124,6 +151,15 @@ def test_beta_sensitivity_and_its_effective_range():
         ("uniform", "–", "0.2000"), ("igd", "0.1", "0.1900"), ("igd", "0.2", "0.2600"), ("igd", "0.3", "0.2200"),
     ]  # fmt: skip
     assert found.notes == ["toys, qwen, igd: effective β: 0.2, 0.3."]
+    study = make_study()
+    longer = [
+        replace(run, method=f"{run.method} epochs=2", valid=make_run("igd", 0, {"0.0": 0.1}, None).valid)
+        for run in study.runs
+        if run.method in ("igd β=0.1", "igd β=0.2")
+    ]
+    found = table(replace(study, runs=[*study.runs, *longer]), "beta")
+    assert found.notes[1:] == ["toys, qwen, igd epochs=2: effective β: none."]
+    assert [row[4].text[:6] for row in found.rows[1:4]] == ["0.1900", "0.2600", "0.2200"]  # as without the others
 
 
 def test_ablation_of_igd():
@@ -172,7 +208,8 @@ def test_mtc_ablation_relaxed_match_and_quantizers():
     for dataset in ("rq data", "pq data"):
         for method in ("uniform", "frequency", "multi-target", "multi-target + curriculum cT=2"):
             level += 0.01
-            run = make_run(method, 0, {"0.0": level}, {"0.0": level}, dataset=dataset)
+            settings = {"weighting": method.split()[0]} | ({"curriculum_cT": 2.0} if "curriculum" in method else {})
+            run = make_run(method, 0, {"0.0": level}, {"0.0": level}, dataset=dataset, settings=settings)
             run.test["alpha"]["0.0"]["relaxed_match"] = {"1": {"ndcg@5": 0.4}, "2": {"ndcg@5": 0.3}}
             runs.append(run)
     catalogue = {"kind": "semantic-id", "filtering_ratio": [0.9, 0.5], "zero_ig_share": 0.0}
@@ -182,11 +219,6 @@ def test_mtc_ablation_relaxed_match_and_quantizers():
         "pq data": catalogue | {"quantizer": "pq", "filtering_ratio": [0.7]},
     }
     study = Study("s", "", runs, made_by)
-    ablation = [(row[0].text, row[1].text, row[3].text) for row in table(study, "ablation-mtc").rows]
-    assert ablation[:4] == [
-        ("rq data, qwen", "uniform", "0.2100"), ("rq data, qwen", "frequency", "0.2200"),
-        ("rq data, qwen", "multi-target", "0.2300"), ("rq data, qwen", "multi-target + curriculum cT=2", "0.2400"),
-    ]  # fmt: skip
     relaxed = table(study, "relaxed-rq-data")
     assert relaxed.columns[2:] == ["top-1", "top-2", "whole ID"] and text(relaxed)[0][2:] == ["0.4000", "0.3000", "0.1050"]
     quantizers = [[cell.text for cell in row[1:5]] for row in table(study, "quantizers").rows]
@@ -197,6 +229,40 @@ def test_mtc_ablation_relaxed_match_and_quantizers():
     assert quantizers[2] == ["rq-vae", "improvement", "+14.29%", "+14.29%"] and quantizers[3][0] == "pq"
     assert text(table(study, "filtering-ratio")) == [["rq data", "90.00%", "50.00%"], ["pq data", "70.00%", "–"]]
     assert text(table(study, "statistics"))[0][2:] == ["1,234"] * 6 + ["0.00%"]
+
+
+def test_mtc_ablation_has_a_line_for_each_part():
+    base = {"weighting": "multi-target", "mixing": "learned", "curriculum_c": None, "mixing_form": "loss"}
+    many = {
+        "uniform": {"weighting": "uniform"}, "front-greater → CE": base | {"mixing": "fg-ce", "mixing_form": None},
+        "front-greater → CE → frequency": base | {"mixing": "fg-ce-fr", "mixing_form": None}, "multi-target": base,
+        "multi-target + curriculum": base | {"curriculum_c": 1e-5}, "worse": base | {"curriculum_c": 2e-5},
+        "front-greater": {"weighting": "front-greater"}, "frequency": {"weighting": "frequency"},
+        "multi-target on logits": base | {"mixing_form": "logits"},
+        "multi-target + curriculum on logits": base | {"mixing_form": "logits", "curriculum_c": 1e-5},
+    }  # fmt: skip
+    level = {name: 0.3 - 0.01 * place for place, name in enumerate(many)}
+    runs = [
+        make_run(method, 0, {"0.0": level[name], "0.1": 0.9}, {"0.0": level[name]}, settings=settings)
+        for (name, settings), method in zip(many.items(), labels(list(many.values())), strict=True)
+    ]
+    study = Study("s", "", runs[::-1])
+    found = table(study, "ablation-mtc")
+    assert [(row[1].text, row[4].value) for row in found.rows] == [(name, level[name]) for name in many if name != "worse"]
+    assert len({row[2].text for row in found.rows}) == 9 and found.columns[2] == "Method"
+    without = [run for run in study.runs if run.settings.get("mixing") != "fg-ce"]
+    assert [row[1].text for row in table(replace(study, runs=without), "ablation-mtc").rows][
+        1
+    ] == "front-greater → CE → frequency"
+
+
+def test_datasets_show_their_interactions_where_they_know_them():
+    catalogue = {"kind": "text", "zero_ig_share": 0.5}
+    catalogue |= dict.fromkeys(("items", "train_rows", "valid_rows", "test_rows", "target_tokens", "zero_ig_tokens"), 1)
+    found = table(Study("s", "", [], {"a": catalogue | {"users": 4, "interactions": 30}, "b": catalogue}), "statistics")
+    assert found.columns[-3:] == ["Users", "Interactions", "Per user"] and "MTC Table 2" in found.caption
+    assert [line[-3:] for line in text(found)] == [["4", "30", "7.50"], ["–", "–", "–"]]
+    assert "MTC" not in table(Study("s", "", [], {"b": catalogue}), "statistics").caption
 
 
 def test_backbones_side_by_side():
@@ -232,9 +298,9 @@ def test_all_runs_with_states_and_cost():
     line = dict(zip(found.columns, text(found)[-1], strict=True))
     assert (line["State"], line["Note"], line["α"], line["Training (s)"]) == ("failed", "out of memory", "", "–")
     assert found.notes == [
-        "Total cost: 7.30 hours of wall time: 6.00 training, 1.30 searching.", "Runs: 8 finished, 4 no test, 1 failed.",
-        "The training time of 1 of 13 runs that were started is not recorded.",
-    ]  # fmt: skip
+        "Total cost: 7.3 h of wall time (6.0 h training, 1.3 h evaluation); 1 runs did not tell their training's.",
+        "Runs: 8 finished, 4 no test, 1 failed.",
+    ]
 
 
 def test_examples_mark_the_target():
