@@ -73,6 +73,17 @@ def test_run_folders_to_a_report_and_the_same_again(made, tmp_path, capsys):
     assert "```\nmake it\n```" in (second / "README.md").read_text()
 
 
+PUBLISHED = sorted((Path(__file__).parents[2] / "docs" / "results").glob("*/data"))
+
+
+@pytest.mark.parametrize("data", PUBLISHED, ids=lambda data: data.parent.name)
+def test_a_published_report_is_made_of_the_numbers_it_keeps(data, tmp_path):
+    assert report.main([str(data), "-o", str(tmp_path / "again")]) == 0
+    again, published = bytes_of(tmp_path / "again"), bytes_of(data.parent)
+    assert again.keys() == published.keys()
+    assert not [name for name in again if again[name] != published[name]]
+
+
 def test_a_sweep_with_rows_that_are_not_whole(made, tmp_path, capsys):
     folder = shutil.copytree(made, tmp_path / "sweep", symlinks=True)
     (folder / "igd-1" / "eval" / "test" / "metrics.json").write_text('{"alpha": ')
