@@ -198,6 +198,12 @@ def _names(cls) -> list[str]:
     return [field.name for field in dataclasses.fields(cls)]
 
 
+def _with_preset(config):
+    from igd_ds.baseline import with_preset
+
+    return with_preset(config)
+
+
 def _baseline_config():
     from igd_ds.baseline import BaselineConfig  # only for tables with baselines
 
@@ -279,6 +285,7 @@ def _row(point: dict, entry: dict, where: str, table: dict, cls) -> Row:
     settings = shared | own | {"dataset": table["datasets"][dataset]}
     settings, evaluation, exact = (filled(values, "dataset", dataset) for values in (settings, evaluation, exact))
     config = _build(cls, settings | {"output_dir": ""}, where)
+    config = config if cls is TrainConfig else _with_preset(config)  # as the run's config.yaml has it
     compared = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("seed", *table["select"])}
     family = (dataset, backbone, repr(compared), repr(evaluation))
     words += [f"{name}{_in_name(value)}" for name, value in own.items() if name not in ("weighting", "recommender", "seed")]

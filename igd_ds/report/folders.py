@@ -185,8 +185,8 @@ def numbers_in(value, path: str = ""):
 
 def state_of(row: dict | None, read: dict, problems: dict[str, str]) -> tuple[str, str]:
     """Return (state, reason) of a run from its row of the sweep, what could be read of its folder, and what could not (FILES)."""
-    if row and row["state"] == "not run":
-        return "not run", ""
+    if row and (row["state"] == "not run" or (row["state"] == "waiting" and not read["config"])):
+        return row["state"], ""
     error = row["error"] or "no error line" if row and row["state"] == "failed" else ""
     for key, missing in (("config", "no config.yaml"), ("summary", "the training has not finished"), ("valid", "no eval/valid")):
         if not read[key]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from igd_ds.data.card import escape
 from igd_ds.report.figures import Figure, all_figures
 from igd_ds.report.layout import Table
-from igd_ds.report.study import Run, Study, load, save
+from igd_ds.report.study import NOT_BEGUN, Run, Study, load, save
 from igd_ds.report.tables import all_tables, cost
 
 ENTRIES = {"index.html", "README.md", "tables", "figures", "data"}
@@ -88,7 +88,7 @@ def write_files(folder: Path, tables: list[Table], figures: list[Figure]) -> dic
 
 def left_out(study: Study) -> list[Run]:
     """Return the runs of which something is missing, those apart that were not meant to run."""
-    return [run for run in study.runs if run.state != "not run" and (not run.whole or run.note)]
+    return [run for run in study.runs if run.state not in NOT_BEGUN and (not run.whole or run.note)]
 
 
 def summary(study: Study) -> dict[str, str]:

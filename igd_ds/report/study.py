@@ -19,6 +19,7 @@ from igd_ds.results import write_table
 from igd_ds.runlog import FREE_ON_RESUME, write_text
 
 METRIC = "ndcg@10"  # chooses β and α on validation, and is what is tested
+NOT_BEGUN = ("waiting", "not run")  # rows of a sweep whose turn has not come, and those that it only lists
 RECOMMENDERS = {
     "popularity": "popularity", "last-item-knn": "last-item kNN", "gru4rec": "GRU4Rec", "sasrec": "SASRec", "lrurec": "LRURec",
 }  # fmt: skip
@@ -37,7 +38,7 @@ AT_ALPHA = "IGD's lists are at the α that was best on each run's validation, al
 class Run:
     """One run folder, or a row of a sweep that was never started.
 
-    `state` is "finished", "no test" (a candidate that validation did not choose), "unfinished", "failed" or "not run". `note`
+    `state` is "finished", "no test" (a candidate that validation did not choose), "unfinished", "failed", or in NOT_BEGUN. `note`
     says what is missing and why, and is empty where nothing is. `settings` is config.yaml; `valid`, `test` and `exact` are the
     metrics.json of eval/valid, eval/test and eval/test-exact, None where there is none.
     """

@@ -13,7 +13,7 @@ import numpy as np
 from igd_ds.report import significance
 from igd_ds.report.layout import Cell, Table
 from igd_ds.report.significance import BASELINE, mean_sd, ndcg, relative
-from igd_ds.report.study import AT_ALPHA, METRIC, Run, Study, has_curriculum, lines_by
+from igd_ds.report.study import AT_ALPHA, METRIC, NOT_BEGUN, Run, Study, has_curriculum, lines_by
 
 MEASURES = ("ndcg@5", "ndcg@10", "ndcg@20", "hr@5", "hr@10", "hr@20")
 SCHEDULED = {"fg-ce": "front-greater → CE", "fg-ce-fr": "front-greater → CE → frequency"}  # by `mixing`
@@ -226,7 +226,7 @@ def gaps(study: Study, dataset: str, found: Methods) -> list[str]:
     notes = []
     for (backbone, method), runs in found.items():
         lost = [r for r in study.runs if (r.dataset, r.backbone, r.method) == (dataset, backbone, method)]
-        lost = [run for run in lost if not (run.whole and run.test) and run.state != "not run"]
+        lost = [run for run in lost if not (run.whole and run.test) and run.state not in NOT_BEGUN]
         if lost:
             states = ", ".join(f"seed {run.seed} {run.state}" for run in lost)
             notes.append(f"{title_of(backbone, method)}: mean of {len(runs)} of {len(runs) + len(lost)} runs ({states}).")
@@ -588,7 +588,7 @@ def cost(runs: list[Run]) -> str:
     training = sum(run.seconds or 0 for run in runs)
     searching = sum(run.eval_seconds or 0 for run in runs)
     ranks = [run.rank_seconds for run in runs if run.seconds or run.eval_seconds]
-    silent = sum(run.seconds is None for run in runs if run.state != "not run")
+    silent = sum(run.seconds is None for run in runs if run.state not in NOT_BEGUN)
     text = f"{hours(training + searching)} of wall time ({hours(training)} training, {hours(searching)} evaluation)"
     text += f", {hours(sum(ranks))} over all ranks" if ranks and None not in ranks else ""
     return text + (f"; {silent} runs did not tell their training's" if silent else "")
