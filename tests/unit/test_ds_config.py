@@ -21,9 +21,9 @@ def config(path, **changes):
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_shipped_files_resolve_for_any_number_of_ranks(path, world, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    ds = engine.resolve_ds_config(config(path), world)
+    ds = engine.resolve_ds_config(config(path, global_batch_size=256), world)
     micro = ds["train_micro_batch_size_per_gpu"]
-    assert micro * ds["gradient_accumulation_steps"] * world == ds["train_batch_size"] == 64
+    assert micro * ds["gradient_accumulation_steps"] * world == ds["train_batch_size"] == 256
     assert ds["gradient_clipping"] == 1.0
     assert engine.zero_stage(ds) == int(path.stem[4])
     expected = {"fp32": torch.float32, "fp16": torch.float16}.get(path.stem.split("-")[-1], torch.bfloat16)
