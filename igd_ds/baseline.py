@@ -29,7 +29,7 @@ import igd_ds
 from igd_ds import config as configuration
 from igd_ds import distributed, metrics
 from igd_ds import engine as engines
-from igd_ds.config import option
+from igd_ds.config import option, require
 from igd_ds.data.chains import Chains, SequenceBatch, refuse_empty
 from igd_ds.data.collate import deal, epoch_batches, sample_rows, steps_per_epoch
 from igd_ds.data.dataset import InteractionDataset, Split
@@ -109,36 +109,12 @@ class BaselineConfig:
             raise ValueError(f"--num_negatives has no effect on --loss {self.loss}, which takes all items: leave it out")
         if self.loss == "bpr-max" and self.num_negatives == 1:  # it may be a micro-batch's only target
             raise ValueError("--num_negatives of --loss bpr-max must be at least 2, found 1")
-        at_least_1 = (
-            "num_negatives",
-            "hidden_size",
-            "num_layers",
-            "num_heads",
-            "global_batch_size",
-            "epochs",
-            "keep_checkpoints",
-        )
-        for name in (*at_least_1, "log_every", "num_beams", "batch_size"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"--{name} must be at least 1, found {value}")
-        for name in (
-            "weight_decay",
-            "max_steps",
-            "seed",
-            "validate_every",
-            "validation_rows",
-            "patience",
-            "num_rows",
-            "rows_seed",
-        ):
-            if (value := getattr(self, name)) is not None and not 0 <= value < math.inf:
-                raise ValueError(f"--{name} must not be negative, and finite, found {value}")
-        for name in ("dropout", "warmup_ratio"):
-            if not 0 <= (getattr(self, name) or 0.0) < 1:
-                raise ValueError(f"--{name} must lie in [0, 1), found {getattr(self, name)}")
-        for name in ("learning_rate", "max_grad_norm"):
-            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
-                raise ValueError(f"--{name} must be positive and finite, found {value}")
+        at_least_1 = "num_negatives hidden_size num_layers num_heads global_batch_size epochs keep_checkpoints"
+        require(self, f"{at_least_1} log_every num_beams batch_size", lambda value: value >= 1, "must be at least 1")
+        not_negative = "weight_decay max_steps seed validate_every validation_rows patience num_rows rows_seed"
+        require(self, not_negative, lambda value: 0 <= value < math.inf, "must not be negative, and finite")
+        require(self, "dropout warmup_ratio", lambda value: 0 <= value < 1, "must lie in [0, 1)")
+        require(self, "learning_rate max_grad_norm", lambda value: 0 < value < math.inf, "must be positive and finite")
         if not self.splits or len(set(self.splits)) != len(self.splits):
             raise ValueError(f"--splits needs at least one and none twice, found {self.splits}")
 
@@ -221,9 +197,7 @@ def open_run_folder(run: Path, config: BaselineConfig, ds: dict, task: Task, mod
     if (run / "summary.json").is_file():
         refuse_other_dataset(run, json.loads((run / "summary.json").read_text()), task)
         return None, True
-    tag, torn = engines.newest_checkpoint(run / "checkpoints")
-    for name in torn:
-        print(f"warning: checkpoint {name} was not whole (cut off while it was written?) and is removed", flush=True)
+    tag = engines.newest_checkpoint(run / "checkpoints")
     engines.check_disk_space(run, sum(parameter.numel() for parameter in model.parameters()), config.keep_checkpoints)
     return tag, False
 

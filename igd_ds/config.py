@@ -11,7 +11,7 @@ import math
 import sys
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 
@@ -24,6 +24,13 @@ def option(help: str, default=MISSING, choices: Sequence[str] = ()):
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def require(config, names: str, holds: Callable[[float], bool], says: str) -> None:
+    """Raise ValueError naming the flag if one of the settings `names` (words) is given, and `holds` is not true of it."""
+    for name in names.split():
+        if (value := getattr(config, name)) is not None and not holds(value):
+            raise ValueError(f"--{name} {says}, found {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,15 +107,10 @@ class TrainConfig:
             raise ValueError("give exactly one of --model_name_or_path (pretrained) and --model_config (random weights)")
         if self.model_config and not self.tokenizer:
             raise ValueError("--model_config has no tokenizer of its own: give --tokenizer")
-        for name in ("global_batch_size", "max_length", "epochs", "log_every", "keep_checkpoints"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, found {getattr(self, name)}")
-        for name in ("max_steps", "validate_every", "validation_rows", "patience", "save_every", "lora_r"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name} must not be negative, found {getattr(self, name)}")
-        for name in ("seed", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name} must not be negative, found {getattr(self, name)}")
+        at_least_1 = "global_batch_size max_length epochs log_every keep_checkpoints"
+        require(self, at_least_1, lambda value: value >= 1, "must be at least 1")
+        not_negative = "max_steps validate_every validation_rows patience save_every lora_r seed weight_decay"
+        require(self, not_negative, lambda value: value >= 0, "must not be negative")
         if not 0 <= self.lora_dropout < 1 or self.lora_alpha < 1:
             raise ValueError(
                 f"--lora_dropout must lie in [0, 1) and --lora_alpha be 1 or more, found {self.lora_dropout}, {self.lora_alpha}"
@@ -171,12 +173,9 @@ class EvalConfig:
             raise ValueError(f"--alpha needs at least one value and none twice, found {self.alpha}")
         if self.alpha_from and self.alpha != [0.0]:
             raise ValueError("give --alpha or --alpha_from, not both")
-        for name in ("num_beams", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, found {getattr(self, name)}")
-        for name in ("length_penalty", "popularity_prior", "guidance_weight"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"--{name} must not be negative, and finite, found {getattr(self, name)}")
+        require(self, "num_beams batch_size", lambda value: value >= 1, "must be at least 1")
+        not_negative = "length_penalty popularity_prior guidance_weight"
+        require(self, not_negative, lambda value: 0 <= value < math.inf, "must not be negative, and finite")
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"--temperature must be positive and finite, found {self.temperature}")
         if bool(self.guidance) != (self.guidance_weight > 0):

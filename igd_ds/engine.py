@@ -256,8 +256,8 @@ def trained_names(engine) -> list[str]:
     return [name for name, parameter in engine.module.named_parameters() if parameter.requires_grad]
 
 
-def newest_checkpoint(folder: Path) -> tuple[str | None, list[str]]:
-    """Return (tag of the newest whole checkpoint or None, tags that were not whole and have been removed). Rank 0 only.
+def newest_checkpoint(folder: Path) -> str | None:
+    """Return the tag of the newest whole checkpoint, or None. Those that are not whole are removed, and it says so. Rank 0 only.
 
     Raises ValueError if that checkpoint was saved by another number of ranks: ZeRO's states cannot be dealt anew as they are.
     """
@@ -270,10 +270,10 @@ def newest_checkpoint(folder: Path) -> tuple[str | None, list[str]]:
                 f"{whole[0]} was saved by {saved_by} ranks, this run has {distributed.world_size()}: resume on {saved_by} ranks, "
                 "or train a new run from the model/ that this one left"
             )
-    torn = [path for path in tags if path not in whole]
-    for path in torn:
+    for path in (path for path in tags if path not in whole):
+        print(f"warning: checkpoint {path.name} was not whole (cut off while it was written?) and is removed", flush=True)
         shutil.rmtree(path)
-    return whole[0].name if whole else None, [path.name for path in torn]
+    return whole[0].name if whole else None
 
 
 def _is_whole(checkpoint: Path) -> bool:

@@ -121,9 +121,7 @@ def open_run_folder(run: Path, config, ds: dict, inputs: Inputs) -> tuple[str | 
     claim_run_folder(run, dataclasses.asdict(config), ds, distributed.world_size())
     if (run / "summary.json").is_file():
         return None, (run / "summary.json").read_text().strip()
-    tag, torn = engines.newest_checkpoint(run / "checkpoints")
-    for name in torn:
-        print(f"warning: checkpoint {name} was not whole (cut off while it was written?) and is removed", flush=True)
+    tag = engines.newest_checkpoint(run / "checkpoints")
     trained = inputs.adapter.num_trained_parameters(inputs.model_config, config, inputs.added_ids)
     engines.check_disk_space(run, trained, config.keep_checkpoints)
     if not (run / "catalogue").is_dir():

@@ -19,13 +19,12 @@ class SequenceBatch:
 
     `histories` (B, T) int64, oldest first; behind a history's end stands item 0, which a causal model never looks at. `places`
     (n,) int64, the position in the flattened (B·T) histories from which each row's target is predicted; `targets` (n,) int64 item
-    ids; `rows` (n,) int64 row ids.
+    ids.
     """
 
     histories: torch.Tensor
     places: torch.Tensor
     targets: torch.Tensor
-    rows: torch.Tensor
 
     def to(self, device: torch.device) -> "SequenceBatch":
         """Return the batch on `device`."""
@@ -95,7 +94,7 @@ class Chains:
         rows = self.rows[ranges(self.offsets[real], count)]
         # A sequence's rows predict from its last positions on, one each.
         places = ranges(np.arange(len(real)) * width + length - count, count)
-        return SequenceBatch(*map(torch.from_numpy, (histories, places, self.split.targets[rows].astype(np.int64), rows)))
+        return SequenceBatch(*map(torch.from_numpy, (histories, places, self.split.targets[rows].astype(np.int64))))
 
 
 def refuse_empty(split: Split, rows: np.ndarray) -> None:

@@ -5,6 +5,7 @@ Histories are right-padded with any item: all models here are causal, so no posi
 """
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import nn
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 
 
-class SequentialModel(nn.Module):
+class SequentialModel(nn.Module, ABC):
     """An encoder of item sequences whose states score items: state · item embedding, and a bias where the paper has one."""
 
     def __init__(self, num_items: int, hidden_size: int, bias: bool):
@@ -26,9 +27,9 @@ class SequentialModel(nn.Module):
         self.items = nn.Embedding(num_items, hidden_size)
         self.bias = nn.Parameter(torch.zeros(num_items)) if bias else None
 
+    @abstractmethod
     def encode(self, histories: torch.Tensor) -> torch.Tensor:
         """Return the state after each item, (B, T, D), from histories (B, T) int64."""
-        raise NotImplementedError
 
     def forward(self, histories: torch.Tensor, places: torch.Tensor, candidates: torch.Tensor | None = None) -> torch.Tensor:
         """Return the scores (n, N), or (n, C) of the candidates (C,), at `places` (n,) of the flattened (B·T) histories."""

@@ -3,6 +3,7 @@
 Letters in shapes: R rows, U users.
 """
 
+import functools
 import math
 from dataclasses import dataclass, replace
 
@@ -113,6 +114,7 @@ def ndcg(rank: np.ndarray) -> np.ndarray:
     return np.where(listed, 1 / np.log2(np.where(listed, rank, 1) + 1), 0.0)
 
 
+@functools.lru_cache(maxsize=64)  # tables and figures ask for the same ones
 def compare(study: Study, dataset: str) -> list[Comparison]:
     """Return each tested method of a dataset against BASELINE on the same backbone, rows and seeds, corrected over all of them.
 

@@ -85,7 +85,7 @@ class Run:
         return metrics.best_alpha(self.valid, METRIC) if self.valid else None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared and hashed by identity: what is computed of one can be cached
 class Study:
     """Runs that are reported together, in the order of their table.
 

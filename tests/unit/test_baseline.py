@@ -51,7 +51,8 @@ def test_chained_rows_are_the_datasets_rows_each_once_with_its_own_history(longe
         batch = chains.collate(sequences)
         width = batch.histories.shape[1]
         assert width == max(chains.lengths[np.maximum(sequences, 0)])
-        for place, target, row in zip(batch.places.tolist(), batch.targets.tolist(), batch.rows.tolist(), strict=True):
+        members = [chains.rows[chains.offsets[s] : chains.offsets[s + 1]].tolist() for s in sequences[:-1]]
+        for place, target, row in zip(batch.places.tolist(), batch.targets.tolist(), sum(members, []), strict=True):
             sequence, end = divmod(place, width)
             assert batch.histories[sequence, : end + 1].tolist() == rows[row][1].tolist() and target == rows[row][2]
             assert sequence < len(sequences) - 1, "the masked sequence predicts nothing"
@@ -200,7 +201,7 @@ def test_a_step_that_is_not_finite_ends_the_run(score, norm, message):
         step = fp16_enabled = lambda self: None
         get_global_grad_norm = lambda self: norm  # noqa: E731
 
-    batch = SequenceBatch(torch.tensor([[0]]), torch.tensor([0]), torch.tensor([2]), torch.tensor([0]))
+    batch = SequenceBatch(torch.tensor([[0]]), torch.tensor([0]), torch.tensor([2]))
     task = SimpleNamespace(negatives=None)
     with pytest.raises(FloatingPointError, match=f"step 7: {message} is not finite"):
         baseline.train_step(Engine(), task, "cross-entropy", [batch], False, 7)

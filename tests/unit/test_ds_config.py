@@ -1,6 +1,7 @@
 """The DeepSpeed file: every shipped one resolves, every mistake names its key."""
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -95,22 +96,26 @@ def test_disk_space(tmp_path, monkeypatch):
     engine.check_disk_space(tmp_path, 1_000_000, 2)
 
 
-def test_torn_checkpoints_are_removed(tmp_path):
+def test_torn_checkpoints_are_removed(tmp_path, capsys):
+    def newest():
+        """The newest whole one, and those that are said to be removed."""
+        return engine.newest_checkpoint(tmp_path), re.findall(r"warning: checkpoint (\S+) was not whole", capsys.readouterr().out)
+
     for step, size in ((1, 3), (2, 3), (3, 3)):
         folder = tmp_path / f"step-{step:08d}"
         folder.mkdir()
         (folder / "weights").write_text("abc")
         (folder / "manifest.json").write_text(json.dumps({"world_size": 1, "files": {"weights": size}}))
-    assert engine.newest_checkpoint(tmp_path) == ("step-00000003", [])
+    assert newest() == ("step-00000003", [])
     (tmp_path / "step-00000003" / "weights").write_text("ab")
     (tmp_path / "step-00000002" / "manifest.json").unlink()
-    assert engine.newest_checkpoint(tmp_path) == ("step-00000001", ["step-00000003", "step-00000002"])
+    assert newest() == ("step-00000001", ["step-00000003", "step-00000002"])
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]  # so that pruning never counts a torn one
     (tmp_path / "step-00000001" / "manifest.json").write_text(json.dumps({"world_size": 2, "files": {"weights": 3}}))
     with pytest.raises(ValueError, match="saved by 2 ranks, this run has 1"):
         engine.newest_checkpoint(tmp_path)
     (tmp_path / "step-00000001" / "weights").unlink()
-    assert engine.newest_checkpoint(tmp_path) == (None, ["step-00000001"])
+    assert newest() == (None, ["step-00000001"])
 
 
 @pytest.mark.parametrize("text", ["[]", '{"train_micro_batch_size_per_gpu": 1, "bf16": true}', '{"zero_optimization": null}'])
