@@ -1,6 +1,6 @@
 """Train a sequential recommender and rank the whole catalogue with it, as a baseline. Entry point.
 
-    deepspeed igd_ds/baseline.py --ds_config ds_configs/zero1-fp32.json --dataset DATASET --recommender sasrec --output_dir RUN
+    deepspeed igd_ds/baseline.py --ds_config ds_configs/zero1-batch64-fp32.json --dataset DATA --recommender sasrec --output_dir RUN
 
 Parse → dataset → rows chained to sequences → model → engine → the loop in `train` → RUN/model → RUN/eval/valid and test: the
 files that train.py and eval.py leave. `popularity` and `last-item-knn` only count, and need no DeepSpeed file.
@@ -104,7 +104,7 @@ class BaselineConfig:
         if not form and self.loss != BaselineConfig.loss:
             raise ValueError(f"--loss has no effect on {self.recommender}: leave it out")
         if form and not self.ds_config:
-            raise ValueError(f"{self.recommender} is trained: give --ds_config, such as ds_configs/zero1-fp32.json")
+            raise ValueError(f"{self.recommender} is trained: give --ds_config, such as ds_configs/zero1-batch64-fp32.json")
         if self.num_negatives is not None and not LOSSES[self.loss].num_negatives:
             raise ValueError(f"--num_negatives has no effect on --loss {self.loss}, which takes all items: leave it out")
         if self.loss == "bpr-max" and self.num_negatives == 1:  # it may be a micro-batch's only target
