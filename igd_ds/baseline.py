@@ -1,6 +1,7 @@
 """Train a sequential recommender and rank the whole catalogue with it, as a baseline. Entry point.
 
-    deepspeed igd_ds/baseline.py --ds_config ds_configs/zero1-batch64-fp32.json --dataset DATA --recommender sasrec --output_dir RUN
+    deepspeed igd_ds/baseline.py --ds_config ds_configs/zero1-batch64-fp32.json --dataset DATASET --recommender sasrec \
+        --output_dir RUN
 
 Parse → dataset → rows chained to sequences → model → engine → the loop in `train` → RUN/model → RUN/eval/valid and test: the
 files that train.py and eval.py leave. `popularity` and `last-item-knn` only count, and need no DeepSpeed file.
