@@ -84,10 +84,10 @@ def measured(runs: list[Run], columns: list[str], alpha: str | None = CURRENT) -
     return [average(runs, "token_match", measure, alpha=alpha) for measure in columns]
 
 
-def measures_of(study: Study) -> list[str]:
-    """Return those of MEASURES that all whole runs' lists on test were long enough for."""
-    tested = [next(iter(run.test["alpha"].values()))["token_match"] for run in study.runs if run.whole and run.test]
-    return [measure for measure in MEASURES if tested and all(measure in values for values in tested)]
+def measures_of(runs: list[Run]) -> list[str]:
+    """Return those of MEASURES that the lists on test of any whole run were long enough for."""
+    tested = [next(iter(run.test["alpha"].values()))["token_match"] for run in runs if run.whole and run.test]
+    return [measure for measure in MEASURES if any(measure in values for values in tested)]
 
 
 def headings(measures: list[str]) -> list[str]:
@@ -190,9 +190,10 @@ def filtering_ratio(study: Study) -> list[Table]:
 
 def main_results(study: Study) -> list[Table]:
     """IGD Table 2, MTC Table 3: a table per dataset, baselines on top."""
-    tables, measures = [], measures_of(study)
+    tables = []
     for dataset in datasets(study):
         found = methods(study, dataset, baselines=True)
+        measures = measures_of([run for run in study.runs if run.dataset == dataset])
         stars = {(c.backbone, c.method) for c in significance.compare(study, dataset) if c.significant}
         rows = []
         if found and not any(method == "popularity" for _, method in found):
@@ -323,7 +324,7 @@ def beta_sensitivity(study: Study) -> list[Table]:
 
 def igd_ablation(study: Study) -> list[Table]:
     """IGD Table 3."""
-    rows, measures = [], measures_of(study)
+    rows, measures = [], measures_of(study.runs)
     for dataset in datasets(study):
         found = methods(study, dataset)
         for backbone in dict.fromkeys(backbone for backbone, _ in found):
@@ -390,7 +391,7 @@ def alpha_grid(study: Study) -> list[Table]:
 
 def mtc_ablation(study: Study) -> list[Table]:
     """MTC Table 4: where at least two of its components were tested."""
-    rows, measures = [], measures_of(study)
+    rows, measures = [], measures_of(study.runs)
     for dataset in datasets(study):
         found = methods(study, dataset)
         for backbone in dict.fromkeys(backbone for backbone, _ in found):
@@ -432,7 +433,7 @@ def quantizers(study: Study) -> list[Table]:
 
 def gains(study: Study, name: str, title: str, caption: str, columns: list[str], cases: dict) -> Table:
     """Return baseline, best method and improvement for each (dataset, backbone) of `cases`, labelled by its value."""
-    rows, measures = [], measures_of(study)
+    rows, measures = [], measures_of(study.runs)
     for (dataset, backbone), label in cases.items():
         found = methods(study, dataset)
         best = best_on_valid(found, backbone, lambda run: run.method != BASELINE)

@@ -74,6 +74,22 @@ def test_main_results():
     assert lines[5][4:] == ["+50.00%"] * 4  # 0.3 over 0.2
 
 
+def test_each_dataset_has_the_cutoffs_that_its_own_lists_reach():
+    study = make_study()
+    for run in study.runs:
+        for found in (run.test or {"alpha": {}})["alpha"].values():
+            found["token_match"]["ndcg@20"] = 0.4
+    shorter = [replace(make_run("uniform", seed, {"0.0": 0.2}, {"0.0": 0.2}), dataset="books") for seed in (0, 1)]
+    study = replace(study, runs=[*study.runs, *shorter])
+    at = {name: table(study, f"main-{name}").columns[4:] for name in ("toys", "books")}
+    assert at["toys"] == ["NDCG@5", "NDCG@10", "NDCG@20", "HR@5", "HR@10"] and at["books"] == [
+        "NDCG@5",
+        "NDCG@10",
+        "HR@5",
+        "HR@10",
+    ]
+
+
 def test_igd_alone_is_reported_at_its_best_alpha():
     """Validation prefers α = 0.1 for all; uniform's and CFT's test at it is in no table but IGD's ablation."""
     runs = [
