@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The published study, from the data on: datasets, item embeddings, semantic IDs, tokenizers, then every row of tools/sweeps/cpu.yaml and the
-# report docs/results/cpu-study. CPU is enough: 12 CPU-hours at most. Resumable: start it again; --jobs is the number of cores.
+# report docs/results/cpu-study. CPU is enough: about 4 CPU-hours. Resumable: start it again; --jobs is the number of cores.
 #   tools/cpu_study.sh ../shared/data [JOBS]
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -31,7 +31,7 @@ for quantizer in rq-vae pq; do
     ln -sfn ../industrial/embeddings "$out/$ids/embeddings"
 done
 
-dataset books-small books --max_history 5 --num_users 8000 --seed 0
+dataset books-small books --max_history 5 --num_users 4000 --seed 0
 python tools/train_tokenizer.py --dataset "$out/books-small/data" --vocab_size 8192 --output "$out/books-small/tokenizer"
 
 code=0
