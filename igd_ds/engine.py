@@ -1,7 +1,8 @@
 """The only importer of deepspeed: its JSON file checked and completed, the engine built, saved, loaded and resumed.
 
 The DeepSpeed file owns ZeRO stage, offload, precision and micro-batch; TrainConfig owns global batch, optimizer, schedule and
-clipping. Accumulation follows from global batch = micro-batch × accumulation × ranks, so one file serves any number of ranks.
+clipping. Accumulation follows from global batch = micro-batch × accumulation × ranks, and a micro-batch larger than global batch
+/ ranks is taken as that, so one file serves any number of ranks.
 """
 
 import contextlib
@@ -63,7 +64,7 @@ MANIFEST = "manifest.json"
 def resolve_ds_config(config, world_size: int) -> dict:
     """Read, check and complete the DeepSpeed file of a TrainConfig.
 
-    Returns the configuration to initialise with: accumulation, global batch and clipping filled in. Raises ValueError naming
+    Returns the configuration to initialise with: micro-batch, accumulation, global batch and clipping filled in. Raises ValueError naming
     file and key for unknown keys, "auto", settings the run owns, batch sizes that do not divide, and combinations known to fail.
     """
     path = Path(config.ds_config)
@@ -77,12 +78,15 @@ def resolve_ds_config(config, world_size: int) -> dict:
     micro = ds.get("train_micro_batch_size_per_gpu")
     if type(micro) is not int or micro < 1:
         raise ValueError(f"{path}: train_micro_batch_size_per_gpu must be a positive whole number, found {micro!r}")
+    # A file for large batches serves small ones, and any number of ranks.
+    micro = max(1, min(micro, config.global_batch_size // world_size))
     if config.global_batch_size % (micro * world_size):
         raise ValueError(
             f"--global_batch_size {config.global_batch_size} is not a multiple of micro-batch {micro} ({path}: "
             f"train_micro_batch_size_per_gpu) × {world_size} ranks = {micro * world_size}"
         )
     _check_combination(ds, config, path)
+    ds["train_micro_batch_size_per_gpu"] = micro
     ds["gradient_accumulation_steps"] = config.global_batch_size // (micro * world_size)
     ds["train_batch_size"] = config.global_batch_size
     ds["gradient_clipping"] = config.max_grad_norm

