@@ -64,8 +64,9 @@ MANIFEST = "manifest.json"
 def resolve_ds_config(config, world_size: int) -> dict:
     """Read, check and complete the DeepSpeed file of a TrainConfig.
 
-    Returns the configuration to initialise with: micro-batch, accumulation, global batch and clipping filled in. Raises ValueError naming
-    file and key for unknown keys, "auto", settings the run owns, batch sizes that do not divide, and combinations known to fail.
+    Returns the configuration to initialise with: micro-batch, accumulation, global batch and clipping filled in. Raises a
+    ValueError that names file and key for unknown keys, "auto", settings the run owns, batch sizes that do not divide, and
+    combinations known to fail.
     """
     path = Path(config.ds_config)
     if not path.is_file():

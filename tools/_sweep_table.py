@@ -42,6 +42,7 @@ from statistics import fmean
 import yaml
 
 from igd_ds.config import EvalConfig, TrainConfig, checked
+from igd_ds.report.study import has_curriculum
 from igd_ds.weighting import WEIGHTINGS, check_flags
 
 LIST_LENGTH = 10
@@ -286,7 +287,9 @@ def _row(point: dict, entry: dict, where: str, table: dict, cls) -> Row:
     settings, evaluation, exact = (filled(values, "dataset", dataset) for values in (settings, evaluation, exact))
     config = _build(cls, settings | {"output_dir": ""}, where)
     config = config if cls is TrainConfig else _with_preset(config)  # as the run's config.yaml has it
-    compared = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("seed", *table["select"])}
+    every = dataclasses.asdict(config)
+    compared = {name: value for name, value in every.items() if name not in ("seed", *table["select"])}
+    compared["curriculum"] = has_curriculum(every)  # its speed may be selected; with and without one are two methods
     family = (dataset, backbone, repr(compared), repr(evaluation))
     words += [f"{name}{_in_name(value)}" for name, value in own.items() if name not in ("weighting", "recommender", "seed")]
     group, seed, run = "-".join(words), own["seed"], entry.get("run", True)

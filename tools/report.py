@@ -1,6 +1,7 @@
 """Make the report of some runs: both papers' tables and figures with statistics, as one page, Markdown, CSV, LaTeX, PNG and SVG.
 
     python tools/report.py runs/demo -o runs/demo-report
+    python tools/report.py runs/demo --baseline SASRec -o …   # held against SASRec in place of uniform
     python tools/report.py REPORT/data -o REPORT2    # the same report again, from the numbers that a report keeps
 
 The main results are printed too. Runs that are not whole are listed with the reason and left out of every mean.
@@ -9,11 +10,12 @@ The main results are printed too. Runs that are not whole are listed with the re
 import argparse
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from igd_ds.report.folders import read_runs
 from igd_ds.report.pages import check_folder, left_out, render
-from igd_ds.report.study import Study, load
+from igd_ds.report.study import BASELINE, Study, load
 
 
 def read(folders: list[Path], examples: int) -> tuple[Study, bool]:
@@ -22,6 +24,14 @@ def read(folders: list[Path], examples: int) -> tuple[Study, bool]:
     if stored and len(folders) > 1:
         raise ValueError(f"{stored[0]} is the stored study of a report: give it alone, or the runs that it is made of")
     return (load(folders[0]), True) if stored else (read_runs(folders, examples), False)
+
+
+def against(study: Study, baseline: str | None) -> Study:
+    """Return the study with the baseline that it is to be held against; ValueError for a method that it has not."""
+    known = list(dict.fromkeys(run.method for run in study.runs if run.method))
+    if baseline is not None and baseline not in known:
+        raise ValueError(f"--baseline: no run is a '{baseline}'; these methods are there: {', '.join(known)}")
+    return replace(study, baseline=baseline or study.baseline)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,11 +45,15 @@ def main(argv: list[str] | None = None) -> int:
         "-o", "--output", required=True, type=Path, help="folder of the report: new, empty, or a report to replace"
     )
     parser.add_argument("--examples", type=int, default=5, help="rows per dataset and backbone whose lists are shown; default: 5")
+    parser.add_argument(
+        "--baseline", metavar="METHOD", help=f"what methods are held against, as the report calls it; default: {BASELINE}"
+    )
     parser.add_argument("--command", default="", help="line that makes runs and report, printed in it; default: this one")
     arguments = parser.parse_args(argv)
     try:
         check_folder(arguments.output)
         study, is_stored = read(arguments.runs, arguments.examples)
+        study = against(study, arguments.baseline)
         command = arguments.command or ("" if is_stored else shlex.join(["python", "tools/report.py", *argv]))
         tables, figures = render(study, arguments.output, command)
     except (ValueError, OSError) as error:

@@ -33,6 +33,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -47,6 +48,7 @@ from _sweep_table import EVALUATIONS_OWN, METRIC, Row, Table, filled, read_table
 from igd_ds.distributed import EXIT_REQUEUE
 from igd_ds.runlog import FREE_ON_RESUME, write_json
 
+HEARTBEAT, SILENCE = 60, 600  # seconds: how often a running row's file is touched; after how many without it counts as dead
 ENTRIES = Path(__file__).resolve().parents[1] / "igd_ds"
 # Stopped by a signal; or hit by USR1 while still loading, which just ends them (the last: as srun reports it).
 STOPPED = (EXIT_REQUEUE, -signal.SIGUSR1, 128 + signal.SIGUSR1)
@@ -83,7 +85,7 @@ def _status(row: Row, runs: Path, score: float | None, chosen: bool | None) -> S
     state, error = "waiting", None
     if score is not None and (chosen is False or (chosen and all(done.is_file() for done, _ in steps(row, runs, 2)))):
         state = "finished"
-    elif attempt["state"] == "running" and is_alive(attempt):
+    elif attempt["state"] == "running" and is_alive(attempt, attempt_file(runs, row)):
         state = "running"
     elif attempt["state"] == "failed":
         state, error = "failed", attempt["error"]
@@ -98,7 +100,10 @@ def validation_score(run: Path) -> float | None:
     path = run / "eval" / "valid" / "metrics.json"
     if not (path.is_file() and (run / "summary.json").is_file()):
         return None
-    value = json.loads(path.read_text())["alpha"]["0.0"]["token_match"].get(METRIC, math.nan)
+    try:
+        value = json.loads(path.read_text())["alpha"]["0.0"]["token_match"][METRIC]
+    except (ValueError, KeyError, TypeError):  # torn, or an older version's
+        return None
     return value if math.isfinite(value) else None
 
 
@@ -113,13 +118,10 @@ def last_attempt(runs: Path, row: Row) -> dict:
     return json.loads(path.read_text()) if path.is_file() else {"state": "idle"}
 
 
-def is_alive(attempt: dict) -> bool:
-    """Return whether the process of an attempt still runs.
-
-    One of another node is believed to: if it does not, --row takes its row up.
-    """
+def is_alive(attempt: dict, path: Path) -> bool:
+    """Return whether the process of an attempt still runs: on another node, whether its sweep has touched the file lately."""
     if attempt["host"] != socket.gethostname():
-        return True
+        return time.time() - path.stat().st_mtime < SILENCE
     try:
         process = psutil.Process(attempt["pid"])
         return process.create_time() == attempt["started"] and process.status() != psutil.STATUS_ZOMBIE
@@ -127,9 +129,11 @@ def is_alive(attempt: dict) -> bool:
         return False
 
 
-def runs_here(attempt: dict) -> bool:
-    """Return whether an attempt is running on this machine."""
-    return attempt["state"] == "running" and attempt["host"] == socket.gethostname() and is_alive(attempt)
+def runs_here(runs: Path, row: Row) -> int | None:
+    """Return the process of a row's attempt that is running on this machine, None where there is none."""
+    attempt = last_attempt(runs, row)
+    here = attempt["state"] == "running" and attempt["host"] == socket.gethostname()
+    return attempt["pid"] if here and is_alive(attempt, attempt_file(runs, row)) else None
 
 
 def steps(row: Row, runs: Path, stage: int) -> list[tuple[Path, list[str]]]:
@@ -295,8 +299,8 @@ class Runner:
         """
         device = self.devices.get()
         try:
-            if runs_here(attempt := last_attempt(self.runs, row)):
-                print(f"{row.name}: running already, as process {attempt['pid']}", flush=True)
+            if process := runs_here(self.runs, row):
+                print(f"{row.name}: running already, as process {process}", flush=True)
                 return
             for done, command in steps(row, self.runs, stage):
                 if self.signal is not None or not (done.is_file() or self.execute(row, done, command, device)):
@@ -322,7 +326,12 @@ class Runner:
             started = psutil.Process(child.pid).create_time()
             self.record(row, "running", host=socket.gethostname(), pid=child.pid, started=started)
             print(f"{row.name}: {command[0]} …", flush=True)
-            code = child.wait()
+            code = None
+            while code is None:
+                try:
+                    code = child.wait(HEARTBEAT)
+                except subprocess.TimeoutExpired:
+                    os.utime(attempt_file(self.runs, row))
             self.children.remove(child)
             log.seek(begin)
             text = log.read()
@@ -425,8 +434,8 @@ def run_one(runner: Runner, retry: bool, index: int, stage: int) -> bool:
     row = table.to_run[index]
     row.check_inputs()
     write_snapshot(table, runs)  # before the row has a folder: other tasks of the array may be looking for it
-    if runs_here(attempt := last_attempt(runs, row)):
-        raise ValueError(f"{row.name} is running already, as process {attempt['pid']}")
+    if process := runs_here(runs, row):
+        raise ValueError(f"{row.name} is running already, as process {process}")
     status = survey(table, runs)[row.name]
     if status.state == "failed" and not retry:
         raise ValueError(f"{row.name} failed before ({status.error}); --retry runs it again")

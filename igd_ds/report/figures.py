@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from igd_ds.report.significance import BASELINE, Comparison, compare
-from igd_ds.report.study import AT_ALPHA, Run, Study, lines_by
+from igd_ds.report.significance import Comparison, compare
+from igd_ds.report.study import AT_ALPHA, BASELINE, Run, Study, lines_by
 
 STYLE = {
     "figure.dpi": 100,
@@ -103,8 +103,8 @@ class Block:
         return [run for run in self.runs if run.settings.get("weighting") == name]
 
     @property
-    def baseline(self) -> list[Run]:
-        """The runs that others are held against."""
+    def unweighted(self) -> list[Run]:
+        """The runs that β and c are held against: those of the plain loss."""
         return [run for run in self.runs if run.method == BASELINE]
 
 
@@ -327,19 +327,19 @@ def gap_by_step(results: dict, alpha: str) -> np.ndarray:
 def probability_by_gain(block: Block) -> Figure | None:
     """IGD Figure 4: the targets' log-probability against their information gain."""
     tags = {"zero": "valid/nll_gain_zero"} | {str(decile + 1): f"valid/nll_gain_{decile}" for decile in range(10)}
-    methods = {
-        method: runs
-        for method, runs in block.tested().items()
-        if all(run.curves.get(tag) for run in runs for tag in tags.values())
-    }
+    methods = {}
+    for method, runs in block.tested().items():  # deciles are missing where many tokens have the same gain
+        known = [tag for tag in tags.values() if all(run.curves.get(tag) for run in runs)]
+        if known:
+            last = {tag: spread([-run.curves[tag][-1][1] for run in runs]) for tag in known}
+            methods[method] = [last.get(tag, (math.nan, math.nan)) for tag in tags.values()]
     if not methods:
         return None
 
     def draw(figure):
         axes = figure.subplots()
-        for index, (method, runs) in enumerate(methods.items()):
-            last = [spread([-run.curves[tag][-1][1] for run in runs]) for tag in tags.values()]
-            draw_points(axes, np.arange(len(tags)), last, index, label=method)
+        for index, (method, points) in enumerate(methods.items()):
+            draw_points(axes, np.arange(len(tags)), points, index, label=method)
         axes.set_xticks(range(len(tags)), tags)
         axes.set_xlabel("information gain of the token: zero, or decile of the non-zero gains (10: most decisive)")
         axes.set_ylabel("log-probability of the\ntarget token (nats)")
@@ -354,7 +354,7 @@ def probability_by_gain(block: Block) -> Figure | None:
 def sensitivity(axes, block: Block, lines: dict[str, dict[float, list[Run]]], metric: str) -> None:
     """Draw each line's validation figures against a setting's values, the baseline's as a band; what is above it is filled."""
     values = sorted({value for by_value in lines.values() for value in by_value})
-    level, deviation = validated(block.baseline, metric)
+    level, deviation = validated(block.unweighted, metric)
     if math.isfinite(level):
         axes.axhline(level, color=COLOURS[0], linestyle="--", label=BASELINE)
         axes.axhspan(level - deviation, level + deviation, color=COLOURS[0], alpha=0.12, linewidth=0)
@@ -380,7 +380,7 @@ def beta_sensitivity(block: Block) -> Figure | None:
             axes.set_xlabel("β, weight of tokens with zero gain")
         legend(figure)
 
-    if block.baseline:
+    if block.unweighted:
         caption = f"{effective_range(block, lines)} (mean HR@10 and NDCG@10 above {BASELINE}'s). {LEVEL_DRAWN}"
     else:
         caption = f"There are no {BASELINE} runs to compare with, so the effective range is not known."
@@ -389,7 +389,7 @@ def beta_sensitivity(block: Block) -> Figure | None:
 
 def effective_range(block: Block, lines: dict[str, dict[float, list[Run]]]) -> str:
     """Say at which β each line is above the baseline in both metrics of SELECTION."""
-    levels = {metric: validated(block.baseline, metric)[0] for metric in SELECTION}
+    levels = {metric: validated(block.unweighted, metric)[0] for metric in SELECTION}
     verdicts = []
     for line, by_beta in lines.items():
         effective = [
@@ -418,7 +418,7 @@ def curriculum_sensitivity(block: Block) -> Figure | None:
             axes.set_xlabel(label)
         legend(figure)
 
-    caption = f"Multi-target by the speed of its curriculum.{f' {LEVEL_DRAWN}' if block.baseline else ''}"
+    caption = f"Multi-target by the speed of its curriculum.{f' {LEVEL_DRAWN}' if block.unweighted else ''}"
     return block.figure("curriculum", "Sensitivity to the curriculum (MTC Figure 4)", caption, draw, 3.0, [BASELINE, *lines])
 
 

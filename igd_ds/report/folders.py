@@ -15,7 +15,9 @@ import yaml
 from igd_ds import metrics
 from igd_ds.data.dataset import InteractionDataset
 from igd_ds.items.decisiveness import mean_by_token, purity_gain
+from igd_ds.items.leaves import build_catalogue
 from igd_ds.items.store import StoredCatalogue, load_catalogue
+from igd_ds.items.trie import TokenTrie
 from igd_ds.report.study import METRIC, Run, Study, family_of, labels, method_of, reported_alpha
 from igd_ds.stats import catalogue_statistics
 
@@ -72,8 +74,11 @@ def read_runs(roots: list[Path], examples: int) -> Study:
             continue
         evaluated = [with_ranks(run, folders[run.name], source) for run in evaluated]
         ranked |= {run.name: run for run in evaluated}
-        catalogues[dataset] = describe_catalogue(source, stored)
-        rows[dataset] = row_groups(evaluated, source, stored)
+        if stored:
+            catalogues[dataset] = describe_catalogue(source, stored)
+        else:  # baselines alone: who shares a leaf is known without a tokenizer, tokens are not
+            stored = build_catalogue(source, evaluated[0].settings.get("item_kind", "auto"))
+        rows[dataset] = row_groups(evaluated, source, stored.trie)
         shown += examples_of(evaluated, folders, source, examples)
     environment = environment_of([folder / "env.json" for folder in folders.values()])
     runs = [ranked.get(run.name, run) for run in runs]
@@ -234,11 +239,12 @@ def read_curves(path: Path) -> dict[str, list]:
     for line in path.read_text().splitlines() if path.is_file() else ():
         try:
             entry = json.loads(line)
-        except ValueError:
+            step = entry["step"]
+        except (ValueError, KeyError, TypeError):
             break  # a kill cut the last line off
         for tag, value in entry.items():
             if tag.startswith(CURVES):
-                curves.setdefault(tag, []).append([entry["step"], value])
+                curves.setdefault(tag, []).append([step, value])
     return {tag: thinned(points) for tag, points in curves.items()}
 
 
@@ -315,9 +321,10 @@ def refuse_unlike(runs: list[Run], folders: dict[str, Path]) -> None:
             first = {key: seen.setdefault((key, scope[key]), (values[key], evaluation)) for key in values}
             different = [key for key in values if first[key][0] != values[key]]
             if different:
+                shown = {key: f" ({values[key]} and {first[key][0]})" for key in different if not isinstance(values[key], dict)}
                 raise ValueError(
                     f"{evaluation} and {first[different[0]][1]} are evaluations of {run.dataset}, but not alike: "
-                    f"{', '.join(different)} differ; report them apart, or evaluate one again"
+                    f"{', '.join(key + shown.get(key, '') for key in different)} differ; report them apart, or evaluate one again"
                 )
 
 
@@ -335,10 +342,10 @@ def fingerprint_of(evaluation: Path) -> str | None:
     return (read_json(evaluation / "request.json") or {}).get("dataset")
 
 
-def open_source(runs: list[Run], folders: dict[str, Path]) -> tuple[InteractionDataset, StoredCatalogue]:
-    """Return the dataset that runs were evaluated on, and a run's catalogue of it: a generating one's, where there is one.
+def open_source(runs: list[Run], folders: dict[str, Path]) -> tuple[InteractionDataset, StoredCatalogue | None]:
+    """Return the dataset that runs were evaluated on, and a generating run's catalogue of it, None where there is no such run.
 
-    Raises ValueError if the dataset is gone or another one now, or if no run keeps its catalogue.
+    Raises ValueError if the dataset is gone or another one now.
     """
     places = list(dict.fromkeys(Path(run.settings["dataset"]) for run in runs))
     there = [place for place in places if (place / "dataset.json").is_file()]
@@ -349,11 +356,11 @@ def open_source(runs: list[Run], folders: dict[str, Path]) -> tuple[InteractionD
         evaluated = fingerprint_of((folders[run.name] / EVALUATIONS["valid"]).parent)
         if evaluated not in (None, dataset.fingerprint):
             raise ValueError(f"{there[0]} is not the dataset that was evaluated")
-    for run in sorted(runs, key=lambda run: run.is_baseline):
+    for run in runs:
         for folder in (folders[run.name] / "model" / "catalogue", folders[run.name] / "catalogue"):
             if folder.is_dir():
                 return dataset, load_catalogue(folder, dataset=dataset)
-    raise ValueError("no run folder holds its catalogue")
+    return dataset, None
 
 
 def describe_catalogue(dataset: InteractionDataset, stored: StoredCatalogue) -> dict:
@@ -376,9 +383,12 @@ def with_ranks(run: Run, folder: Path, dataset: InteractionDataset) -> Run:
     """Return the run with the ranks of the targets in its lists at `Run.alpha`."""
     for split in (split for split in SPLITS if getattr(run, split)):
         path = folder / "eval" / split / f"predictions-alpha{run.alpha}.parquet"
-        if not path.is_file():
-            return with_note(run, f"no {path.relative_to(folder)}: no groups of rows and no tests by user")
-        run = replace(run, ranks=run.ranks | {split: target_ranks(path, dataset.splits[split].targets)})
+        try:
+            ranks = target_ranks(path, dataset.splits[split].targets)
+        except (ValueError, KeyError, IndexError, OSError) as error:  # pyarrow raises any of them
+            why = f"damaged ({' '.join(str(error).split())})" if path.is_file() else "not there"
+            return with_note(run, f"{path.relative_to(folder)} is {why}: no groups of rows and no tests by user")
+        run = replace(run, ranks=run.ranks | {split: ranks})
     return run
 
 
@@ -397,9 +407,9 @@ def target_ranks(path: Path, targets: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return rows.astype(np.int32), rank
 
 
-def row_groups(runs: list[Run], dataset: InteractionDataset, stored: StoredCatalogue) -> dict[str, dict[str, np.ndarray]]:
+def row_groups(runs: list[Run], dataset: InteractionDataset, trie: TokenTrie) -> dict[str, dict[str, np.ndarray]]:
     """Return `Study.rows` of a dataset. Raises ValueError if the runs' predictions are of different rows."""
-    groups, leaf, trie = {}, np.asarray(stored.trie.leaf_of_item), stored.trie
+    groups, leaf = {}, np.asarray(trie.leaf_of_item)
     for name in SPLITS:
         ranked = [run for run in runs if name in run.ranks]
         if not ranked:

@@ -12,7 +12,6 @@ import scipy.stats
 
 from igd_ds.report.study import METRIC, Run, Study
 
-BASELINE = "uniform"  # the method that weighted ones of the same backbone are held against
 LEVEL = 0.05
 RESAMPLES = 9999
 PERMUTATIONS = 99_999  # of seeds; all of them up to 9 against 9
@@ -116,17 +115,19 @@ def ndcg(rank: np.ndarray) -> np.ndarray:
 
 @functools.lru_cache(maxsize=64)  # tables and figures ask for the same ones
 def compare(study: Study, dataset: str) -> list[Comparison]:
-    """Return each tested method of a dataset against BASELINE on the same backbone, rows and seeds, corrected over all of them.
+    """Return each tested method of a dataset against the study's baseline on the same rows and seeds, corrected over all of them.
 
-    A method with one seed in common with the baseline is left out: there is no test of one run against one.
+    The baseline is of the method's own backbone, or a recommender that does not generate. A method with one seed in common with
+    it is left out: there is no test of one run against one.
     """
-    found = []
-    for backbone in dict.fromkeys(run.backbone for run in study.runs):
+    found, tested = [], [run for run in study.runs if (run.dataset, run.state) == (dataset, "finished")]
+    for backbone in dict.fromkeys(run.backbone for run in tested if not run.is_baseline):
+        comparable = [run for run in tested if run.is_baseline or run.backbone == backbone]
+        baseline = {run.seed: run for run in comparable if run.method == study.baseline}
         by_method = {}
-        for run in study.runs:
-            if (run.dataset, run.backbone, run.state, run.is_baseline) == (dataset, backbone, "finished", False):
+        for run in comparable:
+            if not run.is_baseline and run.method != study.baseline:
                 by_method.setdefault(run.method, {})[run.seed] = run
-        baseline = by_method.pop(BASELINE, {})
         for by_seed in by_method.values():
             seeds = sorted(by_seed.keys() & baseline.keys())
             if len(seeds) > 1:

@@ -18,6 +18,7 @@ from igd_ds import metrics
 from igd_ds.results import write_table
 from igd_ds.runlog import FREE_ON_RESUME, write_text
 
+BASELINE = "uniform"  # what methods are held against, unless the study says otherwise: the plain loss
 METRIC = "ndcg@10"  # chooses β and α on validation, and is what is tested
 NOT_BEGUN = ("waiting", "not run")  # rows of a sweep whose turn has not come, and those that it only lists
 RECOMMENDERS = {
@@ -92,7 +93,8 @@ class Study:
     `catalogues` has each dataset's object of `igd_ds.stats`, and its `purity_gain_by_token` (descending, thinned) and `quantizer`
     (or None). `rows` has, by dataset and split, what is known of the rows whoever ranks for them, arrays (R,): `row` int32
     ascending, `user` int64, `head` float64 (`metrics.head_share`), `cold` bool, `history` int32 (items). An example is a dict of
-    `dataset`, `backbone`, `row`, `history` and `target` (titles) and, by method, `lists` of titles, best first.
+    `dataset`, `backbone`, `row`, `history` and `target` (titles) and, by method, `lists` of titles, best first. `baseline` is the
+    method that the others are held against: of each backbone its own, or a recommender that does not generate.
     """
 
     name: str
@@ -102,6 +104,7 @@ class Study:
     rows: dict[str, dict[str, dict[str, np.ndarray]]] = field(default_factory=dict)
     examples: list[dict] = field(default_factory=list)
     environment: dict = field(default_factory=dict)
+    baseline: str = BASELINE
 
 
 def method_of(settings: dict) -> str:

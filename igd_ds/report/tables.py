@@ -12,8 +12,8 @@ import numpy as np
 
 from igd_ds.report import significance
 from igd_ds.report.layout import Cell, Table
-from igd_ds.report.significance import BASELINE, mean_sd, ndcg, relative
-from igd_ds.report.study import AT_ALPHA, METRIC, NOT_BEGUN, Run, Study, has_curriculum, lines_by
+from igd_ds.report.significance import mean_sd, ndcg, relative
+from igd_ds.report.study import AT_ALPHA, BASELINE, METRIC, NOT_BEGUN, Run, Study, has_curriculum, lines_by
 
 MEASURES = ("ndcg@5", "ndcg@10", "ndcg@20", "hr@5", "hr@10", "hr@20")
 SCHEDULED = {"fg-ce": "front-greater → CE", "fg-ce-fr": "front-greater → CE → frequency"}  # by `mixing`
@@ -119,6 +119,11 @@ def improvement(runs: list[Run], baseline: list[Run], columns: list[str], alpha:
     return [Cell(None if None in (a.value, b.value) else relative(a.value, b.value), form="+.2%") for a, b in pairs]
 
 
+def held_against(study: Study, found: Methods, backbone: str) -> list[Run]:
+    """Return the runs of the study's baseline that a backbone's methods are held against; none where there are none."""
+    return found.get((backbone, study.baseline)) or found.get(("", study.baseline), [])
+
+
 def chosen_alphas(runs: list[Run]) -> str:
     """Return the α that the seeds' runs are reported at, each value once."""
     return ", ".join(sorted({f"{float(run.alpha):g}" for run in runs}, key=float))
@@ -195,27 +200,31 @@ def main_results(study: Study) -> list[Table]:
         found = methods(study, dataset, baselines=True)
         measures = measures_of([run for run in study.runs if run.dataset == dataset])
         stars = {(c.backbone, c.method) for c in significance.compare(study, dataset) if c.significant}
-        rows = []
+        rows, against = [], []
         if found and not any(method == "popularity" for _, method in found):
             expected = next(iter(found.values()))[0].test["popularity_baseline"]
             rows.append([*words("baseline", "popularity (expected)", "", None), *(Cell(expected.get(m)) for m in measures)])
+            against.append(Cell(None))
         for (backbone, method), runs in found.items():
             cells, is_baseline = measured(runs, measures), runs[0].is_baseline
             cells[measures.index(METRIC)] = replace(cells[measures.index(METRIC)], star=(backbone, method) in stars)
             kind, alphas = ("baseline", "") if is_baseline else (backbone, chosen_alphas(runs))
             rows.append([*words(kind, method, alphas, len(runs)), *cells])
-        rows = marked(rows, 4)
-        for backbone in dict.fromkeys(backbone for backbone, _ in found):
-            best = best_on_valid(found, backbone, lambda run: run.method != BASELINE)
-            if best and (backbone, BASELINE) in found:
-                cells = improvement(found[backbone, best], found[backbone, BASELINE], measures)
-                rows.append([*words(backbone, f"improvement of {best}", "", None), *cells])
+            others = [] if is_baseline or method == study.baseline else held_against(study, found, backbone)
+            against += improvement(runs, others, [METRIC])
+        rows = [[*row, cell] for row, cell in zip(marked(rows, 4), against, strict=True)]
+        for backbone in dict.fromkeys(backbone for (backbone, _), runs in found.items() if not runs[0].is_baseline):
+            best = best_on_valid(found, backbone, lambda run: run.method != study.baseline)
+            if best and (others := held_against(study, found, backbone)):
+                cells = improvement(found[backbone, best], others, measures)
+                rows.append([*words(backbone, f"improvement of {best}", "", None), *cells, Cell(None)])
         caption = (
             f"Test rows of {dataset}, all items ranked, mean ± sd over seeds. Bold: best; underlined: second. * differs from "
-            f"{BASELINE} in NDCG@10 (paired bootstrap over users, Holm, p < {significance.LEVEL}). Improvement over "
-            f"{BASELINE} is that of the method with the best validation NDCG@10. {AT_ALPHA}"
+            f"{study.baseline} in NDCG@10 (paired bootstrap over users, Holm, p < {significance.LEVEL}). Last column: its "
+            f"improvement over {study.baseline}; last row: of every measure, for the method with the best validation NDCG@10. "
+            f"{AT_ALPHA}"
         )
-        columns = ["Model", "Method", "α", "Seeds", *headings(measures)]
+        columns = ["Model", "Method", "α", "Seeds", *headings(measures), f"vs {study.baseline}"]
         tables.append(
             Table(slug("main", dataset), f"Main results: {dataset}", caption, columns, rows, gaps(study, dataset, found))
         )
@@ -249,9 +258,10 @@ def significance_of(study: Study) -> list[Table]:
                 *words(c.backbone, c.method, len(c.seeds)), Cell(c.baseline_mean, c.baseline_sd), Cell(c.mean, c.sd),
                 Cell(c.relative, form="+.2%"), Cell(interval), *map(Cell, p),
             ])  # fmt: skip
-        columns = ["Model", "Method", "Seeds", BASELINE, "NDCG@10", "Improvement", "95 % interval", "p users", "p users, Holm"]
+        columns = ["Model", "Method", "Seeds", study.baseline, "NDCG@10", "Improvement", "95 % interval"]
+        columns += ["p users", "p users, Holm", "p seeds", "p seeds, Holm"]
         caption = (
-            f"Test NDCG@10 of each method against {BASELINE} on the same rows and seeds. Users: paired bootstrap of the "
+            f"Test NDCG@10 of each method against {study.baseline} on the same rows and seeds. Users: paired bootstrap of the "
             f"difference of means over seeds, {significance.RESAMPLES} resamples of users; it speaks of other users and these "
             "trainings. Seeds: Mann–Whitney U, two-sided; it speaks of other trainings. Holm: corrected over its methods. "
             f"{AT_ALPHA}"
@@ -259,14 +269,10 @@ def significance_of(study: Study) -> list[Table]:
         smallest = {(len(c.seeds), round(c.seeds_smallest_p, 4)) for c in compared}
         notes = [f"With {n} seeds per method Mann–Whitney's p is at least {p:g} before correction." for n, p in sorted(smallest)]
         tested = {(c.backbone, c.method) for c in compared}
-        untested = [m for b, m in methods(study, dataset) if (b, m) not in tested and m != BASELINE]
+        untested = [m for b, m in methods(study, dataset) if (b, m) not in tested and m != study.baseline]
         if untested:
-            notes.append(f"No test, for want of two seeds in common with {BASELINE}: {', '.join(untested)}.")
-        tables.append(
-            Table(
-                slug("significance", dataset), f"Tests: {dataset}", caption, [*columns, "p seeds", "p seeds, Holm"], rows, notes
-            )
-        )
+            notes.append(f"No test, for want of two seeds in common with {study.baseline}: {', '.join(untested)}.")
+        tables.append(Table(slug("significance", dataset), f"Tests: {dataset}", caption, columns, rows, notes))
     return tables
 
 
@@ -332,8 +338,9 @@ def igd_ablation(study: Study) -> list[Table]:
             if not best or (backbone, BASELINE) not in found:
                 continue
             with_weights, without = found[backbone, best], found[backbone, BASELINE]
+            calibrated = BEST if all(len(run.valid["alpha"]) > 1 for run in without) else "not measured"
             parts = ((best, with_weights, CURRENT), ("w/o w_d (α = 0)", with_weights, "0.0"))
-            parts += ((f"w/o w_t ({BASELINE})", without, BEST), ("w/o both", without, "0.0"))
+            parts += ((f"w/o w_t ({BASELINE})", without, calibrated), ("w/o both", without, "0.0"))
             block = [[*words(title_of(dataset, backbone), name), *measured(runs, measures, alpha)] for name, runs, alpha in parts]
             rows += marked(block, 2)
     caption = (
@@ -414,7 +421,7 @@ def backbones(study: Study) -> list[Table]:
     """IGD Tables 4 and 5: of the datasets that were tried with several backbones."""
     cases = [(d, b) for d in datasets(study) for b in dict.fromkeys(b for b, _ in methods(study, d))]
     cases = {(dataset, b): [dataset, b] for dataset, b in cases if sum(other == dataset for other, _ in cases) > 1}
-    caption = f"Test. The method with the best validation NDCG@10 against {BASELINE}, by backbone. {AT_ALPHA}"
+    caption = f"Test. The method with the best validation NDCG@10 against {study.baseline}, by backbone. {AT_ALPHA}"
     return [gains(study, "backbones", "Backbones (IGD Tables 4, 5)", caption, ["Dataset", "Backbone"], cases)]
 
 
@@ -426,7 +433,8 @@ def quantizers(study: Study) -> list[Table]:
         for backbone in dict.fromkeys(b for b, _ in methods(study, dataset)) if quantizer else ():
             cases[dataset, backbone] = [dataset, quantizer]
     caption = (
-        f"Test. The method with the best validation NDCG@10 against {BASELINE}, by quantizer of the semantic IDs. {AT_ALPHA}"
+        f"Test. The method with the best validation NDCG@10 against {study.baseline}, by quantizer of the semantic IDs. "
+        f"{AT_ALPHA}"
     )
     return [gains(study, "quantizers", "Semantic IDs (MTC Table 5)", caption, ["Dataset", "Quantizer"], cases)]
 
@@ -435,12 +443,12 @@ def gains(study: Study, name: str, title: str, caption: str, columns: list[str],
     """Return baseline, best method and improvement for each (dataset, backbone) of `cases`, labelled by its value."""
     rows, measures = [], measures_of(study.runs)
     for (dataset, backbone), label in cases.items():
-        found = methods(study, dataset)
-        best = best_on_valid(found, backbone, lambda run: run.method != BASELINE)
-        if best and (backbone, BASELINE) in found:
-            pair = (BASELINE, best)
-            rows += marked([[*words(*label, method), *measured(found[backbone, method], measures)] for method in pair], 3)
-            rows.append([*words(*label, "improvement"), *improvement(*(found[backbone, m] for m in pair[::-1]), measures)])
+        found = methods(study, dataset, baselines=True)
+        best = best_on_valid(found, backbone, lambda run: run.method != study.baseline)
+        if best and (others := held_against(study, found, backbone)):
+            pair = {study.baseline: others, best: found[backbone, best]}
+            rows += marked([[*words(*label, method), *measured(runs, measures)] for method, runs in pair.items()], 3)
+            rows.append([*words(*label, "improvement"), *improvement(found[backbone, best], others, measures)])
     return Table(name, title, caption, [*columns, "Method", *headings(measures)], rows)
 
 

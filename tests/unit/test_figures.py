@@ -74,7 +74,7 @@ def test_each_dataset_has_the_figures_it_has_data_for(study):
         ("validation", "valid/n"),
         ("loss-by-weighting", "train/nll_zero_gain"),
         ("loss-by-beta", "train/nll_nonzero_gain"),
-        ("probability-by-gain", "valid/nll_gain_7"),
+        ("probability-by-gain", "valid/nll_gain_"),
         ("objective-shares", "train/alpha_fr"),
         ("popularity", "popularity_deciles"),
         ("head-tail", "token_match_tail_targets"),
@@ -227,6 +227,14 @@ def test_log_probability_is_of_the_last_validation(study):
     tags = ["valid/nll_gain_zero", *(f"valid/nll_gain_{decile}" for decile in range(10))]
     expected = [-statistics.mean(run.curves[tag][-1][1] for run in runs) for tag in tags]
     assert any(np.allclose(line, expected) for line in lines_of(drawn(by_name(study)[BOOKS + "probability-by-gain"]).axes[0], 11))
+
+
+def test_a_decile_that_no_token_is_in_leaves_a_gap(study):
+    """Many equal gains make deciles empty: the others are drawn all the same."""
+    study = changed(study, lambda run: {"curves": {t: points for t, points in run.curves.items() if t != "valid/nll_gain_7"}})
+    axes = drawn(by_name(study)[BOOKS + "probability-by-gain"]).axes[0]
+    lines = [line for line in lines_of(axes, 11) if np.isfinite(line).any()]
+    assert lines and all(np.flatnonzero(~np.isfinite(line)).tolist() == [8] for line in lines)
 
 
 def test_improvements_show_the_comparisons(study):

@@ -147,6 +147,18 @@ def test_without_ranks_there_is_the_test_over_seeds_alone(study):
     assert same.users_holm == same.users_p  # the only one that is corrected
 
 
+def test_another_baseline_may_be_named_one_that_does_not_generate_too(study):
+    assert [(c.method, c.baseline) for c in compare(replace(study, baseline="better"), "toy")] == [
+        ("uniform", "better"), ("same", "better"),
+    ]  # fmt: skip
+    sequential = [replace(run, backbone="", method="SASRec", settings={"recommender": "sasrec"}) for run in study.runs[:3:2]]
+    sequential = [replace(run, seed=seed) for seed, run in enumerate(sequential)]
+    compared = compare(replace(study, runs=[*study.runs, *sequential], baseline="SASRec"), "toy")
+    assert [(c.method, c.baseline, c.seeds) for c in compared] == [(m, "SASRec", [0, 1]) for m in ("uniform", "better", "same")]
+    values = [run.test["alpha"]["0.0"]["token_match"]["ndcg@10"] for run in sequential]
+    assert compared[0].baseline_mean == pytest.approx(np.mean(values))
+
+
 def test_backbones_are_not_compared_with_each_other(study):
     runs = [replace(run, backbone="other") if run.method == "better" else run for run in study.runs]
     assert [c.method for c in compare(replace(study, runs=runs), "toy")] == ["same"]

@@ -11,6 +11,7 @@ import pytest
 import study_runs
 import tiny_run
 import torch
+import yaml
 from study_runs import ROWS, TITLES, draw, ndcg, sweep_row, write_run, write_sweep
 
 from igd_ds import distributed, eval
@@ -278,6 +279,45 @@ def test_a_metric_that_is_not_a_number_leaves_the_run_out(run, split):
     assert found.state == "unfinished" and found.note == f"eval/{split}/metrics.json: alpha.0.2.gini_index is not finite"
 
 
+@pytest.mark.parametrize("split", ["valid", "test"])
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-9]), "damaged"),
+        (lambda path: path.unlink(), "not there"),
+        (lambda path: pq.write_table(pq.read_table(path).drop_columns("item_ids"), path), "damaged"),
+    ],
+)
+def test_damaged_predictions_cost_a_run_its_groups_alone(run, split, damage, why):
+    folders = [run("uniform"), run("igd", weighting="igd", igd_beta=0.1)]
+    damage(folders[0] / "eval" / split / "predictions-alpha0.0.parquet")
+    study = read_runs(folders, 2)
+    assert [found.state for found in study.runs] == ["finished", "finished"] and not study.runs[1].note
+    assert f"eval/{split}/predictions-alpha0.0.parquet is {why}" in study.runs[0].note
+    assert "test" not in study.runs[0].ranks and study.rows["toy"]["test"]["row"].tolist() == ROWS["test"]
+
+
+@pytest.mark.parametrize("line", ['{"train/loss": 1.0}', "[1]", '{"step": 9, "train'])
+def test_a_log_is_read_up_to_what_is_no_step_of_it(run, line):
+    folder = run("uniform")
+    before = only(read_runs([folder], 0)).curves
+    with open(folder / "metrics.jsonl", "a") as log:
+        log.write(line)
+    assert only(read_runs([folder], 0)).curves == before
+
+
+def test_baselines_alone_have_groups_and_tests_but_no_catalogue(run):
+    folder = run("popularity")
+    settings = yaml.safe_load((folder / "config.yaml").read_text())
+    settings = {"dataset": settings["dataset"], "seed": 0, "recommender": "popularity", "item_kind": "text"}
+    (folder / "config.yaml").write_text(json.dumps(settings))
+    for place in ("catalogue", "model"):
+        shutil.rmtree(folder / place, ignore_errors=True)
+    study = read_runs([folder], 0)
+    assert only(study).state == "finished" and not only(study).note and not study.catalogues
+    assert study.rows["toy"]["test"]["row"].tolist() == ROWS["test"]
+
+
 def test_lists_too_short_to_choose_by(run):
     folder = run("uniform")
     path = folder / "eval" / "test" / "metrics.json"
@@ -290,7 +330,7 @@ def test_lists_too_short_to_choose_by(run):
 @pytest.mark.parametrize(("key", "value"), [("rows", 7), ("num_beams", 20), ("popularity_baseline", {"hr@5": 0.2}), ("seed", 1)])
 def test_runs_that_were_not_evaluated_alike_are_refused(run, key, value):
     folders = [run("uniform"), run("other", changes={key: value})]
-    with pytest.raises(ValueError, match=f"other/eval/valid and .*uniform/eval/valid .* not alike: {key} differ"):
+    with pytest.raises(ValueError, match=rf"other/eval/valid and .*uniform/eval/valid .*: {key}( \(.* and .*\))? differ"):
         read_runs(folders, 0)
 
 
@@ -299,9 +339,9 @@ def test_ways_to_decode_are_compared_within_a_backbone(run):
     penalty = {"length_penalty": 1.0}
     folders = [run("d3"), run("bigrec", model_config="m/bigrec.json", changes=penalty)]
     assert [run.state for run in read_runs(folders, 0).runs] == ["finished", "finished"]
-    with pytest.raises(ValueError, match="other/eval/valid and .*d3/eval/valid .* not alike: length_penalty differ"):
+    with pytest.raises(ValueError, match=r"other/eval/valid and .*d3/eval/valid .*: length_penalty \(1.0 and .*\) differ"):
         read_runs([*folders, run("other", 1, changes=penalty)], 0)
-    with pytest.raises(ValueError, match="other2/eval/valid and .*d3/.* not alike: num_beams differ"):
+    with pytest.raises(ValueError, match=r"other2/eval/valid and .*d3/.* not alike: num_beams \(20 and 10\) differ"):
         read_runs([*folders, run("other2", 1, model_config="m/bigrec.json", changes=penalty | {"num_beams": 20})], 0)
 
 
@@ -319,7 +359,18 @@ def test_the_interactions_of_a_dataset_are_those_that_its_rows_were_made_of(run,
 def test_runs_of_another_dataset_of_the_same_name_are_refused(run):
     folders = [run("uniform"), run("other")]
     (folders[1] / "eval" / "test" / "request.json").write_text(json.dumps({"dataset": "0"}))
-    with pytest.raises(ValueError, match="other/eval/test and .* not alike: fingerprint differ"):
+    with pytest.raises(ValueError, match=r"other/eval/test and .* not alike: fingerprint \(0 and .*\) differ"):
+        read_runs(folders, 0)
+
+
+def test_runs_of_another_protocol_are_refused(run, source, tmp_path):
+    folders = [run("uniform"), run("other")]
+    data = shutil.copytree(source.parent / "data", tmp_path / "moved")
+    info = json.loads((data / "dataset.json").read_text())
+    (data / "dataset.json").write_text(json.dumps(info | {"protocol": "d3"}))
+    text = (folders[1] / "config.yaml").read_text()
+    (folders[1] / "config.yaml").write_text(text.replace(str(source.parent / "data"), str(data)))
+    with pytest.raises(ValueError, match=rf"not alike: protocol \(d3 and {info['protocol']}\) differ"):
         read_runs(folders, 0)
 
 

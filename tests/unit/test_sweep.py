@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import torch
 import yaml
 
 ROOT = Path(__file__).parents[2]
@@ -23,6 +24,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 import _sweep_table  # noqa: E402
 import sweep  # noqa: E402
 
+from igd_ds import engine  # noqa: E402
 from igd_ds.baseline import BaselineConfig  # noqa: E402
 from igd_ds.config import EvalConfig, parse  # noqa: E402
 from igd_ds.report.folders import ALIKE  # noqa: E402
@@ -399,9 +401,20 @@ def test_a_row_that_a_killed_sweep_left_is_told_from_one_that_runs(world):
     ]:
         attempt.write_text(json.dumps(running | change))
         assert sweep.survey(table, world.runs)[row.name].state == state
+    attempt.write_text(json.dumps(running | {"host": "a node that died"}))
+    os.utime(attempt, (0, time.time() - sweep.SILENCE - 1))
+    assert sweep.survey(table, world.runs)[row.name].state == "waiting"
     attempt.write_text(json.dumps(running))
     assert world.run("--row", "0") == 2 and world.calls() == []
     assert world.run() == 1 and (U0, "train") not in world.calls()  # the others are run
+
+
+def test_a_running_row_is_heard_of(world, monkeypatch):
+    touched, utime = [], os.utime
+    monkeypatch.setattr(sweep, "HEARTBEAT", 0.01)
+    monkeypatch.setattr(sweep.os, "utime", lambda path: touched.append(path) or utime(path))
+    assert world.run("--row", "0") == 0
+    assert set(touched) == {world.runs / "logs" / f"{U0}.json"}
 
 
 def test_a_row_that_another_sweep_has_begun_meanwhile_is_left_to_it(world, monkeypatch, capsys):
@@ -568,6 +581,17 @@ def test_a_metric_that_is_no_number_fails_the_row(world):
     assert world.run() == 0 and world.calls() == [(A1, "train"), (A1, "valid"), (B0, "test"), (B1, "test")]
 
 
+@pytest.mark.parametrize("text", ["{", "[]", '{"alpha": {"0.2": {}}}', '{"ndcg@10": 0.3}'])
+def test_a_torn_or_older_validation_fails_the_row_and_names_the_file(world, text):
+    assert world.run() == 0
+    path = world.runs / A1 / "eval" / "valid" / "metrics.json"
+    path.write_text(text)
+    shutil.rmtree(world.runs / B0 / "eval" / "test"), shutil.rmtree(world.runs / B1 / "eval" / "test")
+    assert world.run("--list") == 0
+    row = world.rows()[A1]
+    assert row["state"] == "failed" and f"{path} has no ndcg@10 at α = 0" in row["error"]
+
+
 @pytest.mark.parametrize(
     ("text", "code", "expected"),
     [
@@ -589,14 +613,14 @@ def test_the_last_error(text, code, expected):
 BETAS, FIVE = 8, 5
 COUNTS = {
     "igd-main": 4 * 2 + 4 * 3 * 3 + 4 * 2 * (1 + 2 + 2 * 2 + BETAS) * 3 + 4 * 9 * 3 + 4 * (1 + BETAS) + (1 + BETAS),
-    "mtc-main": 4 * 2 + 4 * FIVE * (3 + 1 + 4 + 2 + 2 * 2 + BETAS + 5 + 1),
-    "mtc-ablation": 3 * FIVE * (1 + 3 + 2 * 5 + 2),
-    "mtc-pq": 3 * FIVE * (1 + 5),
+    "mtc": 4 * 2 + 4 * FIVE * (3 + 1 + 4 + 2 + 2 * 2 + BETAS + 5 + 2) + 3 * FIVE * (1 + 2 + 5) + 3 * FIVE * (1 + 5),
     "demo": 6,
-    "cpu": 3 * (5 + 1 + 1 + 1 + 2) + 2 + 2 + 1 + 3 * (3 + 3 + 1) + 3 * 2 + 3 * (2 + 3 * 3),
+    "cpu": 3 * (1 + 1 + 1 + 6 + 1) + 3 * (1 + 1 + 1 + 2) + 3 * (1 + 2 + 1 + 2) + 3 * (2 + 3 * 3) + 2 + 2 + 1,
 }
 NOT_RUN = {"cpu": 3 * (4 + 1 + 1 + 3)}
-BEAMS = dict.fromkeys(("instruments", "industrial-rq", "industrial-pq"), 20) | dict.fromkeys(("books-small", "industrial"), 10)
+# Of the study, by dataset: beams, rows, the sample's seed.
+EVALUATED = dict.fromkeys(("instruments", "industrial-rq", "industrial-pq"), {(20, 3000, 0)})
+EVALUATED |= {"books-small": {(10, 2000, 0)}, "industrial": {(10, 1000, 0)}}
 
 
 @pytest.mark.parametrize("name", COUNTS)
@@ -612,15 +636,27 @@ def test_the_checked_in_tables_expand_to_runs_that_could_start(name, tmp_path, m
             if path:
                 (tmp_path / path).mkdir(parents=True, exist_ok=True)
                 (tmp_path / path / "dataset.json").touch()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for row in table.rows:
         row.check_inputs()
+        for num_ranks in (1, 8):  # of one GPU, and of slurm/sweep.sbatch
+            if row.config.global_batch_size:  # None: it only counts
+                engine.resolve_ds_config(row.config, num_ranks)
     evaluated = defaultdict(set)
     for row in table.rows:
         config = parse(BaselineConfig if row.is_baseline else EvalConfig, sweep.steps(row, tmp_path, 1)[-1][1][1:])
         evaluated[row.dataset].add((config.num_beams, config.num_rows, config.rows_seed if row.is_baseline else config.seed))
     assert all(len(values) == 1 for values in evaluated.values()), evaluated
     if name == "cpu":
-        assert evaluated == {dataset: {(num_beams, 3000, 0)} for dataset, num_beams in BEAMS.items()}
+        assert evaluated == EVALUATED
+
+
+def test_a_curriculum_and_none_are_two_methods_whatever_its_speed():
+    """MTC's Table 4: learned weights without curriculum are no candidate of the grid of c, nor is the form on logits."""
+    table = _sweep_table.read_table(str(ROOT / "tools/sweeps/mtc.yaml"))
+    mixed = [row for row in table.rows if row.dataset == "yelp-rq-vae" and row.settings.get("weighting") == "multi-target"]
+    families = [len({row.group for row in mixed if row.family == family}) for family in dict.fromkeys(r.family for r in mixed)]
+    assert families == [5, 1, 1, 1, 5]  # grid of c; learned; two schedules; grid of c on logits
 
 
 def test_every_checked_in_table_is_expanded_here():

@@ -62,16 +62,39 @@ def text(found: Table) -> list[list[str]]:
 
 def test_main_results():
     found = table(make_study(), "main-toys")
-    assert found.columns == ["Model", "Method", "α", "Seeds", "NDCG@5", "NDCG@10", "HR@5", "HR@10"]
+    assert found.columns == ["Model", "Method", "α", "Seeds", "NDCG@5", "NDCG@10", "HR@5", "HR@10", "vs uniform"]
     lines = text(found)
     assert [line[:4] for line in lines] == [
         ["baseline", "popularity (expected)", "", "–"], ["baseline", "SASRec", "", "2"], ["qwen", "uniform", "0", "2"],
         ["qwen", "igd β=0.2", "0.1", "2"], ["qwen", "igd-linear β=0.4", "0", "2"], ["qwen", "improvement of igd β=0.2", "", "–"],
     ]  # fmt: skip
     sd = f"{0.02 / np.sqrt(2):.4f}"  # of 0.29 and 0.31
-    assert lines[3][5] == f"0.3000 ± {sd}" and lines[1][5] == f"0.2800 ± {sd}" and lines[0][4:] == ["–", "0.0100", "–", "0.0200"]
+    assert lines[3][5] == f"0.3000 ± {sd}" and lines[1][5] == f"0.2800 ± {sd}" and lines[0][4:8] == ["–", "0.0100", "–", "0.0200"]
     assert [row[5].mark for row in found.rows] == ["", "second", "", "best", "", ""]
-    assert lines[5][4:] == ["+50.00%"] * 4  # 0.3 over 0.2
+    assert lines[5][4:] == ["+50.00%"] * 4 + ["–"]  # 0.3 over 0.2
+    assert [line[8] for line in lines[:5]] == ["–", "–", "–", "+50.00%", "+10.00%"]
+
+
+def test_results_over_another_baseline():
+    """SASRec's 0.28 in place of uniform's 0.2: for all that generate, uniform too."""
+    found = table(replace(make_study(), baseline="SASRec"), "main-toys")
+    assert found.columns[8] == "vs SASRec" and "differs from SASRec" in found.caption
+    assert {row[1].text: row[8].text for row in found.rows if row[8].value is not None} == {
+        "uniform": "-28.57%", "igd β=0.2": "+7.14%", "igd-linear β=0.4": "-21.43%",
+    }  # fmt: skip
+    assert text(found)[-1][1:] == ["improvement of igd β=0.2", "", "–", *["+7.14%"] * 4, "–"]
+    tests = table(replace(make_study(), baseline="SASRec"), "significance-toys")
+    assert tests.columns[3] == "SASRec" and [row[1].text for row in tests.rows] == ["uniform", "igd β=0.2", "igd-linear β=0.4"]
+
+
+def test_what_was_not_measured_is_no_figure_of_the_ablation():
+    """uniform validated at α = 0 alone: its calibrated form is not known, rather than the plain one again."""
+    runs = [make_run("uniform", 0, {"0.0": 0.2}, {"0.0": 0.2}), make_run("igd β=0.2", 0, {"0.0": 0.2, "0.1": 0.3}, {"0.1": 0.3})]
+    runs[1].test["alpha"]["0.0"] = entry(0.25)
+    ablation = {row[1].text: row[3].text for row in table(Study("s", "", runs), "ablation-igd").rows}
+    assert ablation == {
+        "igd β=0.2": "0.3000", "w/o w_d (α = 0)": "0.2500", "w/o w_t (uniform)": "–", "w/o both": "0.2000",
+    }  # fmt: skip
 
 
 def test_each_dataset_has_the_cutoffs_that_its_own_lists_reach():
@@ -81,7 +104,7 @@ def test_each_dataset_has_the_cutoffs_that_its_own_lists_reach():
             found["token_match"]["ndcg@20"] = 0.4
     shorter = [replace(make_run("uniform", seed, {"0.0": 0.2}, {"0.0": 0.2}), dataset="books") for seed in (0, 1)]
     study = replace(study, runs=[*study.runs, *shorter])
-    at = {name: table(study, f"main-{name}").columns[4:] for name in ("toys", "books")}
+    at = {name: table(study, f"main-{name}").columns[4:-1] for name in ("toys", "books")}
     assert at["toys"] == ["NDCG@5", "NDCG@10", "NDCG@20", "HR@5", "HR@10"] and at["books"] == [
         "NDCG@5",
         "NDCG@10",
@@ -113,7 +136,7 @@ def test_the_star_is_on_what_the_corrected_test_finds(monkeypatch):
     assert [c.method for c in compared] == ["igd β=0.2", "igd-linear β=0.4"]
     changed = [replace(compared[0], users_holm=0.04), replace(compared[1], users_holm=0.06)]
     monkeypatch.setattr(significance, "compare", lambda *_: changed)
-    stars = {row[1].text: [cell.star for cell in row[4:]] for row in table(study, "main-toys").rows}
+    stars = {row[1].text: [cell.star for cell in row[4:-1]] for row in table(study, "main-toys").rows}
     assert stars.pop("igd β=0.2") == [False, True, False, False] and not any(map(any, stars.values()))
 
 
