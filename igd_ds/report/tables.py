@@ -22,7 +22,8 @@ ABLATION = (  # MTC Table 4 in its order, then what stands beside it
     "multi-target on logits", "multi-target + curriculum on logits",
 )  # fmt: skip
 HISTORY = ((1, 5), (6, 10), (11, None))  # lengths that are reported apart
-CURRENT, BEST = None, "best"  # stand for the α that a run is reported at, and for the one that was best on its validation
+# Stand for the α that a run is reported at, for the one that was best on its validation, and for one that nobody measured.
+CURRENT, BEST, UNMEASURED = None, "best", "unmeasured"
 Methods = dict[tuple[str, str], list[Run]]  # (backbone, method) → the runs of its seeds
 
 
@@ -57,7 +58,7 @@ def methods(study: Study, dataset: str, split: str = "test", baselines: bool = F
 
 
 def figure(run: Run, split: str, alpha: str | None, path: tuple[str, ...]):
-    """Return a figure of a run's metrics.json at an α, CURRENT or BEST, None where it is not there."""
+    """Return a figure of a run's metrics.json at an α, CURRENT, BEST or UNMEASURED, None where it is not there."""
     results = getattr(run, split)
     alpha = {CURRENT: run.alpha, BEST: run.best_alpha}.get(alpha, alpha)
     value = results["alpha"].get(alpha) if results else None
@@ -113,9 +114,9 @@ def marked(rows: list[list[Cell]], first: int, smallest: tuple[int, ...] = ()) -
     return rows
 
 
-def improvement(runs: list[Run], baseline: list[Run], columns: list[str], alpha: str | None = CURRENT) -> list[Cell]:
-    """Return by how much the mean of each measure exceeds the baseline's, in percent of it."""
-    pairs = zip(measured(runs, columns, alpha), measured(baseline, columns, alpha), strict=True)
+def improvement(runs: list[Run], baseline: list[Run], columns: list[str]) -> list[Cell]:
+    """Return by how much the mean of each measure exceeds the baseline's, in percent of it; nothing without a baseline."""
+    pairs = zip(measured(runs, columns), measured(baseline, columns), strict=True)
     return [Cell(None if None in (a.value, b.value) else relative(a.value, b.value), form="+.2%") for a, b in pairs]
 
 
@@ -338,7 +339,7 @@ def igd_ablation(study: Study) -> list[Table]:
             if not best or (backbone, BASELINE) not in found:
                 continue
             with_weights, without = found[backbone, best], found[backbone, BASELINE]
-            calibrated = BEST if all(len(run.valid["alpha"]) > 1 for run in without) else "not measured"
+            calibrated = BEST if all(len(run.valid["alpha"]) > 1 for run in without) else UNMEASURED
             parts = ((best, with_weights, CURRENT), ("w/o w_d (α = 0)", with_weights, "0.0"))
             parts += ((f"w/o w_t ({BASELINE})", without, calibrated), ("w/o both", without, "0.0"))
             block = [[*words(title_of(dataset, backbone), name), *measured(runs, measures, alpha)] for name, runs, alpha in parts]
