@@ -27,19 +27,29 @@ import torch
 from tqdm import tqdm
 
 import igd_ds
-from igd_ds import config as configuration
-from igd_ds import distributed, metrics
+from igd_ds import distributed
 from igd_ds import engine as engines
-from igd_ds.config import option, require
-from igd_ds.data.chains import Chains, SequenceBatch, refuse_empty
-from igd_ds.data.collate import deal, epoch_batches, sample_rows, steps_per_epoch
+from igd_ds.baselines.leaves import Leaves, build_catalogue, ranges
+from igd_ds.baselines.sequences import Chains, SequenceBatch, refuse_empty
+from igd_ds.baselines.sequential import (
+    CONFIG_FILE,
+    COUNTED,
+    LOSSES,
+    SEQUENTIAL,
+    Negatives,
+    load_model,
+)
+from igd_ds.config import options as configuration
+from igd_ds.config.options import option, require
+from igd_ds.data.batches import deal, epoch_batches, sample_rows, steps_per_epoch
 from igd_ds.data.dataset import InteractionDataset, Split
 from igd_ds.distributed import say
-from igd_ds.items.leaves import Leaves, build_catalogue, ranges
+from igd_ds.errors import UsageError
+from igd_ds.evaluation import metrics
+from igd_ds.evaluation.results import LIST_SCHEMA, Ranked, write_results
+from igd_ds.folders import write_json
 from igd_ds.items.store import StoredCatalogue
-from igd_ds.models.sequential import CONFIG_FILE, COUNTED, LOSSES, SEQUENTIAL, Negatives, load_model
-from igd_ds.results import LIST_SCHEMA, Ranked, write_results
-from igd_ds.runlog import RunLog, claim_run_folder, peak_memory_gib, write_json
+from igd_ds.runlog import RunLog, claim_run_folder, peak_memory_gib
 
 NEGATIVES_POWER = 0.75  # shared negatives are drawn ∝ training count to this power: `sample_alpha` of GRU4Rec's published code
 VALIDATION_METRIC = "ndcg@10"
@@ -52,37 +62,58 @@ class BaselineConfig:
     Those that only count pass over what concerns the training and has a default, so that a sweep's rows can share it.
     """
 
-    dataset: str = option("canonical dataset folder (tools/prepare_data.py makes one)")
+    dataset: str = option("canonical dataset folder (igd prepare makes one)")
     output_dir: str = option("run folder; one run each")
-    recommender: str = option("see igd_ds/models/sequential.py", choices=(*COUNTED, *SEQUENTIAL))
-    ds_config: str = option("DeepSpeed JSON: ZeRO stage, offload, precision, micro-batch (for those that are trained)", "")
+    recommender: str = option("see igd_ds/baselines/sequential.py", choices=(*COUNTED, *SEQUENTIAL))
+    ds_config: str = option(
+        "DeepSpeed JSON: ZeRO stage, offload, precision, micro-batch (for those that are trained)",
+        "",
+    )
     item_kind: str = option(
-        "what items are written as; those written alike count as one in lists", "auto", ("auto", "text", "semantic-id")
+        "what items are written as; those written alike count as one in lists",
+        "auto",
+        ("auto", "text", "semantic-id"),
     )
 
     loss: str = option(
-        "cross-entropy over the whole catalogue, or the loss of SASRec's or GRU4Rec's paper", "cross-entropy", LOSSES
+        "cross-entropy over the whole catalogue, or the loss of SASRec's or GRU4Rec's paper",
+        "cross-entropy",
+        LOSSES,
     )
-    num_negatives: int | None = option("negatives a target (bce) or a micro-batch (bpr-max); the papers': 1 and 2048", None)
+    num_negatives: int | None = option(
+        "negatives a target (bce) or a micro-batch (bpr-max); the papers': 1 and 2048", None
+    )
     hidden_size: int | None = option("width of embeddings and states", None)
     num_layers: int | None = option("layers or blocks", None)
     num_heads: int | None = option("attention heads (sasrec)", None)
     dropout: float | None = option("dropout of embeddings and states, in [0, 1)", None)
 
-    global_batch_size: int | None = option("sequences per optimizer step, over all ranks and accumulation steps", None)
+    global_batch_size: int | None = option(
+        "sequences per optimizer step, over all ranks and accumulation steps", None
+    )
     learning_rate: float | None = option("peak learning rate of AdamW", None)
     weight_decay: float | None = option("AdamW's decoupled weight decay", None)
-    schedule: str = option("learning rate after the warm-up", "constant", ("cosine", "linear", "constant"))
+    schedule: str = option(
+        "learning rate after the warm-up", "constant", ("cosine", "linear", "constant")
+    )
     warmup_ratio: float = option("share of the steps that warm up linearly, in [0, 1)", 0.0)
     max_grad_norm: float = option("clip gradients to this global L2 norm", 5.0)
     epochs: int = option("passes over the training rows at most", 200)
     max_steps: int = option("optimizer steps at most; 0: as many as the epochs have", 0)
     seed: int = option("seeds initial weights, order, dropout and negatives", 0)
-    validate_every: int = option("optimizer steps between validations (NDCG@10); 0: once an epoch", 0)
-    validation_rows: int = option("rows of the validation split to use (a seeded sample); 0: all", 0)
-    patience: int = option("validations without improvement before training stops; 0: never stop early", 3)
+    validate_every: int = option(
+        "optimizer steps between validations (NDCG@10); 0: once an epoch", 0
+    )
+    validation_rows: int = option(
+        "rows of the validation split to use (a seeded sample); 0: all", 0
+    )
+    patience: int = option(
+        "validations without improvement before training stops; 0: never stop early", 3
+    )
     keep_checkpoints: int = option("newest checkpoints to keep", 1)
-    resume: str = option("auto: go on from the run folder's newest whole checkpoint", "never", ("never", "auto"))
+    resume: str = option(
+        "auto: go on from the run folder's newest whole checkpoint", "never", ("never", "auto")
+    )
     log_every: int = option("optimizer steps between log lines", 50)
 
     splits: list[str] = option("splits to evaluate", ["valid", "test"], ("train", "valid", "test"))
@@ -90,7 +121,10 @@ class BaselineConfig:
     num_rows: int = option("rows of a split to evaluate, a seeded sample; 0: all", 0)
     rows_seed: int = option("seeds that sample, as --seed does in eval.py", 0)
     batch_size: int = option("rows ranked at once", 256)
-    save_scores: bool = option("write eval/SPLIT/scores.npy, float32 (rows of the split, items), for eval.py's --guidance", False)
+    save_scores: bool = option(
+        "write eval/SPLIT/scores.npy, float32 (rows of the split, items), for eval.py's --guidance",
+        False,
+    )
 
     lora_r: ClassVar[int] = 0  # the engine asks for these
     load_in_4bit: ClassVar[bool] = False
@@ -98,26 +132,57 @@ class BaselineConfig:
     def check(self) -> None:
         """Raise ValueError for values no run can use; checks that need the dataset come later."""
         form = set(SEQUENTIAL[self.recommender].form if self.recommender in SEQUENTIAL else ())
-        usable = form | (set(SEQUENTIAL[self.recommender].training) | {"num_negatives"} if form else set())
+        usable = form | (
+            set(SEQUENTIAL[self.recommender].training) | {"num_negatives"} if form else set()
+        )
         for field in dataclasses.fields(self):
-            if field.default is None and field.name not in usable and getattr(self, field.name) is not None:
-                raise ValueError(f"--{field.name} has no effect on {self.recommender}: leave it out")
+            if (
+                field.default is None
+                and field.name not in usable
+                and getattr(self, field.name) is not None
+            ):
+                raise UsageError(
+                    f"--{field.name} has no effect on {self.recommender}: leave it out"
+                )
         if not form and self.loss != BaselineConfig.loss:
-            raise ValueError(f"--loss has no effect on {self.recommender}: leave it out")
+            raise UsageError(f"--loss has no effect on {self.recommender}: leave it out")
         if form and not self.ds_config:
-            raise ValueError(f"{self.recommender} is trained: give --ds_config, such as ds_configs/zero1-batch64-fp32.json")
+            raise UsageError(
+                f"{self.recommender} is trained: give --ds_config, such as ds_configs/zero1-batch64-fp32.json"
+            )
         if self.num_negatives is not None and not LOSSES[self.loss].num_negatives:
-            raise ValueError(f"--num_negatives has no effect on --loss {self.loss}, which takes all items: leave it out")
-        if self.loss == "bpr-max" and self.num_negatives == 1:  # it may be a micro-batch's only target
-            raise ValueError("--num_negatives of --loss bpr-max must be at least 2, found 1")
+            raise UsageError(
+                f"--num_negatives has no effect on --loss {self.loss}, which takes all items: leave it out"
+            )
+        if (
+            self.loss == "bpr-max" and self.num_negatives == 1
+        ):  # it may be a micro-batch's only target
+            raise UsageError("--num_negatives of --loss bpr-max must be at least 2, found 1")
         at_least_1 = "num_negatives hidden_size num_layers num_heads global_batch_size epochs keep_checkpoints"
-        require(self, f"{at_least_1} log_every num_beams batch_size", lambda value: value >= 1, "must be at least 1")
-        not_negative = "weight_decay max_steps seed validate_every validation_rows patience num_rows rows_seed"
-        require(self, not_negative, lambda value: 0 <= value < math.inf, "must not be negative, and finite")
+        require(
+            self,
+            f"{at_least_1} log_every num_beams batch_size",
+            lambda value: value >= 1,
+            "must be at least 1",
+        )
+        not_negative = (
+            "weight_decay max_steps seed validate_every validation_rows patience num_rows rows_seed"
+        )
+        require(
+            self,
+            not_negative,
+            lambda value: 0 <= value < math.inf,
+            "must not be negative, and finite",
+        )
         require(self, "dropout warmup_ratio", lambda value: 0 <= value < 1, "must lie in [0, 1)")
-        require(self, "learning_rate max_grad_norm", lambda value: 0 < value < math.inf, "must be positive and finite")
+        require(
+            self,
+            "learning_rate max_grad_norm",
+            lambda value: 0 < value < math.inf,
+            "must be positive and finite",
+        )
         if not self.splits or len(set(self.splits)) != len(self.splits):
-            raise ValueError(f"--splits needs at least one and none twice, found {self.splits}")
+            raise UsageError(f"--splits needs at least one and none twice, found {self.splits}")
 
 
 @dataclass(frozen=True)
@@ -135,18 +200,34 @@ def main() -> int:
     """Run a baseline from the command line; returns the exit code."""
     config = with_preset(configuration.parse(BaselineConfig, description=__doc__))
     distributed.init()
-    ds = engines.resolve_ds_config(config, distributed.world_size()) if config.recommender in SEQUENTIAL else {}
+    ds = (
+        engines.resolve_ds_config(config, distributed.world_size())
+        if config.recommender in SEQUENTIAL
+        else {}
+    )
     task, run = build_task(config), Path(config.output_dir)
     model = build_model(config, task)
     tag, finished = distributed.on_main(lambda: open_run_folder(run, config, ds, task, model))
-    if not finished and (code := train(model, task, config, ds, run, tag) if ds else save_counts(model, task, config, run)):
+    if not finished and (
+        code := train(model, task, config, ds, run, tag)
+        if ds
+        else save_counts(model, task, config, run)
+    ):
         return code
     # A ranking takes minutes, so a stopped one begins again.
     signal.signal(signal.SIGUSR1, lambda *_: os._exit(distributed.EXIT_REQUEUE))
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    todo = distributed.on_main(lambda: [name for name in config.splits if not is_evaluated(run, name, config)])
+    todo = distributed.on_main(
+        lambda: [name for name in config.splits if not is_evaluated(run, name, config)]
+    )
     for name in todo:
-        evaluate(load_model(run / "model").to(distributed.device()), task, config, run, task.dataset.splits[name])
+        evaluate(
+            load_model(run / "model").to(distributed.device()),
+            task,
+            config,
+            run,
+            task.dataset.splits[name],
+        )
     say(f"{run} is finished")
     return 0
 
@@ -156,14 +237,20 @@ def with_preset(config: BaselineConfig) -> BaselineConfig:
     if config.recommender in COUNTED:
         return config
     preset = SEQUENTIAL[config.recommender]
-    settings = preset.form | preset.training | {"num_negatives": LOSSES[config.loss].num_negatives or None}
-    return dataclasses.replace(config, **{name: value for name, value in settings.items() if getattr(config, name) is None})
+    settings = (
+        preset.form | preset.training | {"num_negatives": LOSSES[config.loss].num_negatives or None}
+    )
+    return dataclasses.replace(
+        config, **{name: value for name, value in settings.items() if getattr(config, name) is None}
+    )
 
 
 def build_task(config: BaselineConfig) -> Task:
     """Load and check the data, chain the training rows, and number the catalogue's different items."""
     dataset = InteractionDataset.load(config.dataset)
-    to_rank = {("valid", config.validation_rows, config.seed)} | {(n, config.num_rows, config.rows_seed) for n in config.splits}
+    to_rank = {("valid", config.validation_rows, config.seed)} | {
+        (n, config.num_rows, config.rows_seed) for n in config.splits
+    }
     for name, number, seed in sorted(to_rank):
         refuse_empty(dataset.splits[name], sample_rows(len(dataset.splits[name]), number, seed))
     stored = build_catalogue(dataset, config.item_kind)
@@ -171,8 +258,12 @@ def build_task(config: BaselineConfig) -> Task:
     weights = torch.from_numpy(stored.catalogue.counts).to(device, torch.float32) ** NEGATIVES_POWER
     most = {"bpr-max": int((weights > 0).sum()), "bce": dataset.num_items - 1}.get(config.loss, 0)
     if (number := config.num_negatives or 0) > most:
-        raise ValueError(f"--num_negatives {number} of --loss {config.loss}: the training rows hold {most} items to draw from")
-    return Task(dataset, stored, Leaves.build(stored.trie, device), train, Negatives(weights, number))
+        raise UsageError(
+            f"--num_negatives {number} of --loss {config.loss}: the training rows hold {most} items to draw from"
+        )
+    return Task(
+        dataset, stored, Leaves.build(stored.trie, device), train, Negatives(weights, number)
+    )
 
 
 def build_model(config: BaselineConfig, task: Task):
@@ -180,7 +271,9 @@ def build_model(config: BaselineConfig, task: Task):
     dataset, split = task.dataset, task.train.split
     if config.recommender in COUNTED:
         last = split.history_items[split.history_offsets[1:] - 1]
-        return COUNTED[config.recommender].count(last, split.targets, dataset.num_items, config.seed)
+        return COUNTED[config.recommender].count(
+            last, split.targets, dataset.num_items, config.seed
+        )
     torch.manual_seed(config.seed)
     return SEQUENTIAL[config.recommender].model(**model_form(config, dataset))
 
@@ -192,27 +285,36 @@ def model_form(config: BaselineConfig, dataset: InteractionDataset) -> dict:
     return {"num_items": dataset.num_items, "max_history": longest} | form
 
 
-def open_run_folder(run: Path, config: BaselineConfig, ds: dict, task: Task, model) -> tuple[str | None, bool]:
+def open_run_folder(
+    run: Path, config: BaselineConfig, ds: dict, task: Task, model
+) -> tuple[str | None, bool]:
     """Claim the run folder; return the checkpoint to go on from (or None) and whether the training is finished. Rank 0 only."""
     claim_run_folder(run, dataclasses.asdict(config), ds, distributed.world_size())
     if (run / "summary.json").is_file():
         refuse_other_dataset(run, json.loads((run / "summary.json").read_text()), task)
         return None, True
     tag = engines.newest_checkpoint(run / "checkpoints")
-    engines.check_disk_space(run, sum(parameter.numel() for parameter in model.parameters()), config.keep_checkpoints)
+    engines.check_disk_space(
+        run, sum(parameter.numel() for parameter in model.parameters()), config.keep_checkpoints
+    )
     return tag, False
 
 
 def refuse_other_dataset(run: Path, state: dict, task: Task) -> None:
     """Raise ValueError if a run was begun on another dataset: --dataset may move, but not change."""
     if state["dataset"] != task.dataset.fingerprint:
-        raise ValueError(f"--dataset: {run} was trained on another dataset, or another version of it; give a new --output_dir")
+        raise UsageError(
+            f"--dataset: {run} was trained on another dataset, or another version of it; give a new --output_dir"
+        )
 
 
 def write_description(folder: Path, config: BaselineConfig, task: Task) -> None:
     """Put beside the weights what load_model needs."""
     form = model_form(config, task.dataset) if config.recommender in SEQUENTIAL else {}
-    write_json(folder / CONFIG_FILE, {"recommender": config.recommender, "form": form, "dataset": task.dataset.fingerprint})
+    write_json(
+        folder / CONFIG_FILE,
+        {"recommender": config.recommender, "form": form, "dataset": task.dataset.fingerprint},
+    )
 
 
 def save_counts(model, task: Task, config: BaselineConfig, run: Path) -> int:
@@ -254,12 +356,25 @@ def train(model, task: Task, config: BaselineConfig, ds: dict, run: Path, tag: s
     began, sums = time.perf_counter(), np.zeros(2)
     started, every = began - state["seconds"], config.validate_every or per_epoch
     batches = windows(task, config, state["step"], engine.train_micro_batch_size_per_gpu())
-    bar = tqdm(total=total, initial=state["step"], disable=not distributed.is_main(), unit="step", mininterval=1.0)
+    bar = tqdm(
+        total=total,
+        initial=state["step"],
+        disable=not distributed.is_main(),
+        unit="step",
+        mininterval=1.0,
+    )
     while True:
         paused = time.perf_counter()
-        if state["step"] > state["validated"] and (state["step"] % every == 0 or state["step"] == total):
+        if state["step"] > state["validated"] and (
+            state["step"] % every == 0 or state["step"] == total
+        ):
             if validate(engine.module, task, config, state, log):
-                engines.save_model(engine, run / "model", False, lambda folder: write_description(folder, config, task))
+                engines.save_model(
+                    engine,
+                    run / "model",
+                    False,
+                    lambda folder: write_description(folder, config, task),
+                )
             engines.update_state(run / "checkpoints", state)
         state["seconds"] = time.perf_counter() - started
         if (config.patience and state["stale"] >= config.patience) or state["step"] == total:
@@ -269,15 +384,27 @@ def train(model, task: Task, config: BaselineConfig, ds: dict, run: Path, tag: s
         # Dropout and negatives follow from the step and the rank, so that a resumed run needs no saved RNG state.
         torch.manual_seed(config.seed + 1_000_003 * state["step"] + 7_919 * distributed.rank())
         learning_rate = engine.get_lr()[0]
-        step_sums, stopped = train_step(engine, task, config.loss, next(batches), bool(stop), state["step"] + 1)
+        step_sums, stopped = train_step(
+            engine, task, config.loss, next(batches), bool(stop), state["step"] + 1
+        )
         state["step"] += 1
         sums += step_sums
         bar.update()
         if state["step"] % config.log_every == 0 or state["step"] == total:
             seconds = time.perf_counter() - began
             values = {"train/loss": sums[0] / sums[1], "train/learning_rate": learning_rate}
-            values |= {"train/epoch": state["step"] / per_epoch, "train/grad_norm": float(engine.get_global_grad_norm() or 0.0)}
-            log.log(state["step"], values | {"speed/rows_per_second": sums[1] / seconds, "speed/memory_gib": peak_memory_gib()})
+            values |= {
+                "train/epoch": state["step"] / per_epoch,
+                "train/grad_norm": float(engine.get_global_grad_norm() or 0.0),
+            }
+            log.log(
+                state["step"],
+                values
+                | {
+                    "speed/rows_per_second": sums[1] / seconds,
+                    "speed/memory_gib": peak_memory_gib(),
+                },
+            )
             began, sums = time.perf_counter(), np.zeros(2)
         if stopped or state["step"] % every == 0 or state["step"] == total:
             paused = time.perf_counter()
@@ -289,40 +416,67 @@ def train(model, task: Task, config: BaselineConfig, ds: dict, run: Path, tag: s
             return distributed.EXIT_REQUEUE
     bar.close()
     finish(config, run, state, log)
-    return distributed.EXIT_REQUEUE if distributed.any_rank(bool(stop)) else 0  # the evaluation is left to the next start
+    return (
+        distributed.EXIT_REQUEUE if distributed.any_rank(bool(stop)) else 0
+    )  # the evaluation is left to the next start
 
 
-def train_step(engine, task: Task, loss: str, window: list[SequenceBatch], stop: bool, step: int) -> tuple[np.ndarray, bool]:
+def train_step(
+    engine, task: Task, loss: str, window: list[SequenceBatch], stop: bool, step: int
+) -> tuple[np.ndarray, bool]:
     """Make an optimizer step: the mean loss over the targets of all ranks' micro-batches.
 
     Returns (sum of losses in nats, targets), float64 over all ranks, and whether any rank was asked to stop. Raises
     FloatingPointError on every rank, before the update, if the loss is not finite anywhere, and after it for the gradient.
     """
     device = distributed.device()
-    counted = torch.tensor([sum(len(batch.targets) for batch in window), stop], dtype=torch.float64, device=device)
+    counted = torch.tensor(
+        [sum(len(batch.targets) for batch in window), stop], dtype=torch.float64, device=device
+    )
     num_targets, stopped = distributed.all_reduce_sum(counted).tolist()
     total = torch.zeros((), dtype=torch.float64, device=device)
     for index, batch in enumerate(window):
         batch = batch.to(device)
-        losses = LOSSES[loss].function(partial(engine, batch.histories, batch.places), batch.targets, task.negatives)
-        engine.backward(losses.sum() * (distributed.world_size() / num_targets), scale_wrt_gas=False)  # it averages over ranks
+        losses = LOSSES[loss].function(
+            partial(engine, batch.histories, batch.places), batch.targets, task.negatives
+        )
+        engine.backward(
+            losses.sum() * (distributed.world_size() / num_targets), scale_wrt_gas=False
+        )  # it averages over ranks
         total += losses.detach().sum()
         if index == len(window) - 1 and not math.isfinite(distributed.all_reduce_sum(total)):
-            raise FloatingPointError(f"step {step}: the loss is not finite; no weight was updated. Lower --learning_rate")
+            raise FloatingPointError(
+                f"step {step}: the loss is not finite; no weight was updated. Lower --learning_rate"
+            )
         engine.step()
-    if not engine.fp16_enabled() and not math.isfinite(engine.get_global_grad_norm() or 0.0):  # fp16 skips such a step itself
-        raise FloatingPointError(f"step {step}: the gradient is not finite; the last checkpoint is still good, see --resume")
+    if not engine.fp16_enabled() and not math.isfinite(
+        engine.get_global_grad_norm() or 0.0
+    ):  # fp16 skips such a step itself
+        raise FloatingPointError(
+            f"step {step}: the gradient is not finite; the last checkpoint is still good, see --resume"
+        )
     return np.array([total.item(), num_targets]), stopped > 0
 
 
-def windows(task: Task, config: BaselineConfig, first: int, micro: int) -> Iterator[list[SequenceBatch]]:
+def windows(
+    task: Task, config: BaselineConfig, first: int, micro: int
+) -> Iterator[list[SequenceBatch]]:
     """Yield this rank's micro-batches of optimizer steps `first`, `first` + 1, …: they follow from the step's number alone."""
     per_epoch = steps_per_epoch(len(task.train), config.global_batch_size)
     for step in count(first):
         if step == first or step % per_epoch == 0:
-            order = epoch_batches(task.train.lengths, config.global_batch_size, config.seed, step // per_epoch, group=True)
+            order = epoch_batches(
+                task.train.lengths,
+                config.global_batch_size,
+                config.seed,
+                step // per_epoch,
+                group=True,
+            )
         sequences = order[step % per_epoch]
-        yield [task.train.collate(part) for part in deal(sequences, distributed.rank(), distributed.world_size(), micro)]
+        yield [
+            task.train.collate(part)
+            for part in deal(sequences, distributed.rank(), distributed.world_size(), micro)
+        ]
 
 
 def validate(model, task: Task, config: BaselineConfig, state: dict, log: RunLog) -> bool:
@@ -331,13 +485,18 @@ def validate(model, task: Task, config: BaselineConfig, state: dict, log: RunLog
     rows = sample_rows(len(split), config.validation_rows, config.seed)
     leaves, _ = rank_rows(model, task, split, rows, 10, config.batch_size)
     target = task.stored.trie.leaf_of_item[split.targets[rows]]
-    value = metrics.ranking_sums(metrics.items_ahead(leaves, target), [10])[VALIDATION_METRIC] / len(rows)
+    value = metrics.ranking_sums(metrics.items_ahead(leaves, target), [10])[
+        VALIDATION_METRIC
+    ] / len(rows)
     log.log(state["step"], {f"valid/{VALIDATION_METRIC}": value})
     improved = state["best"] is None or value > state["best"]
     state["stale"], state["validated"] = 0 if improved else state["stale"] + 1, state["step"]
     if improved:
         state["best"], state["best_step"] = value, state["step"]
-    say(f"step {state['step']}: {VALIDATION_METRIC} {value:.4f}" + (" (best so far)" if improved else ""))
+    say(
+        f"step {state['step']}: {VALIDATION_METRIC} {value:.4f}"
+        + (" (best so far)" if improved else "")
+    )
     return improved
 
 
@@ -345,12 +504,22 @@ def finish(config: BaselineConfig, run: Path, state: dict, log: RunLog) -> None:
     """Record that the training is finished."""
     log.hparams(dataclasses.asdict(config), {"best_validation": state["best"]})
     log.close()
-    distributed.on_main(lambda: write_json(run / "summary.json", {"validation_metric": VALIDATION_METRIC, **state}))
-    say(f"done: best {VALIDATION_METRIC} {state['best']:.4f} at step {state['best_step']}; model in {run / 'model'}")
+    distributed.on_main(
+        lambda: write_json(run / "summary.json", {"validation_metric": VALIDATION_METRIC, **state})
+    )
+    say(
+        f"done: best {VALIDATION_METRIC} {state['best']:.4f} at step {state['best_step']}; model in {run / 'model'}"
+    )
 
 
 def rank_rows(
-    model, task: Task, split: Split, rows: np.ndarray, length: int, batch_size: int, scores: np.ndarray | None = None
+    model,
+    task: Task,
+    split: Split,
+    rows: np.ndarray,
+    length: int,
+    batch_size: int,
+    scores: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the best leaves of the whole catalogue for rows (R,), and their log-probabilities: (R, K), on every rank.
 
@@ -361,10 +530,16 @@ def rank_rows(
     device, length = distributed.device(), min(length, len(task.leaves.nodes))
     leaves = torch.zeros((len(rows), length), dtype=torch.int64, device=device)
     log_p = torch.zeros((len(rows), length), dtype=torch.float32, device=device)
-    batches, world, was_training = -(-len(rows) // batch_size), distributed.world_size(), model.training
+    batches, world, was_training = (
+        -(-len(rows) // batch_size),
+        distributed.world_size(),
+        model.training,
+    )
     model.eval()
     for number in range(distributed.rank(), -(-batches // world) * world, world):
-        place = slice(min(number, batches - 1) * batch_size, (min(number, batches - 1) + 1) * batch_size)
+        place = slice(
+            min(number, batches - 1) * batch_size, (min(number, batches - 1) + 1) * batch_size
+        )
         batch = Chains.of_rows(split, rows[place]).collate(np.arange(len(rows[place]))).to(device)
         of_items = model.log_probabilities(batch.histories, batch.places)
         if number < batches:
@@ -380,12 +555,17 @@ def rank_rows(
 def is_evaluated(run: Path, name: str, config: BaselineConfig) -> bool:
     """Whether a split's evaluation is there, with the scores where they are asked for."""
     folder = run / "eval" / name
-    return (folder / "metrics.json").is_file() and (not config.save_scores or (folder / "scores.npy").is_file())
+    return (folder / "metrics.json").is_file() and (
+        not config.save_scores or (folder / "scores.npy").is_file()
+    )
 
 
 def evaluate(model, task: Task, config: BaselineConfig, run: Path, split: Split) -> None:
     """Rank the catalogue for the split's rows and write RUN/eval/SPLIT, on all ranks."""
-    rows, output = sample_rows(len(split), config.num_rows, config.rows_seed), run / "eval" / split.name
+    rows, output = (
+        sample_rows(len(split), config.num_rows, config.rows_seed),
+        run / "eval" / split.name,
+    )
     scores, temporary = None, output / "scores.tmp.npy"
     distributed.on_main(lambda: output.mkdir(parents=True, exist_ok=True))
     if config.save_scores:
@@ -398,17 +578,35 @@ def evaluate(model, task: Task, config: BaselineConfig, run: Path, split: Split)
     if scores is not None:
         scores.flush()
         distributed.barrier()
-    timing = {"world_size": distributed.world_size(), "rows_searched": len(rows), "rows_already_there": 0}
+    timing = {
+        "world_size": distributed.world_size(),
+        "rows_searched": len(rows),
+        "rows_already_there": 0,
+    }
     timing |= {"rows_per_second": len(rows) / seconds, "alphas": 1}
-    settings = {"split": split.name, "search": "full ranking", "num_beams": config.num_beams, "length_penalty": 0.0}
-    settings |= {"num_rows": config.num_rows, "seed": config.rows_seed, "dataset": task.dataset.info["name"]}
+    settings = {
+        "split": split.name,
+        "search": "full ranking",
+        "num_beams": config.num_beams,
+        "length_penalty": 0.0,
+    }
+    settings |= {
+        "num_rows": config.num_rows,
+        "seed": config.rows_seed,
+        "dataset": task.dataset.info["name"],
+    }
     ranked = Ranked(task.stored, task.dataset, split, rows, config.num_beams, run)
 
     def write() -> None:
         if scores is not None:
             os.replace(temporary, output / "scores.npy")
-        write_json(output / "request.json", settings | {"dataset": task.dataset.fingerprint, "version": igd_ds.__version__})
-        write_results(output, ranked, settings, [(0.0, list_table(ranked, leaves, log_p), None)], timing)
+        write_json(
+            output / "request.json",
+            settings | {"dataset": task.dataset.fingerprint, "version": igd_ds.__version__},
+        )
+        write_results(
+            output, ranked, settings, [(0.0, list_table(ranked, leaves, log_p), None)], timing
+        )
 
     distributed.on_main(write)
 
@@ -418,7 +616,9 @@ def new_scores(path: Path, shape: tuple[int, int]) -> None:
     path.unlink(missing_ok=True)  # what a killed evaluation left
     needed, free = 4 * shape[0] * shape[1], shutil.disk_usage(path.parent).free
     if needed > free:
-        raise ValueError(f"--save_scores: {path.parent} has {free / 2**30:.1f} GiB free, the scores take {needed / 2**30:.1f}")
+        raise UsageError(
+            f"--save_scores: {path.parent} has {free / 2**30:.1f} GiB free, the scores take {needed / 2**30:.1f}"
+        )
     np.lib.format.open_memmap(path, "w+", np.float32, shape)
 
 

@@ -16,6 +16,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from igd_ds.errors import UsageError
+
 EXIT_REQUEUE = 85  # a signal asked to stop and everything is saved: the job files in slurm/ requeue on this code
 
 
@@ -29,7 +31,9 @@ def _slurm_environment() -> dict[str, str]:
     """Map srun's variables: without this each task would silently be a world of one (the batch script may set MASTER_*)."""
     job, env = int(os.environ["SLURM_JOB_ID"]), os.environ
     nodes = env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"]
-    first = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True).stdout.split()[0]
+    first = subprocess.run(
+        ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True
+    ).stdout.split()[0]
     return {
         "RANK": env["SLURM_PROCID"],
         "WORLD_SIZE": env.get("SLURM_STEP_NUM_TASKS") or env["SLURM_NTASKS"],
@@ -63,7 +67,11 @@ def init(timeout_minutes: float = 120) -> None:
     The timeout leaves rank 0 time to tokenize and sort a catalogue of ten million items (about half an hour on one core).
     """
     if "RANK" not in os.environ:
-        if "SLURM_STEP_ID" in os.environ and "SLURM_PROCID" in os.environ and "SLURM_LOCALID" in os.environ:
+        if (
+            "SLURM_STEP_ID" in os.environ
+            and "SLURM_PROCID" in os.environ
+            and "SLURM_LOCALID" in os.environ
+        ):
             environment = _slurm_environment()
         elif "PMI_RANK" in os.environ or "OMPI_COMM_WORLD_RANK" in os.environ:
             environment = _mpi_environment()
@@ -81,9 +89,13 @@ def init(timeout_minutes: float = 120) -> None:
         if torch.cuda.device_count() == 1:  # a launcher that shows each task its own GPU only
             os.environ["LOCAL_RANK"] = "0"
         if local_rank() >= torch.cuda.device_count():
-            raise ValueError(f"local rank {local_rank()} has no GPU: {torch.cuda.device_count()} are visible; start fewer ranks")
+            raise UsageError(
+                f"local rank {local_rank()} has no GPU: {torch.cuda.device_count()} are visible; start fewer ranks"
+            )
         torch.cuda.set_device(local_rank())
-    dist.init_process_group("nccl" if use_cuda else "gloo", timeout=timedelta(minutes=timeout_minutes))
+    dist.init_process_group(
+        "nccl" if use_cuda else "gloo", timeout=timedelta(minutes=timeout_minutes)
+    )
 
 
 def rank() -> int:
@@ -170,7 +182,11 @@ def exit_process(code: int) -> None:
 def _is_bad_input(error: BaseException) -> bool:
     """Whether an exception is a ValueError that this package raised on purpose; one from a library's depths is a bug."""
     place = traceback.extract_tb(error.__traceback__)[-1]
-    return isinstance(error, ValueError) and os.path.dirname(__file__) in place.filename and str(place.line).startswith("raise")
+    return (
+        isinstance(error, ValueError)
+        and os.path.dirname(__file__) in place.filename
+        and str(place.line).startswith("raise")
+    )
 
 
 def run(main: Callable[[], int]) -> None:
@@ -184,7 +200,10 @@ def run(main: Callable[[], int]) -> None:
     except SystemExit as error:  # argparse: --help, or a flag it does not know
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
     except BaseException as error:
-        if any(word in str(error) for word in ("Connection closed", "Connection reset", "rank 0 failed", "NCCL")):
+        if any(
+            word in str(error)
+            for word in ("Connection closed", "Connection reset", "rank 0 failed", "NCCL")
+        ):
             time.sleep(5)
         sys.stdout.flush()
         if _is_bad_input(error):

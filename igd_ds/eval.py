@@ -26,22 +26,26 @@ import transformers
 from tqdm import tqdm
 
 import igd_ds
-from igd_ds import config as configuration
-from igd_ds import distributed, metrics
-from igd_ds.data.chains import refuse_empty
-from igd_ds.data.collate import sample_rows
+from igd_ds import distributed
+from igd_ds.backbones import causal_lm
+from igd_ds.baselines.sequences import refuse_empty
+from igd_ds.config import options as configuration
+from igd_ds.data.batches import sample_rows
 from igd_ds.data.dataset import Split, sha256_of
 from igd_ds.data.per_row import ItemLists, map_guidance
-from igd_ds.decoding.expand import PerUser
-from igd_ds.decoding.filters import ItemFilter
-from igd_ds.decoding.search import Limits, SearchResult, check_limits
 from igd_ds.distributed import say
-from igd_ds.models import causal_lm
-from igd_ds.recommender import Recommender
-from igd_ds.results import LIST_SCHEMA, Ranked, write_results, write_table
-from igd_ds.runlog import write_json
+from igd_ds.errors import UsageError
+from igd_ds.evaluation import metrics
+from igd_ds.evaluation.recommender import Recommender
+from igd_ds.evaluation.results import LIST_SCHEMA, Ranked, write_results
+from igd_ds.folders import write_json, write_table
+from igd_ds.search.engine import Limits, SearchResult, check_limits
+from igd_ds.search.filters import ItemFilter
+from igd_ds.search.frontier import PerUser
 
-PART_SCHEMA = LIST_SCHEMA.append(pa.field("by_beam", pa.bool_()))  # the list that an exact search started from
+PART_SCHEMA = LIST_SCHEMA.append(
+    pa.field("by_beam", pa.bool_())
+)  # the list that an exact search started from
 # What the lists depend on. Not the number of ranks, and not where model and data lie: those are recognised by their content.
 REQUEST = (
     "split", "alpha", "search", "num_beams", "decoding_rule", "length_penalty", "softmax", "temperature", "popularity_prior",
@@ -80,9 +84,13 @@ def main() -> int:
         say(f"{output} is finished: {output / 'metrics.json'}")
         return 0
     if config.num_beams > (num_leaves := task.recommender.num_leaves):
-        say(f"warning: --num_beams {config.num_beams}, but the catalogue has {num_leaves} different items: lists are that long")
+        say(
+            f"warning: --num_beams {config.num_beams}, but the catalogue has {num_leaves} different items: lists are that long"
+        )
     count, seconds = search_rows(config, task, output / "parts")
-    totals = torch.tensor([count, count / seconds if count else 0.0], dtype=torch.float64, device=distributed.device())
+    totals = torch.tensor(
+        [count, count / seconds if count else 0.0], dtype=torch.float64, device=distributed.device()
+    )
     count, speed = distributed.all_reduce_sum(totals).tolist()  # all ranks are done now
     timing = {
         "world_size": distributed.world_size(),
@@ -101,10 +109,14 @@ def with_chosen_alpha(config):
         return config
     finished = Path(config.alpha_from) / "metrics.json"
     if not finished.is_file():
-        raise ValueError(f"--alpha_from: no finished evaluation at {config.alpha_from} (no metrics.json there)")
+        raise UsageError(
+            f"--alpha_from: no finished evaluation at {config.alpha_from} (no metrics.json there)"
+        )
     results = json.loads(finished.read_text())
     if results["split"] == config.split:
-        raise ValueError(f"--alpha_from {config.alpha_from} evaluated {config.split} itself: α is chosen on another split")
+        raise UsageError(
+            f"--alpha_from {config.alpha_from} evaluated {config.split} itself: α is chosen on another split"
+        )
     return dataclasses.replace(config, alpha=sorted({0.0, float(metrics.best_alpha(results))}))
 
 
@@ -114,14 +126,26 @@ def build_task(config) -> Task:
     scoring = recommender.scoring(config)
     if config.search == "exact":
         scoring.refuse_exact()
-    check_limits(Limits(config.pass_positions, config.row_positions), config.num_beams, config.search)
+    check_limits(
+        Limits(config.pass_positions, config.row_positions), config.num_beams, config.search
+    )
     check_memory(config, len(recommender.tokenizer))
     split = recommender.dataset.splits[config.split]
     rows = sample_rows(len(split), config.num_rows, config.seed)
     refuse_empty(split, rows)
     lists = ItemLists.read(config.item_filter, len(split)) if config.item_filter else None
-    guidance = map_guidance(config.guidance, len(split), recommender.dataset.num_items) if config.guidance else None
-    task = Task(recommender, split, rows, lists, None if guidance is None else (guidance, config.guidance_weight))
+    guidance = (
+        map_guidance(config.guidance, len(split), recommender.dataset.num_items)
+        if config.guidance
+        else None
+    )
+    task = Task(
+        recommender,
+        split,
+        rows,
+        lists,
+        None if guidance is None else (guidance, config.guidance_weight),
+    )
     distributed.on_main(lambda: check_every_row(config, task))
     return task
 
@@ -134,17 +158,27 @@ def check_every_row(config, task: Task) -> None:
 
 def batches_of(config, rows: np.ndarray) -> list[np.ndarray]:
     """Cut `rows` into batches: the same ones whatever the number of ranks."""
-    return [rows[begin : begin + config.batch_size] for begin in range(0, len(rows), config.batch_size)]
+    return [
+        rows[begin : begin + config.batch_size] for begin in range(0, len(rows), config.batch_size)
+    ]
 
 
 def check_memory(config, vocabulary: int) -> None:
     """Raise ValueError if one pass's logits and log-probabilities alone (fp32) exceed the memory that is free."""
-    flag = max("pass_positions", "batch_size", key=lambda name: getattr(config, name))  # prompts: a position each
+    flag = max(
+        "pass_positions", "batch_size", key=lambda name: getattr(config, name)
+    )  # prompts: a position each
     needed = 2 * 4 * getattr(config, flag) * vocabulary
-    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
+    free = (
+        torch.cuda.mem_get_info()[0]
+        if torch.cuda.is_available()
+        else psutil.virtual_memory().available
+    )
     if needed > free:
         numbers = f"take {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
-        raise ValueError(f"--{flag} {getattr(config, flag)} × {vocabulary} tokens of logits {numbers}: lower it")
+        raise UsageError(
+            f"--{flag} {getattr(config, flag)} × {vocabulary} tokens of logits {numbers}: lower it"
+        )
 
 
 def claim_output_folder(output: Path, config, task: Task) -> bool:
@@ -155,7 +189,9 @@ def claim_output_folder(output: Path, config, task: Task) -> bool:
     model = Path(config.model)
     files = sorted(path for path in model.rglob("*") if path.is_file())
     request = {name: getattr(config, name) for name in REQUEST}
-    request |= {name: sha256_of(path) if (path := getattr(config, name)) else None for name in REQUEST_FILES}
+    request |= {
+        name: sha256_of(path) if (path := getattr(config, name)) else None for name in REQUEST_FILES
+    }
     request |= {
         "max_length": config.max_length or task.recommender.description["max_length"],
         "dataset": task.recommender.dataset.fingerprint,
@@ -165,20 +201,30 @@ def claim_output_folder(output: Path, config, task: Task) -> bool:
     }
     if config.alpha_from:
         chosen_by = json.loads((Path(config.alpha_from) / "request.json").read_text())
-        if differing := [key for key in ("model", "base_model", "dataset") if chosen_by[key] != request[key]]:
-            raise ValueError(f"--alpha_from {config.alpha_from} evaluated something else; these differ: {', '.join(differing)}")
+        if differing := [
+            key for key in ("model", "base_model", "dataset") if chosen_by[key] != request[key]
+        ]:
+            raise UsageError(
+                f"--alpha_from {config.alpha_from} evaluated something else; these differ: {', '.join(differing)}"
+            )
     saved = output / "request.json"
     if saved.is_file():
         old = json.loads(saved.read_text())
         if changed := [key for key in request if old.get(key) != request[key]]:
-            raise ValueError(f"--output_dir {output} belongs to another evaluation; these differ: {', '.join(changed)}")
+            raise UsageError(
+                f"--output_dir {output} belongs to another evaluation; these differ: {', '.join(changed)}"
+            )
     elif output.exists() and any(output.iterdir()):
-        raise ValueError(f"--output_dir {output} is not empty and holds no evaluation; give a new folder")
+        raise UsageError(
+            f"--output_dir {output} is not empty and holds no evaluation; give a new folder"
+        )
     output.mkdir(parents=True, exist_ok=True)
     write_json(saved, request)
     finished = (output / "metrics.json").is_file()
     if finished:
-        shutil.rmtree(output / "parts", ignore_errors=True)  # a kill between the last two steps of `finish` leaves them
+        shutil.rmtree(
+            output / "parts", ignore_errors=True
+        )  # a kill between the last two steps of `finish` leaves them
     else:
         (output / "parts").mkdir(exist_ok=True)
     return finished
@@ -189,7 +235,10 @@ def search_rows(config, task: Task, parts: Path) -> tuple[int, float]:
 
     Batches that an earlier, killed evaluation left to do are dealt in turn.
     """
-    batches = {parts / f"batch-{number:09d}.parquet": rows for number, rows in enumerate(batches_of(config, task.rows))}
+    batches = {
+        parts / f"batch-{number:09d}.parquet": rows
+        for number, rows in enumerate(batches_of(config, task.rows))
+    }
     missing = distributed.on_main(lambda: [path for path in batches if not path.is_file()])
     mine = missing[distributed.rank() :: distributed.world_size()]
     if not mine:
@@ -198,21 +247,37 @@ def search_rows(config, task: Task, parts: Path) -> tuple[int, float]:
     recommender.load_weights()
     scoring = recommender.scoring(config)
     count, began = sum(len(batches[path]) for path in mine), time.perf_counter()
-    with tqdm(total=count, unit="row", desc="rows of rank 0", disable=not distributed.is_main(), mininterval=1.0) as bar:
+    with tqdm(
+        total=count,
+        unit="row",
+        desc="rows of rank 0",
+        disable=not distributed.is_main(),
+        mininterval=1.0,
+    ) as bar:
         for path in mine:
             rows = batches[path]
             histories, per_user = [task.split.history(row) for row in rows], task.per_user(rows)
-            found = recommender.search(histories, scoring, config.num_beams, config.search, per_user, limits)
+            found = recommender.search(
+                histories, scoring, config.num_beams, config.search, per_user, limits
+            )
             write_table(path, part_table(task, rows, config.alpha, found, per_user.item_filter))
             bar.update(len(rows))
     return count, time.perf_counter() - began
 
 
-def part_table(task: Task, rows: np.ndarray, alphas: list[float], found: SearchResult, allowed: ItemFilter | None) -> pa.Table:
+def part_table(
+    task: Task,
+    rows: np.ndarray,
+    alphas: list[float],
+    found: SearchResult,
+    allowed: ItemFilter | None,
+) -> pa.Table:
     """Return all lists of `rows` (B,), one line per listed leaf with the items there that the row may get; counts as metadata."""
     lists = [(False, found.leaves, found.scores, found.certified)]
     if found.beam_leaves is not None:
-        lists.append((True, found.beam_leaves, found.beam_scores, torch.zeros_like(found.certified)))
+        lists.append(
+            (True, found.beam_leaves, found.beam_scores, torch.zeros_like(found.certified))
+        )
     tables = []
     for by_beam, *tensors in lists:
         leaves, scores, certified = (tensor.cpu().numpy() for tensor in tensors)
@@ -225,7 +290,9 @@ def part_table(task: Task, rows: np.ndarray, alphas: list[float], found: SearchR
             pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(items)), scores[listed], place < certified[grid, row],
             np.full(len(row), by_beam),
         ]  # fmt: skip
-        tables.append(pa.table(dict(zip(PART_SCHEMA.names, columns, strict=True)), schema=PART_SCHEMA))
+        tables.append(
+            pa.table(dict(zip(PART_SCHEMA.names, columns, strict=True)), schema=PART_SCHEMA)
+        )
     counts = {name: int(values.sum()) for name, values in found.counts.items()}
     return pa.concat_tables(tables).replace_schema_metadata({"counts": json.dumps(counts)})
 
@@ -236,19 +303,39 @@ def finish(config, task: Task, output: Path, timing: dict) -> None:
     table = pa.concat_tables(pq.read_table(path) for path in parts).replace_schema_metadata()
     counts = [json.loads(pq.read_schema(path).metadata[b"counts"]) for path in parts]
     request = json.loads((output / "request.json").read_text())
-    settings = {name: request[name] for name in (*REQUEST, *REQUEST_FILES)} | {"dataset": task.recommender.dataset.info["name"]}
-    settings["search_per_row"] = {name: sum(part[name] for part in counts) / len(task.rows) for name in counts[0]}
+    settings = {name: request[name] for name in (*REQUEST, *REQUEST_FILES)} | {
+        "dataset": task.recommender.dataset.info["name"]
+    }
+    settings["search_per_row"] = {
+        name: sum(part[name] for part in counts) / len(task.rows) for name in counts[0]
+    }
 
     def lists_by_alpha() -> Iterator[tuple[float, pa.Table, pa.Table | None]]:
         for alpha in config.alpha:
-            both = table.filter(pc.equal(table["alpha"], alpha)).sort_by([("row_id", "ascending"), ("rank", "ascending")])
+            both = table.filter(pc.equal(table["alpha"], alpha)).sort_by(
+                [("row_id", "ascending"), ("rank", "ascending")]
+            )
             lists = both.filter(pc.invert(both["by_beam"])).select(LIST_SCHEMA.names)
             yield alpha, lists, both.filter(both["by_beam"]) if config.search == "exact" else None
 
     run = Path(config.model).resolve().parent
     run = run if (run / "config.yaml").is_file() else None
-    ranked = Ranked(task.recommender.stored, task.recommender.dataset, task.split, task.rows, config.num_beams, run)
-    write_results(output, ranked, settings, lists_by_alpha(), timing, max(config.alpha) if config.alpha_from else None)
+    ranked = Ranked(
+        task.recommender.stored,
+        task.recommender.dataset,
+        task.split,
+        task.rows,
+        config.num_beams,
+        run,
+    )
+    write_results(
+        output,
+        ranked,
+        settings,
+        lists_by_alpha(),
+        timing,
+        max(config.alpha) if config.alpha_from else None,
+    )
     shutil.rmtree(output / "parts")
 
 

@@ -15,14 +15,31 @@ import torch
 import yaml
 
 import igd_ds
+from igd_ds.errors import UsageError
+from igd_ds.folders import write_json, write_text
 
 # Settings that may change when a run is resumed: where things lie (their content is checked) and what is only recorded.
-FREE_ON_RESUME = {"resume", "output_dir", "dataset", "log_every", "keep_checkpoints", "save_every", "splits", "save_scores"}
+FREE_ON_RESUME = {
+    "resume",
+    "output_dir",
+    "dataset",
+    "log_every",
+    "keep_checkpoints",
+    "save_every",
+    "splits",
+    "save_scores",
+}
 TAGS = {
     "train/loss": "nats: the step's objective, Σ w·NLL / Ω where there is one target, mean over the logged steps; of a baseline "
     "its own loss, mean over those steps' targets",
-    **{f"train/loss_{name}": f"nats per unit of weight: target {name} of multi-target" for name in ("fg", "fr", "or")},
-    **{f"train/alpha_{name}": f"share of target {name} in the loss, 0 to 1 (MTC Figure 5)" for name in ("fg", "fr", "or")},
+    **{
+        f"train/loss_{name}": f"nats per unit of weight: target {name} of multi-target"
+        for name in ("fg", "fr", "or")
+    },
+    **{
+        f"train/alpha_{name}": f"share of target {name} in the loss, 0 to 1 (MTC Figure 5)"
+        for name in ("fg", "fr", "or")
+    },
     "train/nll": "nats per token: unweighted mean over the step's target tokens",
     "train/nll_zero_gain": "nats per token: mean over target tokens with zero information gain (IGD Figures 2, 5)",
     "train/nll_nonzero_gain": "nats per token: mean over target tokens with non-zero information gain",
@@ -42,13 +59,19 @@ TAGS = {
         for i in range(10)
     },
     "valid/ndcg@10": "NDCG@10 of a beam search with 10 beams, α = 0; of a baseline, of its full ranking",
-    "quantizer/loss": "reconstruction + codebook loss + commitment, mean over the epoch; tools/train_semantic_ids.py",
+    "quantizer/loss": "reconstruction + codebook loss + commitment, mean over the epoch; igd ids",
     "quantizer/reconstruction": "mean squared error over the embeddings' variance: 0 is exact, 1 no better than their mean",
     "quantizer/commitment": "squared distance of a level's input to its code, mean over entries and levels, unweighted",
     "quantizer/collision_rate": "1 - different IDs / items, as assigned during the epoch",
     "quantizer/restarted": "dead codes that were restarted in the epoch, all levels",
-    **{f"quantizer/use_{letter}": "share of the level's codes that any item has" for letter in string.ascii_lowercase},
-    **{f"quantizer/perplexity_{letter}": "exp(entropy) of the level's code frequencies" for letter in string.ascii_lowercase},
+    **{
+        f"quantizer/use_{letter}": "share of the level's codes that any item has"
+        for letter in string.ascii_lowercase
+    },
+    **{
+        f"quantizer/perplexity_{letter}": "exp(entropy) of the level's code frequencies"
+        for letter in string.ascii_lowercase
+    },
     **{
         f"eval/{metric}@{k}": f"{metric.upper()}@{k}, token match; step = 1000·α"
         for metric in ("hr", "ndcg")
@@ -65,7 +88,10 @@ LAYOUT = {
         "training: zero and non-zero gain": ["Multiline", ["train/nll_(non)?zero_gain"]],
         "validation: zero gain and deciles of non-zero gain": ["Multiline", ["valid/nll_gain_"]],
     },
-    "objectives": {"weights α'": ["Multiline", ["train/alpha_"]], "losses": ["Multiline", ["train/loss"]]},
+    "objectives": {
+        "weights α'": ["Multiline", ["train/alpha_"]],
+        "losses": ["Multiline", ["train/loss"]],
+    },
     "validation": {
         "nats per item": ["Multiline", ["valid/nll$"]],
         "nats per token": ["Multiline", ["valid/nll_per_token"]],
@@ -97,7 +123,8 @@ class RunLog:
         if resume_step is not None:
             drop_entries_after(self.path, resume_step)
         self.writer = SummaryWriter(
-            str(Path(folder) / "tensorboard"), purge_step=None if resume_step is None else resume_step + 1
+            str(Path(folder) / "tensorboard"),
+            purge_step=None if resume_step is None else resume_step + 1,
         )
         if not resume_step:
             self.writer.add_custom_scalars(LAYOUT)
@@ -119,7 +146,9 @@ class RunLog:
         if not self.enabled:
             return
         for tag, view in views.items():
-            (self.writer.add_text if isinstance(view, str) else self.writer.add_figure)(tag, view, step)
+            (self.writer.add_text if isinstance(view, str) else self.writer.add_figure)(
+                tag, view, step
+            )
 
     def hparams(self, settings: dict, metrics: dict[str, float]) -> None:
         """Record final metrics for TensorBoard's hparams table, in the row of the run that has these settings (its config.yaml).
@@ -133,7 +162,10 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter
 
         known = {key: value for key, value in settings.items() if value is not None}
-        known = {key: value if isinstance(value, (int, float, str)) else str(value) for key, value in known.items()}
+        known = {
+            key: value if isinstance(value, (int, float, str)) else str(value)
+            for key, value in known.items()
+        }
         with SummaryWriter(f"{self.writer.log_dir}/hparams") as writer:
             writer.file_writer.add_summary(hparams_pb(known, trial_id=settings.get("output_dir")))
             for name, value in metrics.items():
@@ -168,19 +200,6 @@ def drop_entries_after(path: Path, step: int) -> None:
     write_text(path, "".join(kept))
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically: it is whole or not there."""
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
-def write_json(path: Path, value) -> None:
-    """Write JSON atomically, with sorted keys so that equal values give equal bytes."""
-    write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
-
-
 def claim_run_folder(run: Path, settings: dict, ds: dict, world_size: int) -> None:
     """Create a run folder with its settings, or check that it is this very run being resumed; ValueError otherwise.
 
@@ -189,19 +208,27 @@ def claim_run_folder(run: Path, settings: dict, ds: dict, world_size: int) -> No
     saved = run / "config.yaml"
     if saved.is_file() and (run / "metrics.jsonl").is_file():
         if settings["resume"] != "auto":
-            raise ValueError(f"--output_dir {run} holds a run already; give another folder, or --resume auto to go on with it")
+            raise UsageError(
+                f"--output_dir {run} holds a run already; give another folder, or --resume auto to go on with it"
+            )
         # Accumulation follows from the number of ranks, and that is the checkpoint's to check.
-        old_ds = json.loads((run / "ds_config.json").read_text()) | {"gradient_accumulation_steps": None}
+        old_ds = json.loads((run / "ds_config.json").read_text()) | {
+            "gradient_accumulation_steps": None
+        }
         old = yaml.safe_load(saved.read_text()) | {"ds_config": old_ds}
         new = settings | {"ds_config": ds | {"gradient_accumulation_steps": None}}
         changed = [key for key in new if key not in FREE_ON_RESUME and old.get(key) != new[key]]
         if changed:
-            raise ValueError(f"--output_dir {run} belongs to another run; these settings differ: {', '.join(changed)}")
+            raise UsageError(
+                f"--output_dir {run} belongs to another run; these settings differ: {', '.join(changed)}"
+            )
         return
     if run.exists() and any(run.iterdir()) and not saved.is_file():
-        raise ValueError(f"--output_dir {run} is not empty and not a run folder; give a new folder")
+        raise UsageError(f"--output_dir {run} is not empty and not a run folder; give a new folder")
     run.mkdir(parents=True, exist_ok=True)
-    write_text(saved, yaml.safe_dump(settings, sort_keys=False))  # first: from here on the folder is a claim
+    write_text(
+        saved, yaml.safe_dump(settings, sort_keys=False)
+    )  # first: from here on the folder is a claim
     shutil.rmtree(run / "catalogue", ignore_errors=True)
     (run / "checkpoints").mkdir(exist_ok=True)
     write_json(run / "ds_config.json", ds)
@@ -225,7 +252,8 @@ def environment(world_size: int) -> dict:
         commit = ""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
-        "versions": {name: importlib.metadata.version(name) for name in packages} | {"python": platform.python_version()},
+        "versions": {name: importlib.metadata.version(name) for name in packages}
+        | {"python": platform.python_version()},
         "igd_ds": {"version": igd_ds.__version__, "commit": commit},
         "world_size": world_size,
         "hardware": {"cpus": os.cpu_count(), "gpu": gpu},

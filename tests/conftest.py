@@ -6,7 +6,9 @@ from pathlib import Path
 # Before torch is imported anywhere: ranks are forked from this process, and thread pools do not survive a fork.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # asking whether there is a GPU must not start CUDA before the forks
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = (
+    "1"  # asking whether there is a GPU must not start CUDA before the forks
+)
 
 import pytest  # noqa: E402
 

@@ -6,9 +6,9 @@ cd "$(dirname "$0")/.."
 source="$1" out="${2:-runs/books-small}"
 export OMP_NUM_THREADS=1
 
-python tools/prepare_data.py --source sequences --input "$source" --protocol leave-one-out --max_history 10 \
+igd prepare --source sequences --input "$source" --protocol leave-one-out --max_history 10 \
     --num_users 8000 --seed 0 --name books-small --domain books --output "$out/data"
-python tools/train_tokenizer.py --dataset "$out/data" --vocab_size 8192 --output "$out/tokenizer"
+igd tokenizer --dataset "$out/data" --vocab_size 8192 --output "$out/tokenizer"
 
 for seed in 0 1; do
     for beta in 1.0 0.1; do

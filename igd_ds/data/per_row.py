@@ -10,6 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from igd_ds.errors import UsageError
+
 LISTS = ("allow", "deny")
 
 
@@ -31,36 +33,50 @@ class ItemLists:
             ValueError: no such file, other columns or types, a row that the split (of `num_rows` rows) does not have.
         """
         if not Path(path).is_file():
-            raise ValueError(f"--item_filter: no file {path}")
+            raise UsageError(f"--item_filter: no file {path}")
         try:
             table = pq.read_table(path)
         except pa.ArrowInvalid as error:
-            raise ValueError(f"--item_filter {path} is not a Parquet file ({error})") from error
+            raise UsageError(f"--item_filter {path} is not a Parquet file ({error})") from error
         lists = [name for name in LISTS if name in table.column_names]
         if not lists or set(table.column_names) != {"row_id", *lists}:
             found = ", ".join(table.column_names)
-            raise ValueError(f"--item_filter {path} must have the columns row_id and allow, deny or both; found {found}")
+            raise UsageError(
+                f"--item_filter {path} must have the columns row_id and allow, deny or both; found {found}"
+            )
         if not pa.types.is_integer(table["row_id"].type) or table["row_id"].null_count:
-            raise ValueError(f"--item_filter {path}: row_id must be whole numbers without nulls, found {table['row_id'].type}")
+            raise UsageError(
+                f"--item_filter {path}: row_id must be whole numbers without nulls, found {table['row_id'].type}"
+            )
         for name in lists:
             kind = table[name].type
-            if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not pa.types.is_integer(kind.value_type):
-                raise ValueError(f"--item_filter {path}: column {name} must hold lists of item ids, whole numbers; found {kind}")
+            if not (
+                pa.types.is_list(kind) or pa.types.is_large_list(kind)
+            ) or not pa.types.is_integer(kind.value_type):
+                raise UsageError(
+                    f"--item_filter {path}: column {name} must hold lists of item ids, whole numbers; found {kind}"
+                )
         row_ids = table["row_id"].to_numpy()
         unknown = row_ids[(row_ids < 0) | (row_ids >= num_rows)]
         if len(unknown):
-            raise ValueError(f"--item_filter {path}: the split has no row {unknown[0]}; row ids are 0 to {num_rows - 1}")
+            raise UsageError(
+                f"--item_filter {path}: the split has no row {unknown[0]}; row ids are 0 to {num_rows - 1}"
+            )
         place = np.full(num_rows, -1, dtype=np.int64)
         place[row_ids] = np.arange(len(row_ids))
         if np.count_nonzero(place >= 0) < len(row_ids):
             twice = row_ids[np.flatnonzero(place[row_ids] != np.arange(len(row_ids)))[0]]
-            raise ValueError(f"--item_filter {path}: row {twice} is there more than once; merge its lists")
+            raise UsageError(
+                f"--item_filter {path}: row {twice} is there more than once; merge its lists"
+            )
         return cls(place, table.select(lists).combine_chunks())
 
     def of(self, rows: np.ndarray) -> dict[str, list[np.ndarray | None]]:
         """Return, by column (`allow`, `deny`), the lists of `rows`; None where there is no restriction."""
         place = pa.array(self.place[rows], mask=self.place[rows] < 0)
-        lists = {name: self.table[name].combine_chunks().take(place) for name in self.table.column_names}
+        lists = {
+            name: self.table[name].combine_chunks().take(place) for name in self.table.column_names
+        }
         return {name: [_ids(entry) for entry in entries] for name, entries in lists.items()}
 
 
@@ -75,12 +91,22 @@ def map_guidance(path: str, num_rows: int, num_items: int) -> np.ndarray:
         ValueError: no such file, or not such an array.
     """
     if not Path(path).is_file():
-        raise ValueError(f"--guidance: no file {path}")
+        raise UsageError(f"--guidance: no file {path}")
     try:
         scores = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:
-        raise ValueError(f"--guidance {path} is not a .npy file of floats ({error})") from error
-    found = f"{scores.dtype} of shape {scores.shape}" if isinstance(scores, np.ndarray) else "an archive of several arrays"
-    if not isinstance(scores, np.ndarray) or scores.dtype.kind != "f" or scores.shape != (num_rows, num_items):
-        raise ValueError(f"--guidance {path} must hold floats of shape ({num_rows}, {num_items}): rows, items; found {found}")
+        raise UsageError(f"--guidance {path} is not a .npy file of floats ({error})") from error
+    found = (
+        f"{scores.dtype} of shape {scores.shape}"
+        if isinstance(scores, np.ndarray)
+        else "an archive of several arrays"
+    )
+    if (
+        not isinstance(scores, np.ndarray)
+        or scores.dtype.kind != "f"
+        or scores.shape != (num_rows, num_items)
+    ):
+        raise UsageError(
+            f"--guidance {path} must hold floats of shape ({num_rows}, {num_items}): rows, items; found {found}"
+        )
     return scores

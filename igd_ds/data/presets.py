@@ -15,7 +15,7 @@ LEAVE_ONE_OUT = {"protocol": "leave-one-out", "k_core": 5, "max_history": 20}
 
 @dataclass(frozen=True)
 class Preset:
-    """`options` are flags of tools/prepare_data.py, `expected` counts by name, `paper` where they are printed."""
+    """`options` are flags of igd prepare, `expected` counts by name, `paper` where they are printed."""
 
     source: str
     options: dict
@@ -48,8 +48,14 @@ PRESETS = {
         "IGD Table 1",
         {"items": 41_722, "train": 682_998, "valid": 85_376, "test": 85_376},
     ),
-    "sports": Preset("amazon-2018", {**D3, **D3_WINDOW, "domain": "sports and outdoor products"}, "D3's protocol; not in IGD"),
-    "steam": Preset("steam", {**D3, "domain": "games"}, "IGD Table 6 (about)", {"interactions": 982_000}),
+    "sports": Preset(
+        "amazon-2018",
+        {**D3, **D3_WINDOW, "domain": "sports and outdoor products"},
+        "D3's protocol; not in IGD",
+    ),
+    "steam": Preset(
+        "steam", {**D3, "domain": "games"}, "IGD Table 6 (about)", {"interactions": 982_000}
+    ),
     "instruments-2023": Preset(
         "amazon-2023",
         {**LEAVE_ONE_OUT, "domain": "musical instruments"},
@@ -65,7 +71,12 @@ PRESETS = {
     # The counts are those of S3-Rec's Yelp of 2019, whose window ends with the first second of the last day.
     "yelp": Preset(
         "yelp",
-        {**LEAVE_ONE_OUT, "window_start": "2019-01-01", "window_end": "2019-12-31", "domain": "businesses"},
+        {
+            **LEAVE_ONE_OUT,
+            "window_start": "2019-01-01",
+            "window_end": "2019-12-31",
+            "domain": "businesses",
+        },
         "MTC Table 2",
         {"interactions": 316_354, "users": 30_431, "items": 20_033},
     ),

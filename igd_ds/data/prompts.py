@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+from igd_ds.errors import UsageError
 from igd_ds.items.catalogue import tokenize
 
 TEMPLATE_FOLDER = Path(__file__).parent / "templates"
@@ -31,17 +32,23 @@ class Template:
         path = Path(name) if name.endswith((".yaml", ".yml")) else TEMPLATE_FOLDER / f"{name}.yaml"
         if not path.is_file():
             known = ", ".join(sorted(p.stem for p in TEMPLATE_FOLDER.glob("*.yaml")))
-            raise ValueError(f"--prompt: no template '{name}'; known names: {known}; or give the path of a .yaml file")
+            raise UsageError(
+                f"--prompt: no template '{name}'; known names: {known}; or give the path of a .yaml file"
+            )
         return cls.from_dict(yaml.safe_load(path.read_text()), str(path))
 
     @classmethod
     def from_dict(cls, values: dict, source: str) -> "Template":
         """Build a template from its four keys; `source` is named in the ValueError."""
         keys = ["prefix", "item", "separator", "suffix"]
-        if not isinstance(values, dict) or sorted(values) != sorted(keys) or not all(isinstance(v, str) for v in values.values()):
-            raise ValueError(f"{source}: a prompt template has exactly the texts {', '.join(keys)}")
+        if (
+            not isinstance(values, dict)
+            or sorted(values) != sorted(keys)
+            or not all(isinstance(v, str) for v in values.values())
+        ):
+            raise UsageError(f"{source}: a prompt template has exactly the texts {', '.join(keys)}")
         if "{item}" not in values["item"]:
-            raise ValueError(f"{source}: 'item' must contain {{item}}")
+            raise UsageError(f"{source}: 'item' must contain {{item}}")
         return cls(**values)
 
     def as_dict(self) -> dict[str, str]:
@@ -67,7 +74,9 @@ class PromptBuilder:
     null: np.ndarray
 
     @classmethod
-    def build(cls, template: Template, tokenizer, dataset, kind: str, budget: int) -> "PromptBuilder":
+    def build(
+        cls, template: Template, tokenizer, dataset, kind: str, budget: int
+    ) -> "PromptBuilder":
         """Tokenize a template's segments.
 
         Raises:
@@ -78,7 +87,7 @@ class PromptBuilder:
         def ids(text: str, may_be_unknown: bool = False) -> np.ndarray:
             found = tokenizer(text, add_special_tokens=False)["input_ids"]
             if set(found) == {unknown} and not may_be_unknown:
-                raise ValueError(
+                raise UsageError(
                     f"--prompt: the tokenizer has no token for the template's {text[:60]!r}; with codes alone take --prompt codes"
                 )
             return np.array(found, dtype=np.int32)
@@ -86,14 +95,26 @@ class PromptBuilder:
         domain = dataset.info["domain"]
         # What the tokenizer puts before a text is BOS; what it may put behind (EOS) has no place before the target.
         with_special = tokenizer("a")["input_ids"]
-        bos = [tokenizer.bos_token_id] if with_special and with_special[0] == tokenizer.bos_token_id else []
-        texts = dataset.titles if kind == "text" else ["".join(codes) for codes in dataset.semantic_ids]
-        item_tokens, lengths = tokenize(texts, lambda text: template.item.replace("{item}", text), tokenizer)
+        bos = (
+            [tokenizer.bos_token_id]
+            if with_special and with_special[0] == tokenizer.bos_token_id
+            else []
+        )
+        texts = (
+            dataset.titles if kind == "text" else ["".join(codes) for codes in dataset.semantic_ids]
+        )
+        item_tokens, lengths = tokenize(
+            texts, lambda text: template.item.replace("{item}", text), tokenizer
+        )
         ids(template.item.replace("{item}", ""))  # the frame around an item has to be known too
         nothing = ids(template.item.replace("{item}", NO_HISTORY), may_be_unknown=True)
         if not len(nothing):  # the tokenizer passes over what it does not know
-            nothing = np.array([tokenizer.pad_token_id if unknown is None else unknown], dtype=np.int32)
-        begin = np.concatenate([np.array(bos, dtype=np.int32), ids(template.prefix.replace("{domain}", domain))])
+            nothing = np.array(
+                [tokenizer.pad_token_id if unknown is None else unknown], dtype=np.int32
+            )
+        begin = np.concatenate(
+            [np.array(bos, dtype=np.int32), ids(template.prefix.replace("{domain}", domain))]
+        )
         end = ids(template.suffix.replace("{domain}", domain))
         builder = cls(
             begin=begin,
@@ -107,7 +128,7 @@ class PromptBuilder:
         longest = int(np.argmax(lengths))
         needed = len(builder.begin) + len(builder.end) + int(lengths[longest])
         if needed > budget:
-            raise ValueError(
+            raise UsageError(
                 f"--max_length leaves {budget} tokens for the prompt, but the template with item {longest} "
                 f"({texts[longest][:60]!r}…, {lengths[longest]} tokens) alone takes {needed}: raise --max_length or drop the item"
             )
@@ -123,7 +144,10 @@ class PromptBuilder:
         """Return the prompt's token ids, int32, at most `budget` long; whole items are dropped from the oldest on to fit."""
         parts = [self.begin]
         for item in history[len(history) - self.num_kept(history) :]:
-            parts += [self.item_tokens[self.item_offsets[item] : self.item_offsets[item + 1]], self.separator]
+            parts += [
+                self.item_tokens[self.item_offsets[item] : self.item_offsets[item + 1]],
+                self.separator,
+            ]
         if len(parts) > 1:
             parts.pop()
         return np.concatenate([*parts, self.end])
@@ -136,4 +160,7 @@ class PromptBuilder:
         costs = np.diff(self.item_offsets)[split.history_items] + len(self.separator)
         totals = np.concatenate([[0], np.cumsum(costs)])
         history = totals[split.history_offsets[1:]] - totals[split.history_offsets[:-1]]
-        return np.minimum(len(self.begin) + len(self.end) + history - len(self.separator) * (history > 0), self.budget)
+        return np.minimum(
+            len(self.begin) + len(self.end) + history - len(self.separator) * (history > 0),
+            self.budget,
+        )

@@ -15,9 +15,12 @@ import numpy as np
 import pyarrow as pa
 
 from igd_ds.data.dataset import ROW_SCHEMA, SPLITS, Interactions, SourceData
+from igd_ds.errors import UsageError
 
 LATEST_SECOND = 10**11  # the year 5138: larger timestamps are milliseconds
-ITEMS_PER_CHUNK = 1 << 22  # history items are gathered in chunks of rows: bounds the index arrays (assumed)
+ITEMS_PER_CHUNK = (
+    1 << 22
+)  # history items are gathered in chunks of rows: bounds the index arrays (assumed)
 COLD = ("keep", "drop")
 EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 
@@ -46,10 +49,12 @@ class ProtocolOptions:
     def __post_init__(self):
         for name, known in [("duplicates", DUPLICATES), ("cold_items", COLD), ("cold_users", COLD)]:
             if getattr(self, name) not in known:
-                raise ValueError(f"--{name} {getattr(self, name)}: must be one of {', '.join(known)}")
+                raise UsageError(
+                    f"--{name} {getattr(self, name)}: must be one of {', '.join(known)}"
+                )
         start, end = self.window
         if start is not None and end is not None and start > end:
-            raise ValueError(f"--from {date(start)} is after --to {date(end)}")
+            raise UsageError(f"--from {date(start)} is after --to {date(end)}")
 
 
 @dataclass(frozen=True)
@@ -93,7 +98,10 @@ def leave_one_out(data: SourceData, options: ProtocolOptions) -> Rows:
     interactions, user_ids, funnel = _opened(data)
     counts = {"source": size(interactions)}
     if options.window != (None, None):
-        _need_seconds(interactions, "--from and --to choose by time and this source has no timestamps; leave them out")
+        _need_seconds(
+            interactions,
+            "--from and --to choose by time and this source has no timestamps; leave them out",
+        )
         interactions = _in_window(interactions, *options.window)
         funnel.append({"step": _window_text(*options.window)} | size(interactions))
     interactions, steps = _reduced(interactions, options)
@@ -111,8 +119,14 @@ def leave_one_out(data: SourceData, options: ProtocolOptions) -> Rows:
     is_train = np.repeat(long, lengths)
     for held_out in (sequences.bounds[:-1], last, last - 1):
         is_train[held_out] = False
-    targets = {"train": np.flatnonzero(is_train).astype(last.dtype), "valid": last - 1, "test": last}
-    return _finished(_tables(sequences, targets, options.max_history), kept, options, counts, funnel)
+    targets = {
+        "train": np.flatnonzero(is_train).astype(last.dtype),
+        "valid": last - 1,
+        "test": last,
+    }
+    return _finished(
+        _tables(sequences, targets, options.max_history), kept, options, counts, funnel
+    )
 
 
 def d3(data: SourceData, options: ProtocolOptions) -> Rows:
@@ -126,7 +140,10 @@ def d3(data: SourceData, options: ProtocolOptions) -> Rows:
     """
     interactions, user_ids, funnel = _opened(data)
     counts = {"source": size(interactions)}
-    _need_seconds(interactions, "protocol d3 splits by time and this source has no timestamps; use --protocol leave-one-out")
+    _need_seconds(
+        interactions,
+        "protocol d3 splits by time and this source has no timestamps; use --protocol leave-one-out",
+    )
     interactions, steps, years = _d3_window(interactions, options)
     funnel += steps
     counts["window"] = {"years": years} | size(interactions)
@@ -143,7 +160,9 @@ def d3(data: SourceData, options: ProtocolOptions) -> Rows:
     places = places[has_history[places]]
     train, valid = len(places) * 8 // 10, len(places) * 9 // 10
     targets = {"train": places[:train], "valid": places[train:valid], "test": places[valid:]}
-    return _finished(_tables(sequences, targets, options.max_history), kept, options, counts, funnel)
+    return _finished(
+        _tables(sequences, targets, options.max_history), kept, options, counts, funnel
+    )
 
 
 def given(data: SourceData, options: ProtocolOptions) -> Rows:
@@ -155,28 +174,41 @@ def given(data: SourceData, options: ProtocolOptions) -> Rows:
     interactions.
     """
     if data.splits is None:
-        raise ValueError("protocol given takes rows that the source made, and this source makes none; use another --protocol")
+        raise UsageError(
+            "protocol given takes rows that the source made, and this source makes none; use another --protocol"
+        )
     flags = {
         "--from and --to": options.window != (None, None),
         f"--k_core {options.k_core}": options.k_core,
         f"--duplicates {options.duplicates}": options.duplicates != "keep",
     }
     if wrong := [flag for flag, on in flags.items() if on]:
-        raise ValueError(f"protocol given takes the source's rows as they are; leave out {', '.join(wrong)}")
+        raise UsageError(
+            f"protocol given takes the source's rows as they are; leave out {', '.join(wrong)}"
+        )
     splits = {name: data.splits.get(name, ROW_SCHEMA.empty_table()) for name in SPLITS}
     funnel = [{"step": "rows of the source"} | _lengths(splits)]
     if options.num_users:
-        users, _ = number_users(np.concatenate([table["user_id"].to_numpy() for table in splits.values()]))
+        users, _ = number_users(
+            np.concatenate([table["user_id"].to_numpy() for table in splits.values()])
+        )
         chosen = sample_users(users, options.num_users, options.seed)
         masks = np.split(chosen, np.cumsum([table.num_rows for table in splits.values()])[:-1])
-        splits = {name: table.filter(pa.array(mask)) for (name, table), mask in zip(splits.items(), masks, strict=True)}
+        splits = {
+            name: table.filter(pa.array(mask))
+            for (name, table), mask in zip(splits.items(), masks, strict=True)
+        }
         funnel.append({"step": f"sample of {options.num_users:,} users"} | _lengths(splits))
     if options.max_history:
         splits = {name: _shortened(table, options.max_history) for name, table in splits.items()}
     return _finished(splits, np.arange(len(data.titles)), options, {"rows": {}}, funnel)
 
 
-PROTOCOLS: dict[str, Callable[[SourceData, ProtocolOptions], Rows]] = {"leave-one-out": leave_one_out, "d3": d3, "given": given}
+PROTOCOLS: dict[str, Callable[[SourceData, ProtocolOptions], Rows]] = {
+    "leave-one-out": leave_one_out,
+    "d3": d3,
+    "given": given,
+}
 DEFAULTS = {  # METHOD 4; `given`: as they are
     "leave-one-out": {"max_history": 20, "k_core": 0},
     "d3": {"max_history": 10, "k_core": 5},
@@ -195,7 +227,9 @@ def drop_exact_duplicates(interactions: Interactions) -> np.ndarray:
     Raises ValueError for data without timestamps, where equal repeats cannot be told from real ones.
     """
     if interactions.timestamps is None:
-        raise ValueError("--duplicates exact compares times and this source has no timestamps; use keep or first")
+        raise UsageError(
+            "--duplicates exact compares times and this source has no timestamps; use keep or first"
+        )
     return _first_of_equals((interactions.users, interactions.items, interactions.timestamps))
 
 
@@ -250,7 +284,9 @@ def sample_users(users: np.ndarray, num_users: int, seed: int) -> np.ndarray:
 
 def size(interactions: Interactions) -> dict[str, int]:
     """Count users (those of `number_users`), items and interactions."""
-    users, items = (int(np.count_nonzero(_flags(ids))) for ids in (interactions.users, interactions.items))
+    users, items = (
+        int(np.count_nonzero(_flags(ids))) for ids in (interactions.users, interactions.items)
+    )
     return {"users": users, "items": items, "interactions": len(interactions)}
 
 
@@ -354,7 +390,9 @@ def _take(interactions: Interactions, mask: np.ndarray) -> Interactions:
     return interactions if mask.all() else interactions.take(mask)
 
 
-def _first_of_equals(keys: tuple[np.ndarray, ...], times: tuple[np.ndarray, ...] = ()) -> np.ndarray:
+def _first_of_equals(
+    keys: tuple[np.ndarray, ...], times: tuple[np.ndarray, ...] = ()
+) -> np.ndarray:
     """Return bool (I,): of the interactions that agree in all keys the first, by time where given, then in the file."""
     order = order_by(*keys, *times)
     first = np.zeros(len(order), dtype=bool)
@@ -368,9 +406,13 @@ def _first_of_equals(keys: tuple[np.ndarray, ...], times: tuple[np.ndarray, ...]
 def _opened(data: SourceData) -> tuple[Interactions, np.ndarray | None, list[dict]]:
     """Return the interactions with the users of `number_users`, whom these stand for, and the funnel's first step."""
     if data.splits is not None:
-        raise ValueError("this source brings its own rows of train, valid and test; use --protocol given")
+        raise UsageError(
+            "this source brings its own rows of train, valid and test; use --protocol given"
+        )
     if not len(data.interactions):
-        raise ValueError("nothing to make rows of: the source has no interactions, or no titles for their items")
+        raise UsageError(
+            "nothing to make rows of: the source has no interactions, or no titles for their items"
+        )
     users, user_ids = number_users(data.interactions.users)
     interactions = replace(data.interactions, users=users)
     return interactions, user_ids, [{"step": "interactions of the source"} | size(interactions)]
@@ -379,9 +421,11 @@ def _opened(data: SourceData) -> tuple[Interactions, np.ndarray | None, list[dic
 def _need_seconds(interactions: Interactions, why: str) -> None:
     times = interactions.timestamps
     if times is None:
-        raise ValueError(why)
+        raise UsageError(why)
     if times.min() < 0 or times.max() >= LATEST_SECOND:
-        raise ValueError(f"timestamps span {times.min()} to {times.max()}: they must be seconds since 1970, not milliseconds")
+        raise UsageError(
+            f"timestamps span {times.min()} to {times.max()}: they must be seconds since 1970, not milliseconds"
+        )
 
 
 def _window_text(start: int | None, end: int | None) -> str:
@@ -398,14 +442,16 @@ def _in_window(interactions: Interactions, start: int | None, end: int | None) -
     if end is not None:
         mask &= times <= end
     if not mask.any():
-        raise ValueError(
+        raise UsageError(
             f"the {_window_text(start, end)} holds none of {len(times):,} interactions, which lie between "
             f"{date(times.min())} and {date(times.max())}; change --from and --to"
         )
     return _take(interactions, mask)
 
 
-def _reduced(interactions: Interactions, options: ProtocolOptions) -> tuple[Interactions, list[dict]]:
+def _reduced(
+    interactions: Interactions, options: ProtocolOptions
+) -> tuple[Interactions, list[dict]]:
     """Apply the duplicates policy and the k-core; return what is left, perhaps nothing, and the steps."""
     steps = []
     if options.duplicates != "keep":
@@ -414,11 +460,16 @@ def _reduced(interactions: Interactions, options: ProtocolOptions) -> tuple[Inte
     if options.k_core:
         mask, passes = k_core(interactions, options.k_core)
         interactions = _take(interactions, mask)
-        steps += [{"step": f"{options.k_core}-core, pass {i}"} | left for i, left in enumerate(passes, start=1)]
+        steps += [
+            {"step": f"{options.k_core}-core, pass {i}"} | left
+            for i, left in enumerate(passes, start=1)
+        ]
     return interactions, steps
 
 
-def _d3_window(interactions: Interactions, options: ProtocolOptions) -> tuple[Interactions, list[dict], int]:
+def _d3_window(
+    interactions: Interactions, options: ProtocolOptions
+) -> tuple[Interactions, list[dict], int]:
     """Return what d3's window and core leave, the steps, and by how many years the start was moved back."""
     start, end = options.window
     interactions = _in_window(interactions, None, end)
@@ -436,7 +487,10 @@ def _d3_window(interactions: Interactions, options: ProtocolOptions) -> tuple[In
         if left["items"] >= options.min_items or begin <= earliest:
             break
         where = f" in the {options.k_core}-core" if options.k_core else ""
-        steps.append({"step": f"{text}: {left['items']:,} items{where}, fewer than {options.min_items:,}"} | left)
+        steps.append(
+            {"step": f"{text}: {left['items']:,} items{where}, fewer than {options.min_items:,}"}
+            | left
+        )
     all_there_is = ", all there is" if left["items"] < options.min_items else ""
     return window, [*steps, {"step": text + all_there_is} | window_size, *core_steps], years
 
@@ -454,7 +508,9 @@ def _catalogue(
         passes = [step for step in steps if "-core, pass" in step["step"]]
         shown = [passes[:3], passes[-2:]] if len(passes) > 5 else [passes]
         detail = " … ".join("; ".join(_left(step) for step in part) for part in shown)
-        raise ValueError(f"nothing is left after the {options.k_core}-core: {detail}. Lower --k_core or widen --from and --to")
+        raise UsageError(
+            f"nothing is left after the {options.k_core}-core: {detail}. Lower --k_core or widen --from and --to"
+        )
     kept = _flags(interactions.items)
     numbers = np.cumsum(kept, dtype=np.int32) - 1
     return np.flatnonzero(kept), replace(interactions, items=numbers[interactions.items])
@@ -465,20 +521,28 @@ def _left(step: dict) -> str:
     return f"{name} left {step['users']:,} users, {step['items']:,} items, {step['interactions']:,} interactions"
 
 
-def _sampled(interactions: Interactions, options: ProtocolOptions, counts: dict, funnel: list[dict]) -> Interactions:
+def _sampled(
+    interactions: Interactions, options: ProtocolOptions, counts: dict, funnel: list[dict]
+) -> Interactions:
     if options.num_users:
-        interactions = _take(interactions, sample_users(interactions.users, options.num_users, options.seed))
+        interactions = _take(
+            interactions, sample_users(interactions.users, options.num_users, options.seed)
+        )
         counts["user_sample"] = size(interactions)
         funnel.append({"step": f"sample of {options.num_users:,} users"} | counts["user_sample"])
     return interactions
 
 
-def _sequences(interactions: Interactions, user_ids: np.ndarray | None) -> tuple[_Sequences, np.ndarray]:
+def _sequences(
+    interactions: Interactions, user_ids: np.ndarray | None
+) -> tuple[_Sequences, np.ndarray]:
     """Sort by user, time and file position; return also the order: where in the file each of them stood."""
     times = interactions.timestamps
     order = order_by(interactions.users) if times is None else order_by(interactions.users, times)
     users = _gather(interactions.users, order)
-    bounds = np.append(np.flatnonzero(_differs_from_previous(users)), len(users)).astype(order.dtype)
+    bounds = np.append(np.flatnonzero(_differs_from_previous(users)), len(users)).astype(
+        order.dtype
+    )
     ids = users[bounds[:-1]].astype(np.int64)
     ids = ids if user_ids is None else user_ids[ids]
     owner = np.repeat(np.arange(len(ids), dtype=order.dtype), np.diff(bounds))
@@ -487,12 +551,18 @@ def _sequences(interactions: Interactions, user_ids: np.ndarray | None) -> tuple
     return _Sequences(ids, bounds, owner, _gather(interactions.items, order), times), order
 
 
-def _tables(sequences: _Sequences, targets: dict[str, np.ndarray], max_history: int) -> dict[str, pa.Table]:
+def _tables(
+    sequences: _Sequences, targets: dict[str, np.ndarray], max_history: int
+) -> dict[str, pa.Table]:
     """Make the tables of the rows whose targets stand at these places of the sequences."""
     tables = {}
     for name, places in targets.items():
         users = _gather(sequences.users, _gather(sequences.owner, places))
-        times = pa.nulls(len(places), pa.int64()) if sequences.times is None else pa.array(_gather(sequences.times, places))
+        times = (
+            pa.nulls(len(places), pa.int64())
+            if sequences.times is None
+            else pa.array(_gather(sequences.times, places))
+        )
         histories = _histories(sequences, places, max_history)
         items = pa.array(_gather(sequences.items, places))
         tables[name] = pa.table([pa.array(users), histories, items, times], schema=ROW_SCHEMA)
@@ -504,9 +574,15 @@ def _histories(sequences: _Sequences, places: np.ndarray, max_history: int) -> p
     if max_history:
         np.minimum(lengths, max_history, out=lengths)
     ends = np.cumsum(lengths, dtype=np.int64)
-    cuts = np.searchsorted(ends, np.arange(ITEMS_PER_CHUNK, ends[-1] if len(ends) else 0, ITEMS_PER_CHUNK))
-    chunks = [slice(begin, end) for begin, end in itertools.pairwise([0, *cuts.tolist(), len(places)])]
-    lists = [_lists(sequences.items, places[chunk] - lengths[chunk], lengths[chunk]) for chunk in chunks]
+    cuts = np.searchsorted(
+        ends, np.arange(ITEMS_PER_CHUNK, ends[-1] if len(ends) else 0, ITEMS_PER_CHUNK)
+    )
+    chunks = [
+        slice(begin, end) for begin, end in itertools.pairwise([0, *cuts.tolist(), len(places)])
+    ]
+    lists = [
+        _lists(sequences.items, places[chunk] - lengths[chunk], lengths[chunk]) for chunk in chunks
+    ]
     return pa.chunked_array(lists, ROW_SCHEMA.field("history").type)
 
 
@@ -527,7 +603,9 @@ def _shortened(table: pa.Table, max_history: int) -> pa.Table:
         lengths = np.minimum(np.diff(offsets), max_history)
         chunks.append(_lists(chunk.values.to_numpy(), offsets[1:] - lengths, lengths))
     histories = pa.chunked_array(chunks, ROW_SCHEMA.field("history").type)
-    return table.set_column(table.schema.get_field_index("history"), ROW_SCHEMA.field("history"), histories)
+    return table.set_column(
+        table.schema.get_field_index("history"), ROW_SCHEMA.field("history"), histories
+    )
 
 
 def _lengths(splits: dict[str, pa.Table]) -> dict[str, int]:
@@ -535,7 +613,11 @@ def _lengths(splits: dict[str, pa.Table]) -> dict[str, int]:
 
 
 def _finished(
-    splits: dict[str, pa.Table], kept_items: np.ndarray, options: ProtocolOptions, counts: dict, funnel: list[dict]
+    splits: dict[str, pa.Table],
+    kept_items: np.ndarray,
+    options: ProtocolOptions,
+    counts: dict,
+    funnel: list[dict],
 ) -> Rows:
     """Apply the cold rules and count the rows."""
     funnel.append({"step": "rows"} | counts["rows"] | _lengths(splits))
@@ -544,17 +626,23 @@ def _finished(
     seen[train["target"].to_numpy()] = True
     rules = {
         "cold_items": lambda table: seen[table["target"].to_numpy()],
-        "cold_users": lambda table: np.isin(table["user_id"].to_numpy(), train["user_id"].to_numpy()),
+        "cold_users": lambda table: np.isin(
+            table["user_id"].to_numpy(), train["user_id"].to_numpy()
+        ),
     }
     for rule, known in rules.items():
         if getattr(options, rule) == "keep":
             continue
         before = _lengths(splits)
-        splits = splits | {name: splits[name].filter(pa.array(known(splits[name]))) for name in ("valid", "test")}
+        splits = splits | {
+            name: splits[name].filter(pa.array(known(splits[name]))) for name in ("valid", "test")
+        }
         gone = {name: before[name] - splits[name].num_rows for name in ("valid", "test")}
         for name, number in gone.items():
             if number and number == before[name]:
-                raise ValueError(f"--{rule} drop leaves none of {number:,} {name} rows; use --{rule} keep")
+                raise UsageError(
+                    f"--{rule} drop leaves none of {number:,} {name} rows; use --{rule} keep"
+                )
         text = f"{rule.replace('_', ' ')}: {gone['valid']:,} valid and {gone['test']:,} test rows left out"
         funnel.append({"step": text} | _lengths(splits))
     counts["rows"] |= _lengths(splits)

@@ -11,6 +11,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import IO
 
+from igd_ds.errors import UsageError
+
 GZIP_MAGIC = b"\x1f\x8b"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 PARTS = ("train", "valid", "test")
@@ -34,12 +36,21 @@ class FileKind:
     def matches(self, path: Path, form: str, keys: Iterable[str]) -> bool:
         """Whether a file with this path, and what `sniff` found in it, is of this kind."""
         name = path.name.removesuffix(".gz")
-        named = any(fnmatch(f"{path.parent.name}/{name}" if "/" in pattern else name, pattern) for pattern in self.names)
-        return named or bool(self.keys) and self.header == (form == "text") and self.keys <= set(keys)
+        named = any(
+            fnmatch(f"{path.parent.name}/{name}" if "/" in pattern else name, pattern)
+            for pattern in self.names
+        )
+        return (
+            named or bool(self.keys) and self.header == (form == "text") and self.keys <= set(keys)
+        )
 
     def described(self) -> str:
         """Say what is looked for."""
-        first = f"{'a header' if self.header else 'lines'} with {', '.join(sorted(self.keys))}" if self.keys else ""
+        first = (
+            f"{'a header' if self.header else 'lines'} with {', '.join(sorted(self.keys))}"
+            if self.keys
+            else ""
+        )
         return " or ".join(part for part in (first, " or ".join(self.names)) if part)
 
 
@@ -66,10 +77,19 @@ def parts_in_order(paths: Sequence[Path], suffix: str) -> list[Path]:
     if len(paths) == 1:
         return list(paths)
     parts = [path.name.removesuffix(".gz").removesuffix(suffix).rpartition(".") for path in paths]
-    if len({name for name, _, _ in parts}) > 1 or sorted(part for *_, part in parts) != sorted(PARTS):
+    if len({name for name, _, _ in parts}) > 1 or sorted(part for *_, part in parts) != sorted(
+        PARTS
+    ):
         wanted = ", ".join(f"NAME.{part}{suffix}" for part in PARTS)
-        raise ValueError(f"{', '.join(map(str, paths))}: need one {suffix} file, or {wanted} of one NAME")
-    return [path for _, path in sorted(zip(parts, paths, strict=True), key=lambda pair: PARTS.index(pair[0][2]))]
+        raise UsageError(
+            f"{', '.join(map(str, paths))}: need one {suffix} file, or {wanted} of one NAME"
+        )
+    return [
+        path
+        for _, path in sorted(
+            zip(parts, paths, strict=True), key=lambda pair: PARTS.index(pair[0][2])
+        )
+    ]
 
 
 def is_gzip(path: Path) -> bool:
@@ -85,7 +105,7 @@ def open_raw(path: Path) -> Iterator[IO[bytes]]:
         with gzip.open(path, "rb") if is_gzip(path) else open(path, "rb") as file:
             yield file
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path}: not a whole gzip file ({error}); download it again") from error
+        raise UsageError(f"{path}: not a whole gzip file ({error}); download it again") from error
 
 
 def has_byte_order_mark(path: Path) -> bool:
@@ -100,7 +120,7 @@ def first_line(path: Path) -> bytes:
         for line in file:
             if line.strip():
                 return line.strip()
-    raise ValueError(f"{path}: the file is empty")
+    raise UsageError(f"{path}: the file is empty")
 
 
 def parse_python(line: bytes) -> dict | None:

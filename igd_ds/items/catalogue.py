@@ -14,8 +14,12 @@ from itertools import chain
 
 import numpy as np
 
+from igd_ds.errors import UsageError
+
 KINDS = ("text", "semantic-id")
-TOKENIZE_CHUNK = 10_000  # texts per call of the tokenizer: its Python lists of ids stay small (assumed)
+TOKENIZE_CHUNK = (
+    10_000  # texts per call of the tokenizer: its Python lists of ids stay small (assumed)
+)
 
 
 @dataclass(frozen=True)
@@ -62,11 +66,13 @@ class Catalogue:
                 tokens hold EOS; unknown kind.
         """
         if tokenizer.eos_token_id is None:
-            raise ValueError("the tokenizer has no EOS token, and every item must end in one: set eos_token")
+            raise UsageError(
+                "the tokenizer has no EOS token, and every item must end in one: set eos_token"
+            )
         if kind is None:
             kind = "text" if any(title is not None for title in dataset.titles) else "semantic-id"
         if kind not in KINDS:
-            raise ValueError(f"unknown kind of items {kind!r}; known: {', '.join(KINDS)}")
+            raise UsageError(f"unknown kind of items {kind!r}; known: {', '.join(KINDS)}")
         if kind == "text":
             tokens, lengths = _tokenize_titles(dataset.titles, tokenizer)
         else:
@@ -104,7 +110,9 @@ def tokenizer_fingerprint(tokenizer) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
-def tokenize(texts: Sequence, form: Callable[[object], str], tokenizer) -> tuple[np.ndarray, np.ndarray]:
+def tokenize(
+    texts: Sequence, form: Callable[[object], str], tokenizer
+) -> tuple[np.ndarray, np.ndarray]:
     """Tokens of `form(text)` for all texts, int32, one after the other, and their numbers per text, int64; no special tokens.
 
     Works in chunks: as Python lists the tokens of ten million titles would take gigabytes.
@@ -112,7 +120,9 @@ def tokenize(texts: Sequence, form: Callable[[object], str], tokenizer) -> tuple
     chunks, lengths = [], []
     for start in range(0, len(texts), TOKENIZE_CHUNK):
         formed = [form(text) for text in texts[start : start + TOKENIZE_CHUNK]]
-        encoded = tokenizer(formed, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        encoded = tokenizer(
+            formed, add_special_tokens=False, return_attention_mask=False, verbose=False
+        )["input_ids"]
         lengths += map(len, encoded)
         chunks.append(np.fromiter(chain.from_iterable(encoded), np.int32))
     return np.concatenate(chunks), np.array(lengths, np.int64)
@@ -121,9 +131,9 @@ def tokenize(texts: Sequence, form: Callable[[object], str], tokenizer) -> tuple
 def _tokenize_titles(titles: list[str | None], tokenizer) -> tuple[np.ndarray, np.ndarray]:
     """Tokens of all `title + "\\n"`, int32, and their numbers per item, int64 (N,); EOS not included."""
     if None in titles:
-        raise ValueError(
+        raise UsageError(
             f"item {titles.index(None)} has no title ({titles.count(None)} such items): "
-            "prepare the dataset with title hygiene on (tools/prepare_data.py does it by default)"
+            "prepare the dataset with title hygiene on (igd prepare does it by default)"
         )
     return tokenize(titles, lambda title: title + "\n", tokenizer)
 
@@ -131,10 +141,14 @@ def _tokenize_titles(titles: list[str | None], tokenizer) -> tuple[np.ndarray, n
 def _look_up_codes(semantic_ids, num_items: int, tokenizer) -> tuple[np.ndarray, np.ndarray]:
     """Tokens of all codes, int32, and their numbers per item, int64 (N,); EOS not included."""
     if semantic_ids is None:
-        raise ValueError('the dataset has no semantic IDs; take kind "text", or prepare it from a source that has them')
+        raise UsageError(
+            'the dataset has no semantic IDs; take kind "text", or prepare it from a source that has them'
+        )
     empty = [item for item in range(num_items) if not semantic_ids[item]]
     if empty:
-        raise ValueError(f"item {empty[0]} has no semantic ID ({len(empty)} such items): every item needs at least one code")
+        raise UsageError(
+            f"item {empty[0]} has no semantic ID ({len(empty)} such items): every item needs at least one code"
+        )
     known = {}
     for item, codes in enumerate(semantic_ids):
         for code in codes:
@@ -142,9 +156,9 @@ def _look_up_codes(semantic_ids, num_items: int, tokenizer) -> tuple[np.ndarray,
                 ids = tokenizer(code, add_special_tokens=False)["input_ids"]
                 if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
                     found = f"{len(ids)} tokens" if len(ids) != 1 else "the unknown token"
-                    raise ValueError(
+                    raise UsageError(
                         f"code {code!r} of item {item} is {found}, it must be exactly one: make a tokenizer with "
-                        "tools/train_tokenizer.py --semantic_ids, or add the codes to this one with tools/add_codes.py"
+                        "igd tokenizer --semantic_ids, or add the codes to this one with igd tokenizer --add_codes_to"
                     )
                 known[code] = ids[0]
     lengths = np.array([len(codes) for codes in semantic_ids], np.int64)
@@ -156,7 +170,7 @@ def _check_no_eos(tokens: np.ndarray, lengths: np.ndarray, tokenizer, dataset, k
     if at.size:
         item = int(np.searchsorted(np.cumsum(lengths), at[0], side="right"))
         text = dataset.titles[item] if kind == "text" else " ".join(dataset.semantic_ids[item])
-        raise ValueError(
+        raise UsageError(
             f"item {item} ({text!r}) contains the EOS token {tokenizer.eos_token!r}, which may only end an item: "
             "remove it from the item's text, or use another EOS token"
         )

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from igd_ds.errors import UsageError
 from igd_ds.items.trie import TokenTrie
 
 ENTROPIES = ("prior", "conditional")
@@ -77,11 +78,15 @@ def gain_deciles(trie: TokenTrie, gain: np.ndarray) -> np.ndarray:
     edges = np.flatnonzero(~zero_gain(trie) & (trie.train_count > 0))[1:]  # without the root
     edges = edges[np.argsort(gain[edges], kind="stable")]
     reached = np.cumsum(trie.train_count[edges], dtype=np.int64)
-    tenths = np.outer(np.arange(1, 10), reached[-1:]).ravel()  # in integers, so that a border never depends on rounding
+    tenths = np.outer(
+        np.arange(1, 10), reached[-1:]
+    ).ravel()  # in integers, so that a border never depends on rounding
     return gain[edges[np.searchsorted(10 * reached, tenths)]]
 
 
-def normalised_gain(trie: TokenTrie, gain: np.ndarray, cold: str = "zero", epsilon: float = 0.0) -> np.ndarray:
+def normalised_gain(
+    trie: TokenTrie, gain: np.ndarray, cold: str = "zero", epsilon: float = 0.0
+) -> np.ndarray:
     """Min-max normalised gain among siblings, float64 (M,) in [0, 1]: (gain - min) / (max - min + epsilon) (IGD Eq. 9).
 
     cold="zero": min and max are over the siblings with training mass, and cold edges get 0. A cold edge's raw gain is
@@ -96,7 +101,9 @@ def normalised_gain(trie: TokenTrie, gain: np.ndarray, cold: str = "zero", epsil
         ValueError: unknown `cold`.
     """
     if cold not in COLD_EDGES:
-        raise ValueError(f"unknown treatment of cold edges {cold!r}; known: {', '.join(COLD_EDGES)}")
+        raise UsageError(
+            f"unknown treatment of cold edges {cold!r}; known: {', '.join(COLD_EDGES)}"
+        )
     tolerance = max(1e-12, 2 * float(np.finfo(gain.dtype).eps))
     normalised = np.zeros(trie.num_nodes)
     for edges, first, parent in _edge_levels(trie):
@@ -106,7 +113,9 @@ def normalised_gain(trie: TokenTrie, gain: np.ndarray, cold: str = "zero", epsil
         low = np.minimum.reduceat(np.where(takes_part, value, np.inf), first)
         high = np.maximum.reduceat(np.where(takes_part, value, -np.inf), first)
         scale = np.maximum(np.abs(low), np.abs(high))
-        with np.errstate(invalid="ignore"):  # inf - inf where every sibling is cold; nobody takes part there
+        with np.errstate(
+            invalid="ignore"
+        ):  # inf - inf where every sibling is cold; nobody takes part there
             spread = high - low
             differ = spread > tolerance * scale + 1e-13
         chosen = takes_part & differ[siblings]
@@ -176,7 +185,9 @@ def purity_gain(trie: TokenTrie) -> np.ndarray:
     It can be negative: dropping only cold items leaves H and lowers ln n.
     """
     of_item = trie.item_count / np.maximum(trie.train_count[trie.leaf_of_item], 1)
-    of_leaf = np.bincount(trie.leaf_of_item, weights=_minus_x_log_x(of_item), minlength=trie.num_nodes)
+    of_leaf = np.bincount(
+        trie.leaf_of_item, weights=_minus_x_log_x(of_item), minlength=trie.num_nodes
+    )
     purity = np.empty(trie.num_nodes)
     for begin, end, level in _bottom_up(trie, lambda nodes: of_leaf[nodes], _merge_conditional):
         items = trie.num_items[begin:end]
@@ -199,7 +210,10 @@ def filtering_ratio(trie: TokenTrie) -> np.ndarray:
 
     The unweighted mean over the level's edges of 1 - items(c) / items(v). EOS edges are edges like the others.
     """
-    ratio = [np.mean(1.0 - trie.num_items[edges] / trie.num_items[parent]) for edges, _, parent in _edge_levels(trie)]
+    ratio = [
+        np.mean(1.0 - trie.num_items[edges] / trie.num_items[parent])
+        for edges, _, parent in _edge_levels(trie)
+    ]
     return np.array(ratio)
 
 
@@ -212,7 +226,7 @@ def mean_by_token(trie: TokenTrie, values: np.ndarray) -> tuple[np.ndarray, np.n
 def _entropy_levels(trie: TokenTrie, name: str) -> Iterator[tuple[int, int, np.ndarray]]:
     """Yield (begin, end, entropies) per level, the deepest first: no more than two levels are needed at a time."""
     if name not in ENTROPIES:
-        raise ValueError(f"unknown entropy {name!r}; known: {', '.join(ENTROPIES)}")
+        raise UsageError(f"unknown entropy {name!r}; known: {', '.join(ENTROPIES)}")
     if name == "conditional":
         return _bottom_up(trie, lambda nodes: np.zeros(len(nodes)), _merge_conditional)
     total = max(int(trie.train_count[0]), 1)
@@ -240,7 +254,9 @@ def _bottom_up(trie: TokenTrie, leaf, merge) -> Iterator[tuple[int, int, np.ndar
         level[leaves] = leaf(leaves + begin)
         if len(below):
             edges = slice(end, end + len(below))
-            terms = below if merge is None else merge(_share(trie, edges, trie.parent[edges]), below)
+            terms = (
+                below if merge is None else merge(_share(trie, edges, trie.parent[edges]), below)
+            )
             level[inner] = np.add.reduceat(terms, first[:-1][inner] - end)
         yield begin, end, level
         below = level

@@ -4,7 +4,7 @@
     embeddings.json   items (fingerprint), num_items, width, dtype, and where they come from (model and settings, or a file)
 
 Embeddings belong to items, not to a dataset folder: a folder with the same items in the same order (with semantic IDs
-filled in, say) takes the same embeddings. tools/embed_items.py makes the folder; quantizers and weightings read it.
+filled in, say) takes the same embeddings. igd embed makes the folder; quantizers and weightings read it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+
+from igd_ds.errors import UsageError
 
 ARRAY, RECORD = "embeddings.npy", "embeddings.json"
 CHUNK_BYTES = 1 << 26  # of an array that passes through memory at a time (assumed)
@@ -33,7 +35,9 @@ class Embeddings:
 def items_fingerprint(items: pa.Table) -> str:
     """sha256 (hex) of which items these are and in what order: source ids and titles of items.parquet's table."""
     digest = hashlib.sha256()
-    for source_id, title in zip(items["source_id"].to_pylist(), items["title"].to_pylist(), strict=True):
+    for source_id, title in zip(
+        items["source_id"].to_pylist(), items["title"].to_pylist(), strict=True
+    ):
         digest.update(json.dumps([str(source_id), title]).encode() + b"\n")
     return digest.hexdigest()
 
@@ -49,13 +53,15 @@ def load_embeddings(folder: str | Path, items: pa.Table) -> Embeddings:
     try:
         info = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} is no folder of embeddings ({error}); make one with tools/embed_items.py") from error
+        raise UsageError(
+            f"{folder} is no folder of embeddings ({error}); make one with igd embed"
+        ) from error
     vectors = open_array(folder / ARRAY)
     check_vectors(vectors, items.num_rows, str(folder / ARRAY))
     if info.get("items") != items_fingerprint(items):
-        raise ValueError(
+        raise UsageError(
             f"{folder / RECORD}: the embeddings are of other items, or in another order, than the dataset's; "
-            "run tools/embed_items.py on this dataset"
+            "run igd embed on this dataset"
         )
     return Embeddings(vectors, info)
 
@@ -65,9 +71,13 @@ def open_array(path: Path) -> np.ndarray:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"{path}: not a readable .npy file of numbers ({error}); save it with numpy.save") from error
+        raise UsageError(
+            f"{path}: not a readable .npy file of numbers ({error}); save it with numpy.save"
+        ) from error
     if not isinstance(array, np.ndarray):
-        raise ValueError(f"{path}: an archive of several arrays; save the one array with numpy.save")
+        raise UsageError(
+            f"{path}: an archive of several arrays; save the one array with numpy.save"
+        )
     return array
 
 
@@ -77,22 +87,28 @@ def check_vectors(vectors: np.ndarray, num_items: int, what: str) -> None:
     Rows count as equal within rounding of their type: a constant that passed through a model differs in the last bits.
     """
     if vectors.ndim != 2 or vectors.shape[1] == 0 or vectors.dtype.kind != "f":
-        raise ValueError(f"{what}: need a float array (items, width), found {vectors.dtype} {vectors.shape}")
+        raise UsageError(
+            f"{what}: need a float array (items, width), found {vectors.dtype} {vectors.shape}"
+        )
     if len(vectors) != num_items:
-        raise ValueError(f"{what}: {len(vectors)} rows for {num_items} items; need one row per item, in the order of the ids")
+        raise UsageError(
+            f"{what}: {len(vectors)} rows for {num_items} items; need one row per item, in the order of the ids"
+        )
     low, high = np.full(vectors.shape[1], np.inf), np.full(vectors.shape[1], -np.inf)
     for start, chunk in chunks(vectors):
         finite = np.isfinite(chunk).all(1)
         if not finite.all():
             row = start + int(np.argmin(finite))
-            raise ValueError(
+            raise UsageError(
                 f"{what}: row {row} holds NaN or infinity ({np.count_nonzero(~finite)} such rows from {start} to "
                 f"{start + len(chunk) - 1}); repair the array, or embed with --dtype fp32"
             )
         low, high = np.minimum(low, chunk.min(0)), np.maximum(high, chunk.max(0))
     tolerance = 8 * np.finfo(vectors.dtype).eps * max(np.abs(low).max(), np.abs(high).max())
     if (high - low).max() <= tolerance:
-        raise ValueError(f"{what}: all {num_items} rows are equal, so nothing tells the items apart; check how they were made")
+        raise UsageError(
+            f"{what}: all {num_items} rows are equal, so nothing tells the items apart; check how they were made"
+        )
 
 
 def chunks(vectors: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:

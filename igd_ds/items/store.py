@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from igd_ds.errors import UsageError
 from igd_ds.items.catalogue import Catalogue, tokenizer_fingerprint
 from igd_ds.items.decisiveness import ENTROPIES, gain_deciles
 from igd_ds.items.trie import TokenTrie
@@ -40,7 +41,9 @@ class StoredCatalogue:
         return gain_deciles(self.trie, self.gain)
 
 
-def save_catalogue(folder, catalogue: Catalogue, trie: TokenTrie, gain: np.ndarray, entropy_name: str) -> None:
+def save_catalogue(
+    folder, catalogue: Catalogue, trie: TokenTrie, gain: np.ndarray, entropy_name: str
+) -> None:
     """Write a new folder, whole or not at all. `gain` (M,) is stored as float32; what is not 0 stays so.
 
     Raises:
@@ -48,15 +51,21 @@ def save_catalogue(folder, catalogue: Catalogue, trie: TokenTrie, gain: np.ndarr
     """
     folder = Path(folder)
     if folder.exists():
-        raise ValueError(f"{folder} exists: a catalogue is never overwritten, remove it or name another folder")
+        raise UsageError(
+            f"{folder} exists: a catalogue is never overwritten, remove it or name another folder"
+        )
     if entropy_name not in ENTROPIES:
-        raise ValueError(f"unknown entropy {entropy_name!r}; known: {', '.join(ENTROPIES)}")
+        raise UsageError(f"unknown entropy {entropy_name!r}; known: {', '.join(ENTROPIES)}")
     gain32 = np.asarray(gain, np.float32)
-    assert np.array_equal(gain32 == 0, gain == 0), "a gain underflowed to zero, which would make it a zero-IG token"
+    assert np.array_equal(gain32 == 0, gain == 0), (
+        "a gain underflowed to zero, which would make it a zero-IG token"
+    )
     arrays = {name: getattr(catalogue, name) for name in CATALOGUE_ARRAYS}
     arrays |= {name: getattr(trie, name) for name in TRIE_ARRAYS} | {"gain": gain32}
     description = {"version": VERSION, "entropy": entropy_name, "num_items": catalogue.num_items}
-    description |= {"num_nodes": trie.num_nodes} | {name: getattr(catalogue, name) for name in SETTINGS}
+    description |= {"num_nodes": trie.num_nodes} | {
+        name: getattr(catalogue, name) for name in SETTINGS
+    }
     temporary = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)  # what a killed run left
     temporary.mkdir(parents=True)
@@ -81,17 +90,25 @@ def load_catalogue(folder, tokenizer=None, dataset=None) -> StoredCatalogue:
     """
     folder = Path(folder)
     description = _read_description(folder)
-    if tokenizer is not None and description["tokenizer_fingerprint"] != tokenizer_fingerprint(tokenizer):
-        raise ValueError(
+    if tokenizer is not None and description["tokenizer_fingerprint"] != tokenizer_fingerprint(
+        tokenizer
+    ):
+        raise UsageError(
             f"the catalogue in {folder} was made with another tokenizer, its token ids mean something else here: "
             "give the tokenizer it was made with, or build the catalogue anew"
         )
     if dataset is not None and description["dataset_fingerprint"] != dataset.fingerprint:
-        raise ValueError(
+        raise UsageError(
             f"the catalogue in {folder} belongs to another dataset: give the dataset it was made from, or build it anew"
         )
-    arrays = {name: _map_array(folder, name, description) for name in (*CATALOGUE_ARRAYS, *TRIE_ARRAYS, "gain")}
-    catalogue = Catalogue(**{name: arrays[name] for name in CATALOGUE_ARRAYS}, **{name: description[name] for name in SETTINGS})
+    arrays = {
+        name: _map_array(folder, name, description)
+        for name in (*CATALOGUE_ARRAYS, *TRIE_ARRAYS, "gain")
+    }
+    catalogue = Catalogue(
+        **{name: arrays[name] for name in CATALOGUE_ARRAYS},
+        **{name: description[name] for name in SETTINGS},
+    )
     trie = TokenTrie(**{name: arrays[name] for name in TRIE_ARRAYS}, item_count=catalogue.counts)
     return StoredCatalogue(catalogue, trie, arrays["gain"], description["entropy"])
 
@@ -99,13 +116,15 @@ def load_catalogue(folder, tokenizer=None, dataset=None) -> StoredCatalogue:
 def _read_description(folder: Path) -> dict:
     path = folder / "catalogue.json"
     if not path.exists():
-        raise ValueError(f"no catalogue in {folder}: catalogue.json is missing")
+        raise UsageError(f"no catalogue in {folder}: catalogue.json is missing")
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): build the catalogue anew") from None
+        raise UsageError(f"{path} is not valid JSON ({error}): build the catalogue anew") from None
     if description.get("version") != VERSION:
-        raise ValueError(f"{path} has version {description.get('version')}, this program reads {VERSION}: build it anew")
+        raise UsageError(
+            f"{path} has version {description.get('version')}, this program reads {VERSION}: build it anew"
+        )
     return description
 
 
@@ -113,6 +132,10 @@ def _map_array(folder: Path, name: str, description: dict) -> np.ndarray:
     path, expected = folder / f"{name}.npy", description["bytes"][name]
     found = path.stat().st_size if path.exists() else None
     if found != expected:
-        what = "is missing" if found is None else f"has {found:,} bytes, expected {expected:,}: it is cut off or damaged"
-        raise ValueError(f"{path} {what}; build the catalogue anew")
+        what = (
+            "is missing"
+            if found is None
+            else f"has {found:,} bytes, expected {expected:,}: it is cut off or damaged"
+        )
+        raise UsageError(f"{path} {what}; build the catalogue anew")
     return np.load(path, mmap_mode="r", allow_pickle=False)

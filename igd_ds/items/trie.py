@@ -13,6 +13,8 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
+from igd_ds.errors import UsageError
+
 
 @dataclass(frozen=True)
 class TokenTrie:
@@ -58,7 +60,9 @@ class TokenTrie:
         """int64 (levels+1,): the nodes of depth d are level_begin[d] … level_begin[d+1]-1; level 0 is the root."""
         begin = [0]
         while begin[-1] < self.num_nodes:
-            begin.append(int(self.child_begin[begin[-1]]))  # a level begins where its upper neighbour's children do
+            begin.append(
+                int(self.child_begin[begin[-1]])
+            )  # a level begins where its upper neighbour's children do
         return np.array(begin)
 
     @classmethod
@@ -81,9 +85,13 @@ class TokenTrie:
         shared = _shared_prefix(token_ids, begin, length)
         num_nodes = 1 + int(length.sum(dtype=np.int64)) - int(shared.sum(dtype=np.int64))
         if num_nodes >= 2**31:
-            raise ValueError(f"the trie would have {num_nodes:,} nodes; int32 node ids end at 2^31: split the catalogue")
+            raise UsageError(
+                f"the trie would have {num_nodes:,} nodes; int32 node ids end at 2^31: split the catalogue"
+            )
         # Counts under a node are a difference of this running sum: integers, so exact.
-        running = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.asarray(counts, np.int64)[order])])
+        running = np.concatenate(
+            [np.zeros(1, np.int64), np.cumsum(np.asarray(counts, np.int64)[order])]
+        )
         total, num_items = int(running[-1]), len(order)
         trie = cls(
             token=np.empty(num_nodes, np.int32),
@@ -143,7 +151,7 @@ class TokenTrie:
         if len(offsets) != len(self.leaf_of_item) + 1 or np.any(
             np.diff(offsets) != self.depth[self.leaf_of_item].astype(np.int64)
         ):
-            raise ValueError("offsets and trie belong to different catalogues: path lengths differ")
+            raise UsageError("offsets and trie belong to different catalogues: path lengths differ")
         nodes = np.empty(int(offsets[-1]), np.int32)
         at, node = offsets[1:] - 1, self.leaf_of_item
         while node.size:  # from the leaves up, one token a turn
@@ -160,34 +168,46 @@ class TokenTrie:
         arrays = {field.name: getattr(self, field.name) for field in fields(self)}
         arrays["depth"] = arrays["depth"].astype(np.int32)
         # np.array copies: a tensor over a read-only memory map would be undefined to write.
-        return replace(self, **{name: torch.from_numpy(np.array(a)).to(device) for name, a in arrays.items()})
+        return replace(
+            self, **{name: torch.from_numpy(np.array(a)).to(device) for name, a in arrays.items()}
+        )
 
 
 def _check_paths(token_ids: np.ndarray, offsets: np.ndarray, counts: np.ndarray) -> None:
     num_items = len(offsets) - 1
     if num_items < 1:
-        raise ValueError("a trie needs at least one item")
+        raise UsageError("a trie needs at least one item")
     if offsets[0] != 0 or offsets[-1] != len(token_ids):
-        raise ValueError(f"offsets run from {offsets[0]} to {offsets[-1]}, expected 0 to {len(token_ids)} tokens")
+        raise UsageError(
+            f"offsets run from {offsets[0]} to {offsets[-1]}, expected 0 to {len(token_ids)} tokens"
+        )
     length = np.diff(offsets)
     if length.min() < 1:
-        raise ValueError(f"item {int(length.argmin())} has no token; every path ends in EOS")
+        raise UsageError(f"item {int(length.argmin())} has no token; every path ends in EOS")
     if length.max() > 65_535:
-        raise ValueError(f"item {int(length.argmax())} has {length.max():,} tokens; at most 65,535 are supported")
+        raise UsageError(
+            f"item {int(length.argmax())} has {length.max():,} tokens; at most 65,535 are supported"
+        )
     if len(counts) != num_items or np.min(counts) < 0:
-        raise ValueError(f"counts must be {num_items} numbers >= 0, found {len(counts)}, least {np.min(counts)}")
+        raise UsageError(
+            f"counts must be {num_items} numbers >= 0, found {len(counts)}, least {np.min(counts)}"
+        )
     if token_ids.min() < 0:
-        raise ValueError(f"token ids must be >= 0, found {token_ids.min()}")
+        raise UsageError(f"token ids must be >= 0, found {token_ids.min()}")
     last = token_ids[offsets[1:] - 1]
     eos = last[0]
     if np.any(last != eos):
         item = int(np.argmax(last != eos))
-        raise ValueError(f"every path must end in the same EOS token: item 0 ends in {eos}, item {item} in {last[item]}")
+        raise UsageError(
+            f"every path must end in the same EOS token: item 0 ends in {eos}, item {item} in {last[item]}"
+        )
     if np.count_nonzero(token_ids == eos) != num_items:
         is_eos = token_ids == eos
         is_eos[offsets[1:] - 1] = False
         item = int(np.searchsorted(offsets, np.argmax(is_eos), side="right")) - 1
-        raise ValueError(f"item {item} holds the EOS token {eos} before its end; EOS may only end a path")
+        raise UsageError(
+            f"item {item} holds the EOS token {eos} before its end; EOS may only end a path"
+        )
 
 
 def _lexicographic_order(token_ids: np.ndarray, offsets: np.ndarray) -> np.ndarray:

@@ -62,17 +62,24 @@ def world(tmp_path_factory) -> World:
 
 def _build(folder: Path) -> None:
     # In a child: the parent must stay free of thread pools, because the ranks are forked from it.
-    import sys
-
-    sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
-    import prepare_data
     import torch
-    import train_tokenizer
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
+
+    from igd_ds.commands import prepare as prepare_data
+    from igd_ds.commands import tokenizer as train_tokenizer
 
     prepare_data.main(["--source", "synthetic", "--num_items", "60", "--num_users", "80", "--protocol", "d3", "--k_core", "0",
                        "--min_items", "1", "--output", str(folder / "data")])  # fmt: skip
-    train_tokenizer.main(["--dataset", str(folder / "data"), "--vocab_size", "400", "--output", str(folder / "tokenizer")])
+    train_tokenizer.main(
+        [
+            "--dataset",
+            str(folder / "data"),
+            "--vocab_size",
+            "400",
+            "--output",
+            str(folder / "tokenizer"),
+        ]
+    )
     vocabulary = len(PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer"))
     config = Qwen2Config(vocab_size=vocabulary, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
                          num_key_value_heads=1, max_position_embeddings=512, tie_word_embeddings=True)  # fmt: skip

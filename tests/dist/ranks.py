@@ -25,8 +25,15 @@ def warm_up() -> None:
     transformers.AutoModelForCausalLM  # noqa: B018  lazy: touching it imports it
 
 
-def _child(rank: int, world: int, port: int, log: Path, function: Callable, arguments: tuple) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "LOCAL_SIZE": str(world)}
+def _child(
+    rank: int, world: int, port: int, log: Path, function: Callable, arguments: tuple
+) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_SIZE": str(world),
+    }
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": ""}
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
@@ -48,7 +55,10 @@ def start(world: int, log: Path, function: Callable, *arguments) -> list:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    processes = [FORK.Process(target=_child, args=(r, world, port, log, function, arguments)) for r in range(world)]
+    processes = [
+        FORK.Process(target=_child, args=(r, world, port, log, function, arguments))
+        for r in range(world)
+    ]
     for process in processes:
         process.start()
     return processes

@@ -29,14 +29,19 @@ OPTIONS = {
 def build(world, name="igd", normalization="global"):
     """Return config, task and model of a weighting with options; the random weights are the same for all."""
     from igd_ds import train
-    from igd_ds.config import TrainConfig, parse
+    from igd_ds.config.options import TrainConfig, parse
 
     options = OPTIONS[name]
     if name.startswith("multi-target"):
         vectors = world.folder / "vectors.npy"
         np.save(vectors, np.random.default_rng(0).normal(size=(60, 8)).astype(np.float32))
         options = options | {"item_embeddings": vectors}
-    flags = {"igd_beta": None, "weighting": name.removesuffix("-logits"), "normalization": normalization, **options}
+    flags = {
+        "igd_beta": None,
+        "weighting": name.removesuffix("-logits"),
+        "normalization": normalization,
+        **options,
+    }
     config = parse(TrainConfig, world.train_flags(world.folder / f"exact-{name}", **flags))
     run, inputs = world.folder / f"exact-{name}", train.load_inputs(config)
     if not run.exists():
@@ -48,13 +53,18 @@ def build(world, name="igd", normalization="global"):
 
 def loss_of(config, task, model, batch, s=None, step=0) -> torch.Tensor:
     """The objective by its definition, on one whole batch, with the graph to the model and to s = log λ."""
+    from igd_ds.backbones.causal_lm import label_logits
     from igd_ds.loss import at_labels, token_nll
-    from igd_ds.models.causal_lm import label_logits
 
     logits = label_logits(model, batch.input_ids, batch.attention_mask, batch.labels)
-    targets, weights = at_labels(batch.labels, batch.labels), at_labels(batch.token_weights, batch.labels)
+    targets, weights = (
+        at_labels(batch.labels, batch.labels),
+        at_labels(batch.token_weights, batch.labels),
+    )
     if config.weighting == "cft":
-        null = label_logits(model, batch.null_input_ids, batch.null_attention_mask, batch.null_labels)[batch.null_index]
+        null = label_logits(
+            model, batch.null_input_ids, batch.null_attention_mask, batch.null_labels
+        )[batch.null_index]
         nll = token_nll(logits, targets) + config.cft_lambda * token_nll(logits - null, targets)
         return (weights[:, 0] * nll).sum() / weights.sum()
     if s is None:
@@ -63,7 +73,10 @@ def loss_of(config, task, model, batch, s=None, step=0) -> torch.Tensor:
     scaled = torch.exp(s) * torch.tensor([decay, 1 - decay, decay])  # fg, fr, or
     alpha = scaled / scaled.sum()
     if config.mixing_form == "logits":
-        losses = [(weights[:, j] * token_nll(alpha[j] * logits, targets)).sum() / weights[:, j].sum() for j in range(3)]
+        losses = [
+            (weights[:, j] * token_nll(alpha[j] * logits, targets)).sum() / weights[:, j].sum()
+            for j in range(3)
+        ]
         return sum(losses)
     nll = token_nll(logits, targets)
     return sum(alpha[j] * (weights[:, j] * nll).sum() / weights[:, j].sum() for j in range(3))
@@ -80,15 +93,22 @@ def reference(world, name, out) -> None:
     Before them, for igd, the gradient of the mean of the micro-batches' own weighted means, as 2 ranks × 2 accumulation steps
     deal them.
     """
-    from igd_ds.data.collate import deal
+    from igd_ds.data.batches import deal
 
     config, task, model = build(world, name)
     model.train()
     s = torch.zeros(3, requires_grad=True) if task.mixing else None
     if name == "igd":
-        micro_batches = [rows for rank in range(2) for rows in deal(rows_of_step(0), rank, 2, MICRO)]
-        torch.stack([loss_of(config, task, model, task.train(rows)) for rows in micro_batches]).mean().backward()
-        save_file({n: p.grad for n, p in model.named_parameters()}, out / "reference-per-batch.safetensors")
+        micro_batches = [
+            rows for rank in range(2) for rows in deal(rows_of_step(0), rank, 2, MICRO)
+        ]
+        torch.stack(
+            [loss_of(config, task, model, task.train(rows)) for rows in micro_batches]
+        ).mean().backward()
+        save_file(
+            {n: p.grad for n, p in model.named_parameters()},
+            out / "reference-per-batch.safetensors",
+        )
     adam = torch.optim.Adam([s], lr=MULTI_TARGET["lambda_lr"]) if task.mixing else None
     for step in range(STEPS):
         rows = rows_of_step(step)
@@ -96,13 +116,17 @@ def reference(world, name, out) -> None:
         if adam:
             adam.zero_grad()
         loss_of(config, task, model, task.train(rows[rows >= 0]), s, step).backward()
-        save_file({n: p.grad for n, p in model.named_parameters()}, out / f"reference-{step}.safetensors")
+        save_file(
+            {n: p.grad for n, p in model.named_parameters()}, out / f"reference-{step}.safetensors"
+        )
         if adam:
             adam.step()
         with torch.no_grad():
             for p in model.parameters():
                 p -= RATE * p.grad
-    end = {n: p.detach() for n, p in model.named_parameters()} | ({"s": s.detach()} if task.mixing else {})
+    end = {n: p.detach() for n, p in model.named_parameters()} | (
+        {"s": s.detach()} if task.mixing else {}
+    )
     save_file(end, out / "reference-end.safetensors")
 
 
@@ -112,19 +136,23 @@ def dealt(world, name: str, stage: int, accumulation: int, normalization: str, o
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
     from igd_ds import distributed, train
-    from igd_ds.data.collate import deal
+    from igd_ds.data.batches import deal
 
     distributed.init()
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     config, task, model = build(world, name, normalization)
     ds = {"train_micro_batch_size_per_gpu": MICRO, "gradient_accumulation_steps": accumulation, "gradient_clipping": 0.0,
           "zero_optimization": {"stage": stage}, "zero_allow_untested_optimizer": True, "steps_per_print": 10**9}  # fmt: skip
-    engine = deepspeed.initialize(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=RATE), config=ds)[0]
+    engine = deepspeed.initialize(
+        model=model, optimizer=torch.optim.SGD(model.parameters(), lr=RATE), config=ds
+    )[0]
     step_of_engine, gradients = engine.step, []
 
     def step_and_keep_gradients():
         if engine.is_gradient_accumulation_boundary():
-            gradients.append({n: safe_get_full_grad(p).clone() for n, p in engine.module.named_parameters()})
+            gradients.append(
+                {n: safe_get_full_grad(p).clone() for n, p in engine.module.named_parameters()}
+            )
         step_of_engine()
 
     engine.step = step_and_keep_gradients
@@ -141,7 +169,9 @@ def dealt(world, name: str, stage: int, accumulation: int, normalization: str, o
         for step, gradient in enumerate(gradients):
             save_file(gradient, out / f"dealt-{step}.safetensors")
         s = {"s": task.mixing.s.detach()} if task.mixing else {}
-        save_file({n: p.detach().clone() for n, p in end.items()} | s, out / "dealt-end.safetensors")
+        save_file(
+            {n: p.detach().clone() for n, p in end.items()} | s, out / "dealt-end.safetensors"
+        )
     distributed.barrier()
 
 
@@ -155,11 +185,17 @@ def relative_error(found: dict, expected: dict) -> float:
 def expected(world, tmp_path_factory):
     out = tmp_path_factory.mktemp("reference")
     ranks.run(1, out / "log", reference, world, "igd", out)
-    return {name: load_file(out / f"reference-{name}.safetensors") for name in [*range(STEPS), "end", "per-batch"]}
+    return {
+        name: load_file(out / f"reference-{name}.safetensors")
+        for name in [*range(STEPS), "end", "per-batch"]
+    }
 
 
 # ranks × accumulation at stage 0, and every other stage on two ranks
-@pytest.mark.parametrize(("size", "accumulation", "stage"), [(1, 4, 0), (2, 2, 0), (4, 1, 0), (2, 2, 1), (2, 2, 2), (2, 2, 3)])
+@pytest.mark.parametrize(
+    ("size", "accumulation", "stage"),
+    [(1, 4, 0), (2, 2, 0), (4, 1, 0), (2, 2, 1), (2, 2, 2), (2, 2, 3)],
+)
 def test_gradients_do_not_depend_on_the_deal(world, expected, tmp_path, size, accumulation, stage):
     ranks.run(size, tmp_path / "log", dealt, world, "igd", stage, accumulation, "global", tmp_path)
     for name in [*range(STEPS), "end"]:
@@ -168,17 +204,22 @@ def test_gradients_do_not_depend_on_the_deal(world, expected, tmp_path, size, ac
 
 
 @pytest.mark.parametrize(
-    ("name", "stage"), [("cft", 0), ("cft", 3), ("multi-target", 1), ("multi-target", 3), ("multi-target-logits", 2)]
+    ("name", "stage"),
+    [("cft", 0), ("cft", 3), ("multi-target", 1), ("multi-target", 3), ("multi-target-logits", 2)],
 )
 def test_every_kind_of_loss_and_its_lambda_are_exact(world, tmp_path, name, stage):
     """Two forward passes (cft), three targets with learned λ, and α' on the logits: against autograd on whole batches."""
     ranks.run(1, tmp_path / "log-reference", reference, world, name, tmp_path)
     ranks.run(2, tmp_path / "log", dealt, world, name, stage, 2, "global", tmp_path)
     for step in [*range(STEPS), "end"]:
-        found, expected = (load_file(tmp_path / f"{side}-{step}.safetensors") for side in ("dealt", "reference"))
+        found, expected = (
+            load_file(tmp_path / f"{side}-{step}.safetensors") for side in ("dealt", "reference")
+        )
         if step == "end" and name != "cft":
             # Adam divides differences of losses by their size, which magnifies fp32 rounding of the losses.
-            assert (found.pop("s") - (s := expected.pop("s"))).abs().max() <= 2e-6 and s.abs().max() > 0.1
+            assert (
+                found.pop("s") - (s := expected.pop("s"))
+            ).abs().max() <= 2e-6 and s.abs().max() > 0.1
         assert relative_error(found, expected) <= 2e-6, f"step {step}"
 
 

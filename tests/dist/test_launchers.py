@@ -13,7 +13,13 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 # Two processes on the CPU, also where there is one GPU.
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": str(ROOT),
+    "OMP_NUM_THREADS": "1",
+    "DS_ACCELERATOR": "cpu",
+    "CUDA_VISIBLE_DEVICES": "",
+}
 LAUNCHERS = ("deepspeed", "torchrun", "mpirun")
 
 # A rank that breaks in the middle of collectives, under the entry points' own frame.
@@ -40,7 +46,9 @@ distributed.run(main)
 
 def launch(launcher: str, *words: str) -> subprocess.CompletedProcess:
     """Run a Python script with its arguments on two ranks."""
-    program = shutil.which(launcher, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    program = shutil.which(
+        launcher, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    )
     if program is None:
         message = f"{launcher} is not installed (mpirun comes with the extra 'mpi')"
         pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
@@ -52,7 +60,9 @@ def launch(launcher: str, *words: str) -> subprocess.CompletedProcess:
         "torchrun": [program, "--nproc_per_node", "2", "--master_port", port],
         "mpirun": [program, "-n", "2", sys.executable],
     }[launcher]
-    return subprocess.run([*start, *words], capture_output=True, text=True, timeout=180, cwd=ROOT, env=ENVIRONMENT)
+    return subprocess.run(
+        [*start, *words], capture_output=True, text=True, timeout=180, cwd=ROOT, env=ENVIRONMENT
+    )
 
 
 def test_every_launcher_trains_the_same_model(world, tmp_path):
@@ -60,7 +70,9 @@ def test_every_launcher_trains_the_same_model(world, tmp_path):
     for launcher in LAUNCHERS:
         run = tmp_path / launcher
         done = launch(launcher, "igd_ds/train.py", *world.train_flags(run, max_steps=3))
-        assert done.returncode == 0, f"{launcher}: exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+        assert done.returncode == 0, (
+            f"{launcher}: exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+        )
         assert json.loads((run / "env.json").read_text())["world_size"] == 2
         assert done.stdout.count("done: best nll") == 1  # one rank speaks
         entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

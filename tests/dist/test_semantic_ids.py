@@ -1,7 +1,6 @@
 """Semantic-ID items, on real data: the same trainer, weights, trie and search as for titles, by a causal LM and by TIGER."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +9,22 @@ import ranks
 import torch
 from safetensors.torch import load_file
 
-TOOLS = str(Path(__file__).parents[2] / "tools")
-SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
-TIGER = {"model_type": "t5", "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "dropout_rate": 0.1}
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+TIGER = {
+    "model_type": "t5",
+    "d_model": 16,
+    "d_kv": 8,
+    "d_ff": 32,
+    "num_layers": 1,
+    "num_heads": 2,
+    "dropout_rate": 0.1,
+}
 WEIGHTINGS = {
     "uniform": {},
     "igd": {"igd_beta": 0.2},
@@ -27,15 +39,26 @@ WEIGHTINGS = {
 
 
 def prepare(source: Path, folder: Path) -> None:
-    sys.path.insert(0, TOOLS)
-    import prepare_data
-    import train_tokenizer
     from transformers import PreTrainedTokenizerFast, Qwen2Config
+
+    from igd_ds.commands import prepare as prepare_data
+    from igd_ds.commands import tokenizer as train_tokenizer
 
     def run(tool, *flags):
         assert tool.main([str(flag) for flag in flags]) == 0
 
-    flags = ["--source", "sequences", "--input", source, "--protocol", "leave-one-out", "--num_users", 150, "--max_history", 5]
+    flags = [
+        "--source",
+        "sequences",
+        "--input",
+        source,
+        "--protocol",
+        "leave-one-out",
+        "--num_users",
+        150,
+        "--max_history",
+        5,
+    ]
     run(prepare_data, *flags, "--output", folder / "data")
     data = ["--dataset", folder / "data", "--output"]
     run(train_tokenizer, *data, folder / "tokenizer", "--vocab_size", 300, "--semantic_ids")
@@ -43,7 +66,9 @@ def prepare(source: Path, folder: Path) -> None:
     vocabulary = len(PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer"))
     Qwen2Config(vocab_size=vocabulary, **SIZES).to_json_file(folder / "model.json")
     (folder / "tiger.json").write_text(json.dumps(TIGER))
-    np.save(folder / "vectors.npy", np.random.default_rng(0).normal(size=(9922, 8)).astype(np.float32))
+    np.save(
+        folder / "vectors.npy", np.random.default_rng(0).normal(size=(9922, 8)).astype(np.float32)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +80,9 @@ def semantic(shared, tmp_path_factory):
 
 def tiger_flags(world, semantic, run, weighting, stage=1, **settings):
     options = WEIGHTINGS[weighting] | (
-        {"item_embeddings": semantic / "vectors.npy"} if "item_embeddings" in WEIGHTINGS[weighting] else {}
+        {"item_embeddings": semantic / "vectors.npy"}
+        if "item_embeddings" in WEIGHTINGS[weighting]
+        else {}
     )
     own = {
         "dataset": semantic / "data",
@@ -63,26 +90,55 @@ def tiger_flags(world, semantic, run, weighting, stage=1, **settings):
         "model_config": semantic / "tiger.json",
         "prompt": "codes",
     }
-    return world.train_flags(run, stage, **({"igd_beta": None, "weighting": weighting} | own | options | settings))
+    return world.train_flags(
+        run, stage, **({"igd_beta": None, "weighting": weighting} | own | options | settings)
+    )
 
 
 def test_train_and_evaluate(world, shared, semantic, tmp_path):
     from igd_ds import eval as evaluator
     from igd_ds import train
 
-    own = {"dataset": semantic / "data", "tokenizer": semantic / "tokenizer", "model_config": semantic / "model.json"}
+    own = {
+        "dataset": semantic / "data",
+        "tokenizer": semantic / "tokenizer",
+        "model_config": semantic / "model.json",
+    }
     run = tmp_path / "run"
-    ranks.run(2, tmp_path / "log", ranks.entry, train.main, world.train_flags(run, 2, **own, max_steps=4, validate_every=4))
+    ranks.run(
+        2,
+        tmp_path / "log",
+        ranks.entry,
+        train.main,
+        world.train_flags(run, 2, **own, max_steps=4, validate_every=4),
+    )
     catalogue = json.loads((run / "catalogue" / "catalogue.json").read_text())
     assert catalogue["kind"] == "semantic-id" and catalogue["num_items"] == 9922
-    flags = ["--model", run / "model", "--dataset", semantic / "data", "--num_beams", 20, "--num_rows", 30, "--alpha", 0, 0.2]
+    flags = [
+        "--model",
+        run / "model",
+        "--dataset",
+        semantic / "data",
+        "--num_beams",
+        20,
+        "--num_rows",
+        30,
+        "--alpha",
+        0,
+        0.2,
+    ]
     flags += ["--output_dir", run / "eval" / "test"]
     ranks.run(2, tmp_path / "log", ranks.entry, evaluator.main, [str(f) for f in flags])
     results = json.loads((run / "eval" / "test" / "metrics.json").read_text())
     items = (shared / "data" / "instruments" / "items.jsonl").read_text().splitlines()
     different = {tuple(json.loads(line)["semantic_id"]) for line in items}
-    assert results["rows"] == 30 and results["leaves"] == len(different) < 9922  # some items share an ID, and a leaf
-    assert set(results["alpha"]) == {"0.0", "0.2"} and "ndcg@20" in results["alpha"]["0.2"]["token_match"]
+    assert (
+        results["rows"] == 30 and results["leaves"] == len(different) < 9922
+    )  # some items share an ID, and a leaf
+    assert (
+        set(results["alpha"]) == {"0.0", "0.2"}
+        and "ndcg@20" in results["alpha"]["0.2"]["token_match"]
+    )
     assert set(results["alpha"]["0.0"]["relaxed_match"]) == {"1", "2", "3"}
 
 
@@ -92,8 +148,13 @@ def test_every_weighting_trains_a_tiger(world, semantic, tmp_path, weighting):
 
     flags = tiger_flags(world, semantic, tmp_path / "run", weighting, max_steps=2, validate_every=2)
     ranks.run(1, tmp_path / "log", ranks.entry, train.main, flags)
-    entries = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [entry["step"] for entry in entries if "train/loss" in entry] == [1, 2] and "valid/nll" in entries[-1]
+    entries = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert [entry["step"] for entry in entries if "train/loss" in entry] == [
+        1,
+        2,
+    ] and "valid/nll" in entries[-1]
 
 
 @pytest.mark.parametrize("stage", [1, 3])
@@ -102,22 +163,52 @@ def test_tiger_with_multi_target_resumes_and_is_evaluated(world, semantic, tmp_p
     from igd_ds import train
 
     for name, steps in [("whole", [6]), ("stopped", [3, 6])]:
-        for last in steps:  # cT belongs to the whole run, so the run that is to be stopped says so in c
+        for (
+            last
+        ) in steps:  # cT belongs to the whole run, so the run that is to be stopped says so in c
             flags = tiger_flags(world, semantic, tmp_path / name, "multi-target", stage, max_steps=6, resume="auto",
                                 validation_metric="ndcg@10", curriculum_cT=None, curriculum_c=0.3, lambda_lr=0.1)  # fmt: skip
             if last == 3:
-                assert ranks.wait(ranks.start(2, tmp_path / "log", stopping_at, last, train.main, flags)) == [85, 85]
+                assert ranks.wait(
+                    ranks.start(2, tmp_path / "log", stopping_at, last, train.main, flags)
+                ) == [85, 85]
             else:
                 ranks.run(2, tmp_path / "log", ranks.entry, train.main, flags)
-    whole, stopped = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "stopped"))
+    whole, stopped = (
+        load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "stopped")
+    )
     assert all(torch.equal(whole[key], stopped[key]) for key in whole)
-    mixing = [(tmp_path / name / "model" / "mixing.json").read_text() for name in ("whole", "stopped")]
+    mixing = [
+        (tmp_path / name / "model" / "mixing.json").read_text() for name in ("whole", "stopped")
+    ]
     assert mixing[0] == mixing[1] and min(map(abs, json.loads(mixing[0])["s"])) > 0.01
-    entries = [json.loads(line) for line in (tmp_path / "stopped" / "metrics.jsonl").read_text().splitlines()]
-    alpha = [[entry[f"train/alpha_{name}"] for name in ("fg", "fr", "or")] for entry in entries if "train/loss" in entry]
+    entries = [
+        json.loads(line)
+        for line in (tmp_path / "stopped" / "metrics.jsonl").read_text().splitlines()
+    ]
+    alpha = [
+        [entry[f"train/alpha_{name}"] for name in ("fg", "fr", "or")]
+        for entry in entries
+        if "train/loss" in entry
+    ]
     assert len(alpha) == 6 and alpha[0] == [0.5, 0, 0.5] and alpha[-1][1] > alpha[1][1] > 0
-    flags = ["--model", tmp_path / "stopped" / "model", "--dataset", semantic / "data", "--num_beams", 20, "--num_rows", 10]
-    ranks.run(2, tmp_path / "log", ranks.entry, evaluator.main, [str(f) for f in [*flags, "--output_dir", tmp_path / "eval"]])
+    flags = [
+        "--model",
+        tmp_path / "stopped" / "model",
+        "--dataset",
+        semantic / "data",
+        "--num_beams",
+        20,
+        "--num_rows",
+        10,
+    ]
+    ranks.run(
+        2,
+        tmp_path / "log",
+        ranks.entry,
+        evaluator.main,
+        [str(f) for f in [*flags, "--output_dir", tmp_path / "eval"]],
+    )
     assert json.loads((tmp_path / "eval" / "metrics.json").read_text())["rows"] == 10
 
 
@@ -126,5 +217,7 @@ def stopping_at(step: int, main, flags: list[str]) -> None:
     from igd_ds import train
 
     train_step = train.train_step
-    train.train_step = lambda *arguments: train_step(*arguments[:-2], arguments[-1] == step, arguments[-1])
+    train.train_step = lambda *arguments: train_step(
+        *arguments[:-2], arguments[-1] == step, arguments[-1]
+    )
     ranks.entry(main, flags)

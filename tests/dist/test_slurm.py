@@ -41,9 +41,13 @@ def slurm(shared):
         else:
             started = True
             # The script asks nproc for the node's CPUs, and nproc obeys OMP_NUM_THREADS.
-            environment = {key: value for key, value in os.environ.items() if not key.startswith("OMP_")}
+            environment = {
+                key: value for key, value in os.environ.items() if not key.startswith("OMP_")
+            }
             start = ["bash", str(script), "start"]
-            done = subprocess.run(start, capture_output=True, text=True, timeout=300, env=environment)
+            done = subprocess.run(
+                start, capture_output=True, text=True, timeout=300, env=environment
+            )
             if done.returncode or not is_up():
                 problem = f"{script} could not start a SLURM: {(done.stdout + done.stderr)[-800:]}"
     try:
@@ -71,7 +75,15 @@ def submit(slurm, tmp_path):
             "CUDA_VISIBLE_DEVICES": "",
         }
         output = ["--output", str(tmp_path / "%j.out"), "--parsable"]
-        job = command("sbatch", *output, *options, str(ROOT / "slurm" / script), *flags, cwd=ROOT, env=environment | variables)
+        job = command(
+            "sbatch",
+            *output,
+            *options,
+            str(ROOT / "slurm" / script),
+            *flags,
+            cwd=ROOT,
+            env=environment | variables,
+        )
         jobs.append(job)
         return job
 
@@ -95,7 +107,11 @@ def state(job: str) -> dict[str, str]:
 
 def entries(run: Path) -> list[dict]:
     path = run / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.is_file() else []
+    return (
+        [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+        if path.is_file()
+        else []
+    )
 
 
 def test_a_job_saves_requeues_resumes_and_is_evaluated(submit, world, tmp_path):
@@ -122,12 +138,31 @@ def test_a_job_saves_requeues_resumes_and_is_evaluated(submit, world, tmp_path):
     command("scontrol", "update", f"JobId={job}", "StartTime=now")
     wait_for(lambda: state(job)["JobState"] not in ("PENDING", "RUNNING", "COMPLETING"), 120, text)
     assert state(job)["JobState"] == "COMPLETED", text()
-    assert f"resumed {run} from step-{stopped_at:08d}" in text()  # --open-mode=append: both attempts in one file
+    assert (
+        f"resumed {run} from step-{stopped_at:08d}" in text()
+    )  # --open-mode=append: both attempts in one file
     assert json.loads((run / "summary.json").read_text())["step"] == 120
     assert [entry["step"] for entry in entries(run) if "train/loss" in entry] == list(range(1, 121))
 
-    evaluation = ["--model", str(run / "model"), "--dataset", world.dataset, "--num_rows", "8", "--num_beams", "3"]
-    evaluation += ["--batch_size", "4", "--alpha", "0", "0.2", "--output_dir", str(run / "eval/test")]
+    evaluation = [
+        "--model",
+        str(run / "model"),
+        "--dataset",
+        world.dataset,
+        "--num_rows",
+        "8",
+        "--num_beams",
+        "3",
+    ]
+    evaluation += [
+        "--batch_size",
+        "4",
+        "--alpha",
+        "0",
+        "0.2",
+        "--output_dir",
+        str(run / "eval/test"),
+    ]
     submit([*TWO_TASKS, "--wait"], "eval.sbatch", evaluation)
     metrics = json.loads((run / "eval/test/metrics.json").read_text())
     assert metrics["rows"] == 8 and set(metrics["alpha"]) == {"0.0", "0.2"}
@@ -137,10 +172,33 @@ def test_a_job_saves_requeues_resumes_and_is_evaluated(submit, world, tmp_path):
 def test_a_sweep_is_two_arrays(submit, world, tmp_path):
     """Every row is trained and validated in the first; the second, which waits for it, tests what validation chose."""
     model = {"model_config": world.model_config, "tokenizer": world.tokenizer}
-    defaults = {"ds_config": world.ds_config(2), "global_batch_size": 8, "max_length": 160, "max_steps": 6, "learning_rate": 3e-3}
-    runs = [{"dataset": "small", "backbone": "qwen2", "weighting": "igd", "igd_beta": [0.1, 0.6], "seed": 1}]
-    table = {"name": "small", "datasets": {"small": world.dataset}, "backbones": {"qwen2": model}, "defaults": defaults}
-    table |= {"evaluation": {"alpha": [0, 0.3, 0.6], "num_rows": 16}, "select": ["igd_beta"], "runs": runs}
+    defaults = {
+        "ds_config": world.ds_config(2),
+        "global_batch_size": 8,
+        "max_length": 160,
+        "max_steps": 6,
+        "learning_rate": 3e-3,
+    }
+    runs = [
+        {
+            "dataset": "small",
+            "backbone": "qwen2",
+            "weighting": "igd",
+            "igd_beta": [0.1, 0.6],
+            "seed": 1,
+        }
+    ]
+    table = {
+        "name": "small",
+        "datasets": {"small": world.dataset},
+        "backbones": {"qwen2": model},
+        "defaults": defaults,
+    }
+    table |= {
+        "evaluation": {"alpha": [0, 0.3, 0.6], "num_rows": 16},
+        "select": ["igd_beta"],
+        "runs": runs,
+    }
     (tmp_path / "table.yaml").write_text(yaml.safe_dump(table))
     folder = tmp_path / "runs"
     variables = {"TABLE": str(tmp_path / "table.yaml"), "RUNS": str(folder)}
@@ -155,16 +213,26 @@ def test_a_sweep_is_two_arrays(submit, world, tmp_path):
     for row in sweep["rows"]:
         run = folder / row["name"]
         assert f"igd_beta: {row['settings']['igd_beta']}\n" in (run / "config.yaml").read_text()
-        assert "srun --kill-on-bad-exit=1 python" in (folder / "logs" / f"{row['name']}.log").read_text()
+        assert (
+            "srun --kill-on-bad-exit=1 python"
+            in (folder / "logs" / f"{row['name']}.log").read_text()
+        )
         valid = json.loads((run / "eval/valid/metrics.json").read_text())["alpha"]
         by_alpha = {alpha: values["token_match"]["ndcg@10"] for alpha, values in valid.items()}
         assert set(by_alpha) == {"0.0", "0.3", "0.6"}
-        ndcg[row["name"]], alphas[row["name"]] = by_alpha["0.0"], {"0.0", max(sorted(by_alpha), key=by_alpha.get)}
+        ndcg[row["name"]], alphas[row["name"]] = (
+            by_alpha["0.0"],
+            {"0.0", max(sorted(by_alpha), key=by_alpha.get)},
+        )
     chosen = max(ndcg, key=ndcg.get)
     assert [row["name"] for row in sweep["rows"] if row["chosen"]] == [chosen]
     [test] = folder.glob("*/eval/test/metrics.json")
     test = json.loads(test.read_text())
-    assert test["split"] == "test" and set(test["alpha"]) == alphas[chosen] and (folder / chosen / "eval/test").is_dir()
+    assert (
+        test["split"] == "test"
+        and set(test["alpha"]) == alphas[chosen]
+        and (folder / chosen / "eval/test").is_dir()
+    )
 
 
 def test_a_row_of_a_sweep_saves_requeues_and_resumes(submit, world, tmp_path):
@@ -178,8 +246,15 @@ def test_a_row_of_a_sweep_saves_requeues_and_resumes(submit, world, tmp_path):
         "epochs": 9,
     }
     runs = [{"dataset": "small", "backbone": "qwen2", "weighting": "uniform", "seed": 0}]
-    table = {"name": "small", "datasets": {"small": world.dataset}, "backbones": {"qwen2": model}, "defaults": defaults}
-    (tmp_path / "table.yaml").write_text(yaml.safe_dump(table | {"evaluation": {"num_rows": 8}, "runs": runs}))
+    table = {
+        "name": "small",
+        "datasets": {"small": world.dataset},
+        "backbones": {"qwen2": model},
+        "defaults": defaults,
+    }
+    (tmp_path / "table.yaml").write_text(
+        yaml.safe_dump(table | {"evaluation": {"num_rows": 8}, "runs": runs})
+    )
     run = tmp_path / "runs" / "small-qwen2-uniform-seed0"
     variables = {"TABLE": str(tmp_path / "table.yaml"), "RUNS": str(run.parent)}
     job = submit([*TWO_TASKS, "--array=0"], "sweep.sbatch", [], **variables)
@@ -199,5 +274,8 @@ def test_a_row_of_a_sweep_saves_requeues_and_resumes(submit, world, tmp_path):
     command("scontrol", "update", f"JobId={job}", "StartTime=now")
     wait_for(lambda: state(job)["JobState"] not in ("PENDING", "RUNNING", "COMPLETING"), 300, log)
     assert state(job)["JobState"] == "COMPLETED", log()
-    assert f"resumed {run} from step-" in log() and json.loads((run / "summary.json").read_text())["step"] == 60
+    assert (
+        f"resumed {run} from step-" in log()
+        and json.loads((run / "summary.json").read_text())["step"] == 60
+    )
     assert (run / "eval/valid/metrics.json").is_file()

@@ -73,7 +73,9 @@ def test_a_stopped_run_resumes_bit_identically(world, tmp_path, kind):
 
     first, second = weights(whole), weights(stopped)
     assert first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
-    assert all(tensor.numel() > 0 for tensor in first.values())  # ZeRO-3 must not write empty tensors
+    assert all(
+        tensor.numel() > 0 for tensor in first.values()
+    )  # ZeRO-3 must not write empty tensors
     for tag in ("train/loss", "valid/nll", "train/grad_norm"):
         assert metrics(whole, tag) == metrics(stopped, tag)
     losses = metrics(whole, "train/nll")
@@ -89,11 +91,14 @@ def check_model_loads(world, run: Path, settings: dict) -> None:
 
 def _load_and_measure(world, run, settings) -> None:
     from igd_ds import train
-    from igd_ds.config import EvalConfig, TrainConfig, parse
-    from igd_ds.models import causal_lm
-    from igd_ds.validation import validation_nll
+    from igd_ds.backbones import causal_lm
+    from igd_ds.config.options import EvalConfig, TrainConfig, parse
+    from igd_ds.evaluation.validation import validation_nll
 
-    flags = parse(EvalConfig, ["--model", str(run / "model"), "--dataset", world.dataset, "--output_dir", "unused"])
+    flags = parse(
+        EvalConfig,
+        ["--model", str(run / "model"), "--dataset", world.dataset, "--output_dir", "unused"],
+    )
     quantised = causal_lm.describe(run / "model")["load_in_4bit"]
     assert quantised == settings.get("load_in_4bit", False)
     model = causal_lm.load_trained(flags, quantised, torch.device("cpu"))
@@ -111,12 +116,19 @@ def test_torn_checkpoint_falls_back_and_says_so(world, tmp_path):
     flags = world.train_flags(run, 2, max_steps=6)
     train(world, tmp_path / "log", flags)
     expected = weights(run)
-    assert [p.name for p in sorted((run / "checkpoints").glob("step-*"))] == ["step-00000003", "step-00000006"]
+    assert [p.name for p in sorted((run / "checkpoints").glob("step-*"))] == [
+        "step-00000003",
+        "step-00000006",
+    ]
     (run / "summary.json").unlink()
     newest = max((run / "checkpoints" / "step-00000006").glob("*optim_states.pt"))
     newest.write_bytes(newest.read_bytes()[:100])
     text = train(world, tmp_path / "log2", [*flags, "--resume", "auto"])
-    assert "checkpoint step-00000006 was not whole" in text and "resumed" in text and "step-00000003" in text
+    assert (
+        "checkpoint step-00000006 was not whole" in text
+        and "resumed" in text
+        and "step-00000003" in text
+    )
     assert all(torch.equal(expected[n], t) for n, t in weights(run).items())
     # Finished: a third start says so and touches nothing.
     assert "is finished" in train(world, tmp_path / "log3", [*flags, "--resume", "auto"])
@@ -124,7 +136,9 @@ def test_torn_checkpoint_falls_back_and_says_so(world, tmp_path):
 
 def test_early_stopping_keeps_the_best_model(world, tmp_path):
     run = tmp_path / "run"
-    flags = world.train_flags(run, 1, learning_rate=0.5, schedule="constant", patience=1, validate_every=1, max_steps=8)
+    flags = world.train_flags(
+        run, 1, learning_rate=0.5, schedule="constant", patience=1, validate_every=1, max_steps=8
+    )
     text = train(world, tmp_path / "log", flags)
     values = metrics(run, "valid/nll")
     summary = json.loads((run / "summary.json").read_text())
@@ -137,7 +151,11 @@ def test_early_stopping_keeps_the_best_model(world, tmp_path):
 def test_validation_by_ndcg(world, tmp_path, stage):
     """Ranks search different users for different numbers of steps; under ZeRO-3 every forward pass is a collective."""
     run = tmp_path / "run"
-    train(world, tmp_path / "log", world.train_flags(run, stage, validation_metric="ndcg@10", max_steps=2, validate_every=2))
+    train(
+        world,
+        tmp_path / "log",
+        world.train_flags(run, stage, validation_metric="ndcg@10", max_steps=2, validate_every=2),
+    )
     (value,) = metrics(run, "valid/ndcg@10")
     assert 0 <= value <= 1 and json.loads((run / "summary.json").read_text())["best"] == value
 
@@ -147,14 +165,26 @@ def test_position_linear_and_offload(world, tmp_path):
     offload, bf16 = {"stage": 2, "offload_optimizer": {"device": "cpu"}}, {"enabled": True}
     for name, settings in {
         "position": {"weighting": "position", "igd_beta": None, "position_floor": 0.2},
-        "linear": {"weighting": "igd-linear", "ds_config": world.ds_config(2, zero_optimization=offload), "prompt": "alpaca"},
-        "conditional": {"entropy": "conditional", "weighting": "igd-linear", "ds_config": world.ds_config(3, bf16=bf16)},
+        "linear": {
+            "weighting": "igd-linear",
+            "ds_config": world.ds_config(2, zero_optimization=offload),
+            "prompt": "alpaca",
+        },
+        "conditional": {
+            "entropy": "conditional",
+            "weighting": "igd-linear",
+            "ds_config": world.ds_config(3, bf16=bf16),
+        },
     }.items():
         run = tmp_path / name
-        train(world, tmp_path / "log", world.train_flags(run, **settings, max_steps=2, max_length=256))
+        train(
+            world, tmp_path / "log", world.train_flags(run, **settings, max_steps=2, max_length=256)
+        )
         assert {p.name for p in run.iterdir()} >= {"config.yaml", "ds_config.json", "env.json", "metrics.jsonl", "tensorboard",
                                                    "checkpoints", "model", "summary.json"}  # fmt: skip
-        assert (run / "model" / "catalogue" / "catalogue.json").is_file() and (run / "model" / "tokenizer.json").is_file()
+        assert (run / "model" / "catalogue" / "catalogue.json").is_file() and (
+            run / "model" / "tokenizer.json"
+        ).is_file()
         (share, _) = metrics(run, "train/zero_gain_weight_share")
         assert 0 < share < 1
 
@@ -169,7 +199,9 @@ def test_tensorboard_holds_every_tag_of_the_log(world, tmp_path):
     entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for tag in {key for entry in entries for key in entry} - {"step"}:
         logged = [(e["step"], e[tag]) for e in entries if tag in e]
-        assert [(s.step, pytest.approx(s.value, rel=1e-6)) for s in accumulator.Scalars(tag)] == logged
+        assert [
+            (s.step, pytest.approx(s.value, rel=1e-6)) for s in accumulator.Scalars(tag)
+        ] == logged
 
 
 @pytest.mark.parametrize(
@@ -185,11 +217,16 @@ def test_tensorboard_holds_every_tag_of_the_log(world, tmp_path):
         ({"seed": -1}, "--seed must not be negative"),
         ({"lora_alpha": 8}, "--lora_alpha has no effect without --lora_r"),
         ({"dataset": "no/such/dataset"}, "no/such/dataset is not a dataset"),
-        ({"prompt": "nothing"}, "--prompt: no template 'nothing'; known names: alpaca, codes, short"),
+        (
+            {"prompt": "nothing"},
+            "--prompt: no template 'nothing'; known names: alpaca, codes, short",
+        ),
     ],
 )
 def test_bad_settings_end_in_one_line_before_weights_load(world, tmp_path, change, message):
-    processes = ranks.start(1, tmp_path / "log", ranks.entry, *entry(world.train_flags(tmp_path / "run", **change)))
+    processes = ranks.start(
+        1, tmp_path / "log", ranks.entry, *entry(world.train_flags(tmp_path / "run", **change))
+    )
     assert ranks.wait(processes) == [2]
     text = (tmp_path / "log").read_text()
     assert text.count("error: ") == 1 and message in text[text.index("error: ") :]
@@ -203,7 +240,10 @@ def test_the_output_folder_of_another_run_is_refused(world, tmp_path):
     train(world, tmp_path / "log", world.train_flags(run, 1, max_steps=1), size=1)
     for flags, message in [
         (world.train_flags(run, 1, max_steps=1), "holds a run already"),
-        (world.train_flags(run, 1, max_steps=1, learning_rate=1.0, resume="auto"), "settings differ: learning_rate"),
+        (
+            world.train_flags(run, 1, max_steps=1, learning_rate=1.0, resume="auto"),
+            "settings differ: learning_rate",
+        ),
         (world.train_flags(run, 2, max_steps=1, resume="auto"), "settings differ: ds_config"),
         (world.train_flags(tmp_path, 1), "not empty and not a run folder"),
     ]:
@@ -229,7 +269,9 @@ def test_one_failing_rank_ends_all(world, tmp_path):
     """Rank 0 alone sees that the folder is taken: both ranks end, and one line says why."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("mine")
-    processes = ranks.start(2, tmp_path / "log", ranks.entry, *entry(world.train_flags(tmp_path / "run")))
+    processes = ranks.start(
+        2, tmp_path / "log", ranks.entry, *entry(world.train_flags(tmp_path / "run"))
+    )
     codes = ranks.wait(processes)
     text = (tmp_path / "log").read_text()
     assert codes[0] == 2 and codes[1] != 0
@@ -254,8 +296,16 @@ def test_a_foreign_tokenizer_is_refused(world, tmp_path):
     (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(backend))
     flags = {"model_config": None, "model_name_or_path": tmp_path / "model"}
     processes = ranks.start(
-        1, tmp_path / "log2", ranks.entry, *entry(world.train_flags(tmp_path / "run2", **flags, tokenizer=tmp_path / "other"))
+        1,
+        tmp_path / "log2",
+        ranks.entry,
+        *entry(world.train_flags(tmp_path / "run2", **flags, tokenizer=tmp_path / "other")),
     )
     assert ranks.wait(processes) == [2]
     assert "--tokenizer does not belong to" in (tmp_path / "log2").read_text()
-    train(world, tmp_path / "log3", world.train_flags(tmp_path / "run3", **flags, tokenizer=None, max_steps=1), size=1)
+    train(
+        world,
+        tmp_path / "log3",
+        world.train_flags(tmp_path / "run3", **flags, tokenizer=None, max_steps=1),
+        size=1,
+    )

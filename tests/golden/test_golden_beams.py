@@ -12,12 +12,12 @@ import pytest
 import torch
 import transformers
 
-from igd_ds.decoding.cache import PromptTree
-from igd_ds.decoding.rules import Scoring, ScoringOptions
-from igd_ds.decoding.search import Limits, search
-from igd_ds.decoding.trie import SearchTrie
+from igd_ds.backbones.prompt_tree import PromptTree
 from igd_ds.items.decisiveness import information_gain
+from igd_ds.items.search_trie import SearchTrie
 from igd_ds.items.trie import TokenTrie
+from igd_ds.search.engine import Limits, search
+from igd_ds.search.scoring import Scoring, ScoringOptions
 
 EOS = 0
 TOLERANCE = {0.0: 2e-5, 1.0: 1e-6}  # of scores, by length penalty (README of the golden outputs)
@@ -31,14 +31,24 @@ class Golden:
     def __init__(self, folder):
         self.outputs = json.loads((folder / "beams.json").read_text())
         self.prompts = [prompt["input_ids"] for prompt in self.outputs["prompts"]]
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).eval()
-        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder / "model", dtype=torch.float32
+        ).eval()
+        tokenizer = transformers.PreTrainedTokenizerFast(
+            tokenizer_file=str(folder / "tokenizer.json")
+        )
         frequency = json.loads((folder / "frequency.json").read_text())
-        paths = [[*tokenizer.encode(f"{title}\n", add_special_tokens=False), EOS] for title in frequency]
+        paths = [
+            [*tokenizer.encode(f"{title}\n", add_special_tokens=False), EOS] for title in frequency
+        ]
         self.token_ids = np.concatenate(paths).astype(np.int32)
         self.offsets = np.concatenate([[0], np.cumsum([len(path) for path in paths])])
-        self.trie = TokenTrie.build(self.token_ids, self.offsets, np.array(list(frequency.values())))
-        self.leaf_of_path = {tuple(path): int(leaf) for path, leaf in zip(paths, self.trie.leaf_of_item, strict=True)}
+        self.trie = TokenTrie.build(
+            self.token_ids, self.offsets, np.array(list(frequency.values()))
+        )
+        self.leaf_of_path = {
+            tuple(path): int(leaf) for path, leaf in zip(paths, self.trie.leaf_of_item, strict=True)
+        }
         self.leaf_of_title = dict(zip(frequency, map(int, self.trie.leaf_of_item), strict=True))
         self.search_trie = SearchTrie.build(self.trie)
         self.gain = information_gain(self.trie, "prior")
@@ -67,7 +77,11 @@ def assert_same_ranking(leaves, scores, expected_leaves, expected_scores, tolera
 def outputs_of(golden, prompt, alpha, penalty):
     """The reference's entry for one prompt: `sequences`, `scores` and `exhaustive_top10`."""
     key = (prompt, alpha, penalty)
-    return next(r for r in golden.outputs["results"] if (r["prompt"], r["alpha"], r["length_penalty"]) == key)
+    return next(
+        r
+        for r in golden.outputs["results"]
+        if (r["prompt"], r["alpha"], r["length_penalty"]) == key
+    )
 
 
 @pytest.mark.parametrize("penalty", [0.0, 1.0])
@@ -90,8 +104,12 @@ def test_all_prompts_in_one_batch_and_the_default_rule(golden, rule):
         tolerance = 4e-5 if rule == "reference" or alpha == 0 else 4e-4
         for prompt in range(len(golden.prompts)):
             output = outputs_of(golden, prompt, alpha, 0.0)
-            assert found.leaves[index, prompt].tolist() == [golden.leaf_of_path[tuple(path)] for path in output["sequences"]]
-            assert found.scores[index, prompt].tolist() == pytest.approx(output["scores"], abs=tolerance)
+            assert found.leaves[index, prompt].tolist() == [
+                golden.leaf_of_path[tuple(path)] for path in output["sequences"]
+            ]
+            assert found.scores[index, prompt].tolist() == pytest.approx(
+                output["scores"], abs=tolerance
+            )
 
 
 @pytest.mark.parametrize(("penalty", "row_positions"), [(0.0, 4096), (1.0, 512)])
@@ -100,7 +118,13 @@ def test_the_exact_search_certifies_what_scoring_every_item_found(golden, penalt
     # longest titles keep every bound loose): the budget cuts some searches short, and what they certify must still be true.
     limits = Limits(row_positions=row_positions)
     prompts = [0, 1, 2, 4, 5]
-    found = golden.search([golden.prompts[prompt] for prompt in prompts], ALPHAS, penalty, method="exact", limits=limits)
+    found = golden.search(
+        [golden.prompts[prompt] for prompt in prompts],
+        ALPHAS,
+        penalty,
+        method="exact",
+        limits=limits,
+    )
     assert penalty == 1 or (found.certified == 10).sum() >= 8
     for index, alpha in enumerate(ALPHAS):
         for row, prompt in enumerate(prompts):
@@ -112,4 +136,6 @@ def test_the_exact_search_certifies_what_scoring_every_item_found(golden, penalt
             tolerance = 2 * TOLERANCE[penalty]  # 5 prompts in one batch: longer sums
             assert_same_ranking(leaves[:certified], scores[:certified], *expected, tolerance)
             missed = [score for leaf, score in truth.items() if leaf not in leaves]
-            assert max(missed, default=-np.inf) <= float(found.missing_bound[index, row]) + tolerance
+            assert (
+                max(missed, default=-np.inf) <= float(found.missing_bound[index, row]) + tolerance
+            )

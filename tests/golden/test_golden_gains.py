@@ -18,7 +18,9 @@ EOS = "<|endoftext|>"
 def golden(shared):
     folder = shared / "golden" / "books"
     frequency = json.loads((folder / "frequency.json").read_text())
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), eos_token=EOS, pad_token=EOS)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(folder / "tokenizer.json"), eos_token=EOS, pad_token=EOS
+    )
     counts = np.array(list(frequency.values()))
     dataset = SimpleNamespace(
         titles=list(frequency),
@@ -33,12 +35,17 @@ def golden(shared):
     item = {title: i for i, title in enumerate(dataset.titles)}
     expected = json.loads((folder / "ig.json").read_text())
     slices = [slice(*catalogue.offsets[item[row["title"]] :][:2]) for row in expected["rows"]]
-    rows = [(row, catalogue.token_ids[s], nodes[s]) for row, s in zip(expected["rows"], slices, strict=True)]
+    rows = [
+        (row, catalogue.token_ids[s], nodes[s])
+        for row, s in zip(expected["rows"], slices, strict=True)
+    ]
     return SimpleNamespace(expected=expected, trie=trie, rows=rows)
 
 
 def test_tokens_counts_and_nodes(golden):
-    assert golden.trie.num_nodes - 1 == golden.expected["n_nodes"]  # the reference does not count the root
+    assert (
+        golden.trie.num_nodes - 1 == golden.expected["n_nodes"]
+    )  # the reference does not count the root
     assert golden.trie.train_count[0] == golden.expected["total_frequency"]
     assert len(golden.rows) == 300
     for row, tokens, nodes in golden.rows:
@@ -48,7 +55,10 @@ def test_tokens_counts_and_nodes(golden):
 
 @pytest.mark.parametrize(
     ("name", "root", "column"),
-    [("prior", "root_score_official", "ig_official"), ("conditional", "root_entropy_conditional", "ig_conditional")],
+    [
+        ("prior", "root_score_official", "ig_official"),
+        ("conditional", "root_entropy_conditional", "ig_conditional"),
+    ],
 )
 def test_gains(golden, name, root, column):
     assert entropy(golden.trie, name)[0] == pytest.approx(golden.expected[root], abs=1e-9)
@@ -60,4 +70,8 @@ def test_gains(golden, name, root, column):
 def test_zero_sets_are_identical(golden):
     zero = zero_gain(golden.trie)
     for row, _, nodes in golden.rows:
-        assert zero[nodes].tolist() == row["structural_zero"] == [gain == 0 for gain in row["ig_official"]]
+        assert (
+            zero[nodes].tolist()
+            == row["structural_zero"]
+            == [gain == 0 for gain in row["ig_official"]]
+        )

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from igd_ds.data.collate import Batch
+from igd_ds.backbones.causal_lm import label_logits
+from igd_ds.data.batches import Batch
 from igd_ds.items import decisiveness
 from igd_ds.items.trie import TokenTrie
 from igd_ds.loss import IGNORED, at_labels, token_nll, weighted_sums
-from igd_ds.models.causal_lm import label_logits
 
 
 @pytest.fixture(scope="module")
@@ -19,15 +19,22 @@ def golden(shared):
 
     folder = shared / "golden" / "books"
     eos = "<|endoftext|>"
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), eos_token=eos, pad_token=eos)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(folder / "tokenizer.json"), eos_token=eos, pad_token=eos
+    )
     frequency = json.loads((folder / "frequency.json").read_text())
-    encoded = tokenizer([f"{title}\n" for title in frequency], add_special_tokens=False)["input_ids"]
+    encoded = tokenizer([f"{title}\n" for title in frequency], add_special_tokens=False)[
+        "input_ids"
+    ]
     paths = [ids + [tokenizer.eos_token_id] for ids in encoded]
     offsets = np.concatenate([[0], np.cumsum([len(p) for p in paths])])
     token_ids = np.concatenate(paths).astype(np.int32)
     trie = TokenTrie.build(token_ids, offsets, np.array(list(frequency.values())))
     zero = decisiveness.zero_gain(trie)[trie.path_nodes(offsets)]
-    zero_of = {tuple(path): zero[start : start + len(path)] for path, start in zip(paths, offsets, strict=False)}
+    zero_of = {
+        tuple(path): zero[start : start + len(path)]
+        for path, start in zip(paths, offsets, strict=False)
+    }
     model = Qwen2ForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
     return json.loads((folder / "loss.json").read_text()), zero_of, model
 

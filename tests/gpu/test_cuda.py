@@ -10,18 +10,25 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
 
 
 def command(line: str, **environment: str) -> None:
-    subprocess.run([sys.executable, *line.split()], cwd=ROOT, check=True, env=os.environ | environment)
+    subprocess.run(
+        [sys.executable, *line.split()], cwd=ROOT, check=True, env=os.environ | environment
+    )
 
 
 @pytest.mark.parametrize("name", ["zero1", "zero2", "zero3", "zero2-offload", "zero2-fp16"])
 def test_training_and_search_on_one_gpu(name, tmp_path):
     data, tokenizer, run = tmp_path / "data", tmp_path / "tokenizer", tmp_path / "run"
-    command(f"tools/prepare_data.py --source synthetic --num_items 60 --num_users 80 --protocol leave-one-out --output {data}")
-    command(f"tools/train_tokenizer.py --dataset {data} --vocab_size 400 --output {tokenizer}")
+    command(
+        f"igd_ds/commands/prepare.py --source synthetic --num_items 60 --num_users 80 --protocol leave-one-out --output {data}"
+    )
+    command(f"igd_ds/commands/tokenizer.py --dataset {data} --vocab_size 400 --output {tokenizer}")
     command(
         f"igd_ds/train.py --ds_config ds_configs/{name}.json --dataset {data} --model_config tools/models/qwen2-demo.json "
         f"--tokenizer {tokenizer} --igd_beta 0.1 --global_batch_size 16 --max_steps 20 --log_every 1 --learning_rate 2e-3 "
@@ -35,5 +42,9 @@ def test_training_and_search_on_one_gpu(name, tmp_path):
         output = tmp_path / f"eval-{devices}"
         flags = f"--model {run}/model --dataset {data} --alpha 0.2 --search exact --dtype float32 --output_dir {output}"
         command(f"igd_ds/eval.py {flags}", CUDA_VISIBLE_DEVICES=devices)
-        found.append(json.loads((output / "metrics.json").read_text())["alpha"]["0.2"]["token_match"])
-    assert found[0] == pytest.approx(found[1], abs=0.02)  # nearly equal scores may swap: a row or two of the 80
+        found.append(
+            json.loads((output / "metrics.json").read_text())["alpha"]["0.2"]["token_match"]
+        )
+    assert found[0] == pytest.approx(
+        found[1], abs=0.02
+    )  # nearly equal scores may swap: a row or two of the 80

@@ -34,7 +34,9 @@ class Page:
     requests: list[str]
 
 
-def load(url: str, folder: Path, width: int = 1200, height: int = 900, milliseconds: int = 5000) -> Page:
+def load(
+    url: str, folder: Path, width: int = 1200, height: int = 900, milliseconds: int = 5000
+) -> Page:
     """Load a page in a new profile below `folder`; `milliseconds` of the page's own (virtual) time pass before it is read.
 
     Skips the test where no Chromium is found or can be installed; in CI that is a failure.
@@ -42,7 +44,11 @@ def load(url: str, folder: Path, width: int = 1200, height: int = 900, milliseco
     if problem := lacking():
         (pytest.fail if os.environ.get("CI") else pytest.skip)(problem)
     files = [f"--user-data-dir={folder / 'profile'}", f"--log-net-log={folder / 'net.json'}"]
-    wanted = [f"--window-size={width},{height}", f"--virtual-time-budget={milliseconds}", "--dump-dom"]
+    wanted = [
+        f"--window-size={width},{height}",
+        f"--virtual-time-budget={milliseconds}",
+        "--dump-dom",
+    ]
     command = ["chromium", *SETTINGS, *files, *wanted, f"--screenshot={folder / 'page.png'}", url]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and (folder / "page.png").is_file(), done.stderr[-2000:]

@@ -1,4 +1,4 @@
-"""A launcher of tools/sweep.py that stands in for train.py, eval.py and baseline.py: it leaves their files, or obeys $FAKE_PLAN.
+"""A launcher of igd_ds/studies/sweep.py that stands in for train.py, eval.py and baseline.py: it leaves their files, or obeys $FAKE_PLAN.
 
 That is config.yaml of train.py, and of eval.py request.json without the hashes.
 
@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from igd_ds.config import EvalConfig, TrainConfig, parse
+from igd_ds.config.options import EvalConfig, TrainConfig, parse
 
 
 def write(path: Path, value) -> None:
@@ -33,7 +33,11 @@ def flags_of(words: list[str]) -> dict[str, list[str]]:
 
 
 def main() -> int:
-    plan, script, flags = Path(os.environ["FAKE_PLAN"]), Path(sys.argv[1]).name, flags_of(sys.argv[2:])
+    plan, script, flags = (
+        Path(os.environ["FAKE_PLAN"]),
+        Path(sys.argv[1]).name,
+        flags_of(sys.argv[2:]),
+    )
     output = Path(flags["output_dir"][0])
     if script == "baseline.py":
         write(output / "summary.json", {})
@@ -42,11 +46,20 @@ def main() -> int:
     row = output.name if script == "train.py" else output.parents[1].name
     with open(plan / "calls.jsonl", "a") as file:
         gpu = os.environ.get("CUDA_VISIBLE_DEVICES")
-        file.write(json.dumps({"row": row, "part": part, "gpu": gpu, "flags": flags, "script": sys.argv[1]}) + "\n")
+        file.write(
+            json.dumps(
+                {"row": row, "part": part, "gpu": gpu, "flags": flags, "script": sys.argv[1]}
+            )
+            + "\n"
+        )
     if script != "baseline.py":
-        settings = dataclasses.asdict(parse(TrainConfig if part == "train" else EvalConfig, sys.argv[2:]))
+        settings = dataclasses.asdict(
+            parse(TrainConfig if part == "train" else EvalConfig, sys.argv[2:])
+        )
         settings["max_length"] = settings["max_length"] or TrainConfig.max_length
-        write(output / ("config.yaml" if part == "train" else "request.json"), settings)  # JSON is YAML
+        write(
+            output / ("config.yaml" if part == "train" else "request.json"), settings
+        )  # JSON is YAML
     order = plan / f"{row}.{part}"
     order = order.read_text() if order.is_file() else ""
     if order == "fail":
@@ -59,7 +72,9 @@ def main() -> int:
         return 85
     if order == "hang":
         for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, lambda number, _: (write(output / f"saved-on-{number}", ""), os._exit(85)))
+            signal.signal(
+                number, lambda number, _: (write(output / f"saved-on-{number}", ""), os._exit(85))
+            )
         (plan / "hanging").touch()
         time.sleep(60)
     if order == "meet":

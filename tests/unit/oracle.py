@@ -4,11 +4,11 @@ import numpy as np
 import torch
 import transformers
 
-from igd_ds.decoding.cache import PromptTree
-from igd_ds.decoding.rules import Scoring
-from igd_ds.decoding.search import search
-from igd_ds.decoding.trie import SearchTrie
+from igd_ds.backbones.prompt_tree import PromptTree
+from igd_ds.items.search_trie import SearchTrie
 from igd_ds.items.trie import TokenTrie
+from igd_ds.search.engine import search
+from igd_ds.search.scoring import Scoring
 
 EOS, VOCABULARY = 0, 48
 
@@ -21,7 +21,9 @@ def tiny_model(kind: str = "qwen2", seed: int = 0, attention: str = "sdpa"):
                 "attn_implementation": attention}  # fmt: skip
     if kind == "qwen3":
         settings["head_dim"] = 8
-    return transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(kind, **settings)).eval()
+    return transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(kind, **settings)
+    ).eval()
 
 
 def random_items(num_items: int, seed: int = 0) -> list[tuple[int, ...]]:
@@ -57,7 +59,10 @@ def random_weights(trie, seed: int = 0) -> np.ndarray:
 def random_prompts(num_users: int, seed: int = 0) -> list[list[int]]:
     """Prompts of different lengths, 3 to 12."""
     random = np.random.default_rng(seed)
-    return [[int(t) for t in random.integers(1, VOCABULARY, size=random.integers(3, 13))] for _ in range(num_users)]
+    return [
+        [int(t) for t in random.integers(1, VOCABULARY, size=random.integers(3, 13))]
+        for _ in range(num_users)
+    ]
 
 
 def left_pad(prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -88,20 +93,38 @@ def plain_search(model, prompt, items, weight, num_beams, length_penalty):
         for score, prefix in live:
             for path in longest:
                 if len(path) == len(prefix) + 1 and path[:-1] == prefix:
-                    candidates.append((score + weight[path] * token_logprobs(model, prompt, path)[-1], path))
+                    candidates.append(
+                        (score + weight[path] * token_logprobs(model, prompt, path)[-1], path)
+                    )
         candidates = sorted(candidates, reverse=True)[: 2 * num_beams]
-        done += [(s / len(p) ** length_penalty, p) for s, p in candidates[:num_beams] if p in finished_paths]
+        done += [
+            (s / len(p) ** length_penalty, p)
+            for s, p in candidates[:num_beams]
+            if p in finished_paths
+        ]
         done = sorted(done, reverse=True)[:num_beams]
         live = [(s, p) for s, p in candidates if p not in finished_paths][:num_beams]
-        if len(done) == num_beams and all(s / longest[p] ** length_penalty <= done[-1][0] for s, p in live):
+        if len(done) == num_beams and all(
+            s / longest[p] ** length_penalty <= done[-1][0] for s, p in live
+        ):
             break
     return done
 
 
-def scoring_of(weights: np.ndarray, length_penalty: float = 0.0, alphas=(1.0,), **options) -> Scoring:
+def scoring_of(
+    weights: np.ndarray, length_penalty: float = 0.0, alphas=(1.0,), **options
+) -> Scoring:
     """Scoring whose edge weights at α = 1 are `weights`; at another α they are 1 − α·(1 − weights)."""
-    settings = {"name": "per-node", "pooled": False, "masked_softmax": False, "temperature": 1.0, "prior": None} | options
-    return Scoring(gain=torch.from_numpy(1 - weights), alphas=alphas, length_penalty=length_penalty, **settings)
+    settings = {
+        "name": "per-node",
+        "pooled": False,
+        "masked_softmax": False,
+        "temperature": 1.0,
+        "prior": None,
+    } | options
+    return Scoring(
+        gain=torch.from_numpy(1 - weights), alphas=alphas, length_penalty=length_penalty, **settings
+    )
 
 
 def run_search(model, prompts, trie, scoring, num_beams, **options):
@@ -120,7 +143,9 @@ def as_lists(trie, leaves, scores) -> list[list[tuple[float, tuple[int, ...]]]]:
 
 def found_lists(model, prompts, trie, weights, num_beams, length_penalty, **options):
     """The engine's lists at one α: per user [(score, path)]."""
-    result = run_search(model, prompts, trie, scoring_of(weights, length_penalty), num_beams, **options)
+    result = run_search(
+        model, prompts, trie, scoring_of(weights, length_penalty), num_beams, **options
+    )
     return as_lists(trie, result.leaves[0], result.scores[0])
 
 
@@ -139,5 +164,7 @@ def ranking(model, prompt, items, weight, length_penalty):
     scores = {}
     for path in items:
         edges = [weight[path[: t + 1]] for t in range(len(path))]
-        scores[path] = float(np.dot(edges, token_logprobs(model, prompt, path))) / len(path) ** length_penalty
+        scores[path] = (
+            float(np.dot(edges, token_logprobs(model, prompt, path))) / len(path) ** length_penalty
+        )
     return sorted(((s, p) for p, s in scores.items()), reverse=True)

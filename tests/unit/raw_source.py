@@ -27,16 +27,26 @@ def events_of(data: SourceData) -> list[tuple]:
     users, items = data.user_names.to_pylist(), data.item_names.to_pylist()
     found = data.interactions
     times = [None] * len(found) if found.timestamps is None else found.timestamps.tolist()
-    return [(users[u], items[i], t) for u, i, t in zip(found.users.tolist(), found.items.tolist(), times, strict=True)]
+    return [
+        (users[u], items[i], t)
+        for u, i, t in zip(found.users.tolist(), found.items.tolist(), times, strict=True)
+    ]
 
 
 def items_of(data: SourceData) -> dict[str, tuple]:
     """Return source id → (title, semantic id, description, categories, brand, price), None for what there is not."""
     table = data.metadata(np.arange(len(data.titles)))
     nothing = [None] * len(data.titles)
-    columns = [table[name].to_pylist() if name in table.column_names else nothing for name in METADATA_SCHEMA.names]
+    columns = [
+        table[name].to_pylist() if name in table.column_names else nothing
+        for name in METADATA_SCHEMA.names
+    ]
     codes = data.semantic_ids or nothing
-    return dict(zip(data.item_names.to_pylist(), zip(data.titles, codes, *columns, strict=True), strict=True))
+    return dict(
+        zip(
+            data.item_names.to_pylist(), zip(data.titles, codes, *columns, strict=True), strict=True
+        )
+    )
 
 
 def refused_or_read(name: str, inputs: Sequence[Path]) -> None:

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from igd_ds import metrics
-from igd_ds.report.study import Run, Study
+from igd_ds.evaluation import metrics
+from igd_ds.studies.report.study import Run, Study
 
 STEPS = np.arange(20, 1001, 20)
 CUTOFFS = (1, 3, 5, 10)
@@ -45,7 +45,9 @@ def results(random, split: str, level: float, alphas=("0.0",)) -> dict:
         "target_prefix_entropy": {"nats": target.tolist(), "items": items},
     }  # fmt: skip
     for alpha in alphas:
-        shares = np.array([0.55, 0.2, 0.08, 0.05, 0.04, 0.03, 0.02, 0.01, 0.01, 0.01]) * random.normal(1, 0.05, 10)
+        shares = np.array(
+            [0.55, 0.2, 0.08, 0.05, 0.04, 0.03, 0.02, 0.01, 0.01, 0.01]
+        ) * random.normal(1, 0.05, 10)
         best = level * (1 + 0.2 * float(alpha) - 0.6 * float(alpha) ** 2)
         found["alpha"][alpha] = {
             "token_match": matches(random, best),
@@ -60,13 +62,20 @@ def results(random, split: str, level: float, alphas=("0.0",)) -> dict:
             "popularity_deciles": (shares / shares.sum()).tolist(),
             "coverage": 0.4,
             "gini_index": 0.8,
-            "prefix_entropy": {"nats": (target + (0.4 - 0.5 * float(alpha)) * np.exp(-steps / 2)).tolist(), "items": items},
+            "prefix_entropy": {
+                "nats": (target + (0.4 - 0.5 * float(alpha)) * np.exp(-steps / 2)).tolist(),
+                "items": items,
+            },
         }
     return found
 
 
 def curve(random, begin: float, end: float, speed: float = 3.0) -> list:
-    values = end + (begin - end) * np.exp(-speed * STEPS / STEPS[-1]) + random.normal(0, 0.02 * begin, len(STEPS))
+    values = (
+        end
+        + (begin - end) * np.exp(-speed * STEPS / STEPS[-1])
+        + random.normal(0, 0.02 * begin, len(STEPS))
+    )
     return [[int(step), float(value)] for step, value in zip(STEPS, values, strict=True)]
 
 
@@ -78,26 +87,39 @@ def curves(random, settings: dict) -> dict[str, list]:
         "train/nll_nonzero_gain": curve(random, 6, 4 + 0.2 * beta),
         "valid/nll": curve(random, 30, 20)[9::10],
         "valid/nll_gain_zero": curve(random, 2, 0.3)[9::10],
-        **{f"valid/nll_gain_{decile}": curve(random, 3, 0.8 + 0.5 * decile)[9::10] for decile in range(10)},
+        **{
+            f"valid/nll_gain_{decile}": curve(random, 3, 0.8 + 0.5 * decile)[9::10]
+            for decile in range(10)
+        },
     }
     if settings.get("weighting") == "multi-target":
         share = STEPS / STEPS[-1] / 2
         found |= {
-            "train/alpha_fg": [[int(s), float(0.5 - v / 2)] for s, v in zip(STEPS, share, strict=True)],
+            "train/alpha_fg": [
+                [int(s), float(0.5 - v / 2)] for s, v in zip(STEPS, share, strict=True)
+            ],
             "train/alpha_fr": [[int(s), float(v)] for s, v in zip(STEPS, share, strict=True)],
-            "train/alpha_or": [[int(s), float(0.5 - v / 2)] for s, v in zip(STEPS, share, strict=True)],
+            "train/alpha_or": [
+                [int(s), float(0.5 - v / 2)] for s, v in zip(STEPS, share, strict=True)
+            ],
         }
     return found
 
 
 def ranks(random, level: float) -> np.ndarray:
-    return np.where(random.random(NUM_ROWS) < 3 * level, random.integers(1, 11, NUM_ROWS), 0).astype(np.int32)
+    return np.where(
+        random.random(NUM_ROWS) < 3 * level, random.integers(1, 11, NUM_ROWS), 0
+    ).astype(np.int32)
 
 
-def run(random, dataset: str, method: str, settings: dict, seed: int, level: float, **changes) -> Run:
+def run(
+    random, dataset: str, method: str, settings: dict, seed: int, level: float, **changes
+) -> Run:
     """A finished run; `changes` of its fields make it another kind."""
     group, is_baseline = f"{dataset}-{method}".replace(" ", "-"), "recommender" in settings
-    valid = results(random, "valid", level, ("0.0",) if is_baseline else ("0.0", "0.1", "0.2", "0.3", "0.4"))
+    valid = results(
+        random, "valid", level, ("0.0",) if is_baseline else ("0.0", "0.1", "0.2", "0.3", "0.4")
+    )
     test = results(random, "test", level, sorted({"0.0", metrics.best_alpha(valid)}, key=float))
     fields = {
         "name": f"{group}-{seed}",
@@ -110,7 +132,9 @@ def run(random, dataset: str, method: str, settings: dict, seed: int, level: flo
         "settings": settings | {"seed": seed, "dataset": dataset},
         "valid": valid,
         "test": test,
-        "curves": {"valid/ndcg@10": curve(random, 0.0, level)[9::10]} if is_baseline else curves(random, settings),
+        "curves": {"valid/ndcg@10": curve(random, 0.0, level)[9::10]}
+        if is_baseline
+        else curves(random, settings),
         "seconds": float(random.uniform(100, 400)),
         "eval_seconds": float(random.uniform(10, 40)),
         "world_size": 1,
@@ -127,7 +151,17 @@ def make(seeds: int = 3) -> Study:
         for beta in (0.08, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6):
             settings = {"weighting": "igd", "igd_beta": beta}
             tested = {} if beta == 0.2 else {"state": "no test", "test": None}
-            runs.append(run(random, "books-small", f"igd β={beta}", settings, seed, 0.04 - abs(beta - 0.25) / 30, **tested))
+            runs.append(
+                run(
+                    random,
+                    "books-small",
+                    f"igd β={beta}",
+                    settings,
+                    seed,
+                    0.04 - abs(beta - 0.25) / 30,
+                    **tested,
+                )
+            )
         for method, settings, level in (
             ("igd-linear β=0.4", {"weighting": "igd-linear", "igd_beta": 0.4}, 0.035),
             ("position", {"weighting": "position"}, 0.031), ("cft", {"weighting": "cft"}, 0.033),

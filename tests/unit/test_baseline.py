@@ -14,21 +14,35 @@ from tiny_run import NUM_TEST, TITLES, TRAIN_TARGETS
 
 from igd_ds import baseline, distributed, eval
 from igd_ds.baseline import BaselineConfig
-from igd_ds.config import parse
-from igd_ds.data.chains import Chains, SequenceBatch
-from igd_ds.data.collate import MASKED_ROW, sample_rows
+from igd_ds.baselines.leaves import Leaves, build_catalogue
+from igd_ds.baselines.sequences import Chains, SequenceBatch
+from igd_ds.config.options import parse
+from igd_ds.data.batches import MASKED_ROW, sample_rows
 from igd_ds.data.dataset import Split
-from igd_ds.items.leaves import Leaves, build_catalogue
 
 NUM_ITEMS = len(TITLES)
-SMALL = ("--splits", "test", "--validation_rows", 5, "--seed", 3)  # a sample without the row that has no history
+SMALL = (
+    "--splits",
+    "test",
+    "--validation_rows",
+    5,
+    "--seed",
+    3,
+)  # a sample without the row that has no history
 
 
 def make_split(rows, name="train"):
     """A split of (user, history, target) rows."""
     users, histories, targets = zip(*rows, strict=True)
     offsets = np.cumsum([0, *map(len, histories)])
-    return Split(name, np.array(users), np.concatenate(histories).astype(np.int32), offsets, np.array(targets, np.int32), None)
+    return Split(
+        name,
+        np.array(users),
+        np.concatenate(histories).astype(np.int32),
+        offsets,
+        np.array(targets, np.int32),
+        None,
+    )
 
 
 def random_rows(longest, seed):
@@ -36,7 +50,9 @@ def random_rows(longest, seed):
     random, rows = np.random.default_rng(seed), []
     for user in range(30):
         items = random.integers(4, size=random.integers(2, 12))
-        rows += [(user, items[max(0, end - longest) : end], items[end]) for end in range(1, len(items))]
+        rows += [
+            (user, items[max(0, end - longest) : end], items[end]) for end in range(1, len(items))
+        ]
         if user % 5 == 0:  # a row that stands alone, and one that is there twice
             rows += [(user, random.integers(4, size=3), 0), rows[-1]]
     return [rows[i] for i in random.permutation(len(rows))]
@@ -51,10 +67,17 @@ def test_chained_rows_are_the_datasets_rows_each_once_with_its_own_history(longe
         batch = chains.collate(sequences)
         width = batch.histories.shape[1]
         assert width == max(chains.lengths[np.maximum(sequences, 0)])
-        members = [chains.rows[chains.offsets[s] : chains.offsets[s + 1]].tolist() for s in sequences[:-1]]
-        for place, target, row in zip(batch.places.tolist(), batch.targets.tolist(), sum(members, []), strict=True):
+        members = [
+            chains.rows[chains.offsets[s] : chains.offsets[s + 1]].tolist() for s in sequences[:-1]
+        ]
+        for place, target, row in zip(
+            batch.places.tolist(), batch.targets.tolist(), sum(members, []), strict=True
+        ):
             sequence, end = divmod(place, width)
-            assert batch.histories[sequence, : end + 1].tolist() == rows[row][1].tolist() and target == rows[row][2]
+            assert (
+                batch.histories[sequence, : end + 1].tolist() == rows[row][1].tolist()
+                and target == rows[row][2]
+            )
             assert sequence < len(sequences) - 1, "the masked sequence predicts nothing"
             seen.append(row)
     assert sorted(seen) == list(range(len(rows)))
@@ -83,7 +106,9 @@ def test_leaves_are_the_different_names_and_their_probabilities_add_up():
         column = np.flatnonzero(leaves.nodes == stored.trie.leaf_of_item[item])[0]
         alike = [other for other in range(7) if names[other] == name]
         assert torch.allclose(found[:, column], p[:, alike].sum(1))
-        assert stored.trie.train_count[leaves.nodes[column]] == sum(other in (0, 2, 2, 3) for other in alike) + (name == ["a"])
+        assert stored.trie.train_count[leaves.nodes[column]] == sum(
+            other in (0, 2, 2, 3) for other in alike
+        ) + (name == ["a"])
     with pytest.raises(ValueError, match="--item_kind text: item 0 has no such name"):
         build_catalogue(dataset, "text")
 
@@ -102,7 +127,9 @@ def entry(made, tmp_path, monkeypatch):
     monkeypatch.setattr(baseline.signal, "signal", lambda *_: None)
 
     def run(module, *flags):
-        monkeypatch.setattr("sys.argv", ["entry", "--dataset", str(made.parent / "data"), *map(str, flags)])
+        monkeypatch.setattr(
+            "sys.argv", ["entry", "--dataset", str(made.parent / "data"), *map(str, flags)]
+        )
         return module.main()
 
     return run
@@ -129,18 +156,36 @@ def test_popularity_lists_the_catalogue_by_training_count(entry, tmp_path):
     ranked = sorted(count.values(), reverse=True)
     for mine in lists(run / "eval" / "test"):
         assert [count[TITLES[line["item_ids"][0]]] for line in mine] == ranked[:5]
-        assert [line["rank"] for line in mine] == [1, 2, 3, 4, 5] and all(line["certified"] for line in mine)
+        assert [line["rank"] for line in mine] == [1, 2, 3, 4, 5] and all(
+            line["certified"] for line in mine
+        )
         assert (2, 3) in {tuple(line["item_ids"]) for line in mine}, "written alike: one entry"
-        assert np.isclose(np.exp([line["score"] for line in mine]).sum(), (sum(ranked[:5]) + 0.6) / 13, atol=0.02)
+        assert np.isclose(
+            np.exp([line["score"] for line in mine]).sum(), (sum(ranked[:5]) + 0.6) / 13, atol=0.02
+        )
     found = json.loads((run / "eval" / "test" / "metrics.json").read_text())
-    assert found["popularity_baseline"]["hr@5"] == pytest.approx(found["alpha"]["0.0"]["token_match"]["hr@5"], abs=0.2)
+    assert found["popularity_baseline"]["hr@5"] == pytest.approx(
+        found["alpha"]["0.0"]["token_match"]["hr@5"], abs=0.2
+    )
     assert found["alpha"]["0.0"]["coverage"] == 5 / 9 and found["short_lists"] == 0
 
 
 def test_the_metrics_have_eval_pys_keys_and_rows(entry, made, tmp_path):
     """Same sampled rows, same catalogue of different items, so that runs of both can be compared."""
     sample = ("--num_rows", 6, "--num_beams", 5)
-    assert entry(eval, "--model", made / "model", "--output_dir", tmp_path / "other", *sample, "--seed", 3) == 0
+    assert (
+        entry(
+            eval,
+            "--model",
+            made / "model",
+            "--output_dir",
+            tmp_path / "other",
+            *sample,
+            "--seed",
+            3,
+        )
+        == 0
+    )
     assert entry(baseline, *flags(tmp_path, "last-item-knn"), *sample, "--rows_seed", 3) == 0
     mine = json.loads((tmp_path / "last-item-knn" / "eval" / "test" / "metrics.json").read_text())
     other = json.loads((tmp_path / "other" / "metrics.json").read_text())
@@ -158,27 +203,60 @@ def test_scores_guide_the_search_of_eval_py(entry, made, tmp_path):
     assert entry(baseline, *flags(tmp_path, "last-item-knn", "--save_scores")) == 0
     folder = tmp_path / "last-item-knn" / "eval" / "test"
     scores = np.load(folder / "scores.npy")
-    assert scores.dtype == np.float32 and scores.shape == (NUM_TEST, NUM_ITEMS) and np.allclose(scores.sum(1), 1)
+    assert (
+        scores.dtype == np.float32
+        and scores.shape == (NUM_TEST, NUM_ITEMS)
+        and np.allclose(scores.sum(1), 1)
+    )
     for row, mine in enumerate(lists(folder)):
         for line in mine:
-            assert np.log(scores[row, line["item_ids"]].sum()) == pytest.approx(line["score"], abs=1e-5)
-    guided = ("--guidance", folder / "scores.npy", "--guidance_weight", 10000, "--num_beams", 5, "--search", "exact")
+            assert np.log(scores[row, line["item_ids"]].sum()) == pytest.approx(
+                line["score"], abs=1e-5
+            )
+    guided = (
+        "--guidance",
+        folder / "scores.npy",
+        "--guidance_weight",
+        10000,
+        "--num_beams",
+        5,
+        "--search",
+        "exact",
+    )
     assert entry(eval, "--model", made / "model", "--output_dir", tmp_path / "guided", *guided) == 0
-    for row, (mine, other) in enumerate(zip(lists(folder), lists(tmp_path / "guided"), strict=True)):
+    for row, (mine, other) in enumerate(
+        zip(lists(folder), lists(tmp_path / "guided"), strict=True)
+    ):
         mass = [[scores[row, line["item_ids"]].sum() for line in found] for found in (mine, other)]
-        assert mass[0] == pytest.approx(mass[1], rel=0.01), "the guide's say is a thousand times the model's"
+        assert mass[0] == pytest.approx(mass[1], rel=0.01), (
+            "the guide's say is a thousand times the model's"
+        )
 
 
-def test_a_finished_run_is_evaluated_on_further_splits_and_not_again(entry, tmp_path, capsys, monkeypatch):
+def test_a_finished_run_is_evaluated_on_further_splits_and_not_again(
+    entry, tmp_path, capsys, monkeypatch
+):
     assert entry(baseline, *flags(tmp_path, "popularity")) == 0
     model = tmp_path / "popularity" / "model" / "model.safetensors"
-    written = model.stat().st_mtime_ns, (tmp_path / "popularity" / "eval" / "test" / "metrics.json").stat().st_mtime_ns
+    written = (
+        model.stat().st_mtime_ns,
+        (tmp_path / "popularity" / "eval" / "test" / "metrics.json").stat().st_mtime_ns,
+    )
     with pytest.raises(ValueError, match="holds a run already"):
         entry(baseline, *flags(tmp_path, "popularity"))
     capsys.readouterr()
-    assert entry(baseline, *flags(tmp_path, "popularity", "--resume", "auto", "--splits", "train", "test")) == 0
+    assert (
+        entry(
+            baseline,
+            *flags(tmp_path, "popularity", "--resume", "auto", "--splits", "train", "test"),
+        )
+        == 0
+    )
     assert "12 rows of train" in (text := capsys.readouterr().out) and "rows of test" not in text
-    assert written == (model.stat().st_mtime_ns, (tmp_path / "popularity" / "eval" / "test" / "metrics.json").stat().st_mtime_ns)
+    assert written == (
+        model.stat().st_mtime_ns,
+        (tmp_path / "popularity" / "eval" / "test" / "metrics.json").stat().st_mtime_ns,
+    )
     with pytest.raises(ValueError, match="these settings differ: num_beams"):
         entry(baseline, *flags(tmp_path, "popularity", "--resume", "auto", "--num_beams", 4))
     summary = tmp_path / "popularity" / "summary.json"
@@ -187,7 +265,9 @@ def test_a_finished_run_is_evaluated_on_further_splits_and_not_again(entry, tmp_
         entry(baseline, *flags(tmp_path, "popularity", "--resume", "auto"))
 
 
-@pytest.mark.parametrize(("score", "norm", "message"), [(torch.nan, 1.0, "the loss"), (0.0, torch.nan, "the gradient")])
+@pytest.mark.parametrize(
+    ("score", "norm", "message"), [(torch.nan, 1.0, "the loss"), (0.0, torch.nan, "the gradient")]
+)
 def test_a_step_that_is_not_finite_ends_the_run(score, norm, message):
     weight = torch.tensor(score, requires_grad=True)
 
@@ -214,23 +294,62 @@ TRAINED = ["--ds_config", "ds_configs/zero1-fp32.json"]
     ("more", "message"),
     [
         (["--recommender", "gru4rec"], "gru4rec is trained: give --ds_config"),
-        (["--recommender", "popularity", "--dropout", 0.1], "--dropout has no effect on popularity"),
-        (["--recommender", "last-item-knn", "--loss", "bce"], "--loss has no effect on last-item-knn"),
-        ([*TRAINED, "--recommender", "lrurec", "--num_heads", 2], "--num_heads has no effect on lrurec"),
-        ([*TRAINED, "--recommender", "sasrec", "--num_heads", 3], "--hidden_size 50 is not divisible by --num_heads 3"),
-        ([*TRAINED, "--recommender", "sasrec", "--num_negatives", 3], "--num_negatives has no effect on --loss cross-entropy"),
-        ([*TRAINED, "--recommender", "sasrec", "--loss", "bpr-max"], "--num_negatives 2048 of --loss bpr-max: .* hold 8 items"),
-        ([*TRAINED, "--recommender", "sasrec", "--loss", "bce", "--num_negatives", 10], "--num_negatives 10 .* hold 9 items"),
+        (
+            ["--recommender", "popularity", "--dropout", 0.1],
+            "--dropout has no effect on popularity",
+        ),
+        (
+            ["--recommender", "last-item-knn", "--loss", "bce"],
+            "--loss has no effect on last-item-knn",
+        ),
+        (
+            [*TRAINED, "--recommender", "lrurec", "--num_heads", 2],
+            "--num_heads has no effect on lrurec",
+        ),
+        (
+            [*TRAINED, "--recommender", "sasrec", "--num_heads", 3],
+            "--hidden_size 50 is not divisible by --num_heads 3",
+        ),
+        (
+            [*TRAINED, "--recommender", "sasrec", "--num_negatives", 3],
+            "--num_negatives has no effect on --loss cross-entropy",
+        ),
+        (
+            [*TRAINED, "--recommender", "sasrec", "--loss", "bpr-max"],
+            "--num_negatives 2048 of --loss bpr-max: .* hold 8 items",
+        ),
+        (
+            [*TRAINED, "--recommender", "sasrec", "--loss", "bce", "--num_negatives", 10],
+            "--num_negatives 10 .* hold 9 items",
+        ),
         (
             [*TRAINED, "--recommender", "gru4rec", "--loss", "bpr-max", "--num_negatives", 1],
             "must be at least 2, found 1",
         ),
-        ([*TRAINED, "--recommender", "sasrec", "--dropout", 1.0], r"--dropout must lie in \[0, 1\)"),
-        ([*TRAINED, "--recommender", "sasrec", "--hidden_size", 0], "--hidden_size must be at least 1"),
-        ([*TRAINED, "--recommender", "sasrec", "--global_batch_size", 12], "not a multiple of micro-batch 8"),
-        (["--recommender", "popularity", "--splits", "test", "test"], "--splits needs at least one and none twice"),
-        (["--recommender", "popularity", "--splits", "valid"], "row 4 of valid has an empty history"),
-        (["--recommender", "popularity", "--item_kind", "semantic-id"], "--item_kind semantic-id: item 0 has no such name"),
+        (
+            [*TRAINED, "--recommender", "sasrec", "--dropout", 1.0],
+            r"--dropout must lie in \[0, 1\)",
+        ),
+        (
+            [*TRAINED, "--recommender", "sasrec", "--hidden_size", 0],
+            "--hidden_size must be at least 1",
+        ),
+        (
+            [*TRAINED, "--recommender", "sasrec", "--global_batch_size", 12],
+            "not a multiple of micro-batch 8",
+        ),
+        (
+            ["--recommender", "popularity", "--splits", "test", "test"],
+            "--splits needs at least one and none twice",
+        ),
+        (
+            ["--recommender", "popularity", "--splits", "valid"],
+            "row 4 of valid has an empty history",
+        ),
+        (
+            ["--recommender", "popularity", "--item_kind", "semantic-id"],
+            "--item_kind semantic-id: item 0 has no such name",
+        ),
     ],
 )
 def test_bad_input_is_refused_before_a_run_folder_is_made(entry, tmp_path, more, message):
@@ -248,9 +367,29 @@ def test_an_unknown_recommender_or_loss_is_refused_with_the_known_ones(capsys):
 
 def test_presets_fill_in_what_is_not_given():
     given = parse(
-        BaselineConfig, ["--dataset", "d", "--output_dir", "o", "--recommender", "sasrec", *TRAINED, "--dropout", "0.2"]
+        BaselineConfig,
+        [
+            "--dataset",
+            "d",
+            "--output_dir",
+            "o",
+            "--recommender",
+            "sasrec",
+            *TRAINED,
+            "--dropout",
+            "0.2",
+        ],
     )
     config = baseline.with_preset(given)
-    assert (config.hidden_size, config.num_layers, config.num_heads, config.dropout) == (50, 2, 1, 0.2)
-    assert (config.global_batch_size, config.learning_rate, config.num_negatives) == (128, 1e-3, None)
+    assert (config.hidden_size, config.num_layers, config.num_heads, config.dropout) == (
+        50,
+        2,
+        1,
+        0.2,
+    )
+    assert (config.global_batch_size, config.learning_rate, config.num_negatives) == (
+        128,
+        1e-3,
+        None,
+    )
     assert baseline.with_preset(dataclasses.replace(given, loss="bce")).num_negatives == 1

@@ -24,11 +24,11 @@ from oracle import (
     weight_by_path,
 )
 
-from igd_ds.decoding.beam import best_per_lane
-from igd_ds.decoding.cache import PromptTree
-from igd_ds.decoding.search import Limits
-from igd_ds.decoding.trie import SearchTrie, longest_item
-from igd_ds.models import causal_lm
+from igd_ds.backbones import causal_lm
+from igd_ds.backbones.prompt_tree import PromptTree
+from igd_ds.items.search_trie import SearchTrie, longest_item
+from igd_ds.search.beam import best_per_lane
+from igd_ds.search.engine import Limits
 
 
 @pytest.mark.parametrize("length_penalty", [0.0, 0.7, 1.0])
@@ -40,7 +40,9 @@ def test_equals_the_plain_search(kind, length_penalty):
     for num_beams in (1, 3, 10):
         found = found_lists(model, prompts, trie, weights, num_beams, length_penalty)
         for user, prompt in enumerate(prompts):
-            expected = plain_search(model, prompt, items, weight_by_path(trie, weights), num_beams, length_penalty)
+            expected = plain_search(
+                model, prompt, items, weight_by_path(trie, weights), num_beams, length_penalty
+            )
             assert_same_lists(found[user], expected)
 
 
@@ -48,26 +50,34 @@ def test_equals_the_plain_search_with_qwen3_and_lora():
     import peft
 
     torch.manual_seed(0)
-    lora = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False)
+    lora = peft.LoraConfig(
+        task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False
+    )
     model = peft.get_peft_model(tiny_model("qwen3"), lora).eval()
     items, prompts = random_items(40), random_prompts(3)
     trie = build_trie(items)
     weights = random_weights(trie)
     found = found_lists(model, prompts, trie, weights, 5, 0.0)
     for user, prompt in enumerate(prompts):
-        assert_same_lists(found[user], plain_search(model, prompt, items, weight_by_path(trie, weights), 5, 0.0))
+        assert_same_lists(
+            found[user], plain_search(model, prompt, items, weight_by_path(trie, weights), 5, 0.0)
+        )
 
 
 def test_equals_the_plain_search_on_a_4_bit_base(tmp_path):
     tiny_model().save_pretrained(tmp_path)
-    settings = SimpleNamespace(model=str(tmp_path), dtype="float32", base_model="", trust_remote_code=False)
+    settings = SimpleNamespace(
+        model=str(tmp_path), dtype="float32", base_model="", trust_remote_code=False
+    )
     model = causal_lm.load_trained(settings, load_in_4bit=True, device=torch.device("cpu"))
     items, prompts = random_items(40), random_prompts(3)
     trie = build_trie(items)
     weights = random_weights(trie)
     found = found_lists(model, prompts, trie, weights, 5, 0.0)
     for user, prompt in enumerate(prompts):
-        assert_same_lists(found[user], plain_search(model, prompt, items, weight_by_path(trie, weights), 5, 0.0))
+        assert_same_lists(
+            found[user], plain_search(model, prompt, items, weight_by_path(trie, weights), 5, 0.0)
+        )
 
 
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0])
@@ -84,11 +94,21 @@ def test_a_beam_as_wide_as_the_catalogue_ranks_every_item(length_penalty, extra)
 
 def test_places_beyond_the_catalogue_are_flagged():
     trie = build_trie(random_items(5))
-    result = run_search(tiny_model(), random_prompts(2), trie, scoring_of(np.ones(trie.num_nodes, np.float32)), num_beams=8)
+    result = run_search(
+        tiny_model(),
+        random_prompts(2),
+        trie,
+        scoring_of(np.ones(trie.num_nodes, np.float32)),
+        num_beams=8,
+    )
     assert result.leaves.dtype == torch.int32 and result.scores.dtype == torch.float32
     for leaves, scores in zip(result.leaves[0], result.scores[0], strict=True):
         assert sorted(leaves[:5].tolist()) == sorted(int(leaf) for leaf in trie.leaf_of_item)
-        assert (leaves[5:] == -1).all() and (scores[5:] == -torch.inf).all() and scores[:5].isfinite().all()
+        assert (
+            (leaves[5:] == -1).all()
+            and (scores[5:] == -torch.inf).all()
+            and scores[:5].isfinite().all()
+        )
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -96,7 +116,14 @@ def test_every_list_is_full(seed):
     items = random_items(14, seed)
     trie = build_trie(items)
     for num_beams in range(1, 15):
-        for ranked in found_lists(tiny_model(seed=seed), random_prompts(5, seed), trie, random_weights(trie), num_beams, 0.5):
+        for ranked in found_lists(
+            tiny_model(seed=seed),
+            random_prompts(5, seed),
+            trie,
+            random_weights(trie),
+            num_beams,
+            0.5,
+        ):
             assert len({path for _, path in ranked}) == num_beams
 
 
@@ -112,7 +139,10 @@ def test_an_alpha_grid_gives_the_lists_of_each_alpha_and_shares_what_they_need()
     model, trie, prompts = tiny_model(), build_trie(random_items(60)), random_prompts(4)
     weights, alphas = random_weights(trie), (0.0, 0.3, 1.0)
     grid = run_search(model, prompts, trie, scoring_of(weights, alphas=alphas), 5)
-    alone = [run_search(model, prompts, trie, scoring_of(weights, alphas=(alpha,)), 5) for alpha in alphas]
+    alone = [
+        run_search(model, prompts, trie, scoring_of(weights, alphas=(alpha,)), 5)
+        for alpha in alphas
+    ]
     for index, result in enumerate(alone):
         assert torch.equal(grid.leaves[index], result.leaves[0])
         torch.testing.assert_close(grid.scores[index], result.scores[0], atol=2e-5, rtol=0)
@@ -126,14 +156,22 @@ def test_packed_runs_of_any_user_and_depth_equal_full_passes(kind):
     model, prompts = tiny_model(kind), random_prompts(3)
     tree = PromptTree(model)
     first = tree.prefill([np.array(prompt) for prompt in prompts])
-    passes = [([0, 1, 0, 1], [[7], [8], [9, 10, 11], [12]]), ([4, 3, 5, 2], [[13, 14], [15], [16, 17], [18, 19, 20]])]
+    passes = [
+        ([0, 1, 0, 1], [[7], [8], [9, 10, 11], [12]]),
+        ([4, 3, 5, 2], [[13, 14], [15], [16, 17], [18, 19, 20]]),
+    ]
     path = {run: ([], run) for run in range(3)}  # run → tokens behind the prompt, user
     for (parents, runs), left in zip(passes, [None, [1, 2]], strict=True):
         if left:  # user 0 is done: the others' keys move up
             tree.retain(torch.tensor(left))
-            parents, runs = zip(*[(p, r) for p, r in zip(parents, runs, strict=True) if path[p][1] in left], strict=True)
+            parents, runs = zip(
+                *[(p, r) for p, r in zip(parents, runs, strict=True) if path[p][1] in left],
+                strict=True,
+            )
         lengths = torch.tensor([len(run) for run in runs])
-        logits, numbers = tree.extend(torch.tensor(parents), lengths, torch.tensor([token for run in runs for token in run]))
+        logits, numbers = tree.extend(
+            torch.tensor(parents), lengths, torch.tensor([token for run in runs for token in run])
+        )
         rows = iter(logits)
         for parent, run, number in zip(parents, runs, numbers.tolist(), strict=True):
             above, user = path[parent]
@@ -141,7 +179,9 @@ def test_packed_runs_of_any_user_and_depth_equal_full_passes(kind):
             for end in range(1, len(run) + 1):
                 expected = full_pass(model, prompts[user] + above + run[:end])
                 torch.testing.assert_close(next(rows), expected, atol=2e-5, rtol=0)
-    torch.testing.assert_close(first, torch.stack([full_pass(model, prompt) for prompt in prompts]), atol=2e-5, rtol=0)
+    torch.testing.assert_close(
+        first, torch.stack([full_pass(model, prompt) for prompt in prompts]), atol=2e-5, rtol=0
+    )
 
 
 @torch.no_grad()
@@ -154,7 +194,9 @@ def test_the_model_attends_as_before_after_a_search():
     before = full_pass(model, prompt)
     trie = build_trie(random_items(30))
     found_lists(model, [prompt], trie, random_weights(trie), 4, 0.0)
-    assert model.config._attn_implementation == "sdpa" and torch.equal(full_pass(model, prompt), before)
+    assert model.config._attn_implementation == "sdpa" and torch.equal(
+        full_pass(model, prompt), before
+    )
 
 
 def test_windows_that_a_path_exceeds_are_refused():
@@ -163,7 +205,9 @@ def test_windows_that_a_path_exceeds_are_refused():
         model = tiny_model("mistral")
         model.config.sliding_window = window
         if refused:
-            with pytest.raises(ValueError, match=f"exceed the model's attention window of {window}"):
+            with pytest.raises(
+                ValueError, match=f"exceed the model's attention window of {window}"
+            ):
                 found_lists(model, [prompt], trie, random_weights(trie), 4, 0.0)
         else:
             found_lists(model, [prompt], trie, random_weights(trie), 4, 0.0)
@@ -174,14 +218,21 @@ def test_a_small_pass_budget_changes_no_list():
     scoring = scoring_of(random_weights(trie), alphas=(0.0, 1.0))
     large = run_search(model, prompts, trie, scoring, 4)
     small = run_search(model, prompts, trie, scoring, 4, limits=Limits(pass_positions=4))
-    assert torch.equal(large.leaves, small.leaves) and torch.equal(large.counts["positions"], small.counts["positions"])
+    assert torch.equal(large.leaves, small.leaves) and torch.equal(
+        large.counts["positions"], small.counts["positions"]
+    )
     assert small.counts["passes"].sum() > large.counts["passes"].sum()
 
 
 def test_forced_runs_take_fewer_passes_than_tokens():
     items = [(a, *range(10, 20), b, EOS) for a in (1, 2) for b in (3, 4)]
-    result = run_search(tiny_model(), random_prompts(2), build_trie(items), scoring_of(np.ones(31, np.float32)), 4)
-    assert result.counts["passes"].tolist() == [2, 2]  # a with its run, then b: EOS behind it needs no pass of its own
+    result = run_search(
+        tiny_model(), random_prompts(2), build_trie(items), scoring_of(np.ones(31, np.float32)), 4
+    )
+    assert result.counts["passes"].tolist() == [
+        2,
+        2,
+    ]  # a with its run, then b: EOS behind it needs no pass of its own
     assert result.counts["positions"].tolist() == [2 * 11 + 4] * 2
     assert result.counts["token_steps"].tolist() == [12, 12]
 
@@ -204,8 +255,16 @@ def test_ties_follow_the_order_of_tokens():
     model = tiny_model()
     torch.nn.init.zeros_(model.lm_head.weight)  # every token has the same probability
     items = [(5, EOS), (4, EOS), (3, EOS), (2, 9, EOS), (2, 8, EOS)]
-    found = found_lists(model, random_prompts(2), build_trie(items), np.ones(12, np.float32), 5, 0.0)
-    assert [path for _, path in found[0]] == [(3, EOS), (4, EOS), (5, EOS), (2, 8, EOS), (2, 9, EOS)]
+    found = found_lists(
+        model, random_prompts(2), build_trie(items), np.ones(12, np.float32), 5, 0.0
+    )
+    assert [path for _, path in found[0]] == [
+        (3, EOS),
+        (4, EOS),
+        (5, EOS),
+        (2, 8, EOS),
+        (2, 9, EOS),
+    ]
     assert [path for _, path in found[1]] == [path for _, path in found[0]]
 
 
@@ -217,7 +276,9 @@ def test_bf16_models_get_fp32_scores():
         for score, path in ranked:
             weight = [weight_by_path(trie, weights)[path[: t + 1]] for t in range(len(path))]
             # The same bf16 arithmetic in another order differs by some bf16 steps, no more.
-            assert score == pytest.approx(np.dot(weight, token_logprobs(model, prompts[user], path)), rel=0.02, abs=0.2)
+            assert score == pytest.approx(
+                np.dot(weight, token_logprobs(model, prompts[user], path)), rel=0.02, abs=0.2
+            )
 
 
 def test_bad_input_is_refused():
@@ -229,15 +290,31 @@ def test_bad_input_is_refused():
     with pytest.raises(ValueError, match="prompt 1 of the batch has no tokens"):
         found_lists(tiny_model(), [[1], []], trie, random_weights(trie), 3, 0.0)
     with pytest.raises(ValueError, match="--pass_positions 2 is less than"):
-        run_search(tiny_model(), random_prompts(1), trie, scoring_of(random_weights(trie)), 3, limits=Limits(pass_positions=2))
+        run_search(
+            tiny_model(),
+            random_prompts(1),
+            trie,
+            scoring_of(random_weights(trie)),
+            3,
+            limits=Limits(pass_positions=2),
+        )
     with pytest.raises(ValueError, match="unknown search 'greedy'; known: beam, exact"):
-        run_search(tiny_model(), random_prompts(1), trie, scoring_of(random_weights(trie)), 3, method="greedy")
+        run_search(
+            tiny_model(),
+            random_prompts(1),
+            trie,
+            scoring_of(random_weights(trie)),
+            3,
+            method="greedy",
+        )
 
 
 def test_longest_item_under_each_node():
     items = random_items(80, seed=3)
     trie = build_trie(items)
-    expected = [max(len(item) for item in items if item[: len(path)] == path) for path in node_paths(trie)]
+    expected = [
+        max(len(item) for item in items if item[: len(path)] == path) for path in node_paths(trie)
+    ]
     assert longest_item(trie).tolist() == expected
 
 
@@ -252,7 +329,10 @@ def test_forced_nodes_follow_without_a_choice():
         return 1 + forced(only) if only and children[only] else 0
 
     search_trie = SearchTrie.build(trie)
-    assert search_trie.forced.tolist() == [forced(path) for path in paths] and search_trie.forced.max() > 1
+    assert (
+        search_trie.forced.tolist() == [forced(path) for path in paths]
+        and search_trie.forced.max() > 1
+    )
     assert search_trie.token.dtype == torch.uint8 and search_trie.child_begin.dtype == torch.int16
 
 
@@ -264,5 +344,8 @@ def test_best_per_lane_ranks_ragged_lanes_with_ties_in_order():
         score = torch.from_numpy(random.integers(0, 30, len(lane)).astype(np.float32))  # many ties
         best = best_per_lane(lane, score, 10, limit)
         for number in range(10):
-            own = sorted((lane == number).nonzero()[:, 0].tolist(), key=lambda index: (-score[index].item(), index))[:limit]
+            own = sorted(
+                (lane == number).nonzero()[:, 0].tolist(),
+                key=lambda index: (-score[index].item(), index),
+            )[:limit]
             assert best[number].tolist() == own + [-1] * (limit - len(own))

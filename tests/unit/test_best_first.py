@@ -18,8 +18,8 @@ from oracle import (
     weight_by_path,
 )
 
-from igd_ds.decoding.search import Limits, search
-from igd_ds.decoding.trie import SearchTrie
+from igd_ds.items.search_trie import SearchTrie
+from igd_ds.search.engine import Limits, search
 
 
 @pytest.mark.parametrize("length_penalty", [0.0, 0.7, 1.0, 2.0])
@@ -28,22 +28,39 @@ def test_gives_the_true_best_items(length_penalty):
     trie = build_trie(items)
     weights = random_weights(trie)
     for width in (1, 4, 10):
-        result = run_search(model, prompts, trie, scoring_of(weights, length_penalty, alphas=(0.5, 1.0)), width, method="exact")
+        result = run_search(
+            model,
+            prompts,
+            trie,
+            scoring_of(weights, length_penalty, alphas=(0.5, 1.0)),
+            width,
+            method="exact",
+        )
         assert (result.certified == width).all() and (result.missing_bound == -torch.inf).all()
         for index, alpha in enumerate((0.5, 1.0)):
             weight = weight_by_path(trie, 1 - alpha * (1 - weights))
             found = as_lists(trie, result.leaves[index], result.scores[index])
             for user, prompt in enumerate(prompts):
-                assert_same_lists(found[user], ranking(model, prompt, items, weight, length_penalty)[:width])
+                assert_same_lists(
+                    found[user], ranking(model, prompt, items, weight, length_penalty)[:width]
+                )
 
 
 def test_beam_lists_come_along_and_are_worse_or_equal():
     model, prompts = tiny_model(), random_prompts(6)
     trie = build_trie(random_items(200))
     scoring = scoring_of(random_weights(trie))
-    exact, beam = (run_search(model, prompts, trie, scoring, 3, method=method) for method in ("exact", "beam"))
-    assert torch.equal(exact.beam_leaves, beam.leaves) and torch.equal(exact.beam_scores, beam.scores)
-    assert beam.beam_leaves is None and (beam.certified == 0).all() and (beam.missing_bound == torch.inf).all()
+    exact, beam = (
+        run_search(model, prompts, trie, scoring, 3, method=method) for method in ("exact", "beam")
+    )
+    assert torch.equal(exact.beam_leaves, beam.leaves) and torch.equal(
+        exact.beam_scores, beam.scores
+    )
+    assert (
+        beam.beam_leaves is None
+        and (beam.certified == 0).all()
+        and (beam.missing_bound == torch.inf).all()
+    )
     assert (exact.scores >= beam.scores).all() and (exact.scores > beam.scores).any()
 
 
@@ -53,7 +70,9 @@ def test_a_position_budget_certifies_what_it_can(row_positions):
     trie = build_trie(items)
     weights = random_weights(trie)
     limits = Limits(row_positions=row_positions, pass_positions=64)
-    result = run_search(model, prompts, trie, scoring_of(weights), 10, method="exact", limits=limits)
+    result = run_search(
+        model, prompts, trie, scoring_of(weights), 10, method="exact", limits=limits
+    )
     weight = weight_by_path(trie, weights)
     found = as_lists(trie, result.leaves[0], result.scores[0])
     for user, prompt in enumerate(prompts):
@@ -70,30 +89,61 @@ def test_a_position_budget_certifies_what_it_can(row_positions):
 
 def test_a_catalogue_smaller_than_the_list_is_listed_whole():
     trie = build_trie(random_items(6))
-    result = run_search(tiny_model(), random_prompts(2), trie, scoring_of(random_weights(trie)), 9, method="exact")
-    assert (result.certified == 6).all() and (result.leaves[..., 6:] == -1).all() and (result.leaves[..., :6] > 0).all()
+    result = run_search(
+        tiny_model(), random_prompts(2), trie, scoring_of(random_weights(trie)), 9, method="exact"
+    )
+    assert (
+        (result.certified == 6).all()
+        and (result.leaves[..., 6:] == -1).all()
+        and (result.leaves[..., :6] > 0).all()
+    )
 
 
 def test_scores_are_the_beams_to_the_bit_at_any_penalty():
     model, prompts = tiny_model(), random_prompts(5)
-    items = [(*(int(t) for t in np.random.default_rng(i).integers(1, 7, 1 + i % 19)), EOS) for i in range(80)]
+    items = [
+        (*(int(t) for t in np.random.default_rng(i).integers(1, 7, 1 + i % 19)), EOS)
+        for i in range(80)
+    ]
     trie = build_trie(sorted(set(items)))
     for length_penalty in (0.3, 0.7, 2.0):
-        result = run_search(model, prompts, trie, scoring_of(random_weights(trie), length_penalty), 6, method="exact")
+        result = run_search(
+            model,
+            prompts,
+            trie,
+            scoring_of(random_weights(trie), length_penalty),
+            6,
+            method="exact",
+        )
         both = result.leaves[0][:, :, None] == result.beam_leaves[0][:, None, :]
         _, place, beam_place = both.nonzero().T
         user = both.nonzero()[:, 0]
-        assert len(user) and torch.equal(result.scores[0][user, place], result.beam_scores[0][user, beam_place])
+        assert len(user) and torch.equal(
+            result.scores[0][user, place], result.beam_scores[0][user, beam_place]
+        )
 
 
 def test_ties_do_not_end_the_search_early():
     model = tiny_model()
-    torch.nn.init.zeros_(model.lm_head.weight)  # every token has the same probability: scores depend on the length alone
+    torch.nn.init.zeros_(
+        model.lm_head.weight
+    )  # every token has the same probability: scores depend on the length alone
     items = [(a, EOS) for a in range(1, 9)] + [(9, b, EOS) for b in range(1, 4)]
     trie = build_trie(items)
-    result = run_search(model, random_prompts(2), trie, scoring_of(np.ones(trie.num_nodes, np.float32)), 5, method="exact")
+    result = run_search(
+        model,
+        random_prompts(2),
+        trie,
+        scoring_of(np.ones(trie.num_nodes, np.float32)),
+        5,
+        method="exact",
+    )
     assert (result.certified == 5).all()
-    assert all(len(path) == 2 for ranked in as_lists(trie, result.leaves[0], result.scores[0]) for _, path in ranked)
+    assert all(
+        len(path) == 2
+        for ranked in as_lists(trie, result.leaves[0], result.scores[0])
+        for _, path in ranked
+    )
 
 
 def test_what_no_prefix_can_bound_is_refused_by_name():
@@ -131,31 +181,57 @@ class TableModel:
 
 
 def test_the_worked_example_of_the_documentation():
-    tokens = ["EOS", "Super", "Zelda", "The", "Mario", "Smash", "Breath", "Tears", "Witness", "Odyssey", "Bros"]
+    tokens = [
+        "EOS",
+        "Super",
+        "Zelda",
+        "The",
+        "Mario",
+        "Smash",
+        "Breath",
+        "Tears",
+        "Witness",
+        "Odyssey",
+        "Bros",
+    ]
     probabilities = {
         (): {"Super": 0.40, "Zelda": 0.35, "The": 0.25},
         ("Super",): {"Mario": 0.52, "Smash": 0.48},
         ("Zelda",): {"Breath": 0.5, "Tears": 0.5},
         ("The",): {"Witness": 1.0},
     }
-    titles = ["Super Mario Odyssey", "Super Smash Bros", "Zelda Breath", "Zelda Tears", "The Witness"]
+    titles = [
+        "Super Mario Odyssey",
+        "Super Smash Bros",
+        "Zelda Breath",
+        "Zelda Tears",
+        "The Witness",
+    ]
     for title in titles:  # every token that has no choice is certain
         words = [*title.split(), "EOS"]
         for t in range(1, len(words)):
             probabilities.setdefault(tuple(words[:t]), {words[t]: 1.0})
-    trie = build_trie([tuple(tokens.index(word) for word in [*title.split(), "EOS"]) for title in titles])
+    trie = build_trie(
+        [tuple(tokens.index(word) for word in [*title.split(), "EOS"]) for title in titles]
+    )
     scoring = scoring_of(np.ones(trie.num_nodes, np.float32))
 
     def run(method):
         model = TableModel(tokens, probabilities)
         result = search(model, SearchTrie.build(trie), scoring, 2, method=method)
-        titles_of = {int(leaf): title for leaf, title in zip(trie.leaf_of_item, titles, strict=True)}
+        titles_of = {
+            int(leaf): title for leaf, title in zip(trie.leaf_of_item, titles, strict=True)
+        }
         listed = [titles_of[leaf] for leaf in result.leaves[0, 0].tolist()]
         return listed, result.scores[0, 0].exp().tolist(), model.sent
 
     listed, shares, sent = run("beam")
-    assert listed == ["Super Mario Odyssey", "Super Smash Bros"] and shares == pytest.approx([0.208, 0.192], abs=1e-5)
+    assert listed == ["Super Mario Odyssey", "Super Smash Bros"] and shares == pytest.approx(
+        [0.208, 0.192], abs=1e-5
+    )
     assert sent == [2, 4]  # Super, Zelda; then Mario Odyssey, Smash Bros in one pass
     listed, shares, sent = run("exact")
-    assert listed == ["The Witness", "Super Mario Odyssey"] and shares == pytest.approx([0.25, 0.208], abs=1e-5)
+    assert listed == ["The Witness", "Super Mario Odyssey"] and shares == pytest.approx(
+        [0.25, 0.208], abs=1e-5
+    )
     assert sent == [2, 4, 2]  # and The Witness, the only open prefix above 0.192

@@ -22,7 +22,10 @@ def make_tokenizer(text="The Hobbit (Illustrated)\nDune. end)\n" * 50, codes=())
     """Byte-level BPE whose text teaches it merges such as ')' + newline."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(" ", "merged_with_next"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(" ", "merged_with_next"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -56,22 +59,34 @@ def test_text_items_are_tokenized_whole_and_end_in_eos(tokenizer, monkeypatch):
     catalogue = Catalogue.build(make_dataset(TITLES), tokenizer)
     assert catalogue.kind == "text" and catalogue.num_items == len(TITLES)
     for item, title in enumerate(TITLES):
-        expected = tokenizer.encode(title + "\n", add_special_tokens=False) + [tokenizer.eos_token_id]
+        expected = tokenizer.encode(title + "\n", add_special_tokens=False) + [
+            tokenizer.eos_token_id
+        ]
         assert catalogue.path(item).tolist() == expected
     assert catalogue.max_length == max(len(catalogue.path(i)) for i in range(len(TITLES)))
     assert catalogue.counts.tolist() == [2, 1, 0, 1, 0, 0]
-    assert (catalogue.token_ids.dtype, catalogue.offsets.dtype, catalogue.counts.dtype) == (np.int32, np.int64, np.int64)
+    assert (catalogue.token_ids.dtype, catalogue.offsets.dtype, catalogue.counts.dtype) == (
+        np.int32,
+        np.int64,
+        np.int64,
+    )
     merged = tokenizer.encode("The Hobbit (Illustrated)", add_special_tokens=False)
-    assert catalogue.path(1)[: len(merged)].tolist() != merged  # the trap: ')' and newline are one token
+    assert (
+        catalogue.path(1)[: len(merged)].tolist() != merged
+    )  # the trap: ')' and newline are one token
 
 
 def test_semantic_ids_are_one_token_per_code():
     tokenizer = make_tokenizer(codes=sorted({code for codes in CODES for code in codes}))
     for dataset in (make_dataset(codes=CODES), make_dataset(titles=["x"] * 4, codes=CODES)):
-        catalogue = Catalogue.build(dataset, tokenizer, None if dataset.titles[0] is None else "semantic-id")
+        catalogue = Catalogue.build(
+            dataset, tokenizer, None if dataset.titles[0] is None else "semantic-id"
+        )
         assert catalogue.kind == "semantic-id"
         for item, codes in enumerate(CODES):
-            assert catalogue.path(item).tolist() == tokenizer.convert_tokens_to_ids([*codes, "<eos>"])
+            assert catalogue.path(item).tolist() == tokenizer.convert_tokens_to_ids(
+                [*codes, "<eos>"]
+            )
 
 
 def test_bad_items_are_named(tokenizer):
@@ -79,7 +94,9 @@ def test_bad_items_are_named(tokenizer):
         Catalogue.build(make_dataset(["a", None, None, "b"]), tokenizer)
     with pytest.raises(ValueError, match="item 2 .*contains the EOS token '<eos>'"):
         Catalogue.build(make_dataset(["a", "b", "say <eos> now", "c"]), tokenizer)
-    with pytest.raises(ValueError, match=r"code '<a_1>' of item 0 is \d+ tokens.*train_tokenizer.py --semantic_ids"):
+    with pytest.raises(
+        ValueError, match=r"code '<a_1>' of item 0 is \d+ tokens.*train_tokenizer.py --semantic_ids"
+    ):
         Catalogue.build(make_dataset(codes=CODES), tokenizer)
     with pytest.raises(ValueError, match="item 1 has no semantic ID"):
         Catalogue.build(make_dataset(codes=[["<eos>"], [], ["<eos>"], ["<eos>"]]), tokenizer)
@@ -90,7 +107,10 @@ def test_bad_items_are_named(tokenizer):
     with pytest.raises(ValueError, match="known: text, semantic-id"):
         Catalogue.build(make_dataset(TITLES), tokenizer, "title")
     with pytest.raises(ValueError, match="no EOS token"):
-        Catalogue.build(make_dataset(TITLES), PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer))
+        Catalogue.build(
+            make_dataset(TITLES),
+            PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer),
+        )
 
 
 def test_fingerprint_is_stable_and_tells_tokenizers_apart(tokenizer, tmp_path):
@@ -115,7 +135,9 @@ def stored(tokenizer, tmp_path):
     trie = TokenTrie.build(catalogue.token_ids, catalogue.offsets, catalogue.counts)
     gain = information_gain(trie)
     save_catalogue(tmp_path / "catalogue", catalogue, trie, gain, "prior")
-    return SimpleNamespace(folder=tmp_path / "catalogue", dataset=dataset, catalogue=catalogue, trie=trie, gain=gain)
+    return SimpleNamespace(
+        folder=tmp_path / "catalogue", dataset=dataset, catalogue=catalogue, trie=trie, gain=gain
+    )
 
 
 def test_store_gives_back_what_was_saved_memory_mapped(stored, tokenizer):
@@ -125,7 +147,10 @@ def test_store_gives_back_what_was_saved_memory_mapped(stored, tokenizer):
     for name, value in vars(stored.trie).items():
         np.testing.assert_array_equal(getattr(loaded.trie, name), value, err_msg=name)
         assert getattr(loaded.trie, name).dtype == value.dtype
-        assert isinstance(getattr(loaded.trie, name), np.memmap) and not getattr(loaded.trie, name).flags.writeable
+        assert (
+            isinstance(getattr(loaded.trie, name), np.memmap)
+            and not getattr(loaded.trie, name).flags.writeable
+        )
     assert loaded.entropy == "prior" and loaded.gain.dtype == np.float32
     np.testing.assert_array_equal(loaded.gain, stored.gain.astype(np.float32))
     np.testing.assert_array_equal(loaded.gain[1:] == 0, zero_gain(loaded.trie)[1:])
@@ -141,7 +166,9 @@ def test_store_refuses_what_does_not_belong(stored, tokenizer):
     with pytest.raises(ValueError, match="never overwritten"):
         save_catalogue(stored.folder, stored.catalogue, stored.trie, stored.gain, "prior")
     with pytest.raises(ValueError, match="known: prior, conditional"):
-        save_catalogue(stored.folder.with_name("b"), stored.catalogue, stored.trie, stored.gain, "shannon")
+        save_catalogue(
+            stored.folder.with_name("b"), stored.catalogue, stored.trie, stored.gain, "shannon"
+        )
     with pytest.raises(ValueError, match="catalogue.json is missing"):
         load_catalogue(stored.folder.parent)
 

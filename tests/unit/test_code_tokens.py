@@ -1,7 +1,5 @@
 """Semantic-ID codes added to a pretrained causal LM: tokenizer, new rows, LoRA that trains them, saved and loaded again."""
 
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pyarrow as pa
@@ -11,17 +9,21 @@ import torch
 import transformers
 from tiny_run import INFO, rows
 
-from igd_ds.config import TrainConfig
+from igd_ds.backbones import causal_lm
+from igd_ds.config.options import TrainConfig
 from igd_ds.data.dataset import item_table, user_table, write_dataset
 from igd_ds.loss import IGNORED
-from igd_ds.models import causal_lm
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
-import add_codes  # noqa: E402
+from igd_ds.semantic_ids import add_codes
 
 CODES = [f"<{letter}_{i}>" for letter in "abc" for i in range(3)]
 OWN = 257  # tokens of the base model's tokenizer
-SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 MODELS = {"qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM)}
 MODELS |= {"llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM)}
 CPU = torch.device("cpu")
@@ -30,13 +32,19 @@ CPU = torch.device("cpu")
 def base(folder, kind: str = "qwen2", tied: bool = True, num_rows: int = OWN) -> str:
     """Save a random model with its tokenizer, as a hub would have them."""
     letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.BPE({letter: i for i, letter in enumerate(letters)}, [])
+    )
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>").save_pretrained(folder)
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<eos>"
+    ).save_pretrained(folder)
     torch.manual_seed(0)
     configuration, model = MODELS[kind]
-    model(configuration(vocab_size=num_rows, tie_word_embeddings=tied, initializer_range=0.2, **SIZES)).save_pretrained(folder)
+    model(
+        configuration(vocab_size=num_rows, tie_word_embeddings=tied, initializer_range=0.2, **SIZES)
+    ).save_pretrained(folder)
     return str(folder)
 
 
@@ -49,7 +57,11 @@ def dataset(folder, codes=CODES) -> str:
     items = [[a, b, c] for a in codes[:3] for b in codes[3:6] for c in codes[6:9]]
     splits = {name: rows([1], [[0]], [2]) for name in ("train", "valid", "test")}
     write_dataset(
-        folder, item_table([None] * len(items), items, pa.array(range(len(items)))), user_table(splits, None), splits, INFO
+        folder,
+        item_table([None] * len(items), items, pa.array(range(len(items)))),
+        user_table(splits, None),
+        splits,
+        INFO,
     )
     return str(folder)
 
@@ -67,7 +79,10 @@ def train_config(name: str, **changes) -> TrainConfig:
 
 def vocabulary_rows(model) -> list[torch.Tensor]:
     """Input and output rows as the forward pass sees them."""
-    return [module.weight.detach().float().clone() for module in (model.get_input_embeddings(), model.get_output_embeddings())]
+    return [
+        module.weight.detach().float().clone()
+        for module in (model.get_input_embeddings(), model.get_output_embeddings())
+    ]
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -81,7 +96,9 @@ def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def loss_of(model) -> torch.Tensor:
     ids, mask, labels = batch()
-    return torch.nn.functional.cross_entropy(causal_lm.label_logits(model, ids, mask, labels).float(), labels[labels != IGNORED])
+    return torch.nn.functional.cross_entropy(
+        causal_lm.label_logits(model, ids, mask, labels).float(), labels[labels != IGNORED]
+    )
 
 
 def step(model) -> None:
@@ -92,7 +109,9 @@ def step(model) -> None:
 
 
 def load(folder, load_in_4bit: bool = False):
-    settings = SimpleNamespace(model=str(folder), dtype="float32", base_model="", trust_remote_code=False)
+    settings = SimpleNamespace(
+        model=str(folder), dtype="float32", base_model="", trust_remote_code=False
+    )
     return causal_lm.load_trained(settings, load_in_4bit, CPU)
 
 
@@ -111,7 +130,10 @@ def test_the_tool_adds_one_token_per_code(tmp_path, capsys):
     assert causal_lm.added_token_ids(own, name) == range(OWN, OWN)
     assert add_codes.main(flags) == 0 and "nothing to do" in capsys.readouterr().out
     again = ["--dataset", data, "--tokenizer", str(tmp_path / "codes"), "--output"]
-    assert add_codes.main([*again, str(tmp_path / "codes")]) == 2 and "delete it" in capsys.readouterr().err
+    assert (
+        add_codes.main([*again, str(tmp_path / "codes")]) == 2
+        and "delete it" in capsys.readouterr().err
+    )
     assert add_codes.main([*again, str(tmp_path / "twice")]) == 2
     assert "'<a_0>' is token 257" in capsys.readouterr().err
 
@@ -119,7 +141,9 @@ def test_the_tool_adds_one_token_per_code(tmp_path, capsys):
 @pytest.mark.parametrize("code", ["a", "<eos>", " ", "Ġ"])
 def test_a_code_that_is_a_token_already_is_refused(tmp_path, code):
     name = base(tmp_path)
-    with pytest.raises(ValueError, match="is token [0-9]+ of the tokenizer .* already: rename the codes"):
+    with pytest.raises(
+        ValueError, match="is token [0-9]+ of the tokenizer .* already: rename the codes"
+    ):
         add_codes.add_codes(causal_lm.load_tokenizer(name), ["<a_0>", code], name)
 
 
@@ -130,21 +154,31 @@ def test_refusals(tmp_path):
     causal_lm.fit_model_config(model_config, config, tokenizer, added)
     with pytest.raises(ValueError, match="266 tokens but the model at .* only 257"):
         causal_lm.fit_model_config(model_config, config, tokenizer, range(0))
-    gap = SimpleNamespace(get_vocab=lambda: causal_lm.load_tokenizer(name).get_vocab() | {"zz": 300})
+    gap = SimpleNamespace(
+        get_vocab=lambda: causal_lm.load_tokenizer(name).get_vocab() | {"zz": 300}
+    )
     with pytest.raises(ValueError, match="not from 257 on without a gap"):
         causal_lm.added_token_ids(gap, name)
     holes = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 7}, "a"))
     with pytest.raises(ValueError, match="unused ids below 8"):
-        add_codes.add_codes(transformers.PreTrainedTokenizerFast(tokenizer_object=holes, unk_token="a"), CODES, "holes")
+        add_codes.add_codes(
+            transformers.PreTrainedTokenizerFast(tokenizer_object=holes, unk_token="a"),
+            CODES,
+            "holes",
+        )
     config = train_config(name, lora_r=2, lora_targets="q_proj,lm_head")
     with pytest.raises(ValueError, match="--lora_targets q_proj,lm_head: .* leave it out"):
         causal_lm.fit_model_config(model_config, config, tokenizer, added)
-    biased = transformers.PhiConfig(vocab_size=OWN, **SIZES)  # its output layer has a bias, which PEFT would forget
+    biased = transformers.PhiConfig(
+        vocab_size=OWN, **SIZES
+    )  # its output layer has a bias, which PEFT would forget
     with pytest.raises(ValueError, match="an output layer with a bias"):
         causal_lm.fit_model_config(biased, train_config(name, lora_r=2), tokenizer, added)
 
 
-@pytest.mark.parametrize("case", ["qwen2 tied 257", "llama untied 257", "llama tied 260", "qwen2 untied 280"])
+@pytest.mark.parametrize(
+    "case", ["qwen2 tied 257", "llama untied 257", "llama tied 260", "qwen2 untied 280"]
+)
 def test_new_rows_start_near_the_mean(tmp_path, case):
     """Whether they lie beyond the model's rows (257), partly so (260), or all within rows it has to spare (280)."""
     kind, tied, num_rows = split_case(case)
@@ -164,7 +198,9 @@ def test_new_rows_start_near_the_mean(tmp_path, case):
         assert len(new[OWN : OWN + 9].unique(dim=0)) == 9
 
 
-@pytest.mark.parametrize("case", ["qwen2 tied 257", "llama untied 260", "qwen2 tied 280 4-bit", "llama untied 257 4-bit"])
+@pytest.mark.parametrize(
+    "case", ["qwen2 tied 257", "llama untied 260", "qwen2 tied 280 4-bit", "llama untied 257 4-bit"]
+)
 def test_lora_trains_the_new_rows_and_saves_them(tmp_path, case):
     kind, tied, num_rows, in_4bit = *split_case(case), case.endswith("4-bit")
     name = base(tmp_path / "base", kind, tied, num_rows)
@@ -188,18 +224,27 @@ def test_lora_trains_the_new_rows_and_saves_them(tmp_path, case):
     with torch.no_grad():
         torch.testing.assert_close(loss_of(loaded), expected, rtol=1e-5, atol=0)
     without = causal_lm.num_trained_parameters(model.config, config)
-    assert causal_lm.num_trained_parameters(model.config, config, added) - without == 9 * 32 * (1 if tied else 2)
+    assert causal_lm.num_trained_parameters(model.config, config, added) - without == 9 * 32 * (
+        1 if tied else 2
+    )
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_lora_gives_new_rows_the_gradient_of_full_training(tmp_path, tied):
     name = base(tmp_path, tied=tied)
     _, added = with_codes(name)
-    full, lora = (causal_lm.build(train_config(name, lora_r=r), None, torch.float32, CPU, added) for r in (0, 2))
+    full, lora = (
+        causal_lm.build(train_config(name, lora_r=r), None, torch.float32, CPU, added)
+        for r in (0, 2)
+    )
     loss_of(full).backward()
     loss_of(lora.eval()).backward()  # LoRA starts as the base model, without dropout
-    trained = [parameter for name, parameter in lora.named_parameters() if "trainable_tokens_delta" in name]
-    vocabulary = [full.get_input_embeddings().weight] + [full.get_output_embeddings().weight] * (not tied)
+    trained = [
+        parameter for name, parameter in lora.named_parameters() if "trainable_tokens_delta" in name
+    ]
+    vocabulary = [full.get_input_embeddings().weight] + [full.get_output_embeddings().weight] * (
+        not tied
+    )
     for delta, weight in zip(trained, vocabulary, strict=True):
         torch.testing.assert_close(delta.grad, weight.grad[OWN:])
 
@@ -217,7 +262,12 @@ def test_all_weights_train_and_load_as_a_plain_model(tmp_path, tied):
 
 def test_weights_without_a_tokenizer_have_none(tmp_path):
     """transformers makes an empty tokenizer for such a folder: its tokens must not count as all the model had."""
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    sizes = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+    }
     config = transformers.Qwen2Config(vocab_size=40, **sizes)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "weights")
     with pytest.raises(ValueError, match="there are weights, but no files of a tokenizer"):

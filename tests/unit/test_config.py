@@ -4,14 +4,23 @@ import dataclasses
 
 import pytest
 
-from igd_ds import config as configuration
-from igd_ds.config import EvalConfig, TrainConfig
-from igd_ds.decoding.rules import ScoringOptions
-from igd_ds.decoding.search import Limits
+from igd_ds.config import options as configuration
+from igd_ds.config.options import EvalConfig, TrainConfig
+from igd_ds.objectives import check_flags
 from igd_ds.runlog import claim_run_folder
-from igd_ds.weighting import check_flags
+from igd_ds.search.engine import Limits
+from igd_ds.search.scoring import ScoringOptions
 
-REQUIRED = ["--ds_config", "c.json", "--dataset", "d", "--output_dir", "o", "--model_name_or_path", "m"]
+REQUIRED = [
+    "--ds_config",
+    "c.json",
+    "--dataset",
+    "d",
+    "--output_dir",
+    "o",
+    "--model_name_or_path",
+    "m",
+]
 
 
 def train(*flags):
@@ -22,7 +31,12 @@ def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("learning_rate: 0.5\nepochs: 7\nlength_grouping: false\nigd_beta: 1\n")
     config = train("--config", str(file), "--epochs", "2")
-    assert (config.learning_rate, config.epochs, config.length_grouping, config.igd_beta) == (0.5, 2, False, 1.0)
+    assert (config.learning_rate, config.epochs, config.length_grouping, config.igd_beta) == (
+        0.5,
+        2,
+        False,
+        1.0,
+    )
     assert config.patience == 1
     assert train("--config", str(file), "--length_grouping").length_grouping is True
 
@@ -30,8 +44,16 @@ def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path):
 def test_the_run_folders_settings_read_back(tmp_path):
     """What claim_run_folder writes as config.yaml is a --config file."""
     config = train("--igd_beta", "0.3", "--prompt", "alpaca", "--output_dir", str(tmp_path / "run"))
-    claim_run_folder(tmp_path / "run", dataclasses.asdict(config), {"gradient_accumulation_steps": 1}, world_size=1)
-    assert configuration.parse(TrainConfig, ["--config", str(tmp_path / "run" / "config.yaml")]) == config
+    claim_run_folder(
+        tmp_path / "run",
+        dataclasses.asdict(config),
+        {"gradient_accumulation_steps": 1},
+        world_size=1,
+    )
+    assert (
+        configuration.parse(TrainConfig, ["--config", str(tmp_path / "run" / "config.yaml")])
+        == config
+    )
 
 
 def test_the_launchers_local_rank_is_accepted():
@@ -90,16 +112,23 @@ def test_missing_settings_are_named():
         (["--temperature", "0"], "--temperature must be positive"),
         (["--guidance", "q.npy"], "--guidance and --guidance_weight, larger than 0, go together"),
         (["--guidance_weight", "1"], "go together"),
-        (["--guidance", "q.npy", "--guidance_weight", "-1"], "--guidance_weight must not be negative"),
+        (
+            ["--guidance", "q.npy", "--guidance_weight", "-1"],
+            "--guidance_weight must not be negative",
+        ),
     ],
 )
 def test_bad_evaluations(flags, message):
     with pytest.raises(ValueError, match=message):
-        configuration.parse(EvalConfig, ["--model", "m", "--dataset", "d", "--output_dir", "o", *flags])
+        configuration.parse(
+            EvalConfig, ["--model", "m", "--dataset", "d", "--output_dir", "o", *flags]
+        )
 
 
 def test_an_evaluations_defaults_are_those_of_the_search():
-    config = configuration.parse(EvalConfig, ["--model", "m", "--dataset", "d", "--output_dir", "o"])
+    config = configuration.parse(
+        EvalConfig, ["--model", "m", "--dataset", "d", "--output_dir", "o"]
+    )
     for defaults in (ScoringOptions(), Limits()):
         for name, value in dataclasses.asdict(defaults).items():
             assert getattr(config, name) == (list(value) if isinstance(value, tuple) else value)
@@ -111,7 +140,10 @@ def test_an_evaluations_defaults_are_those_of_the_search():
         (["--weighting", "idg"], "unknown; one of uniform, igd"),
         (["--weighting", "igd"], "needs --igd_beta"),
         (["--weighting", "uniform", "--igd_beta", "0.1"], "has no effect with --weighting uniform"),
-        (["--weighting", "igd", "--igd_beta", "0.1", "--position_floor", "0.1"], "--position_floor 0.1 has no effect"),
+        (
+            ["--weighting", "igd", "--igd_beta", "0.1", "--position_floor", "0.1"],
+            "--position_floor 0.1 has no effect",
+        ),
         (["--weighting", "position"], "needs --position_floor"),
     ],
 )

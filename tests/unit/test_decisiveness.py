@@ -32,7 +32,9 @@ class Definitions:
         return merged
 
     def prior(self, prefix):
-        return math.fsum(-n / self.total * math.log(n / self.total) for n in self.leaves(prefix).values() if n)
+        return math.fsum(
+            -n / self.total * math.log(n / self.total) for n in self.leaves(prefix).values() if n
+        )
 
     def conditional(self, prefix):
         mass = self.mass(prefix)
@@ -46,7 +48,9 @@ class Definitions:
         items, mass = self.items[prefix], self.mass(prefix)
         if len(items) == 1:
             return 1.0
-        entropy = math.fsum(-c / mass * math.log(c / mass) for c in (self.counts[i] for i in items) if c)
+        entropy = math.fsum(
+            -c / mass * math.log(c / mass) for c in (self.counts[i] for i in items) if c
+        )
         return 1 - entropy / math.log(len(items))
 
     def children(self, prefix):
@@ -88,15 +92,26 @@ def case(request):
 def test_entropy_and_gain(case, name):
     brute, trie = case
     by_prefix = getattr(brute, name)
-    np.testing.assert_allclose(decisiveness.entropy(trie, name), [by_prefix(p) for p in brute.prefixes], rtol=1e-12, atol=1e-15)
+    np.testing.assert_allclose(
+        decisiveness.entropy(trie, name),
+        [by_prefix(p) for p in brute.prefixes],
+        rtol=1e-12,
+        atol=1e-15,
+    )
     gain = decisiveness.information_gain(trie, name)
-    np.testing.assert_allclose(gain, brute.edges(lambda c: by_prefix(c[:-1]) - by_prefix(c)), rtol=1e-11, atol=1e-14)
+    np.testing.assert_allclose(
+        gain, brute.edges(lambda c: by_prefix(c[:-1]) - by_prefix(c)), rtol=1e-11, atol=1e-14
+    )
     zero = decisiveness.zero_gain(trie)
-    assert zero.tolist() == [False] + [brute.mass(c) == brute.mass(c[:-1]) for c in brute.prefixes[1:]]
+    assert zero.tolist() == [False] + [
+        brute.mass(c) == brute.mass(c[:-1]) for c in brute.prefixes[1:]
+    ]
     assert np.all(gain[zero] == 0.0) and gain[0] == 0.0
     warm = trie.train_count > 0
     assert np.all(gain[1:][~zero[1:] & warm[1:]] != 0.0)
-    np.testing.assert_array_equal(decisiveness.information_gain(trie, name, np.float32), gain.astype(np.float32))
+    np.testing.assert_array_equal(
+        decisiveness.information_gain(trie, name, np.float32), gain.astype(np.float32)
+    )
     if name == "prior":
         assert gain.min() >= 0.0
 
@@ -113,7 +128,9 @@ def test_other_measures(case):
     for name, measure in decisiveness.MEASURES.items():
         scale = max(1.0, float(brute.total)) if name == "chi-squared" else 1.0
         found = measure(trie)
-        np.testing.assert_allclose(found, brute.edges(expected[name]), rtol=1e-10, atol=1e-12 * scale, err_msg=name)
+        np.testing.assert_allclose(
+            found, brute.edges(expected[name]), rtol=1e-10, atol=1e-12 * scale, err_msg=name
+        )
     zero = decisiveness.zero_gain(trie)
     for name in ("gini", "gain-ratio", "chi-squared"):
         assert np.all(decisiveness.MEASURES[name](trie)[zero] == 0.0), name
@@ -125,7 +142,9 @@ def test_mean_gain_ratio_of_a_branching_prefix_is_one(case):
     for prefix in brute.prefixes:
         children = brute.children(prefix)
         if sum(brute.mass(c) > 0 for c in children) > 1:
-            mean = math.fsum(brute.mass(c) / brute.mass(prefix) * ratio[brute.number[c]] for c in children)
+            mean = math.fsum(
+                brute.mass(c) / brute.mass(prefix) * ratio[brute.number[c]] for c in children
+            )
             assert mean == pytest.approx(1.0, abs=1e-9)
 
 
@@ -153,13 +172,19 @@ def test_equal_siblings_normalise_to_zero_in_any_order():
     rng = np.random.default_rng(1)
     counts = rng.integers(1, 1000, 3000)
     shuffled = [counts, rng.permutation(counts), rng.permutation(counts)]
-    paths = [[family, 10 + k // 60, 100 + k % 60, EOS] for family in (1, 2, 3) for k in range(len(counts))]
+    paths = [
+        [family, 10 + k // 60, 100 + k % 60, EOS]
+        for family in (1, 2, 3)
+        for k in range(len(counts))
+    ]
     trie = TokenTrie.build(*ragged(paths), np.concatenate(shuffled))
     for name in decisiveness.ENTROPIES:
         gain = decisiveness.information_gain(trie, name)
         assert np.ptp(gain[1:4]) <= 1e-13 * gain[1]
         stored = gain.astype(np.float32)
-        neighbour = np.where(np.arange(len(gain)) % 2, stored, np.nextafter(stored, np.float32(9)))  # rounded apart
+        neighbour = np.where(
+            np.arange(len(gain)) % 2, stored, np.nextafter(stored, np.float32(9))
+        )  # rounded apart
         for values in (gain, stored, neighbour):
             assert np.all(decisiveness.normalised_gain(trie, values)[1:4] == 0.0)
     uniform = TokenTrie.build(*ragged(paths), np.ones(len(paths), np.int64))

@@ -14,7 +14,12 @@ FOLDER = Path(__file__).parents[2] / "ds_configs"
 
 
 def config(path, **changes):
-    values = {"ds_config": str(path), "global_batch_size": 64, "max_grad_norm": 1.0, "load_in_4bit": False}
+    values = {
+        "ds_config": str(path),
+        "global_batch_size": 64,
+        "max_grad_norm": 1.0,
+        "load_in_4bit": False,
+    }
     return SimpleNamespace(**values | changes)
 
 
@@ -27,18 +32,31 @@ def test_shipped_files_resolve_for_any_number_of_ranks(path, world, monkeypatch)
     assert micro * ds["gradient_accumulation_steps"] * world == ds["train_batch_size"] == 256
     assert ds["gradient_clipping"] == 1.0
     assert engine.zero_stage(ds) == int(path.stem[4])
-    expected = {"fp32": torch.float32, "fp16": torch.float16}.get(path.stem.split("-")[-1], torch.bfloat16)
+    expected = {"fp32": torch.float32, "fp16": torch.float16}.get(
+        path.stem.split("-")[-1], torch.bfloat16
+    )
     assert engine.dtype_of(ds) == expected
     assert ("offload" in path.stem) == ("offload_optimizer" in ds["zero_optimization"])
 
 
-@pytest.mark.parametrize(("batch", "world", "micro"), [(32, 1, 32), (32, 8, 4), (256, 2, 64), (64, 1, 64)])
+@pytest.mark.parametrize(
+    ("batch", "world", "micro"), [(32, 1, 32), (32, 8, 4), (256, 2, 64), (64, 1, 64)]
+)
 def test_a_micro_batch_is_at_most_the_global_batch_over_the_ranks(batch, world, micro):
-    ds = engine.resolve_ds_config(config(FOLDER / "zero1-batch64-fp32.json", global_batch_size=batch), world)
-    assert (ds["train_micro_batch_size_per_gpu"], ds["gradient_accumulation_steps"]) == (micro, batch // (micro * world))
+    ds = engine.resolve_ds_config(
+        config(FOLDER / "zero1-batch64-fp32.json", global_batch_size=batch), world
+    )
+    assert (ds["train_micro_batch_size_per_gpu"], ds["gradient_accumulation_steps"]) == (
+        micro,
+        batch // (micro * world),
+    )
 
 
-GOOD = {"train_micro_batch_size_per_gpu": 8, "zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}
+GOOD = {
+    "train_micro_batch_size_per_gpu": 8,
+    "zero_optimization": {"stage": 2},
+    "bf16": {"enabled": True},
+}
 
 
 @pytest.mark.parametrize(
@@ -51,16 +69,32 @@ GOOD = {"train_micro_batch_size_per_gpu": 8, "zero_optimization": {"stage": 2}, 
         ({"gradient_clipping": 1.0}, {}, "--max_grad_norm"),
         ({"optimizer": {}}, {}, "--learning_rate"),
         ({"scheduler": {}}, {}, "--schedule"),
-        ({"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}, {}, "zero_optimization.reduce_bucket_size.*auto"),
+        (
+            {"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}},
+            {},
+            "zero_optimization.reduce_bucket_size.*auto",
+        ),
         ({"bf16": {"enabled": "auto"}}, {}, "bf16.enabled"),
         ({"train_micro_batch_size_per_gpu": "auto"}, {}, "train_micro_batch_size_per_gpu"),
         ({"train_micro_batch_size_per_gpu": 0}, {}, "positive whole number"),
         ({"zero_optimization": {"stage": 4}}, {}, "stage must be 0, 1, 2 or 3"),
         ({"zero_optimization": {"stage": 0}}, {}, "use stage 1"),
         ({"bf16": {"enabled": False}, "fp16": {"enabled": True}}, {}, "fp16 needs a GPU"),
-        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}, {"load_in_4bit": True}, "--load_in_4bit"),
-        ({}, {"global_batch_size": 1}, "--global_batch_size 1 is not a multiple of micro-batch 1 .* × 2 ranks = 2"),
-        ({}, {"global_batch_size": 20}, "--global_batch_size 20 is not a multiple of micro-batch 8 .* × 2 ranks = 16"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}},
+            {"load_in_4bit": True},
+            "--load_in_4bit",
+        ),
+        (
+            {},
+            {"global_batch_size": 1},
+            "--global_batch_size 1 is not a multiple of micro-batch 1 .* × 2 ranks = 2",
+        ),
+        (
+            {},
+            {"global_batch_size": 20},
+            "--global_batch_size 20 is not a multiple of micro-batch 8 .* × 2 ranks = 16",
+        ),
     ],
 )
 def test_mistakes_name_file_and_key(tmp_path, monkeypatch, change, settings, message):
@@ -99,33 +133,46 @@ def test_disk_space(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="--output_dir .*GiB free"):
         engine.check_disk_space(tmp_path, 1_000_000, 2)
     (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / "state").write_bytes(b"0" * 50_000_000)  # what lies there already need not be found anew
+    (tmp_path / "checkpoints" / "state").write_bytes(
+        b"0" * 50_000_000
+    )  # what lies there already need not be found anew
     engine.check_disk_space(tmp_path, 1_000_000, 2)
 
 
 def test_torn_checkpoints_are_removed(tmp_path, capsys):
     def newest():
         """The newest whole one, and those that are said to be removed."""
-        return engine.newest_checkpoint(tmp_path), re.findall(r"warning: checkpoint (\S+) was not whole", capsys.readouterr().out)
+        return engine.newest_checkpoint(tmp_path), re.findall(
+            r"warning: checkpoint (\S+) was not whole", capsys.readouterr().out
+        )
 
     for step, size in ((1, 3), (2, 3), (3, 3)):
         folder = tmp_path / f"step-{step:08d}"
         folder.mkdir()
         (folder / "weights").write_text("abc")
-        (folder / "manifest.json").write_text(json.dumps({"world_size": 1, "files": {"weights": size}}))
+        (folder / "manifest.json").write_text(
+            json.dumps({"world_size": 1, "files": {"weights": size}})
+        )
     assert newest() == ("step-00000003", [])
     (tmp_path / "step-00000003" / "weights").write_text("ab")
     (tmp_path / "step-00000002" / "manifest.json").unlink()
     assert newest() == ("step-00000001", ["step-00000003", "step-00000002"])
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]  # so that pruning never counts a torn one
-    (tmp_path / "step-00000001" / "manifest.json").write_text(json.dumps({"world_size": 2, "files": {"weights": 3}}))
+    assert [path.name for path in tmp_path.iterdir()] == [
+        "step-00000001"
+    ]  # so that pruning never counts a torn one
+    (tmp_path / "step-00000001" / "manifest.json").write_text(
+        json.dumps({"world_size": 2, "files": {"weights": 3}})
+    )
     with pytest.raises(ValueError, match="saved by 2 ranks, this run has 1"):
         engine.newest_checkpoint(tmp_path)
     (tmp_path / "step-00000001" / "weights").unlink()
     assert newest() == (None, ["step-00000001"])
 
 
-@pytest.mark.parametrize("text", ["[]", '{"train_micro_batch_size_per_gpu": 1, "bf16": true}', '{"zero_optimization": null}'])
+@pytest.mark.parametrize(
+    "text",
+    ["[]", '{"train_micro_batch_size_per_gpu": 1, "bf16": true}', '{"zero_optimization": null}'],
+)
 def test_malformed_files(tmp_path, text):
     (tmp_path / "ds.json").write_text(text)
     with pytest.raises(ValueError, match="ds.json: .*must be JSON objects"):

@@ -17,9 +17,9 @@ from oracle import (
     weight_by_path,
 )
 
-from igd_ds.decoding.cache import EncoderPromptTree
-from igd_ds.decoding.search import search
-from igd_ds.decoding.trie import SearchTrie
+from igd_ds.backbones.prompt_tree import EncoderPromptTree
+from igd_ds.items.search_trie import SearchTrie
+from igd_ds.search.engine import search
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,9 @@ def model():
                 "eos_token_id": EOS, "pad_token_id": VOCABULARY - 1, "decoder_start_token_id": VOCABULARY - 1}  # fmt: skip
     config = transformers.T5Config(**settings)
     model = transformers.T5ForConditionalGeneration(config).eval()
-    torch.nn.init.normal_(model.decoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight)
+    torch.nn.init.normal_(
+        model.decoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
+    )
     torch.nn.init.normal_(model.lm_head.weight, std=0.3)
     return model
 
@@ -39,12 +41,19 @@ def model():
 def full_pass(model, prompt, tokens):
     """Logits of each next token, (1 + tokens, V), from one decoder pass without a cache."""
     start = model.config.decoder_start_token_id
-    return model(input_ids=torch.tensor([prompt]), decoder_input_ids=torch.tensor([[start, *tokens]]), use_cache=False).logits[0]
+    return model(
+        input_ids=torch.tensor([prompt]),
+        decoder_input_ids=torch.tensor([[start, *tokens]]),
+        use_cache=False,
+    ).logits[0]
 
 
 def semantic_ids(num_items: int) -> list[tuple[int, ...]]:
     random = np.random.default_rng(0)
-    codes = {tuple(int(level * 10 + c) for level, c in enumerate(random.integers(1, 10, 4))) for _ in range(2 * num_items)}
+    codes = {
+        tuple(int(level * 10 + c) for level, c in enumerate(random.integers(1, 10, 4)))
+        for _ in range(2 * num_items)
+    }
     return [(*path, EOS) for path in sorted(codes)[:num_items]]
 
 
@@ -52,17 +61,26 @@ def test_packed_runs_equal_full_decoder_passes_also_after_users_retire(model):
     prompts = random_prompts(3)
     tree = EncoderPromptTree(model)
     first = tree.prefill([np.array(prompt) for prompt in prompts])
-    torch.testing.assert_close(first, torch.stack([full_pass(model, p, [])[-1] for p in prompts]), atol=2e-5, rtol=0)
+    torch.testing.assert_close(
+        first, torch.stack([full_pass(model, p, [])[-1] for p in prompts]), atol=2e-5, rtol=0
+    )
     path = {run: ([], run) for run in range(3)}
-    for parents, runs, left in [([0, 1, 2, 1], [[7], [8, 9, 10], [9], [11]], [0, 1, 2]), ([6, 4, 4], [[1, 2], [3], [4, 5]], [1])]:
+    for parents, runs, left in [
+        ([0, 1, 2, 1], [[7], [8, 9, 10], [9], [11]], [0, 1, 2]),
+        ([6, 4, 4], [[1, 2], [3], [4, 5]], [1]),
+    ]:
         if len(left) < 3:
             tree.retain(torch.tensor(left))
         lengths = torch.tensor([len(run) for run in runs])
         logits, numbers = tree.extend(torch.tensor(parents), lengths, torch.tensor(sum(runs, [])))
-        for rows, parent, run, number in zip(logits.split(lengths.tolist()), parents, runs, numbers.tolist(), strict=True):
+        for rows, parent, run, number in zip(
+            logits.split(lengths.tolist()), parents, runs, numbers.tolist(), strict=True
+        ):
             above, user = path[parent]
             path[number] = (above + run, user)
-            torch.testing.assert_close(rows, full_pass(model, prompts[user], above + run)[-len(run) :], atol=5e-5, rtol=0)
+            torch.testing.assert_close(
+                rows, full_pass(model, prompts[user], above + run)[-len(run) :], atol=5e-5, rtol=0
+            )
 
 
 @pytest.mark.parametrize("method", ["beam", "exact"])
@@ -75,11 +93,21 @@ def test_wide_and_exact_searches_rank_every_item(model, method):
     width = len(items) if method == "beam" else 12
     result = search(tree, SearchTrie.build(trie), scoring_of(weights), width, method=method)
     weight = weight_by_path(trie, weights)
-    for prompt, found in zip(prompts, as_lists(trie, result.leaves[0], result.scores[0]), strict=True):
+    for prompt, found in zip(
+        prompts, as_lists(trie, result.leaves[0], result.scores[0]), strict=True
+    ):
         expected = []
         for path in items:
             logprob = full_pass(model, prompt, path[:-1]).log_softmax(-1)
-            expected.append((sum(weight[path[: t + 1]] * logprob[t, token].item() for t, token in enumerate(path)), path))
+            expected.append(
+                (
+                    sum(
+                        weight[path[: t + 1]] * logprob[t, token].item()
+                        for t, token in enumerate(path)
+                    ),
+                    path,
+                )
+            )
         assert_same_lists(found, sorted(expected, reverse=True)[:width])
 
 

@@ -18,11 +18,19 @@ import sample_study
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Canvas
 
-from igd_ds.report import figures
-from igd_ds.report.figures import FIGURES, all_figures, blocks
+from igd_ds.studies.report import figures
+from igd_ds.studies.report.figures import FIGURES, all_figures, blocks
 
 BOOKS, INSTRUMENTS = "books-small-qwen2-1m-", "instruments-qwen2-1m-"
-EVERYWHERE = {"improvements", "validation", "loss-by-weighting", "probability-by-gain", "entropy-gap", "popularity", "head-tail"}
+EVERYWHERE = {
+    "improvements",
+    "validation",
+    "loss-by-weighting",
+    "probability-by-gain",
+    "entropy-gap",
+    "popularity",
+    "head-tail",
+}
 
 
 @pytest.fixture(scope="module")
@@ -44,13 +52,23 @@ def drawn(figure) -> Canvas:
 
 def changed(study, change):
     """The study with `change` applied to the fields of each run."""
-    return dataclasses.replace(study, runs=[dataclasses.replace(run, **change(run)) for run in study.runs])
+    return dataclasses.replace(
+        study, runs=[dataclasses.replace(run, **change(run)) for run in study.runs]
+    )
 
 
 def hashes(study) -> list[str]:
     """Of the bytes of some figures, which between them use all that is drawn with."""
-    some = [figure for figure in all_figures(study) if figure.name.endswith(("loss-by-beta", "popularity", "head-tail", "beta"))]
-    return [hashlib.sha256(figure.render(kind)).hexdigest() for figure in some for kind in ("png", "svg")]
+    some = [
+        figure
+        for figure in all_figures(study)
+        if figure.name.endswith(("loss-by-beta", "popularity", "head-tail", "beta"))
+    ]
+    return [
+        hashlib.sha256(figure.render(kind)).hexdigest()
+        for figure in some
+        for kind in ("png", "svg")
+    ]
 
 
 def lines_of(axes, count: int) -> list[np.ndarray]:
@@ -63,7 +81,9 @@ def test_each_dataset_has_the_figures_it_has_data_for(study):
     assert len(set(names)) == len(names)
     books = EVERYWHERE | {"beta", "loss-by-beta"}
     instruments = EVERYWHERE | {"curriculum", "objective-shares"}
-    assert set(names) == {"purity"} | {BOOKS + name for name in books} | {INSTRUMENTS + name for name in instruments}
+    assert set(names) == {"purity"} | {BOOKS + name for name in books} | {
+        INSTRUMENTS + name for name in instruments
+    }
     assert len(books | instruments) == len(FIGURES)  # none is never drawn
 
 
@@ -85,13 +105,26 @@ def test_a_figure_without_its_data_is_left_out_alone(study, lost, key):
     def without(run):
         curves = {tag: points for tag, points in run.curves.items() if not tag.startswith(key)}
         test = run.test and run.test | {
-            "alpha": {a: {k: v for k, v in e.items() if k != key} for a, e in run.test["alpha"].items()}
+            "alpha": {
+                a: {k: v for k, v in e.items() if k != key} for a, e in run.test["alpha"].items()
+            }
         }
         valid = {name: value for name, value in run.valid.items() if name != key}
-        return {"curves": curves, "test": test, "valid": valid, "ranks": {} if key == "ranks" else run.ranks}
+        return {
+            "curves": curves,
+            "test": test,
+            "valid": valid,
+            "ranks": {} if key == "ranks" else run.ranks,
+        }
 
     gone = by_name(study).keys() - by_name(changed(study, without)).keys()
-    also = {"probability-by-gain"} if lost == "validation" else {"loss-by-beta", "loss-by-weighting"} if "loss" in lost else set()
+    also = (
+        {"probability-by-gain"}
+        if lost == "validation"
+        else {"loss-by-beta", "loss-by-weighting"}
+        if "loss" in lost
+        else set()
+    )
     assert {name.removeprefix(BOOKS).removeprefix(INSTRUMENTS) for name in gone} == {lost} | also
 
 
@@ -102,7 +135,9 @@ def test_every_axis_is_labelled_and_every_line_named(study):
         assert all(axes.get_xlabel() for axes in canvas.axes), figure.name
         assert canvas.axes[0].get_ylabel() or len(canvas.axes[0].get_yticklabels()) > 1, figure.name
         looks = [
-            (line.get_color(), line.get_linestyle(), line.get_marker()) for text in canvas.legends for line in text.get_lines()
+            (line.get_color(), line.get_linestyle(), line.get_marker())
+            for text in canvas.legends
+            for line in text.get_lines()
         ]
         assert len(set(looks)) == len(looks), f"{figure.name}: two lines look alike"
 
@@ -110,13 +145,21 @@ def test_every_axis_is_labelled_and_every_line_named(study):
 def test_looks_differ_without_colour():
     looks = [figures.look(index) for index in range(40)]
     assert len({(str(look["linestyle"]), look["marker"]) for look in looks}) == 40
-    light = [np.dot(figures.shade(index, 8)["color"][:3], (0.299, 0.587, 0.114)) for index in range(8)]
+    light = [
+        np.dot(figures.shade(index, 8)["color"][:3], (0.299, 0.587, 0.114)) for index in range(8)
+    ]
     assert all(b - a > 0.05 for a, b in pairwise(light)) and light[-1] < 0.85
 
 
 def test_runs_that_are_not_whole_change_nothing(study):
     wild = [
-        dataclasses.replace(run, name=f"{run.name}-{state}", seed=9, state=state, curves={tag: [[1, 1e9]] for tag in run.curves})
+        dataclasses.replace(
+            run,
+            name=f"{run.name}-{state}",
+            seed=9,
+            state=state,
+            curves={tag: [[1, 1e9]] for tag in run.curves},
+        )
         for run in study.runs[:3]
         for state in ("unfinished", "failed", "not run")
     ]
@@ -127,7 +170,9 @@ def test_runs_that_are_not_whole_change_nothing(study):
 
 
 def test_blocks_hold_one_dataset_and_backbone(study):
-    other = [dataclasses.replace(run, backbone="llama") for run in study.runs if not run.is_baseline]
+    other = [
+        dataclasses.replace(run, backbone="llama") for run in study.runs if not run.is_baseline
+    ]
     found = blocks(dataclasses.replace(study, runs=study.runs + other))
     assert len(found) == 4
     for block in found:
@@ -135,13 +180,18 @@ def test_blocks_hold_one_dataset_and_backbone(study):
         assert {run.backbone for run in block.runs if not run.is_baseline} == {block.backbone}
         assert any(run.is_baseline for run in block.runs)
     baselines = [run for run in study.runs if run.is_baseline]
-    assert [block.backbone for block in blocks(dataclasses.replace(study, runs=baselines))] == ["", ""]
+    assert [block.backbone for block in blocks(dataclasses.replace(study, runs=baselines))] == [
+        "",
+        "",
+    ]
 
 
 def test_a_mean_curve_goes_as_far_as_every_seed(study):
     first, second = (
         study.runs[0],
-        dataclasses.replace(study.runs[1], curves={"train/loss": [[10, 4.0], [30, 2.0], [50, math.nan]]}),
+        dataclasses.replace(
+            study.runs[1], curves={"train/loss": [[10, 4.0], [30, 2.0], [50, math.nan]]}
+        ),
     )
     first = dataclasses.replace(first, curves={"train/loss": [[0, 8.0], [20, 6.0], [40, 0.0]]})
     steps, mean, deviation = figures.mean_curve([first, second], "train/loss")
@@ -155,35 +205,70 @@ def test_a_mean_curve_goes_as_far_as_every_seed(study):
 def test_beta_is_drawn_and_judged_as_averaged_by_hand(study):
     values = {}
     for run in (
-        run for run in study.runs if run.dataset == "books-small" and run.settings.get("weighting") in ("igd", "uniform")
+        run
+        for run in study.runs
+        if run.dataset == "books-small" and run.settings.get("weighting") in ("igd", "uniform")
     ):
         entry = run.valid["alpha"]["0.0"]["token_match"]
-        values.setdefault(run.settings.get("igd_beta"), []).append((entry["hr@10"], entry["ndcg@10"]))
-    means = {beta: [statistics.mean(column) for column in zip(*found, strict=True)] for beta, found in values.items()}
+        values.setdefault(run.settings.get("igd_beta"), []).append(
+            (entry["hr@10"], entry["ndcg@10"])
+        )
+    means = {
+        beta: [statistics.mean(column) for column in zip(*found, strict=True)]
+        for beta, found in values.items()
+    }
     uniform, grid = means.pop(None), sorted(means)
     figure = by_name(study)[BOOKS + "beta"]
     for column, axes in enumerate(drawn(figure).axes):
-        assert any(np.allclose(line, [means[beta][column] for beta in grid]) for line in lines_of(axes, len(grid)))
+        assert any(
+            np.allclose(line, [means[beta][column] for beta in grid])
+            for line in lines_of(axes, len(grid))
+        )
         assert any(np.allclose(line, uniform[column]) for line in lines_of(axes, 2))
-        [filled] = [list(line.get_xdata()) for line in axes.lines if line.get_label() == "_igd above"]
-        assert filled == [place for place, beta in enumerate(grid) if means[beta][column] > uniform[column]]
-        assert [label.get_text() for label in axes.get_xticklabels()] == [f"{beta:g}" for beta in grid]
-    effective = [f"{beta:g}" for beta in grid if all(a > b for a, b in zip(means[beta], uniform, strict=True))]
-    assert 0 < len(effective) < len(grid) and f"igd is effective at β = {', '.join(effective)} (" in figure.caption
-    without = dataclasses.replace(study, runs=[run for run in study.runs if run.method != "uniform"])
+        [filled] = [
+            list(line.get_xdata()) for line in axes.lines if line.get_label() == "_igd above"
+        ]
+        assert filled == [
+            place for place, beta in enumerate(grid) if means[beta][column] > uniform[column]
+        ]
+        assert [label.get_text() for label in axes.get_xticklabels()] == [
+            f"{beta:g}" for beta in grid
+        ]
+    effective = [
+        f"{beta:g}"
+        for beta in grid
+        if all(a > b for a, b in zip(means[beta], uniform, strict=True))
+    ]
+    assert (
+        0 < len(effective) < len(grid)
+        and f"igd is effective at β = {', '.join(effective)} (" in figure.caption
+    )
+    without = dataclasses.replace(
+        study, runs=[run for run in study.runs if run.method != "uniform"]
+    )
     assert "is not known" in by_name(without)[BOOKS + "beta"].caption
 
 
-@pytest.mark.parametrize(("dataset", "name"), [("books-small", BOOKS + "beta"), ("instruments", INSTRUMENTS + "curriculum")])
+@pytest.mark.parametrize(
+    ("dataset", "name"),
+    [("books-small", BOOKS + "beta"), ("instruments", INSTRUMENTS + "curriculum")],
+)
 def test_nothing_but_seeds_is_averaged_in_a_sensitivity(study, dataset, name):
     """Runs that differ in another setting too, uniform ones included, are a line of their own."""
 
     def worse(run):
         settings, method = run.settings | {"epochs": 9}, f"{run.method} epochs=9"
-        entries = {a: e | {"token_match": {k: v / 2 for k, v in e["token_match"].items()}} for a, e in run.valid["alpha"].items()}
-        return dataclasses.replace(run, settings=settings, method=method, valid=run.valid | {"alpha": entries})
+        entries = {
+            a: e | {"token_match": {k: v / 2 for k, v in e["token_match"].items()}}
+            for a, e in run.valid["alpha"].items()
+        }
+        return dataclasses.replace(
+            run, settings=settings, method=method, valid=run.valid | {"alpha": entries}
+        )
 
-    other = [worse(run) for run in study.runs if run.dataset == dataset and "weighting" in run.settings]
+    other = [
+        worse(run) for run in study.runs if run.dataset == dataset and "weighting" in run.settings
+    ]
     both = by_name(dataclasses.replace(study, runs=[*study.runs, *other]))[name]
     for alone, axes in zip(drawn(by_name(study)[name]).axes, drawn(both).axes, strict=True):
         lines = [[list(line.get_ydata()) for line in panel.lines] for panel in (alone, axes)]
@@ -201,12 +286,21 @@ def test_the_entropy_gap_is_listed_minus_target(study):
     assert panel.get_title() == "igd β=0.2"
     for alpha, line in zip(runs[0].valid["alpha"], lines_of(panel, steps), strict=True):
         seeds = [
-            [a - b for a, b in zip(run.valid["alpha"][alpha]["prefix_entropy"]["nats"], target["nats"], strict=True)]
+            [
+                a - b
+                for a, b in zip(
+                    run.valid["alpha"][alpha]["prefix_entropy"]["nats"], target["nats"], strict=True
+                )
+            ]
             for run in runs
         ]
         assert np.allclose(line, np.mean(seeds, axis=0)[:steps])
     rare = changed(
-        study, lambda run: {"valid": run.valid | {"target_prefix_entropy": target | {"items": [1000, 10, 9, 0, 0, 0, 0, 0]}}}
+        study,
+        lambda run: {
+            "valid": run.valid
+            | {"target_prefix_entropy": target | {"items": [1000, 10, 9, 0, 0, 0, 0, 0]}}
+        },
     )
     assert len(lines_of(drawn(by_name(rare)[BOOKS + "entropy-gap"]).axes[0], 2)) > 5
 
@@ -216,8 +310,13 @@ def test_test_figures_are_drawn_at_the_chosen_alpha(study):
     assert any(run.alpha != "0.0" for run in runs)
     entries = [run.test["alpha"][run.alpha] for run in runs]
     shares = 100 * np.mean([entry["popularity_deciles"] for entry in entries], axis=0)
-    assert any(np.allclose(line, shares) for line in lines_of(drawn(by_name(study)[BOOKS + "popularity"]).axes[0], 10))
-    for axes, half in zip(drawn(by_name(study)[BOOKS + "head-tail"]).axes, ("head", "tail"), strict=True):
+    assert any(
+        np.allclose(line, shares)
+        for line in lines_of(drawn(by_name(study)[BOOKS + "popularity"]).axes[0], 10)
+    )
+    for axes, half in zip(
+        drawn(by_name(study)[BOOKS + "head-tail"]).axes, ("head", "tail"), strict=True
+    ):
         mean = statistics.mean(entry[f"token_match_{half}_targets"]["ndcg@10"] for entry in entries)
         assert any(math.isclose(bar.get_width(), mean) for bar in axes.patches)
 
@@ -226,12 +325,20 @@ def test_log_probability_is_of_the_last_validation(study):
     runs = [run for run in study.runs if run.dataset == "books-small" and run.method == "cft"]
     tags = ["valid/nll_gain_zero", *(f"valid/nll_gain_{decile}" for decile in range(10))]
     expected = [-statistics.mean(run.curves[tag][-1][1] for run in runs) for tag in tags]
-    assert any(np.allclose(line, expected) for line in lines_of(drawn(by_name(study)[BOOKS + "probability-by-gain"]).axes[0], 11))
+    assert any(
+        np.allclose(line, expected)
+        for line in lines_of(drawn(by_name(study)[BOOKS + "probability-by-gain"]).axes[0], 11)
+    )
 
 
 def test_a_decile_that_no_token_is_in_leaves_a_gap(study):
     """Many equal gains make deciles empty: the others are drawn all the same."""
-    study = changed(study, lambda run: {"curves": {t: points for t, points in run.curves.items() if t != "valid/nll_gain_7"}})
+    study = changed(
+        study,
+        lambda run: {
+            "curves": {t: points for t, points in run.curves.items() if t != "valid/nll_gain_7"}
+        },
+    )
     axes = drawn(by_name(study)[BOOKS + "probability-by-gain"]).axes[0]
     lines = [line for line in lines_of(axes, 11) if np.isfinite(line).any()]
     assert lines and all(np.flatnonzero(~np.isfinite(line)).tolist() == [8] for line in lines)
@@ -239,16 +346,30 @@ def test_a_decile_that_no_token_is_in_leaves_a_gap(study):
 
 def test_improvements_show_the_comparisons(study):
     [block] = [block for block in blocks(study) if block.dataset == "books-small"]
-    assert {c.method for c in block.comparisons} == {"igd β=0.2", "igd-linear β=0.4", "position", "cft"}
+    assert {c.method for c in block.comparisons} == {
+        "igd β=0.2",
+        "igd-linear β=0.4",
+        "position",
+        "cft",
+    }
     axes = drawn(figures.improvements(block)).axes[0]
-    points = [line.get_xdata()[0] for line in axes.lines if len(line.get_xdata()) == 1 and line.get_marker() == "o"]
+    points = [
+        line.get_xdata()[0]
+        for line in axes.lines
+        if len(line.get_xdata()) == 1 and line.get_marker() == "o"
+    ]
     assert np.allclose(points, [c.mean - c.baseline_mean for c in reversed(block.comparisons)])
-    assert [label.get_text() for label in axes.get_yticklabels()] == [c.method for c in reversed(block.comparisons)]
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        c.method for c in reversed(block.comparisons)
+    ]
 
 
 @pytest.mark.parametrize("seeds", [1, 2])
 def test_few_seeds_and_nan_draw_without_a_warning(seeds):
-    study = changed(sample_study.make(seeds), lambda run: {"curves": {t: [[1, math.nan], *p] for t, p in run.curves.items()}})
+    study = changed(
+        sample_study.make(seeds),
+        lambda run: {"curves": {t: [[1, math.nan], *p] for t, p in run.curves.items()}},
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = by_name(study)
@@ -263,11 +384,26 @@ def test_nothing_whole_draws_nothing(study):
 
 
 def test_bytes_do_not_depend_on_process_or_settings(study, tmp_path):
-    (tmp_path / "matplotlibrc").write_text("lines.linewidth: 9\nsvg.fonttype: none\nfont.family: serif\n")
-    code = "import sample_study; from test_figures import hashes; print(hashes(sample_study.make()))"
-    environment = os.environ | {"MPLCONFIGDIR": str(tmp_path), "PYTHONHASHSEED": "7", "PYTHONPATH": str(Path(__file__).parent)}
-    environment |= {"LC_ALL": "C", "TZ": "Asia/Tokyo", "SOURCE_DATE_EPOCH": "1", "PYTHONIOENCODING": "utf-8"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    (tmp_path / "matplotlibrc").write_text(
+        "lines.linewidth: 9\nsvg.fonttype: none\nfont.family: serif\n"
+    )
+    code = (
+        "import sample_study; from test_figures import hashes; print(hashes(sample_study.make()))"
+    )
+    environment = os.environ | {
+        "MPLCONFIGDIR": str(tmp_path),
+        "PYTHONHASHSEED": "7",
+        "PYTHONPATH": str(Path(__file__).parent),
+    }
+    environment |= {
+        "LC_ALL": "C",
+        "TZ": "Asia/Tokyo",
+        "SOURCE_DATE_EPOCH": "1",
+        "PYTHONIOENCODING": "utf-8",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(hashes(study))
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from oracle import EOS, build_trie, node_paths, random_items
 
-from igd_ds.decoding.filters import Guidance, ItemFilter, ItemRanges
+from igd_ds.search.filters import Guidance, ItemFilter, ItemRanges
 
 
 def shared_leaves(seed: int = 0) -> list[tuple[int, ...]]:
@@ -19,7 +19,10 @@ def shared_leaves(seed: int = 0) -> list[tuple[int, ...]]:
 
 def items_below(trie, items) -> list[set[int]]:
     """The item ids under every node, from the paths alone."""
-    return [{i for i, item in enumerate(items) if item[: len(path)] == path} for path in node_paths(trie)]
+    return [
+        {i for i, item in enumerate(items) if item[: len(path)] == path}
+        for path in node_paths(trie)
+    ]
 
 
 def every_pair(num_users: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -31,7 +34,9 @@ def every_pair(num_users: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
 def assert_open_nodes(trie, items, item_filter, allowed: list[set[int]]):
     below = items_below(trie, items)
     user, node = every_pair(len(allowed), trie.num_nodes)
-    expected = [bool(below[n] & allowed[u]) for u, n in zip(user.tolist(), node.tolist(), strict=True)]
+    expected = [
+        bool(below[n] & allowed[u]) for u, n in zip(user.tolist(), node.tolist(), strict=True)
+    ]
     found = item_filter.allows(user, node)
     assert found.dtype == torch.bool and found.tolist() == expected
     user, item = every_pair(len(allowed), len(items))
@@ -44,10 +49,21 @@ def test_every_kind_of_list_against_the_paths(seed):
     items = shared_leaves(seed)
     trie, everything = build_trie(items), set(range(len(items)))
     random = np.random.default_rng(seed)
-    few, many, other = (random.integers(0, len(items), size=n) for n in (3, 100, 20))  # all with repetitions
+    few, many, other = (
+        random.integers(0, len(items), size=n) for n in (3, 100, 20)
+    )  # all with repetitions
     last = int(random.integers(len(items)))
     allow = [None, few, None, [*many.tolist(), last], None, [last], everything, None]
-    deny = [None, None, few.tolist(), [i for i in other.tolist() if i != last], [], None, few, everything - {last}]
+    deny = [
+        None,
+        None,
+        few.tolist(),
+        [i for i in other.tolist() if i != last],
+        [],
+        None,
+        few,
+        everything - {last},
+    ]
     item_filter = ItemFilter.build(ItemRanges.build(trie), len(allow), allow, deny)
     only = [everything if ids is None else {int(i) for i in ids} for ids in allow]
     without = [set() if ids is None else {int(i) for i in ids} for ids in deny]
@@ -60,8 +76,15 @@ def test_one_kind_of_list_or_none_at_all():
     trie, everything = build_trie(items), set(range(len(items)))
     ranges = ItemRanges.build(trie)
     assert_open_nodes(trie, items, ItemFilter.build(ranges, 2), [everything, everything])
-    assert_open_nodes(trie, items, ItemFilter.build(ranges, 2, allow=[[5, 5, 0], None]), [{0, 5}, everything])
-    assert_open_nodes(trie, items, ItemFilter.build(ranges, 2, deny=[None, {7, 3}]), [everything, everything - {3, 7}])
+    assert_open_nodes(
+        trie, items, ItemFilter.build(ranges, 2, allow=[[5, 5, 0], None]), [{0, 5}, everything]
+    )
+    assert_open_nodes(
+        trie,
+        items,
+        ItemFilter.build(ranges, 2, deny=[None, {7, 3}]),
+        [everything, everything - {3, 7}],
+    )
     assert ItemFilter.build(ranges, 0).allow.tolist() == []
 
 
@@ -70,8 +93,14 @@ def test_a_shared_leaf_is_open_while_any_of_its_items_is_allowed():
     trie = build_trie(items)
     leaf = int(trie.leaf_of_item[0])
     assert leaf == trie.leaf_of_item[2]
-    item_filter = ItemFilter.build(ItemRanges.build(trie), 3, allow=[[2], None, None], deny=[None, [0], [0, 2]])
-    assert item_filter.allows(torch.arange(3), torch.tensor([leaf] * 3)).tolist() == [True, True, False]
+    item_filter = ItemFilter.build(
+        ItemRanges.build(trie), 3, allow=[[2], None, None], deny=[None, [0], [0, 2]]
+    )
+    assert item_filter.allows(torch.arange(3), torch.tensor([leaf] * 3)).tolist() == [
+        True,
+        True,
+        False,
+    ]
     user, item = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 2, 0, 2], dtype=torch.int32)
     assert item_filter.allows_items(user, item).tolist() == [False, True, False, True]
 
@@ -100,20 +129,31 @@ def test_thousands_of_ids_on_a_large_trie():
         found = item_filter.allows(torch.full_like(nodes, user), nodes).numpy()
         np.testing.assert_array_equal(found, is_open)
         assert 0 < is_open.sum() < trie.num_nodes
-    assert len(item_filter.keys) <= sum(len(np.unique(x)) for x in (*allow, *deny) if x is not None) + 1
+    assert (
+        len(item_filter.keys)
+        <= sum(len(np.unique(x)) for x in (*allow, *deny) if x is not None) + 1
+    )
 
 
 @pytest.mark.parametrize(
     ("allow", "deny", "message"),
     [
-        ([None, [60]], None, r"user 1 of the batch \(ann\): item 60 of the allow list is not in the catalogue; ids are 0 to 59"),
+        (
+            [None, [60]],
+            None,
+            r"user 1 of the batch \(ann\): item 60 of the allow list is not in the catalogue; ids are 0 to 59",
+        ),
         ([[0, -1], None], None, r"user 0 of the batch \(bob\): item -1 of the allow list"),
         (None, [None, [3, 99]], r"\(ann\): item 99 of the deny list"),
         ([None, []], None, r"\(ann\): the item filter leaves nothing of the 60 items"),
         (None, [range(60), None], r"\(bob\): the item filter leaves nothing"),
         ([None, [4, 4]], [None, [4]], r"\(ann\): the item filter leaves nothing"),
         ([None, [0.5]], None, r"\(ann\): the allow list must be a flat list of item ids"),
-        (None, [np.zeros(60, bool), None], r"\(bob\): the deny list must be a flat list"),  # a mask, not ids
+        (
+            None,
+            [np.zeros(60, bool), None],
+            r"\(bob\): the deny list must be a flat list",
+        ),  # a mask, not ids
         ([None, [[1], [2]]], None, r"\(ann\): the allow list must be a flat list"),
         ([[1]], None, "one allow list .* per user is needed: found 1 for 2 users"),
     ],
@@ -143,7 +183,9 @@ def test_guidance_of_every_edge(weight, as_tensor):
     q = np.random.default_rng(0).gamma(0.3, size=(3, len(items))).astype(np.float32)
     q[:, ::7] = 0
     q[2] *= 1e6  # scores, not probabilities
-    guidance = Guidance.build(ItemRanges.build(trie), torch.from_numpy(q) if as_tensor else q, weight)
+    guidance = Guidance.build(
+        ItemRanges.build(trie), torch.from_numpy(q) if as_tensor else q, weight
+    )
     user, parent, child = edges_of(trie, 3)
     found = guidance.increments(user, parent, child)
     assert found.dtype == torch.float32 and not found.isnan().any()
@@ -153,7 +195,11 @@ def test_guidance_of_every_edge(weight, as_tensor):
         expected = weight * math.log(of_child / of_parent) if of_child else -math.inf
         assert increment == pytest.approx(expected, rel=1e-5, abs=1e-6)
         kinds.add((of_child > 0, of_parent > 0))
-    assert kinds == {(True, True), (False, True), (False, False)}  # so a dead parent was asked about, too
+    assert kinds == {
+        (True, True),
+        (False, True),
+        (False, False),
+    }  # so a dead parent was asked about, too
 
 
 @pytest.mark.parametrize("weight", [0.5, 3.0])
@@ -178,7 +224,9 @@ def test_guidance_never_raises_a_score_and_adds_up_to_the_leaf(weight):
             total, node = total + table[:, node], trie.parent[node]
         share = q[:, sorted(below[leaf])].sum(1) / q.sum(1)
         exact = share > 1e-14  # below, the unit of 4e-19 shows
-        np.testing.assert_allclose(total[exact], weight * np.log(share[exact]), rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(
+            total[exact], weight * np.log(share[exact]), rtol=1e-4, atol=1e-4
+        )
         assert (total[~exact] < weight * math.log(2e-14)).all()
 
 
@@ -202,7 +250,9 @@ def test_bad_guidance_names_the_user(value):
 
 def test_bad_shapes_and_weights():
     ranges = ItemRanges.build(build_trie(shared_leaves()))
-    with pytest.raises(ValueError, match=r"one row per user of 60 item scores, found shape \(2, 61\)"):
+    with pytest.raises(
+        ValueError, match=r"one row per user of 60 item scores, found shape \(2, 61\)"
+    ):
         Guidance.build(ranges, np.ones((2, 61)), 1.0)
     for weight in (-1.0, math.nan, math.inf):
         with pytest.raises(ValueError, match="--guidance_weight must not be negative"):

@@ -86,7 +86,11 @@ def test_placeholders_are_unique_stable_and_hide_the_order():
 
 def test_drop_marks_items_and_policies_are_named():
     cleaned, report = clean_titles(["a", None, "b"], "drop")
-    assert cleaned == ["a", None, "b"] and report["unusable"]["count"] == 1 and report["items_sharing_a_title"] == 0
+    assert (
+        cleaned == ["a", None, "b"]
+        and report["unusable"]["count"] == 1
+        and report["items_sharing_a_title"] == 0
+    )
     with pytest.raises(ValueError, match="known: placeholder, drop"):
         clean_titles(["a"], "guess")
 
@@ -99,7 +103,10 @@ def test_report_is_json_even_with_broken_unicode():
 # Counts from the data's README and from grep: entities 166 / 87, debris 27, double spaces 13 / 43 (the rest non-breaking spaces).
 @pytest.mark.parametrize(
     ("name", "entities", "unusable"),
-    [("books-small", 166, ["Books />", None]), ("industrial", 87, ['Industrial & Scientific" />'] * 27)],
+    [
+        ("books-small", 166, ["Books />", None]),
+        ("industrial", 87, ['Industrial & Scientific" />'] * 27),
+    ],
 )
 def test_real_titles(shared, name, entities, unusable):
     lines = (shared / "data" / name / "items.jsonl").read_text(encoding="utf-8").splitlines()

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from igd_ds import metrics
+from igd_ds.evaluation import metrics
 from igd_ds.items.trie import TokenTrie
 
 LISTS = np.array([[7, 3, 5], [4, 9, -1], [6, 2, 8], [-1, -1, -1]])
@@ -17,13 +17,17 @@ def test_hr_and_ndcg_of_a_table_worked_by_hand():
     ahead = metrics.items_ahead(LISTS, TARGET)
     assert ahead.tolist() == [1, 0, math.inf, math.inf]
     sums = metrics.ranking_sums(ahead, [1, 3])
-    assert sums == pytest.approx({"hr@1": 1, "ndcg@1": 1, "hr@3": 2, "ndcg@3": 1 + 1 / math.log2(3)})
+    assert sums == pytest.approx(
+        {"hr@1": 1, "ndcg@1": 1, "hr@3": 2, "ndcg@3": 1 + 1 / math.log2(3)}
+    )
     assert metrics.means(sums, 4)["hr@3"] == 0.5
     assert metrics.means(sums, 0) == dict.fromkeys(sums)
 
 
 def test_item_match_counts_the_share_of_the_leaf():
-    sums = metrics.ranking_sums(metrics.items_ahead(LISTS, TARGET), [3], credit=np.array([1 / 4, 1, 1 / 2, 1]))
+    sums = metrics.ranking_sums(
+        metrics.items_ahead(LISTS, TARGET), [3], credit=np.array([1 / 4, 1, 1 / 2, 1])
+    )
     assert sums == pytest.approx({"hr@3": 1.25, "ndcg@3": 1 + 0.25 / math.log2(3)})
 
 
@@ -33,20 +37,30 @@ def test_popularity_is_the_expectation_over_random_orders_of_ties():
     ahead, tied = metrics.popularity_ranking(count, targets)
     assert ahead.tolist() == [2, 0, 5, 1, 2] and tied.tolist() == [3, 1, 1, 1, 3]
     sums = metrics.ranking_sums(ahead, [1, 3, 5], tied)
-    orders = [order for order in itertools.permutations(range(6)) if all(np.diff(count[list(order)]) <= 0)]
+    orders = [
+        order for order in itertools.permutations(range(6)) if all(np.diff(count[list(order)]) <= 0)
+    ]
     for k in (1, 3, 5):
         ranks = np.array([[order.index(target) + 1 for target in targets] for order in orders])
         assert sums[f"hr@{k}"] == pytest.approx((ranks <= k).sum() / len(orders))
-        assert sums[f"ndcg@{k}"] == pytest.approx(((ranks <= k) / np.log2(ranks + 1)).sum() / len(orders))
+        assert sums[f"ndcg@{k}"] == pytest.approx(
+            ((ranks <= k) / np.log2(ranks + 1)).sum() / len(orders)
+        )
 
 
 def popular_first(count):
     """All rankings of the items by count: every order of the tied ones."""
-    return [order for order in itertools.permutations(range(len(count))) if all(np.diff(count[list(order)]) <= 0)]
+    return [
+        order
+        for order in itertools.permutations(range(len(count)))
+        if all(np.diff(count[list(order)]) <= 0)
+    ]
 
 
 def test_head_and_tail_are_the_expectation_over_random_orders_of_ties():
-    frequency = np.array([0, 3, 1, 1, 1, 2, 0])  # five items occur; the three tied ones share half a place of the head
+    frequency = np.array(
+        [0, 3, 1, 1, 1, 2, 0]
+    )  # five items occur; the three tied ones share half a place of the head
     target = np.repeat(np.arange(7), frequency)
     head = metrics.head_share(frequency, target)
     ahead = np.array([0, 1, math.inf, 0, math.inf, 2, 0, 1])
@@ -57,10 +71,18 @@ def test_head_and_tail_are_the_expectation_over_random_orders_of_ties():
         counts.append(in_head.sum())
         hits.append(in_head @ (ahead < 1))
         gains.append(in_head @ np.where(ahead < 3, 1 / np.log2(ahead + 2), 0))
-    assert set(counts) == {head.sum()}  # so the quotient of expectations is the expectation of the quotient
-    assert sums["hr@1"] == pytest.approx(np.mean(hits)) and sums["ndcg@3"] == pytest.approx(np.mean(gains))
-    assert metrics.head_share(frequency[::-1], 6 - target).tolist() == head.tolist()  # item ids do not matter
-    assert metrics.head_share(frequency, target[[7, 0]]).tolist() == head[[7, 0]].tolist()  # nor which rows are sampled
+    assert set(counts) == {
+        head.sum()
+    }  # so the quotient of expectations is the expectation of the quotient
+    assert sums["hr@1"] == pytest.approx(np.mean(hits)) and sums["ndcg@3"] == pytest.approx(
+        np.mean(gains)
+    )
+    assert (
+        metrics.head_share(frequency[::-1], 6 - target).tolist() == head.tolist()
+    )  # item ids do not matter
+    assert (
+        metrics.head_share(frequency, target[[7, 0]]).tolist() == head[[7, 0]].tolist()
+    )  # nor which rows are sampled
 
 
 @pytest.mark.parametrize("count", [[3, 1, 0, 1, 0, 0, 7], [0] * 7, [6, 5, 4, 3, 2, 1, 0]])
@@ -69,7 +91,9 @@ def test_popularity_deciles_are_the_expectation_over_random_orders_of_ties(count
     orders, shares = popular_first(count), np.zeros(10)
     for order in orders:
         for item, often in zip(items, times, strict=True):
-            begin = np.maximum(order.index(item) / 7, np.arange(10) / 10)  # each item takes a seventh of the ranking
+            begin = np.maximum(
+                order.index(item) / 7, np.arange(10) / 10
+            )  # each item takes a seventh of the ranking
             end = np.minimum((order.index(item) + 1) / 7, np.arange(1, 11) / 10)
             shares += 7 * often * np.maximum(end - begin, 0) / times.sum() / len(orders)
     found = metrics.popularity_deciles(count, items, times)
@@ -82,13 +106,20 @@ def test_gini_index_is_half_the_relative_mean_difference(listed):
     every = np.array([*listed, *[0] * (6 - len(listed))])
     expected = np.abs(every[:, None] - every).mean() / (2 * every.mean())
     assert metrics.gini_index(np.array(listed), 6) == pytest.approx(expected)
-    assert metrics.gini_index(np.full(6, 2), 6) == 0 and metrics.gini_index(np.array([8]), 6) == pytest.approx(5 / 6)
+    assert metrics.gini_index(np.full(6, 2), 6) == 0 and metrics.gini_index(
+        np.array([8]), 6
+    ) == pytest.approx(5 / 6)
 
 
 def test_relaxed_match_compares_the_first_codes():
     random = np.random.default_rng(0)
-    paths = [[*map(int, random.integers(0, 3, random.integers(1, 5)))] for _ in range(40)]  # up to four codes, many shared
-    tokens, lengths = np.array(sum(([*path, 3] for path in paths), []), np.int32), [len(path) + 1 for path in paths]
+    paths = [
+        [*map(int, random.integers(0, 3, random.integers(1, 5)))] for _ in range(40)
+    ]  # up to four codes, many shared
+    tokens, lengths = (
+        np.array(sum(([*path, 3] for path in paths), []), np.int32),
+        [len(path) + 1 for path in paths],
+    )
     trie = TokenTrie.build(tokens, np.concatenate([[0], np.cumsum(lengths)]), np.ones(40, int))
     codes = {int(leaf): path for leaf, path in zip(trie.leaf_of_item, paths, strict=True)}
     target = trie.leaf_of_item[:30]
@@ -113,16 +144,24 @@ def test_cutoffs_beyond_the_list_are_omitted_with_a_warning():
 
 
 def test_first_token_repetition():
-    tokens = np.array([[3, 1, 2], [2, 4, -1], [3, 1, 3], [-1, -1, -1]])  # the empty list does not count
+    tokens = np.array(
+        [[3, 1, 2], [2, 4, -1], [3, 1, 3], [-1, -1, -1]]
+    )  # the empty list does not count
     total, rows = metrics.first_token_repetition(tokens)
     assert total == pytest.approx(1 / 3 + 1 / 2 + 2 / 3) and rows == 3
     assert metrics.first_token_repetition(tokens, top=1) == (3.0, 3)
 
 
 def test_score_entropy_in_bits():
-    scores = np.array([[0.0] * 10, [0.0] + [-np.inf] * 9, [math.log(3), 0.0] + [-np.inf] * 8, [-np.inf] * 10])
+    scores = np.array(
+        [[0.0] * 10, [0.0] + [-np.inf] * 9, [math.log(3), 0.0] + [-np.inf] * 8, [-np.inf] * 10]
+    )
     total, rows = metrics.score_entropy(scores)
-    assert total == pytest.approx(math.log2(10) + 0 - (0.75 * math.log2(0.75) + 0.25 * math.log2(0.25))) and rows == 3
+    assert (
+        total
+        == pytest.approx(math.log2(10) + 0 - (0.75 * math.log2(0.75) + 0.25 * math.log2(0.25)))
+        and rows == 3
+    )
     assert metrics.score_entropy(scores - 5000)[0] == pytest.approx(total)
 
 
@@ -131,7 +170,9 @@ def test_prefix_entropy_per_step():
     parent, depth = np.array([-1, 0, 0, 1, 2, 4]), np.array([0, 1, 1, 2, 2, 3], np.uint16)
     nodes = metrics.path_nodes(np.array([3, 5]), parent, depth)
     assert nodes.tolist() == [[1, 3, -1], [2, 4, 5]]
-    sums, counts = metrics.prefix_entropy(nodes, np.array([2, 1]), np.array([9.0, 2.0, 3.0, 0.5, 1.0, 0.25]))
+    sums, counts = metrics.prefix_entropy(
+        nodes, np.array([2, 1]), np.array([9.0, 2.0, 3.0, 0.5, 1.0, 0.25])
+    )
     assert sums.tolist() == [7.0, 2.0, 0.25] and counts.tolist() == [3, 3, 1]
 
 
@@ -142,6 +183,11 @@ def test_an_exact_list_beside_a_beams():
     found = metrics.compare_with_beam(leaves, certified, beam, np.array([5, 8, 3]), [1, 3])
     assert found["proof_share"] == pytest.approx(2 / 3)
     assert found["beam"]["missed_of_true_top"] == {"1": pytest.approx(1 / 3), "3": 1.0}
-    assert found["beam"]["token_match"]["hr@3"] == pytest.approx(1 / 3) and found["beam"]["token_match"]["hr@1"] == 0
-    none = metrics.compare_with_beam(leaves[2:], np.zeros((1, 3), bool), beam[2:], np.array([5]), [1])
+    assert (
+        found["beam"]["token_match"]["hr@3"] == pytest.approx(1 / 3)
+        and found["beam"]["token_match"]["hr@1"] == 0
+    )
+    none = metrics.compare_with_beam(
+        leaves[2:], np.zeros((1, 3), bool), beam[2:], np.array([5]), [1]
+    )
     assert none["proof_share"] == 0 and none["beam"]["missed_of_true_top"] == {"1": None, "3": None}

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from igd_ds.weighting import mixing
+from igd_ds.objectives import mixing
 
-OPTIONS = dict.fromkeys(("mixing", "mixing_form", "curriculum_c", "curriculum_cT", "lambda_lr", "mixing_regularizer"))
+OPTIONS = dict.fromkeys(
+    ("mixing", "mixing_form", "curriculum_c", "curriculum_cT", "lambda_lr", "mixing_regularizer")
+)
 
 
 def build(total_steps=100, **options):
@@ -26,7 +28,11 @@ def with_lambda(mixture, values):
 def expected_alpha(values, c, t):
     """MTC 4.2.2, as written."""
     fg, fr, original = values
-    scaled = [math.exp(-c * t) * fg, (1 - math.exp(-c * t)) * fr, math.exp(-c * t) * original] if c else [fg, fr, original]
+    scaled = (
+        [math.exp(-c * t) * fg, (1 - math.exp(-c * t)) * fr, math.exp(-c * t) * original]
+        if c
+        else [fg, fr, original]
+    )
     return [v / sum(scaled) for v in scaled]
 
 
@@ -50,7 +56,10 @@ def test_the_ends_of_a_curriculum():
 
 
 def test_c_times_total_steps():
-    assert torch.equal(build(200, curriculum_cT=3.0).coefficients(50), build(curriculum_c=3.0 / 200).coefficients(50))
+    assert torch.equal(
+        build(200, curriculum_cT=3.0).coefficients(50),
+        build(curriculum_c=3.0 / 200).coefficients(50),
+    )
 
 
 @pytest.mark.parametrize("regularizer", [None, "kendall"])
@@ -65,14 +74,18 @@ def test_the_gradient_of_s_is_that_of_the_loss(step, regularizer):
     def loss(s):
         values = [math.exp(v) for v in s]
         value = sum(a * x for a, x in zip(expected_alpha(values, c, step), losses, strict=True))
-        return value - 0.5 * sum(math.log(v / sum(values)) for v in values) * (regularizer == "kendall")
+        return value - 0.5 * sum(math.log(v / sum(values)) for v in values) * (
+            regularizer == "kendall"
+        )
 
     steps = 1e-6 * np.eye(3)
     numeric = [(loss(s + h) - loss(s - h)) / 2e-6 for h in steps]
     np.testing.assert_allclose(mixture.s.grad, numeric, rtol=1e-5, atol=1e-7)
     if regularizer is None:
         alpha = np.array(expected_alpha([math.exp(v) for v in s], c, step))
-        np.testing.assert_allclose(mixture.s.grad, alpha * (losses - alpha @ losses), rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(
+            mixture.s.grad, alpha * (losses - alpha @ losses), rtol=1e-5, atol=1e-7
+        )
 
 
 def test_the_published_objective_drifts_to_the_smallest_loss():
@@ -108,7 +121,9 @@ def test_a_resumed_run_goes_on_to_the_bit():
     assert whole.state_dict() == second.state_dict()
     assert torch.equal(whole.coefficients(40), second.coefficients(40))
     untouched = build()
-    untouched.load_state_dict(json.loads(json.dumps(build().state_dict())))  # before the first update
+    untouched.load_state_dict(
+        json.loads(json.dumps(build().state_dict()))
+    )  # before the first update
     assert untouched.coefficients(0).tolist() == pytest.approx([1 / 3] * 3)
 
 
@@ -116,7 +131,10 @@ def test_a_resumed_run_goes_on_to_the_bit():
     ("name", "at"),
     [
         ("fg-ce", {0: [1, 0, 0], 25: [0.5, 0, 0.5], 50: [0, 0, 1], 99: [0, 0, 1]}),
-        ("fg-ce-fr", {0: [1, 0, 0], 25: [0.5, 0, 0.5], 50: [0, 0, 1], 75: [0, 0.5, 0.5], 100: [0, 1, 0]}),
+        (
+            "fg-ce-fr",
+            {0: [1, 0, 0], 25: [0.5, 0, 0.5], 50: [0, 0, 1], 75: [0, 0.5, 0.5], 100: [0, 1, 0]},
+        ),
     ],
 )
 def test_schedules(name, at):

@@ -14,12 +14,12 @@ import pytest
 import sample_study
 from PIL import Image
 
-from igd_ds.report import pages
-from igd_ds.report.figures import Figure, all_figures
-from igd_ds.report.layout import Cell, Table
-from igd_ds.report.pages import render
-from igd_ds.report.study import Run, load
-from igd_ds.report.tables import all_tables, cost
+from igd_ds.studies.report import pages
+from igd_ds.studies.report.figures import Figure, all_figures
+from igd_ds.studies.report.layout import Cell, Table
+from igd_ds.studies.report.pages import render
+from igd_ds.studies.report.study import Run, load
+from igd_ds.studies.report.tables import all_tables, cost
 
 FAILED = "RuntimeError: <b>out of memory</b> & more"
 
@@ -29,14 +29,23 @@ class Reader(HTMLParser):
 
     def __init__(self, text: str):
         super().__init__()
-        self.tables, self.ids, self.links, self.tags, self.text, self.in_cell = [], [], [], set(), "", False
+        self.tables, self.ids, self.links, self.tags, self.text, self.in_cell = (
+            [],
+            [],
+            [],
+            set(),
+            "",
+            False,
+        )
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
         attributes = dict(attributes)
         self.tags.add(tag)
         self.ids += [attributes["id"]] if "id" in attributes else []
-        self.links += [value for name, value in attributes.items() if name in ("href", "xlink:href", "src")]
+        self.links += [
+            value for name, value in attributes.items() if name in ("href", "xlink:href", "src")
+        ]
         self.links += re.findall(r"url\(([^)]*)\)", " ".join(filter(None, attributes.values())))
         if tag == "table":
             self.tables.append([])
@@ -58,9 +67,20 @@ class Reader(HTMLParser):
 @pytest.fixture(scope="module")
 def study():
     study = sample_study.make(2)
-    failed = dataclasses.replace(study.runs[0], name="books-failed", seed=8, state="failed", note=FAILED)
+    failed = dataclasses.replace(
+        study.runs[0], name="books-failed", seed=8, state="failed", note=FAILED
+    )
     large = [
-        Run(f"books-full-{seed}", "books-full", "LLaMA3-8B", "igd β=0.1", "books-full", seed, "not run") for seed in range(3)
+        Run(
+            f"books-full-{seed}",
+            "books-full",
+            "LLaMA3-8B",
+            "igd β=0.1",
+            "books-full",
+            seed,
+            "not run",
+        )
+        for seed in range(3)
     ]
     return dataclasses.replace(study, runs=[*study.runs, failed, *large])
 
@@ -79,7 +99,11 @@ def small(study):
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 @pytest.mark.parametrize("width", [1200, 400])
@@ -91,9 +115,16 @@ def test_the_page_loads_in_a_browser(report, tmp_path, width):
     assert left_out == [["run", "state", "why"], ["books-failed", "failed", FAILED]]
     tables = all_tables(kept)
     assert (
-        shown == [[table.columns, *([cell.text for cell in row] for row in table.rows)] for table in tables] and len(shown) > 10
+        shown
+        == [
+            [table.columns, *([cell.text for cell in row] for row in table.rows)]
+            for table in tables
+        ]
+        and len(shown) > 10
     )
-    texts = [text for thing in (*tables, *all_figures(kept)) for text in (thing.title, thing.caption)]
+    texts = [
+        text for thing in (*tables, *all_figures(kept)) for text in (thing.title, thing.caption)
+    ]
     texts += [note for table in tables for note in table.notes]
     assert all(text in found.text for text in texts)
     assert found.tags.isdisjoint({"script", "img", "link", "iframe"})
@@ -118,14 +149,20 @@ def test_links_and_ids_of_the_page(report):
     inside = {link[1:] for link in page.links if link.startswith("#")}
     assert inside <= set(page.ids) and len(inside) > 30
     outside = {link for link in page.links if not link.startswith("#")}
-    written = {str(path.relative_to(report)) for name in ("tables", "figures") for path in (report / name).iterdir()}
+    written = {
+        str(path.relative_to(report))
+        for name in ("tables", "figures")
+        for path in (report / name).iterdir()
+    }
     assert outside == written and not any(path.stat().st_size == 0 for path in report.rglob("*"))
 
 
 def test_the_markdown_links_what_is_there(study, report):
     text = (report / "README.md").read_text()
     linked = set(re.findall(r"\]\(([^)]+)\)", text))
-    assert linked == {"index.html", "data"} | {f"figures/{path.name}" for path in (report / "figures").glob("*.png")}
+    assert linked == {"index.html", "data"} | {
+        f"figures/{path.name}" for path in (report / "figures").glob("*.png")
+    }
     assert all(table.markdown() in text for table in all_tables(load(report / "data")))
     assert "make <everything> && make 'report'" in text and study.budget in text
     assert r"* books-failed (failed): RuntimeError: \<b\>out of memory\</b\> \& more" in text
@@ -144,13 +181,15 @@ def test_every_table_is_written_three_times(report):
 def test_markup_in_names_is_shown_not_obeyed(small, tmp_path):
     evil = "<script>document.title = 'x'</script> *a* & \"b\" {{ 7 * 7 }}"
     run = dataclasses.replace(small.runs[0], name=evil, state="failed", note=evil)
-    render(dataclasses.replace(small, name=evil, budget=evil, runs=[run]), tmp_path / "report", evil)
+    render(
+        dataclasses.replace(small, name=evil, budget=evil, runs=[run]), tmp_path / "report", evil
+    )
     page = Reader((tmp_path / "report" / "index.html").read_text())
     assert "script" not in page.tags and page.text.count(evil) >= 5
 
 
 def test_equal_studies_give_equal_bytes(report, study, tmp_path):
-    code = "import sys; from igd_ds.report.pages import render; from igd_ds.report.study import load\n"
+    code = "import sys; from igd_ds.studies.report.pages import render; from igd_ds.studies.report.study import load\n"
     code += "render(load(sys.argv[1]), sys.argv[2])"
     environment = os.environ | {"PYTHONHASHSEED": "3", "TZ": "Asia/Tokyo", "LC_ALL": "C"}
     command = [sys.executable, "-c", code, report / "data", tmp_path / "again"]
@@ -194,7 +233,9 @@ def test_the_old_report_is_whole_until_the_new_one_is_in_its_place(small, tmp_pa
 def test_a_folder_with_something_else_is_refused(study, tmp_path, other):
     (tmp_path / other).parent.mkdir(exist_ok=True)
     (tmp_path / other).write_text("mine")
-    with pytest.raises(ValueError, match=f"not empty and holds no report, but {other.split('/')[0]}"):
+    with pytest.raises(
+        ValueError, match=f"not empty and holds no report, but {other.split('/')[0]}"
+    ):
         render(study, tmp_path)
     assert (tmp_path / other).read_text() == "mine"
     with pytest.raises(ValueError, match="is a file"):
@@ -202,37 +243,60 @@ def test_a_folder_with_something_else_is_refused(study, tmp_path, other):
 
 
 def unfinished(run: Run) -> Run:
-    return dataclasses.replace(run, state="unfinished", valid=None, test=None, ranks={}, note="the training has not finished")
+    return dataclasses.replace(
+        run,
+        state="unfinished",
+        valid=None,
+        test=None,
+        ranks={},
+        note="the training has not finished",
+    )
 
 
 def with_nan(run: Run) -> Run:
     curves = {tag: [[step, math.nan] for step, _ in points] for tag, points in run.curves.items()}
-    return dataclasses.replace(run, curves=curves, state="unfinished", note="eval/test: alpha.0.0 is not finite")
+    return dataclasses.replace(
+        run, curves=curves, state="unfinished", note="eval/test: alpha.0.0 is not finite"
+    )
 
 
 @pytest.mark.parametrize("change", [unfinished, with_nan])
 def test_what_is_whole_is_shown_beside_what_is_not(study, tmp_path, monkeypatch, change):
-    monkeypatch.setattr(Figure, "render", lambda figure, kind: b"<svg />")  # test_figures draws them
-    some = [change(run) if run.dataset == "instruments" or run.seed == 1 else run for run in study.runs]
+    monkeypatch.setattr(
+        Figure, "render", lambda figure, kind: b"<svg />"
+    )  # test_figures draws them
+    some = [
+        change(run) if run.dataset == "instruments" or run.seed == 1 else run for run in study.runs
+    ]
     render(dataclasses.replace(study, runs=some), tmp_path / "report")
     page = Reader((tmp_path / "report" / "index.html").read_text())
     assert "One seed" in page.text and change(study.runs[0]).note in page.text
     figures = {path.stem for path in (tmp_path / "report" / "figures").iterdir()}
-    assert "books-small-qwen2-1m-beta" in figures and not any(name.startswith("instruments") for name in figures)
+    assert "books-small-qwen2-1m-beta" in figures and not any(
+        name.startswith("instruments") for name in figures
+    )
 
 
 @pytest.mark.parametrize("count", [0, 5])
 def test_nothing_whole_is_a_report_too(study, tmp_path, count):
     runs = [unfinished(run) for run in study.runs[:count]]
-    tables, figures = render(dataclasses.replace(study, runs=runs, catalogues={}, rows={}), tmp_path / "report")
-    assert figures == [] and "No run has data for a figure yet." in (tmp_path / "report" / "index.html").read_text()
+    tables, figures = render(
+        dataclasses.replace(study, runs=runs, catalogues={}, rows={}), tmp_path / "report"
+    )
+    assert (
+        figures == []
+        and "No run has data for a figure yet." in (tmp_path / "report" / "index.html").read_text()
+    )
     assert [table.name for table in tables] == ["runs"] * (count > 0)
 
 
 def test_cost_adds_up(study):
     one, two, silent, failed = (dataclasses.replace(study.runs[0], seconds=s, eval_seconds=e, rank_seconds=r) for s, e, r in (
         (3600.0, 1800.0, 5400.0), (7200.0, None, 28800.0), (None, 60.0, None), (None, None, None)))  # fmt: skip
-    assert cost([one]) == "1.5 h of wall time (1.0 h training, 30.0 min evaluation), 1.5 h over all ranks"
+    assert (
+        cost([one])
+        == "1.5 h of wall time (1.0 h training, 30.0 min evaluation), 1.5 h over all ranks"
+    )
     together = "3.5 h of wall time (3.0 h training, 30.0 min evaluation), 9.5 h over all ranks"
     untold = "; 1 runs did not tell their training's"
     assert cost([one, two]) == together and cost([one, two, failed]) == together + untold
@@ -241,5 +305,13 @@ def test_cost_adds_up(study):
 
 
 def test_columns_of_numbers_stand_right():
-    rows = [[Cell("a"), Cell(0.5), Cell(None), Cell("x" * 99)], [Cell("b"), Cell(None), Cell(None), Cell("y")]]
-    assert pages.column_classes(Table("n", "t", "c", list("abcd"), rows)) == ["", "number", "number", "wide"]
+    rows = [
+        [Cell("a"), Cell(0.5), Cell(None), Cell("x" * 99)],
+        [Cell("b"), Cell(None), Cell(None), Cell("y")],
+    ]
+    assert pages.column_classes(Table("n", "t", "c", list("abcd"), rows)) == [
+        "",
+        "number",
+        "number",
+        "wide",
+    ]

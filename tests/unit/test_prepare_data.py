@@ -1,30 +1,28 @@
-"""tools/prepare_data.py and tools/train_tokenizer.py, run in this process."""
+"""igd_ds/commands/prepare.py and igd_ds/commands/tokenizer.py, run in this process."""
 
-import importlib.util
 import json
 import os
 import subprocess
-from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from transformers import AutoTokenizer
 
+from igd_ds.commands import prepare as prepare_command
+from igd_ds.commands import tokenizer as tokenizer_command
 from igd_ds.data.dataset import FILES, InteractionDataset
 
-TOOLS = Path(__file__).parents[2] / "tools"
-
-
-def load_tool(name):
-    spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
-
-
-prepare, train_tokenizer = load_tool("prepare_data"), load_tool("train_tokenizer")
-TITLES = ["A &amp; B", None, "Same", "Same", 'Books" />', "Longer title, Volume 1", "Longer title, Volume 2"]
+prepare, train_tokenizer = prepare_command.main, tokenizer_command.main
+TITLES = [
+    "A &amp; B",
+    None,
+    "Same",
+    "Same",
+    'Books" />',
+    "Longer title, Volume 1",
+    "Longer title, Volume 2",
+]
 SEQUENCES = [[0, 1, 2, 3, 4], [5, 6, 2, 1], [5, 1], [3, 3, 0, 5], [2, 3, 0, 5, 6]]
 
 
@@ -46,15 +44,24 @@ def arguments(source, output, *more):
 
 def rows(dataset, name):
     split = dataset.splits[name]
-    return [(int(split.user_ids[r]), split.history(r).tolist(), int(split.targets[r])) for r in range(len(split))]
+    return [
+        (int(split.user_ids[r]), split.history(r).tolist(), int(split.targets[r]))
+        for r in range(len(split))
+    ]
 
 
 def test_sequences_end_to_end(source, tmp_path, capsys):
     assert prepare(arguments(source, tmp_path / "d", "--domain", "books")) == 0
     printed = capsys.readouterr().out
-    assert str(tmp_path / "d") in printed and "users_too_short 1" in printed and "train 6" in printed
+    assert (
+        str(tmp_path / "d") in printed and "users_too_short 1" in printed and "train 6" in printed
+    )
     dataset = InteractionDataset.load(tmp_path / "d")
-    assert rows(dataset, "test")[0] == (0, [0, 1, 2, 3], 4) and rows(dataset, "valid")[0] == (0, [0, 1, 2], 3)
+    assert rows(dataset, "test")[0] == (0, [0, 1, 2, 3], 4) and rows(dataset, "valid")[0] == (
+        0,
+        [0, 1, 2],
+        3,
+    )
     assert rows(dataset, "train")[:3] == [(0, [0], 1), (0, [0, 1], 2), (1, [5], 6)]
     assert dataset.titles[0] == "A & B" and dataset.titles[2:4] == ["Same", "Same"]
     assert all(dataset.titles[i].startswith("Untitled item ") for i in (1, 4))
@@ -63,26 +70,43 @@ def test_sequences_end_to_end(source, tmp_path, capsys):
     assert info["parameters"]["max_history"] == 20 and info["parameters"]["titles"] == "placeholder"
     assert [entry["path"] for entry in info["sources"]] == ["items.jsonl", "sequences.jsonl"]
     assert info["hygiene"]["unusable"]["count"] == 2
-    assert info["counts"]["catalogue"] == {"items": 7, "cold_items": 7 - len({t for _, _, t in rows(dataset, "train")})}
+    assert info["counts"]["catalogue"] == {
+        "items": 7,
+        "cold_items": 7 - len({t for _, _, t in rows(dataset, "train")}),
+    }
 
 
 def test_hygiene_off_and_drop(source, tmp_path):
     assert prepare(arguments(source, tmp_path / "raw", "--titles", "verbatim")) == 0
     raw = InteractionDataset.load(tmp_path / "raw")
-    assert raw.titles == TITLES and raw.info["hygiene"] == {"policy": "verbatim", "items_sharing_a_title": 2}
+    assert raw.titles == TITLES and raw.info["hygiene"] == {
+        "policy": "verbatim",
+        "items_sharing_a_title": 2,
+    }
     assert prepare(arguments(source, tmp_path / "clean")) == 0
     clean = InteractionDataset.load(tmp_path / "clean")
-    assert all(rows(raw, name) == rows(clean, name) for name in raw.splits)  # hygiene changes titles, not rows
+    assert all(
+        rows(raw, name) == rows(clean, name) for name in raw.splits
+    )  # hygiene changes titles, not rows
     assert prepare(arguments(source, tmp_path / "drop", "--titles", "drop")) == 0
     dropped = InteractionDataset.load(tmp_path / "drop")
-    assert dropped.titles == ["A & B", "Same", "Same", "Longer title, Volume 1", "Longer title, Volume 2"]
+    assert dropped.titles == [
+        "A & B",
+        "Same",
+        "Same",
+        "Longer title, Volume 1",
+        "Longer title, Volume 2",
+    ]
     assert rows(dropped, "test")[0] == (0, [0, 1], 2) and rows(dropped, "test")[1] == (1, [3, 4], 1)
 
 
 def test_k_core_closes_ranks_and_remembers_the_source(source, tmp_path):
     assert prepare(arguments(source, tmp_path / "d", "--k_core", 2, "--max_history", 2)) == 0
     dataset = InteractionDataset.load(tmp_path / "d")
-    ids = [int(name) for name in pq.read_table(tmp_path / "d" / "items.parquet")["source_id"].to_pylist()]
+    ids = [
+        int(name)
+        for name in pq.read_table(tmp_path / "d" / "items.parquet")["source_id"].to_pylist()
+    ]
     assert ids == [0, 1, 2, 3, 5, 6] and dataset.titles[2:] == [TITLES[i] for i in ids[2:]]
     kept = {user: [i for i in items if i in ids] for user, items in enumerate(SEQUENCES)}
     for user, history, target in rows(dataset, "test"):
@@ -92,11 +116,17 @@ def test_k_core_closes_ranks_and_remembers_the_source(source, tmp_path):
 def test_equal_bytes_no_op_and_refusal(source, tmp_path, capsys):
     for name in ("a", "b"):
         assert prepare(arguments(source, tmp_path / name, "--name", "same")) == 0
-    assert all((tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in (*FILES, "dataset.json"))
+    assert all(
+        (tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes()
+        for f in (*FILES, "dataset.json")
+    )
     before = (tmp_path / "a" / "dataset.json").stat().st_mtime_ns
     capsys.readouterr()
     assert prepare(arguments(source, tmp_path / "a", "--name", "same")) == 0
-    assert "nothing to do" in capsys.readouterr().out and (tmp_path / "a" / "dataset.json").stat().st_mtime_ns == before
+    assert (
+        "nothing to do" in capsys.readouterr().out
+        and (tmp_path / "a" / "dataset.json").stat().st_mtime_ns == before
+    )
     assert prepare(arguments(source, tmp_path / "a", "--name", "same", "--seed", 1)) == 2
     assert "holds another dataset (parameters" in capsys.readouterr().err
     with open(source / "sequences.jsonl", "a") as file:
@@ -125,7 +155,9 @@ def test_an_interrupted_run_leaves_nothing(source, tmp_path, monkeypatch, capsys
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("igd_ds.data.dataset.write_card", interrupted)  # everything but the card is written
+        patch.setattr(
+            "igd_ds.data.dataset.write_card", interrupted
+        )  # everything but the card is written
         with pytest.raises(KeyboardInterrupt):
             prepare(arguments(source, tmp_path / "out" / "d"))
     assert not list((tmp_path / "out").iterdir())
@@ -136,12 +168,20 @@ def test_an_interrupted_run_leaves_nothing(source, tmp_path, monkeypatch, capsys
     (tmp_path / "out" / f"d.scratch-{os.getppid()}").mkdir()  # of a run that lives
     assert prepare(arguments(source, tmp_path / "out" / "d")) == 0
     assert capsys.readouterr().err.count("left by a run that was killed") == 2
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["d", f"d.scratch-{os.getppid()}"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "d",
+        f"d.scratch-{os.getppid()}",
+    ]
 
 
 def test_synthetic_d3_and_a_user_with_many_rows(tmp_path):
     options = ["--num_items", "200", "--num_users", "150", "--seed", "3"]
-    assert prepare(["--source", "synthetic", "--protocol", "d3", "--output", str(tmp_path / "d"), *options]) == 0
+    assert (
+        prepare(
+            ["--source", "synthetic", "--protocol", "d3", "--output", str(tmp_path / "d"), *options]
+        )
+        == 0
+    )
     dataset = InteractionDataset.load(tmp_path / "d")
     sizes = [len(dataset.splits[name]) for name in ("train", "valid", "test")]
     total = sum(sizes)
@@ -154,7 +194,10 @@ def test_synthetic_d3_and_a_user_with_many_rows(tmp_path):
 
 @pytest.mark.parametrize("name", ["books-small", "instruments", "industrial"])
 def test_real_data(shared, tmp_path, name):
-    assert prepare(arguments(shared / "data" / name, tmp_path / name, "--num_users", 300, "--seed", 1)) == 0
+    assert (
+        prepare(arguments(shared / "data" / name, tmp_path / name, "--num_users", 300, "--seed", 1))
+        == 0
+    )
     dataset = InteractionDataset.load(tmp_path / name)
     assert len(dataset.splits["test"]) == len(dataset.splits["valid"]) == 300
     with open(shared / "data" / name / "items.jsonl", encoding="utf-8") as file:
@@ -178,37 +221,68 @@ def test_tokenizer_of_titles(source, tmp_path, capsys):
     where = ["--dataset", str(tmp_path / "d"), "--vocab_size", "400"]
     assert train_tokenizer([*where, "--output", str(tmp_path / "tok")]) == 0
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tok")
-    assert tokenizer.eos_token == tokenizer.pad_token == "<|endoftext|>" and tokenizer.eos_token_id == 0
+    assert (
+        tokenizer.eos_token == tokenizer.pad_token == "<|endoftext|>"
+        and tokenizer.eos_token_id == 0
+    )
     assert tokenizer.bos_token is None and 259 <= len(tokenizer) <= 400
     for text in ["Longer title, Volume 1\n", "never seen: ü 日本 \x00 😀\n", "don't  stop 123\n\n"]:
         ids = tokenizer(text)["input_ids"]
         assert tokenizer.decode(ids) == text and 0 not in ids
     assert len(tokenizer("Recent books")["input_ids"]) <= 3  # a template's words are whole tokens
     assert train_tokenizer([*where, "--output", str(tmp_path / "again")]) == 0
-    assert (tmp_path / "tok" / "tokenizer.json").read_bytes() == (tmp_path / "again" / "tokenizer.json").read_bytes()
+    assert (tmp_path / "tok" / "tokenizer.json").read_bytes() == (
+        tmp_path / "again" / "tokenizer.json"
+    ).read_bytes()
     capsys.readouterr()
     assert train_tokenizer([*where, "--output", str(tmp_path / "tok")]) == 0
     assert "nothing to do" in capsys.readouterr().out
-    assert train_tokenizer(["--dataset", str(tmp_path / "d"), "--vocab_size", "300", "--output", str(tmp_path / "tok")]) == 2
+    assert (
+        train_tokenizer(
+            [
+                "--dataset",
+                str(tmp_path / "d"),
+                "--vocab_size",
+                "300",
+                "--output",
+                str(tmp_path / "tok"),
+            ]
+        )
+        == 2
+    )
     assert "was not made from this dataset" in capsys.readouterr().err
-    assert train_tokenizer([*where[:2], "--vocab_size", "200", "--output", str(tmp_path / "small")]) == 2
+    assert (
+        train_tokenizer([*where[:2], "--vocab_size", "200", "--output", str(tmp_path / "small")])
+        == 2
+    )
     assert "256 bytes and 3 special tokens must fit" in capsys.readouterr().err
     assert train_tokenizer([*where, "--semantic_ids", "--output", str(tmp_path / "codes")]) == 2
     assert "has no semantic IDs" in capsys.readouterr().err
 
 
 def test_tokenizer_uses_the_golden_split(shared):
-    golden = json.loads((shared / "golden" / "books" / "tokenizer.json").read_text(encoding="utf-8"))
+    golden = json.loads(
+        (shared / "golden" / "books" / "tokenizer.json").read_text(encoding="utf-8")
+    )
     module = train_tokenizer.__globals__
     ours = json.loads(module["train"](["A title"], ["text"], 300, [])._tokenizer.to_str())
     assert ours["normalizer"] == golden["normalizer"]
     split, theirs = (found["pre_tokenizer"]["pretokenizers"][0] for found in (ours, golden))
-    assert split == theirs and [t["content"] for t in ours["added_tokens"]] == [t["content"] for t in golden["added_tokens"]]
+    assert split == theirs and [t["content"] for t in ours["added_tokens"]] == [
+        t["content"] for t in golden["added_tokens"]
+    ]
 
 
 def test_tokenizer_of_semantic_ids(shared, tmp_path, capsys):
     prepare(arguments(shared / "data" / "instruments", tmp_path / "d"))
-    where = ["--dataset", str(tmp_path / "d"), "--output", str(tmp_path / "tok"), "--vocab_size", "512"]
+    where = [
+        "--dataset",
+        str(tmp_path / "d"),
+        "--output",
+        str(tmp_path / "tok"),
+        "--vocab_size",
+        "512",
+    ]
     assert train_tokenizer(where) == 2
     assert "add --semantic_ids" in capsys.readouterr().err
     assert train_tokenizer([*where, "--semantic_ids"]) == 0
@@ -228,14 +302,25 @@ def test_tokenizer_of_semantic_ids(shared, tmp_path, capsys):
     assert "--codes_only has none" in capsys.readouterr().err
     assert train_tokenizer([*where[:4], "--codes_only"]) == 0
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "codes")
-    assert tokenizer.convert_ids_to_tokens(range(len(tokenizer))) == ["<pad>", "<|endoftext|>", "<unk>", *codes]
+    assert tokenizer.convert_ids_to_tokens(range(len(tokenizer))) == [
+        "<pad>",
+        "<|endoftext|>",
+        "<unk>",
+        *codes,
+    ]
     assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (0, 1, 2)
     found = tokenizer(["".join(path) for path in semantic_ids])["input_ids"]
     assert [tokenizer.convert_ids_to_tokens(ids) for ids in found] == semantic_ids
     assert tokenizer.decode(found[0] + [1], skip_special_tokens=True) == "".join(semantic_ids[0])
     capsys.readouterr()
-    assert train_tokenizer([*where[:4], "--codes_only"]) == 0 and "nothing to do" in capsys.readouterr().out
-    assert train_tokenizer([*where, "--semantic_ids"]) == 2 and "was not made from this dataset" in capsys.readouterr().err
+    assert (
+        train_tokenizer([*where[:4], "--codes_only"]) == 0
+        and "nothing to do" in capsys.readouterr().out
+    )
+    assert (
+        train_tokenizer([*where, "--semantic_ids"]) == 2
+        and "was not made from this dataset" in capsys.readouterr().err
+    )
 
 
 def test_codes_must_be_tokens_of_their_own():
@@ -245,5 +330,7 @@ def test_codes_must_be_tokens_of_their_own():
     with pytest.raises(ValueError, match="code 'a' is also a token"):
         module["train"](["A title"], ["text"], 300, ["a"])
     semantic_ids = [["a", "bc"], ["ab", "c"]]
-    with pytest.raises(ValueError, match=r"codes \['a', 'bc'\] run into each other: 'abc' reads \['ab', 'c'\]"):
+    with pytest.raises(
+        ValueError, match=r"codes \['a', 'bc'\] run into each other: 'abc' reads \['ab', 'c'\]"
+    ):
         module["check_codes_stay_apart"](module["of_codes"](["a", "bc", "ab", "c"]), semantic_ids)

@@ -15,7 +15,7 @@ from oracle import (
     tiny_model,
 )
 
-from igd_ds.decoding.processor import IGDLogitsProcessor
+from igd_ds.search.processor import IGDLogitsProcessor
 
 
 def generate(model, prompts, processor, num_beams, length_penalty):
@@ -26,7 +26,9 @@ def generate(model, prompts, processor, num_beams, length_penalty):
         do_sample=False, renormalize_logits=False, max_new_tokens=8, eos_token_id=EOS, pad_token_id=EOS, early_stopping="never",
         return_dict_in_generate=True, output_scores=True, logits_processor=[processor])  # fmt: skip
     lists = [[] for _ in prompts]
-    for i, (score, tokens) in enumerate(zip(output.sequences_scores.tolist(), output.sequences.tolist(), strict=True)):
+    for i, (score, tokens) in enumerate(
+        zip(output.sequences_scores.tolist(), output.sequences.tolist(), strict=True)
+    ):
         path = tokens[ids.shape[1] :]
         if score > -1e9:
             lists[i // num_beams].append((score, tuple(path[: path.index(EOS) + 1])))
@@ -41,7 +43,9 @@ def test_generate_finds_what_our_search_finds(num_beams, length_penalty):
     processor = IGDLogitsProcessor(trie, weights, left_pad(prompts)[0].shape[1])
     expected = found_lists(model, prompts, trie, weights, num_beams, length_penalty)
     for _ in range(2):  # used again: nothing is left over from the call before
-        for found, wanted in zip(generate(model, prompts, processor, num_beams, length_penalty), expected, strict=True):
+        for found, wanted in zip(
+            generate(model, prompts, processor, num_beams, length_penalty), expected, strict=True
+        ):
             assert [path for _, path in found] == [path for _, path in wanted]
             assert [s for s, _ in found] == pytest.approx([s for s, _ in wanted], abs=2e-5)
 

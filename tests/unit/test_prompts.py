@@ -15,11 +15,19 @@ TITLES = ["a", "bb", "cccc", "dd dd", "e{item}"]
 def tokenizer(bos: bool = False):
     """One token per character; with `bos`, a BOS is put before every text, as LLaMA-3 does."""
     characters = sorted({*"abcde {}itm\n\"'s,.:;#/RNxtkopf", *map(chr, range(33, 127))})
-    core = Tokenizer(models.WordLevel({t: i for i, t in enumerate(["<eos>", "<bos>", *characters])}, unk_token="<eos>"))
+    core = Tokenizer(
+        models.WordLevel(
+            {t: i for i, t in enumerate(["<eos>", "<bos>", *characters])}, unk_token="<eos>"
+        )
+    )
     core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     if bos:
-        core.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", bos_token="<bos>", pad_token="<eos>")
+        core.post_processor = processors.TemplateProcessing(
+            single="<bos> $A", special_tokens=[("<bos>", 1)]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<eos>", bos_token="<bos>", pad_token="<eos>"
+    )
 
 
 def builder(budget=1000, bos=False, template="short", titles=TITLES):
@@ -28,7 +36,9 @@ def builder(budget=1000, bos=False, template="short", titles=TITLES):
 
 
 def text(prompts: PromptBuilder, history) -> str:
-    return "".join(tokenizer().convert_ids_to_tokens(prompts.encode(np.array(history, dtype=np.int32))))
+    return "".join(
+        tokenizer().convert_ids_to_tokens(prompts.encode(np.array(history, dtype=np.int32)))
+    )
 
 
 def test_the_short_template():
@@ -74,14 +84,19 @@ def test_whole_items_are_cut_oldest_first(budget):
 def test_lengths_without_building_the_prompts():
     histories = [[0], [0, 1, 2], [2, 2, 2, 2], [], [4, 3, 1]]
     split = SimpleNamespace(
-        history_items=np.concatenate([np.array(h, dtype=np.int32) for h in histories]).astype(np.int32),
+        history_items=np.concatenate([np.array(h, dtype=np.int32) for h in histories]).astype(
+            np.int32
+        ),
         history_offsets=np.concatenate([[0], np.cumsum([len(h) for h in histories])]),
     )
     for budget in (1000, 33):
         prompts = builder(budget)
         built = [len(prompts.encode(np.array(h, dtype=np.int32))) for h in histories]
         found = prompts.lengths(split)
-        assert all(f == b if b < budget and f < budget else b <= f <= budget for f, b in zip(found, built, strict=True))
+        assert all(
+            f == b if b < budget and f < budget else b <= f <= budget
+            for f, b in zip(found, built, strict=True)
+        )
 
 
 def test_a_title_longer_than_the_context_is_named():
@@ -94,7 +109,12 @@ def test_templates_are_checked(tmp_path):
         Template.load("shrt")
     file = tmp_path / "mine.yaml"
     file.write_text("prefix: a\nitem: '{item}'\nseparator: ','\nsuffix: b\n")
-    assert Template.load(str(file)).as_dict() == {"prefix": "a", "item": "{item}", "separator": ",", "suffix": "b"}
+    assert Template.load(str(file)).as_dict() == {
+        "prefix": "a",
+        "item": "{item}",
+        "separator": ",",
+        "suffix": "b",
+    }
     file.write_text("prefix: a\nitem: title\nseparator: ','\nsuffix: b\n")
     with pytest.raises(ValueError, match="mine.yaml: 'item' must contain"):
         Template.load(str(file))

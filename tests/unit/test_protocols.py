@@ -35,10 +35,14 @@ def second(*when):
 
 def random_interactions(seed, users=30, items=12, count=300, timed=True):
     rng = np.random.default_rng(seed)
-    times = np.sort(rng.integers(0, 40, count)) if seed % 2 else rng.integers(0, 40, count)  # many ties
+    times = (
+        np.sort(rng.integers(0, 40, count)) if seed % 2 else rng.integers(0, 40, count)
+    )  # many ties
     ids = rng.integers(0, users, count)
     return Interactions(
-        ids.astype(np.int32) if seed % 3 == 0 else ids * 1000 - 5000,  # numbers that can be counted with, and others
+        ids.astype(np.int32)
+        if seed % 3 == 0
+        else ids * 1000 - 5000,  # numbers that can be counted with, and others
         rng.zipf(1.3, count).clip(1, items).astype(np.int32) - 1,
         times * DAY if timed else None,
     )
@@ -49,12 +53,28 @@ def source(interactions, num_items=15, splits=None):
 
 
 def listed(interactions):
-    times = [0] * len(interactions) if interactions.timestamps is None else interactions.timestamps.tolist()
-    return list(zip(interactions.users.tolist(), interactions.items.tolist(), times, range(len(interactions)), strict=True))
+    times = (
+        [0] * len(interactions)
+        if interactions.timestamps is None
+        else interactions.timestamps.tolist()
+    )
+    return list(
+        zip(
+            interactions.users.tolist(),
+            interactions.items.tolist(),
+            times,
+            range(len(interactions)),
+            strict=True,
+        )
+    )
 
 
 def sizes(events):
-    return {"users": len({e[0] for e in events}), "items": len({e[1] for e in events}), "interactions": len(events)}
+    return {
+        "users": len({e[0] for e in events}),
+        "items": len({e[1] for e in events}),
+        "interactions": len(events),
+    }
 
 
 def brute_window(events, start, end):
@@ -108,7 +128,13 @@ def brute_d3(events, max_history):
     for user, sequence in by_user(events).items():
         for end in range(1, len(sequence)):
             history = [e[1] for e in sequence[max(end - max_history, 0) : end]]
-            rows.append((sequence[end][2], sequence[end][3], (user, history, sequence[end][1], sequence[end][2])))
+            rows.append(
+                (
+                    sequence[end][2],
+                    sequence[end][3],
+                    (user, history, sequence[end][1], sequence[end][2]),
+                )
+            )
     rows = [row for _, _, row in sorted(rows, key=lambda r: r[:2])]
     first, second = int(len(rows) * 0.8), int(len(rows) * 0.9)
     return {"train": rows[:first], "valid": rows[first:second], "test": rows[second:]}
@@ -118,7 +144,10 @@ def brute_cold(splits, rules):
     for name, column in {"cold_items": 2, "cold_users": 0}.items():
         if name in rules:
             warm = {row[column] for row in splits["train"]}
-            kept = {split: [row for row in splits[split] if row[column] in warm] for split in ("valid", "test")}
+            kept = {
+                split: [row for row in splits[split] if row[column] in warm]
+                for split in ("valid", "test")
+            }
             splits = splits | kept
     return splits
 
@@ -134,7 +163,10 @@ def check(found, expected, timed=True):
     kept = found.kept_items.tolist()
     for name, table in found.splits.items():
         assert table.schema == ROW_SCHEMA
-        rows = [(user, [kept[i] for i in history], kept[target], time) for user, history, target, time in rows_of(table, timed)]
+        rows = [
+            (user, [kept[i] for i in history], kept[target], time)
+            for user, history, target, time in rows_of(table, timed)
+        ]
         assert rows == expected[name], name
         assert found.counts["rows"][name] == found.funnel[-1][name] == len(rows)
 
@@ -158,7 +190,11 @@ def test_leave_one_out_equals_a_loop(seed, k, timed, monkeypatch):
         *[{"step": f"3-core, pass {i}"} | left for i, left in enumerate(passes, start=1)],
         {"step": "rows"} | rows,
     ]
-    check(leave_one_out(source(interactions), ProtocolOptions(0, k)), brute_leave_one_out(events, 10_000), timed)
+    check(
+        leave_one_out(source(interactions), ProtocolOptions(0, k)),
+        brute_leave_one_out(events, 10_000),
+        timed,
+    )
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -169,13 +205,21 @@ def test_d3_equals_a_loop(seed, k, monkeypatch):
     events, _ = brute_core(listed(interactions), k)
     found = d3(source(interactions), ProtocolOptions(max_history=3, k_core=k))
     check(found, brute_d3(events, 3))
-    assert found.counts["rows"]["users_too_short"] == sum(len(s) == 1 for s in by_user(events).values())
+    assert found.counts["rows"]["users_too_short"] == sum(
+        len(s) == 1 for s in by_user(events).values()
+    )
 
 
 def test_leave_one_out_by_hand():
-    users, items = np.array([5, 9, 5, 5, 9, 5, 7, 7, 7]), np.array([0, 1, 2, 2, 3, 4, 1, 2, 3], dtype=np.int32)
+    users, items = (
+        np.array([5, 9, 5, 5, 9, 5, 7, 7, 7]),
+        np.array([0, 1, 2, 2, 3, 4, 1, 2, 3], dtype=np.int32),
+    )
     found = leave_one_out(source(Interactions(users, items, None), 5), ProtocolOptions(20, 0))
-    rows = {name: [row[:3] for row in rows_of(table, timed=False)] for name, table in found.splits.items()}
+    rows = {
+        name: [row[:3] for row in rows_of(table, timed=False)]
+        for name, table in found.splits.items()
+    }
     assert rows == {
         "train": [(5, [0], 2)],
         "valid": [(5, [0, 2], 2), (7, [1], 2)],
@@ -187,7 +231,9 @@ def test_leave_one_out_by_hand():
 DAYS = st.integers(0, 8)
 EVENTS = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 4), DAYS), min_size=1, max_size=60)
 RULES = {
-    "window": st.tuples(st.none() | DAYS, st.none() | DAYS).filter(lambda days: None in days or days[0] <= days[1]),
+    "window": st.tuples(st.none() | DAYS, st.none() | DAYS).filter(
+        lambda days: None in days or days[0] <= days[1]
+    ),
     "duplicates": st.sampled_from(sorted(DUPLICATES)),
     "k_core": st.integers(0, 3),
     "cold": st.sets(st.sampled_from(["cold_items", "cold_users"])),
@@ -211,19 +257,26 @@ def test_rules_together_equal_loops(triples, rules, protocol):
         if events:
             break
     if not events:
-        with pytest.raises(ValueError, match="nothing is left after the .-core: pass 1 left|holds none of"):
+        with pytest.raises(
+            ValueError, match="nothing is left after the .-core: pass 1 left|holds none of"
+        ):
             PROTOCOLS[protocol](data, options)
         return
     before = {"leave-one-out": brute_leave_one_out, "d3": brute_d3}[protocol](events, 2)
     expected = brute_cold(before, rules["cold"])
     gone = {name: len(before[name]) - len(expected[name]) for name in ("valid", "test")}
     if any(gone[name] and not expected[name] for name in gone):
-        with pytest.raises(ValueError, match=r"--cold_(items|users) drop leaves none of \d+ (valid|test) rows"):
+        with pytest.raises(
+            ValueError, match=r"--cold_(items|users) drop leaves none of \d+ (valid|test) rows"
+        ):
             PROTOCOLS[protocol](data, options)
         return
     found = PROTOCOLS[protocol](data, options)
     check(found, expected)
-    steps = {step["step"]: {key: number for key, number in step.items() if key != "step"} for step in found.funnel}
+    steps = {
+        step["step"]: {key: number for key, number in step.items() if key != "step"}
+        for step in found.funnel
+    }
     assert [left for step, left in steps.items() if "-core, pass" in step] == passes
     assert steps.get(f"duplicates: {options.duplicates}", sizes(windowed)) == sizes(kept)
     texts = [step.split(": ")[1].split() for step in steps if step.startswith("cold")]
@@ -233,7 +286,9 @@ def test_rules_together_equal_loops(triples, rules, protocol):
 
 @hypothesis.settings(max_examples=100, deadline=None, derandomize=True)
 @hypothesis.given(
-    st.integers(0, 30), st.lists(st.sampled_from([1, 2, 20, 31, 45, 63]), min_size=1, max_size=3), st.integers(0, 1000)
+    st.integers(0, 30),
+    st.lists(st.sampled_from([1, 2, 20, 31, 45, 63]), min_size=1, max_size=3),
+    st.integers(0, 1000),
 )
 def test_order_by_equals_lexsort(length, bits, seed):
     rng = np.random.default_rng(seed)
@@ -250,11 +305,16 @@ def test_order_by_equals_lexsort(length, bits, seed):
 
 
 @pytest.mark.parametrize("min_items", [1, 3, 4, 7, 12, 15, 10_000])
-@pytest.mark.parametrize("start", [None, second(2016, 2, 29), second(2013, 1, 1), second(2000, 1, 1), second(2030, 1, 1)])
+@pytest.mark.parametrize(
+    "start", [None, second(2016, 2, 29), second(2013, 1, 1), second(2000, 1, 1), second(2030, 1, 1)]
+)
 @pytest.mark.parametrize("end", [None, second(2016, 5, 1), second(2040, 1, 1)])
 def test_d3_window_moves_back_a_calendar_year_at_a_time(min_items, start, end):
     # Every year at the end of April three users meet the same three new items: every whole year adds three items to the core.
-    times = np.repeat([second(year, 5, 1) - 800 for year in range(2011, 2017)], 9) + np.tile(np.arange(9), 6) * 100
+    times = (
+        np.repeat([second(year, 5, 1) - 800 for year in range(2011, 2017)], 9)
+        + np.tile(np.arange(9), 6) * 100
+    )
     items = (np.repeat(np.arange(6), 9) * 3 + np.tile([0, 1, 2], 18)).astype(np.int32)
     data = Interactions(np.repeat(np.arange(18), 3), items, times)
     if start is not None and end is not None and start > end:
@@ -273,8 +333,13 @@ def test_d3_window_moves_back_a_calendar_year_at_a_time(min_items, start, end):
         core = sizes(events)
         if core["items"] >= min_items or begin.timestamp() <= times.min():
             break
-        expected.append({"step": f"{text}: {core['items']} items in the 3-core, fewer than {min_items:,}"} | core)
-    expected.append({"step": text + (", all there is" if core["items"] < min_items else "")} | sizes(window))
+        expected.append(
+            {"step": f"{text}: {core['items']} items in the 3-core, fewer than {min_items:,}"}
+            | core
+        )
+    expected.append(
+        {"step": text + (", all there is" if core["items"] < min_items else "")} | sizes(window)
+    )
     expected += [{"step": f"3-core, pass {i}"} | left for i, left in enumerate(passes, start=1)]
     found = d3(source(data, 18), ProtocolOptions(10, 3, min_items=min_items, window=(start, end)))
     assert found.counts["window"] == {"years": years} | core
@@ -317,7 +382,12 @@ def test_options_that_cannot_be():
         (d3, milliseconds, ProtocolOptions(10, 5), "not milliseconds"),
         (leave_one_out, milliseconds, window, "not milliseconds"),
         (leave_one_out, untimed, window, "--from and --to .* no timestamps"),
-        (leave_one_out, untimed, ProtocolOptions(10, 0, duplicates="exact"), "--duplicates exact .* no timestamps"),
+        (
+            leave_one_out,
+            untimed,
+            ProtocolOptions(10, 0, duplicates="exact"),
+            "--duplicates exact .* no timestamps",
+        ),
     ]:
         with pytest.raises(ValueError, match=message):
             protocol(source(interactions), options)
@@ -344,7 +414,9 @@ def test_k_core_equals_a_loop(k):
 def a_chain():
     """A path: user u meets items u and u+1. Its ends have one interaction, so a 2-core eats it one by one."""
     users = np.repeat(np.arange(50), 2)
-    return Interactions(users, (users + np.tile([0, 1], 50)).astype(np.int32), second(2014, 1, 1) + users * DAY)
+    return Interactions(
+        users, (users + np.tile([0, 1], 50)).astype(np.int32), second(2014, 1, 1) + users * DAY
+    )
 
 
 def test_k_core_peels_a_chain_to_nothing():
@@ -366,7 +438,11 @@ def test_the_rule_that_leaves_nothing_is_named(protocol):
     for interactions, options, message in [
         (random_interactions(1), ProtocolOptions(10, 1000), few),
         (a_chain(), ProtocolOptions(10, 2), many),
-        (a_chain(), ProtocolOptions(10, 2, window=(second(1999, 10, 1), second(2000, 11, 1))), window),
+        (
+            a_chain(),
+            ProtocolOptions(10, 2, window=(second(1999, 10, 1), second(2000, 11, 1))),
+            window,
+        ),
         (nothing, ProtocolOptions(10, 0), "the source has no interactions"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -399,9 +475,15 @@ def given_splits(seed):
             rng.integers(0, 99, count).tolist(),
         ]
         table = pa.table(
-            [pa.array(column, kind) for column, kind in zip(columns, ROW_SCHEMA.types, strict=True)], ROW_SCHEMA.names
+            [
+                pa.array(column, kind)
+                for column, kind in zip(columns, ROW_SCHEMA.types, strict=True)
+            ],
+            ROW_SCHEMA.names,
         )
-        splits[name] = pa.concat_tables([table[:4], table[4:]])  # several chunks, one with an offset
+        splits[name] = pa.concat_tables(
+            [table[:4], table[4:]]
+        )  # several chunks, one with an offset
     return splits
 
 
@@ -416,9 +498,14 @@ def test_given_takes_the_rows_of_the_source(seed):
     assert found.counts == {"rows": {"train": 40, "valid": 15, "test": 15}}
     users = sorted({row[0] for split in rows.values() for row in split})
     sample = {users[i] for i in np.random.default_rng(5).permutation(len(users))[:12]}
-    expected = {name: [(row[0], row[1][-3:], *row[2:]) for row in split if row[0] in sample] for name, split in rows.items()}
+    expected = {
+        name: [(row[0], row[1][-3:], *row[2:]) for row in split if row[0] in sample]
+        for name, split in rows.items()
+    }
     check(given(data, ProtocolOptions(3, 0, num_users=12, seed=5)), expected)
-    found = given(data, ProtocolOptions(3, 0, num_users=12, seed=5, cold_items="drop", cold_users="drop"))
+    found = given(
+        data, ProtocolOptions(3, 0, num_users=12, seed=5, cold_items="drop", cold_users="drop")
+    )
     check(found, brute_cold(expected, {"cold_items", "cold_users"}))
     steps = [step["step"].split(":")[0] for step in found.funnel]
     assert steps == ["rows of the source", "sample of 12 users", "rows", "cold items", "cold users"]
@@ -436,15 +523,22 @@ def test_given_and_the_others_refuse_each_others_sources():
     with pytest.raises(ValueError, match="this source makes none; use another --protocol"):
         given(source(random_interactions(0)), ProtocolOptions(0, 0))
     for protocol in (leave_one_out, d3):
-        with pytest.raises(ValueError, match="brings its own rows of train, valid and test; use --protocol given"):
+        with pytest.raises(
+            ValueError, match="brings its own rows of train, valid and test; use --protocol given"
+        ):
             protocol(data, ProtocolOptions(10, 0))
 
 
 def test_real_sequences(shared):
     folder = shared / "data" / "books-small"
-    data = sequences.read(None, {name: [folder / f"{name}.jsonl"] for name in ("items", "sequences")})
+    data = sequences.read(
+        None, {name: [folder / f"{name}.jsonl"] for name in ("items", "sequences")}
+    )
     found = leave_one_out(data, ProtocolOptions(20, 0))
-    rows = {name: [row[:3] for row in rows_of(table, timed=False)] for name, table in found.splits.items()}
+    rows = {
+        name: [row[:3] for row in rows_of(table, timed=False)]
+        for name, table in found.splits.items()
+    }
     expected = brute_leave_one_out(listed(data.interactions), 20)
     assert rows == {name: [row[:3] for row in split] for name, split in expected.items()}
     assert [len(split) for split in rows.values()] == [93_177, 14_585, 14_585]

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from igd_ds.items import semantic_ids
-from igd_ds.items.semantic_ids import resolve_collisions
-from igd_ds.models import quantizers
-from igd_ds.models.quantizers import RQVAE, QuantizerOptions, fit, kmeans
 from igd_ds.runlog import TAGS
+from igd_ds.semantic_ids import collisions as semantic_ids
+from igd_ds.semantic_ids import quantizers
+from igd_ds.semantic_ids.collisions import resolve_collisions
+from igd_ds.semantic_ids.quantizers import RQVAE, QuantizerOptions, fit, kmeans
 
 SMALL = QuantizerOptions(levels=3, codes=8, epochs=40, batch_size=64, hidden=(32, 16), latent=4)
 
@@ -24,7 +24,9 @@ def silent(step, values):
 def clusters(num_items=400, width=8, num_clusters=16, seed=0):
     random = np.random.default_rng(seed)
     centres = random.normal(size=(num_clusters, width)) * 4
-    vectors = centres[random.integers(num_clusters, size=num_items)] + 0.4 * random.normal(size=(num_items, width))
+    vectors = centres[random.integers(num_clusters, size=num_items)] + 0.4 * random.normal(
+        size=(num_items, width)
+    )
     return (vectors + 3).astype(np.float32)
 
 
@@ -41,7 +43,9 @@ def test_kmeans_finds_the_best_partition(seed):
     for labels in product(range(3), repeat=8):
         labels = np.array([0, *labels])
         if len(set(labels)) == 3:
-            best = min(best, squared_error(rows, np.stack([rows[labels == k].mean(0) for k in range(3)])))
+            best = min(
+                best, squared_error(rows, np.stack([rows[labels == k].mean(0) for k in range(3)]))
+            )
     found = kmeans(torch.from_numpy(rows), 3, torch.Generator().manual_seed(seed)).numpy()
     np.testing.assert_allclose(squared_error(rows, found), best, rtol=1e-9)
 
@@ -51,7 +55,9 @@ def test_kmeans_ends_in_means_of_the_nearest_and_leaves_no_cluster_empty():
     centroids = kmeans(rows, 16, torch.Generator().manual_seed(1))
     codes = (rows[:, None] - centroids[None]).square().sum(2).argmin(1)
     assert torch.equal(codes, quantizers.nearest(rows, centroids))
-    means = torch.stack([rows[codes == k].mean(0) for k in range(16)])  # NaN where a cluster is empty
+    means = torch.stack(
+        [rows[codes == k].mean(0) for k in range(16)]
+    )  # NaN where a cluster is empty
     torch.testing.assert_close(centroids, means, rtol=1e-9, atol=1e-9)
     assert torch.equal(centroids, kmeans(rows, 16, torch.Generator().manual_seed(1)))
 
@@ -75,7 +81,9 @@ def test_residual_kmeans_is_the_sum_of_its_codewords():
         np.testing.assert_array_equal(code, codes[:, level])
         residual = residual - books[level][code]
     total = sum(books[level][codes[:, level]] for level in range(3))
-    np.testing.assert_allclose(quantizer.decode(torch.from_numpy(codes).long()).numpy(), total, atol=1e-6)
+    np.testing.assert_allclose(
+        quantizer.decode(torch.from_numpy(codes).long()).numpy(), total, atol=1e-6
+    )
     np.testing.assert_allclose(scaled - total, residual, atol=1e-5)
     np.testing.assert_allclose(result.reconstruction_error, (residual**2).mean(), rtol=1e-4)
 
@@ -99,7 +107,9 @@ def test_large_data_is_sampled_and_encoded_in_chunks(monkeypatch):
     whole = fit("rq-kmeans", vectors, SMALL, silent)
     monkeypatch.setattr(quantizers, "CHUNK", 300)
     chunked = fit("rq-kmeans", vectors.astype(np.float16), SMALL, silent)
-    assert (whole.codes == chunked.codes).mean() > 0.8  # float16 moves a row over a border now and then
+    assert (
+        whole.codes == chunked.codes
+    ).mean() > 0.8  # float16 moves a row over a border now and then
     monkeypatch.setattr(quantizers, "SAMPLE_PER_CODE", 50)
     assert len(chunked.quantizer.sample(vectors, torch.Generator())) == 400
     sampled = fit("rq-kmeans", vectors, SMALL, silent)
@@ -127,13 +137,20 @@ def test_each_loss_term_reaches_its_own_parameters():
     torch.testing.assert_close(residuals[2], model.encoder(rows) - words[0] - words[1])
     error = ((residuals - words) ** 2).mean()
     torch.testing.assert_close(terms["commitment"], error)
-    torch.testing.assert_close(terms["reconstruction"], ((model.decoder(words.sum(0)) - rows) ** 2).mean())
+    torch.testing.assert_close(
+        terms["reconstruction"], ((model.decoder(words.sum(0)) - rows) ** 2).mean()
+    )
     torch.testing.assert_close(terms["loss"], terms["reconstruction"] + 1.25 * error)
     terms["loss"].backward()
     chosen = torch.nn.functional.one_hot(codes.T, 8).float()
-    pull = 2 / residuals.numel() * chosen.transpose(1, 2) @ (words - residuals)  # the codebook term alone moves codewords
+    pull = (
+        2 / residuals.numel() * chosen.transpose(1, 2) @ (words - residuals)
+    )  # the codebook term alone moves codewords
     torch.testing.assert_close(model.codebooks.grad, pull)
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in [*model.encoder.parameters(), *model.decoder.parameters()])
+    assert all(
+        p.grad is not None and p.grad.abs().sum() > 0
+        for p in [*model.encoder.parameters(), *model.decoder.parameters()]
+    )
 
 
 def test_moving_average_is_the_mean_of_what_a_code_got():
@@ -166,7 +183,11 @@ def test_dead_codes_are_restarted_and_only_those():
     for word in model.codebooks[dead]:
         assert (residuals[1] == word).all(1).any()
     state = optimizer.state[model.codebooks]
-    assert (state["exp_avg"][dead] == 0).all() and (state["exp_avg_sq"][dead] == 0).all() and (state["exp_avg"] != 0).any()
+    assert (
+        (state["exp_avg"][dead] == 0).all()
+        and (state["exp_avg_sq"][dead] == 0).all()
+        and (state["exp_avg"] != 0).any()
+    )
 
 
 def test_a_dead_codebook_comes_back_in_training(monkeypatch):
@@ -181,15 +202,25 @@ def test_a_dead_codebook_comes_back_in_training(monkeypatch):
     assert all(semantic_ids.use_and_perplexity(level, 8)[0] > 0.5 for level in result.codes.T)
 
 
-@pytest.mark.parametrize("changes", [{}, {"ema": 0.9}, {"sinkhorn": 0.003}], ids=["gradient", "ema", "sinkhorn"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"ema": 0.9}, {"sinkhorn": 0.003}], ids=["gradient", "ema", "sinkhorn"]
+)
 def test_rq_vae_learns_and_uses_its_codes(changes):
     vectors, steps = clusters(), []
-    result = fit("rq-vae", vectors, replace(SMALL, **changes), lambda step, values: steps.append((step, values)))
+    result = fit(
+        "rq-vae",
+        vectors,
+        replace(SMALL, **changes),
+        lambda step, values: steps.append((step, values)),
+    )
     assert result.reconstruction_error < 0.5  # 1 is the best constant
     assert all(semantic_ids.use_and_perplexity(level, 8)[0] > 0.5 for level in result.codes.T)
     assert semantic_ids.collapse_warnings(result.codes, [8] * 3) == []
     assert [step for step, _ in steps] == list(range(40)) and set(steps[0][1]) <= set(TAGS)
-    assert steps[-1][1]["quantizer/loss"] < steps[0][1]["quantizer/loss"] and steps[-1][1]["quantizer/restarted"] == 0
+    assert (
+        steps[-1][1]["quantizer/loss"] < steps[0][1]["quantizer/loss"]
+        and steps[-1][1]["quantizer/restarted"] == 0
+    )
     with torch.no_grad():
         rows = result.quantizer.rows(vectors, slice(None))
         codes = result.quantizer.encode(rows)
@@ -211,7 +242,9 @@ def test_the_seed_decides(name):
 
 
 def test_an_unfinished_training_says_so():
-    assert "raise --epochs" in fit("rq-vae", clusters(), replace(SMALL, epochs=2), silent).warnings[0]
+    assert (
+        "raise --epochs" in fit("rq-vae", clusters(), replace(SMALL, epochs=2), silent).warnings[0]
+    )
     assert quantizers._convergence([1.0] * 40) == [] and quantizers._convergence([0.5]) != []
 
 
@@ -221,8 +254,13 @@ def test_sinkhorn_balances():
     assert len(set(distances.argmin(1).tolist())) == 1
     counts = Counter(quantizers.sinkhorn_assignment(distances, 0.01).tolist())
     assert set(counts) == set(range(8)) and max(counts.values()) <= 12
-    shifted = distances + torch.arange(64)[:, None]  # what the distances leave out is the same within a row
-    assert torch.equal(quantizers.sinkhorn_assignment(shifted, 0.01), quantizers.sinkhorn_assignment(distances, 0.01))
+    shifted = (
+        distances + torch.arange(64)[:, None]
+    )  # what the distances leave out is the same within a row
+    assert torch.equal(
+        quantizers.sinkhorn_assignment(shifted, 0.01),
+        quantizers.sinkhorn_assignment(distances, 0.01),
+    )
     apart = torch.full((4, 4), 9.0).fill_diagonal_(0.0)
     assert quantizers.sinkhorn_assignment(apart, 0.003).tolist() == [0, 1, 2, 3]
 
@@ -233,7 +271,11 @@ def test_sinkhorn_balances():
         ("vq", {}, "--quantizer vq: unknown; known: rq-vae, rq-kmeans, pq"),
         ("pq", {"levels": 3}, "3 equal segments do not divide an embedding of 8"),
         ("rq-vae", {"levels": 27}, "--levels 27: must be 1 to 26"),
-        ("rq-vae", {"codes": 401}, "--codes 401: a codebook larger than the data, which has 400 items"),
+        (
+            "rq-vae",
+            {"codes": 401},
+            "--codes 401: a codebook larger than the data, which has 400 items",
+        ),
         ("rq-vae", {"codes": 1}, "--codes 1: must be at least 2"),
         ("rq-vae", {"epochs": 0}, "--epochs 0: must be at least 1"),
         ("rq-vae", {"learning_rate": 0.0}, "--lr 0.0"),
@@ -257,13 +299,19 @@ def cases():
     random = np.random.default_rng(0)
     yield "all equal", np.zeros((64, 3), int), [4, 4, 4]  # as many items as IDs
     yield "few", random.integers(0, 3, (50, 3)), [5, 5, 5]
-    yield "one full prefix", np.concatenate([np.tile([[1, 1, 0]], (9, 1)), [[1, 1, 3], [0, 0, 0]]]), [3, 3, 4]
+    yield (
+        "one full prefix",
+        np.concatenate([np.tile([[1, 1, 0]], (9, 1)), [[1, 1, 3], [0, 0, 0]]]),
+        [3, 3, 4],
+    )
     yield "uneven sizes", random.integers(0, 2, (200, 3)), [2, 7, 30]
     yield "unique", np.array(list(product(range(3), repeat=3))), [3, 3, 3]
     yield "one level", np.array([[0], [0], [2], [2], [1]]), [6]
 
 
-@pytest.mark.parametrize(("codes", "sizes"), [case[1:] for case in cases()], ids=[case[0] for case in cases()])
+@pytest.mark.parametrize(
+    ("codes", "sizes"), [case[1:] for case in cases()], ids=[case[0] for case in cases()]
+)
 def test_reassign_is_unique_minimal_and_seeded(codes, sizes):
     before = codes.copy()
     unique = resolve_collisions(codes, sizes, "reassign", 0)
@@ -312,7 +360,9 @@ def test_collisions_that_cannot_be_resolved():
         resolve_collisions(np.zeros((10, 2), int), [3, 3], "reassign", 0)
     with pytest.raises(ValueError, match="no letter is left"):
         resolve_collisions(np.zeros((2, 26), int), [2] * 26, "extra", 0)
-    with pytest.raises(ValueError, match="--collisions drop: unknown; known: reassign, extra, keep"):
+    with pytest.raises(
+        ValueError, match="--collisions drop: unknown; known: reassign, extra, keep"
+    ):
         resolve_collisions(np.zeros((2, 2), int), [2, 2], "drop", 0)
 
 
@@ -332,13 +382,19 @@ def test_measures_against_brute_force():
     def purity(prefix):
         under = [i for i in range(40) if paths[i][: len(prefix)] == prefix]
         q = counts[under] / max(counts[under].sum(), 1)
-        return 1.0 if len(under) == 1 else 1 + sum(x * np.log(x) for x in q if x > 0) / np.log(len(under))
+        return (
+            1.0
+            if len(under) == 1
+            else 1 + sum(x * np.log(x) for x in q if x > 0) / np.log(len(under))
+        )
 
     measures = semantic_ids.trie_measures(codes, sizes, counts)
     for level in range(3):
         edges = sorted({path[: level + 1] for path in paths})
         size = Counter(path[: level + 1] for path in paths), Counter(path[:level] for path in paths)
-        assert measures["filtering_ratio"][level] == pytest.approx(np.mean([1 - size[0][e] / size[1][e[:-1]] for e in edges]))
+        assert measures["filtering_ratio"][level] == pytest.approx(
+            np.mean([1 - size[0][e] / size[1][e[:-1]] for e in edges])
+        )
         gains = {edge: purity(edge) - purity(edge[:-1]) for edge in edges}
         assert measures["purity_gain"][level] == pytest.approx(np.mean(list(gains.values())))
         by_token = measures["purity_gain_by_token"][level]
@@ -351,7 +407,12 @@ def test_measures_against_brute_force():
 def test_a_collapsed_codebook_is_said():
     codes = np.stack([np.zeros(1000, int), np.arange(1000) % 256, np.arange(1000) % 12], axis=1)
     warnings = semantic_ids.collapse_warnings(codes, [256] * 3)
-    assert len(warnings) == 2 and "level a has collapsed: 0.4% of 256 codes used, perplexity 1.0" in warnings[0]
+    assert (
+        len(warnings) == 2
+        and "level a has collapsed: 0.4% of 256 codes used, perplexity 1.0" in warnings[0]
+    )
     assert "level c" in warnings[1]
-    skewed = np.where(np.arange(1000) < 970, 0, np.arange(1000) % 30)[:, None]  # uses enough codes, but hardly
+    skewed = np.where(np.arange(1000) < 970, 0, np.arange(1000) % 30)[
+        :, None
+    ]  # uses enough codes, but hardly
     assert "level a" in semantic_ids.collapse_warnings(skewed, [256])[0]

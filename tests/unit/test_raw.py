@@ -19,21 +19,34 @@ DAY = 86_400
 
 
 def read_json(path, timed=True, **options):
-    with tempfile.TemporaryDirectory() as scratch, RawReader(RawRequest((path,), **options), Path(scratch)) as raw:
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        RawReader(RawRequest((path,), **options), Path(scratch)) as raw,
+    ):
         raw.read_json_lines("lines", [path], COLUMNS)
         return raw.source_data(INTERACTIONS, timed=timed)
 
 
 def read_csv(path, **options):
-    with tempfile.TemporaryDirectory() as scratch, RawReader(RawRequest((path,), **options), Path(scratch)) as raw:
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        RawReader(RawRequest((path,), **options), Path(scratch)) as raw,
+    ):
         raw.read_csv("lines", [path], COLUMNS, delimiter=",", quote='"')
         return raw.source_data(INTERACTIONS)
 
 
 def events(data):
-    users, items, found = data.user_names.to_pylist(), data.item_names.to_pylist(), data.interactions
+    users, items, found = (
+        data.user_names.to_pylist(),
+        data.item_names.to_pylist(),
+        data.interactions,
+    )
     times = [None] * len(found) if found.timestamps is None else found.timestamps.tolist()
-    return [(users[u], items[i], t) for u, i, t in zip(found.users.tolist(), found.items.tolist(), times, strict=True)]
+    return [
+        (users[u], items[i], t)
+        for u, i, t in zip(found.users.tolist(), found.items.tolist(), times, strict=True)
+    ]
 
 
 def line(user="u", item="i", time=DAY, **more):
@@ -58,9 +71,12 @@ def test_broken_lines_are_counted_up_to_a_limit(tmp_path):
         "line 102: no such object: b'{\"other\": 1}\\n'",
         "rows": 3,
     }
-    assert data.funnel[2]["rows"] == 3  # the same three lines, as interactions without user, item, time
+    assert (
+        data.funnel[2]["rows"] == 3
+    )  # the same three lines, as interactions without user, item, time
     with pytest.raises(
-        ValueError, match=r"r.json.gz: 3 of 100 lines cannot be used \(3.00%, --max_bad_lines allows 0.10%\): line 42"
+        ValueError,
+        match=r"r.json.gz: 3 of 100 lines cannot be used \(3.00%, --max_bad_lines allows 0.10%\): line 42",
     ):
         read_json(path)
 
@@ -71,7 +87,10 @@ def test_broken_lines_are_counted_up_to_a_limit(tmp_path):
         ([line(), line(time=DAY * 10**9)], "1 look like seconds and 1 like milliseconds"),
         ([line(time=-5)], "timestamps span -5 to -5"),
         ([line(time=10**15)], "before the year 5138"),
-        ([line(), line(user=None)], r"1 of 2 interactions cannot be used \(without user 1, item 0, time 0\)"),
+        (
+            [line(), line(user=None)],
+            r"1 of 2 interactions cannot be used \(without user 1, item 0, time 0\)",
+        ),
         ([line(), line(item="")], "without user 0, item 1"),
         ([line(), line(time="soon")], "without user 0, item 0, time 1"),
         ([b"\x00\x01\x02"], "lines cannot be used"),
@@ -84,12 +103,16 @@ def test_what_is_refused(tmp_path, lines, message):
 
 
 def test_truncated_and_mislabelled_gzip(tmp_path):
-    whole = written(tmp_path / "r.json.gz", [line(item=f"item {n * 7919}") for n in range(5000)]).read_bytes()
+    whole = written(
+        tmp_path / "r.json.gz", [line(item=f"item {n * 7919}") for n in range(5000)]
+    ).read_bytes()
     for cut in (len(whole) // 2, 15, 5):
         (tmp_path / "cut.json.gz").write_bytes(whole[:cut])
         with pytest.raises(ValueError, match="cut.json.gz: .*download it again"):
             read_json(tmp_path / "cut.json.gz")
-    (tmp_path / "members.json").write_bytes(gzip.compress(line() + b"\n") + gzip.compress(line(user="v")))  # gzip by content
+    (tmp_path / "members.json").write_bytes(
+        gzip.compress(line() + b"\n") + gzip.compress(line(user="v"))
+    )  # gzip by content
     assert events(read_json(tmp_path / "members.json")) == [("u", "i", DAY), ("v", "i", DAY)]
     plain = written(tmp_path / "r [1]*'s.json", [line()])  # not a pattern, not the end of a string
     plain.rename(tmp_path / "plain [1]*'s.json.gz")
@@ -97,22 +120,38 @@ def test_truncated_and_mislabelled_gzip(tmp_path):
 
 
 def test_csv_rejects_and_missing_columns(tmp_path):
-    rows = [b"x,time,user,item", *[b"1,%d,u,i%d" % (n, n) for n in range(50)], b"1,2,3", b'1,7,"u, ""q""\nnew",i', b"1,2,u,i,5"]
+    rows = [
+        b"x,time,user,item",
+        *[b"1,%d,u,i%d" % (n, n) for n in range(50)],
+        b"1,2,3",
+        b'1,7,"u, ""q""\nnew",i',
+        b"1,2,u,i,5",
+    ]
     path = written(tmp_path / "r.csv", rows)
     data = read_csv(path, max_bad_lines=0.1)
     assert events(data) == [*[("u", f"i{n}", n) for n in range(50)], ('u, "q"\nnew', "i", 7)]
-    assert [step["rows"] for step in data.funnel[:2]] == [51, 2] and "line 52: missing columns: '1,2,3'" in data.funnel[1]["step"]
+    assert [step["rows"] for step in data.funnel[:2]] == [
+        51,
+        2,
+    ] and "line 52: missing columns: '1,2,3'" in data.funnel[1]["step"]
     with pytest.raises(ValueError, match="r.csv: 2 of 53 lines cannot be used"):
         read_csv(path)
     with pytest.raises(ValueError, match="no column user, item; its header has x, time"):
         read_csv(written(tmp_path / "s.csv", [b"x,time", b"1,2"]))
-    twice = [b"user,item,time", *[b"u,i%d,%d" % (n, n) for n in range(200)], b"u,i,x,y", b"u,i,x,"]  # two errors on a line
+    twice = [
+        b"user,item,time",
+        *[b"u,i%d,%d" % (n, n) for n in range(200)],
+        b"u,i,x,y",
+        b"u,i,x,",
+    ]  # two errors on a line
     assert read_csv(written(tmp_path / "t.csv", twice), max_bad_lines=0.01).funnel[1]["rows"] == 2
     with pytest.raises(ValueError, match="the first line is blank"):
         read_csv(written(tmp_path / "b.csv", [b"", *twice]))
     with pytest.raises(ValueError, match="names a column twice"):
         read_csv(written(tmp_path / "s.csv", [b"user,item,time,User", b"1,2,3,4"]))
-    assert events(read_csv(written(tmp_path / "s.csv", [b"user,item,time,it's", b"1,2,3,4"]))) == [("1", "2", 3)]
+    assert events(read_csv(written(tmp_path / "s.csv", [b"user,item,time,it's", b"1,2,3,4"]))) == [
+        ("1", "2", 3)
+    ]
 
 
 def test_a_byte_order_mark_costs_no_line(tmp_path):
@@ -126,20 +165,33 @@ def test_a_full_disk_is_one_clear_error(tmp_path, monkeypatch):
         raise duckdb.IOException("IO Error: Could not write file: No space left on device")
 
     monkeypatch.setattr(RawReader, "_choose_lines", full)
-    with pytest.raises(ValueError, match="r.json: .*No space left on device; make room on the disk of --output"):
+    with pytest.raises(
+        ValueError, match="r.json: .*No space left on device; make room on the disk of --output"
+    ):
         read_json(written(tmp_path / "r.json", [line()]))
 
 
 def test_no_times_at_all_and_windows_line_ends(tmp_path):
-    path = written(tmp_path / "r.json", [b'{"user": "u", "item": 5}', b'{"user": 7, "item": "i"}'], end=b"\r\n")
-    with pytest.raises(ValueError, match=r"2 of 2 interactions cannot be used \(without user 0, item 0, time 2\)"):
+    path = written(
+        tmp_path / "r.json", [b'{"user": "u", "item": 5}', b'{"user": 7, "item": "i"}'], end=b"\r\n"
+    )
+    with pytest.raises(
+        ValueError, match=r"2 of 2 interactions cannot be used \(without user 0, item 0, time 2\)"
+    ):
         read_json(path)
     data = read_json(path, timed=False)
-    assert events(data) == [("u", "5", None), ("7", "i", None)] and data.interactions.timestamps is None
+    assert (
+        events(data) == [("u", "5", None), ("7", "i", None)]
+        and data.interactions.timestamps is None
+    )
 
 
 def test_python_lines_are_literals_only(tmp_path):
-    assert parse_python(b"{u'a': 'it\\'s', 'b': [1, {'c': None}], 'd': True}") == {"a": "it's", "b": [1, {"c": None}], "d": True}
+    assert parse_python(b"{u'a': 'it\\'s', 'b': [1, {'c': None}], 'd': True}") == {
+        "a": "it's",
+        "b": [1, {"c": None}],
+        "d": True,
+    }
     for text in (
         b"__import__('os').system('x')",
         b"{'a': open('/etc/passwd')}",
@@ -151,13 +203,24 @@ def test_python_lines_are_literals_only(tmp_path):
     ):
         assert parse_python(text) is None
     big = b"{'user': 0x" + b"f" * 5000 + b"}"
-    for odd in (b"{'user': 'u', 'item': [b'x']}", b"{'user': {1, 2}}", b"{'user': ..., 'item': {(1, 2): 3}}", big):
+    for odd in (
+        b"{'user': 'u', 'item': [b'x']}",
+        b"{'user': {1, 2}}",
+        b"{'user': ..., 'item': {(1, 2): 3}}",
+        big,
+    ):
         path = written(tmp_path / "odd.json", [repr(json.loads(line())).encode(), odd])
         with pytest.raises(ValueError, match="lines cannot be used"):
             read_json(path)
         assert events(read_json(path, max_bad_lines=0.5)) == [("u", "i", DAY)]
-    lines = [repr({"user": f"u{n}", "item": "it's", "time": n, "text": 'a "b"\n'}).encode() for n in range(1, 40)]
-    data = read_json(written(tmp_path / "r.json", [*lines[:5], b"{'user': open('x')}", *lines[5:], line()]), max_bad_lines=0.05)
+    lines = [
+        repr({"user": f"u{n}", "item": "it's", "time": n, "text": 'a "b"\n'}).encode()
+        for n in range(1, 40)
+    ]
+    data = read_json(
+        written(tmp_path / "r.json", [*lines[:5], b"{'user': open('x')}", *lines[5:], line()]),
+        max_bad_lines=0.05,
+    )
     assert events(data) == [*[(f"u{n}", "it's", n) for n in range(1, 40)], ("u", "i", DAY)]
     assert "line 6: no such object: b\"{'user': open" in data.funnel[1]["step"]
 
@@ -168,11 +231,17 @@ JSON_VALUES = st.recursive(
     max_leaves=3,
 )
 NAMES = st.text(st.characters(categories=["L", "N", "P", "S"]), min_size=1, max_size=6)
-WHOLE = st.fixed_dictionaries({"user": NAMES, "item": NAMES, "time": st.integers(0, 10**10)}, optional={"x": JSON_VALUES})
-ODD = st.fixed_dictionaries({}, optional={"user": st.text() | JSON_VALUES, "item": st.text(), "time": JSON_VALUES})
+WHOLE = st.fixed_dictionaries(
+    {"user": NAMES, "item": NAMES, "time": st.integers(0, 10**10)}, optional={"x": JSON_VALUES}
+)
+ODD = st.fixed_dictionaries(
+    {}, optional={"user": st.text() | JSON_VALUES, "item": st.text(), "time": JSON_VALUES}
+)
 BYTES = st.binary(max_size=30).map(lambda data: data.replace(b"\n", b""))
 LINES = st.lists(WHOLE.map(lambda o: json.dumps(o).encode()) | BYTES, min_size=1, max_size=8)
-ODD_LINES = st.lists((WHOLE | ODD).map(lambda o: json.dumps(o).encode()) | BYTES, min_size=1, max_size=8)
+ODD_LINES = st.lists(
+    (WHOLE | ODD).map(lambda o: json.dumps(o).encode()) | BYTES, min_size=1, max_size=8
+)
 
 
 def wanted(raw):
@@ -184,7 +253,10 @@ def wanted(raw):
     if not isinstance(entry, dict):
         return None
     user, item, time = (entry.get(key) for key in ("user", "item", "time"))
-    simple = all(isinstance(value, str) and value and value.isprintable() for value in (user, item)) and type(time) is int
+    simple = (
+        all(isinstance(value, str) and value and value.isprintable() for value in (user, item))
+        and type(time) is int
+    )
     return (user, item, time) if simple and 0 <= time < 10**11 else "unclear"
 
 
@@ -226,4 +298,6 @@ def test_any_bytes_can_be_sniffed(data):
             except ValueError as error:
                 assert str(path) in str(error)
             else:
-                assert form in ("json", "python", "text") and all(isinstance(key, str) for key in keys)
+                assert form in ("json", "python", "text") and all(
+                    isinstance(key, str) for key in keys
+                )

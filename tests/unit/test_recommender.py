@@ -12,9 +12,9 @@ import yaml
 from oracle import assert_same_lists, plain_search, ranking, weight_by_path
 from tiny_run import TITLES, Plain
 
-from igd_ds.decoding.rules import ScoringOptions, edge_weights
-from igd_ds.decoding.search import Limits
-from igd_ds.recommender import Recommender
+from igd_ds.evaluation.recommender import Recommender
+from igd_ds.search.engine import Limits
+from igd_ds.search.scoring import ScoringOptions, edge_weights
 
 HISTORIES = [[1, 2], [0], [7, 7, 3, 9, 4], [5, 6], [8], [2, 4], [9, 1, 0]]
 
@@ -55,7 +55,9 @@ def test_three_lines(run, capsys, monkeypatch):
     for recommendation in recommender.recommend([[3, 7, 5]], k=5, alpha=0.2)[0]:
         print(recommendation.rank, recommendation.title, recommendation.score)
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert [line[0] for line in lines] == ["1", "2", "3", "4", "5"] and {line[1] for line in lines} < set(TITLES)
+    assert [line[0] for line in lines] == ["1", "2", "3", "4", "5"] and {
+        line[1] for line in lines
+    } < set(TITLES)
     scores = [float(line[2]) for line in lines]
     assert scores == sorted(scores, reverse=True)
 
@@ -64,23 +66,39 @@ def test_three_lines(run, capsys, monkeypatch):
 def test_lists_equal_a_plain_search(recommender, plain, length_penalty):
     weight = weight_by_path(plain.trie, edge_weights(plain.trie, plain.gain, "per-node", 0.3))
     for search in ("beam", "exact"):
-        lists = recommender.recommend(HISTORIES, k=3, alpha=0.3, search=search, length_penalty=length_penalty)
+        lists = recommender.recommend(
+            HISTORIES, k=3, alpha=0.3, search=search, length_penalty=length_penalty
+        )
         for history, ranked in zip(HISTORIES, lists, strict=True):
             prompt = plain.prompt(history)
             if search == "beam":
-                expected = plain_search(plain.model, prompt, plain.different_paths, weight, 3, length_penalty)
+                expected = plain_search(
+                    plain.model, prompt, plain.different_paths, weight, 3, length_penalty
+                )
             else:
-                expected = ranking(plain.model, prompt, plain.different_paths, weight, length_penalty)[:3]
+                expected = ranking(
+                    plain.model, prompt, plain.different_paths, weight, length_penalty
+                )[:3]
             assert_same_lists(as_paths(plain, ranked), expected)
             assert [r.rank for r in ranked] == [1, 2, 3] and not ranked.short
-            assert all(r.title == TITLES[r.item_ids[0]] and r.certified == (search == "exact") for r in ranked)
+            assert all(
+                r.title == TITLES[r.item_ids[0]] and r.certified == (search == "exact")
+                for r in ranked
+            )
     with pytest.raises(dataclasses.FrozenInstanceError):
         lists[0][0].rank = 2
 
 
 def test_exact_lists_are_never_worse(recommender):
-    beam, exact = (recommender.recommend(HISTORIES, k=2, alpha=0.0, search=search) for search in ("beam", "exact"))
-    pairs = [(e.score, b.score) for ours, theirs in zip(exact, beam, strict=True) for e, b in zip(ours, theirs, strict=True)]
+    beam, exact = (
+        recommender.recommend(HISTORIES, k=2, alpha=0.0, search=search)
+        for search in ("beam", "exact")
+    )
+    pairs = [
+        (e.score, b.score)
+        for ours, theirs in zip(exact, beam, strict=True)
+        for e, b in zip(ours, theirs, strict=True)
+    ]
     assert all(e >= b for e, b in pairs) and any(e > b for e, b in pairs)
 
 
@@ -90,7 +108,10 @@ def test_lists_do_not_depend_on_the_batch(recommender, monkeypatch):
     together = recommender.recommend(HISTORIES, k=4, allow=allow, deny=deny)
     monkeypatch.setattr(recommender, "batch_size", 2)
     in_batches = recommender.recommend(HISTORIES, k=4, allow=allow, deny=deny)
-    alone = [recommender.recommend([h], k=4, allow=[a], deny=[d])[0] for h, a, d in zip(HISTORIES, allow, deny, strict=True)]
+    alone = [
+        recommender.recommend([h], k=4, allow=[a], deny=[d])[0]
+        for h, a, d in zip(HISTORIES, allow, deny, strict=True)
+    ]
     assert leaves(together) == leaves(in_batches) == leaves(alone)
     for ours, theirs in zip(together, alone, strict=True):
         assert [r.score for r in ours] == pytest.approx([r.score for r in theirs], abs=2e-5)
@@ -103,7 +124,12 @@ def test_filters(recommender, search):
     deny = [[0], [0, 1, 2, 9], None, [], None, list(range(2, 10)), None]
     lists = recommender.recommend(HISTORIES, k=6, search=search, allow=allow, deny=deny)
     items = [sorted(item for ids in ranked for item in ids) for ranked in leaves(lists)]
-    assert items[0] == [4, 7, 9] and items[1] == [3, 4, 5, 6, 7, 8] and items[2] == [2] and items[5] == [0, 1]
+    assert (
+        items[0] == [4, 7, 9]
+        and items[1] == [3, 4, 5, 6, 7, 8]
+        and items[2] == [2]
+        and items[5] == [0, 1]
+    )
     assert items[6] == [2, 3] and len(lists[6]) == 1  # one leaf
     assert [ranked.short for ranked in lists] == [True, False, True, False, False, True, True]
 
@@ -120,18 +146,26 @@ def test_guidance(recommender, monkeypatch):
     monkeypatch.setattr(recommender, "batch_size", 3)
     strong = recommender.recommend(HISTORIES, k=3, guidance=(q, 100.0))
     assert [ranked[0].item_ids for ranked in strong] == [(item,) for item in wanted]
-    free, weak = recommender.recommend(HISTORIES, k=3), recommender.recommend(HISTORIES, k=3, guidance=(q, 0.0))
+    free, weak = (
+        recommender.recommend(HISTORIES, k=3),
+        recommender.recommend(HISTORIES, k=3, guidance=(q, 0.0)),
+    )
     assert leaves(free) == leaves(weak) != leaves(strong)
 
 
 def test_a_guides_taste_for_denied_items_leads_no_beam_astray(recommender):
     q = np.zeros((1, 10))
-    q[0, 1], q[0, 4] = 1, 1e-3  # the denied "abc", whose prefix has only the allowed "ab" besides, which the guide forbids
+    q[0, 1], q[0, 4] = (
+        1,
+        1e-3,
+    )  # the denied "abc", whose prefix has only the allowed "ab" besides, which the guide forbids
     (ranked,) = recommender.recommend([[5]], k=1, deny=[[1]], guidance=(q, 5.0))
     assert [r.title for r in ranked] == ["bcc"] and not ranked.short
 
 
-def test_the_run_may_be_named_by_its_model_folder_and_the_dataset_may_move(run, recommender, tmp_path):
+def test_the_run_may_be_named_by_its_model_folder_and_the_dataset_may_move(
+    run, recommender, tmp_path
+):
     expected = leaves(recommender.recommend(HISTORIES[:2], k=3))
     assert leaves(Recommender.load(run / "model").recommend(HISTORIES[:2], k=3)) == expected
     shutil.copytree(run / "model", tmp_path / "model")
@@ -140,7 +174,12 @@ def test_the_run_may_be_named_by_its_model_folder_and_the_dataset_may_move(run, 
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"dataset": "gone"}))
     with pytest.raises(ValueError, match="was trained on gone, which is not there"):
         Recommender.load(tmp_path / "model")
-    assert leaves(Recommender.load(tmp_path, dataset=run.parent / "data").recommend(HISTORIES[:2], k=3)) == expected
+    assert (
+        leaves(
+            Recommender.load(tmp_path, dataset=run.parent / "data").recommend(HISTORIES[:2], k=3)
+        )
+        == expected
+    )
 
 
 def test_an_eos_that_tokenizer_and_catalogue_disagree_on(run, tmp_path):
@@ -148,7 +187,9 @@ def test_an_eos_that_tokenizer_and_catalogue_disagree_on(run, tmp_path):
     tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "model")
     tokenizer.add_special_tokens({"eos_token": "<stop>"})
     tokenizer.save_pretrained(tmp_path / "model")
-    with pytest.raises(ValueError, match="end in token 256, but the tokenizer's EOS is 257 .'<stop>'.: undo"):
+    with pytest.raises(
+        ValueError, match="end in token 256, but the tokenizer's EOS is 257 .'<stop>'.: undo"
+    ):
         Recommender.load(tmp_path, dataset=run.parent / "data")
 
 
@@ -156,21 +197,36 @@ def test_an_eos_that_tokenizer_and_catalogue_disagree_on(run, tmp_path):
     ("arguments", "message"),
     [
         ({"histories": [[1], []]}, r"histories\[1\]: the history is empty"),
-        ({"histories": [[1], [2], [3, 10]]}, r"histories\[2\]: item 10 is not in the catalogue; ids are 0 to 9"),
+        (
+            {"histories": [[1], [2], [3, 10]]},
+            r"histories\[2\]: item 10 is not in the catalogue; ids are 0 to 9",
+        ),
         ({"histories": [[1], [-1]]}, r"histories\[1\]: item -1 is not"),
         ({"histories": [1, 2]}, r"histories\[0\]: a history is a flat list of item ids"),
         ({"histories": [["ab"]]}, r"histories\[0\]: a history is a flat list"),
         ({"histories": [[1]], "k": 0}, "k must be a whole number and at least 1, found 0"),
         ({"histories": [[1]], "alpha": 1.5}, "--alpha must lie in"),
         ({"histories": [[1]], "search": "best"}, "unknown search 'best'; known: beam, exact"),
-        ({"histories": [[1]], "search": "exact", "decoding_rule": "pooled"}, "--decoding_rule pooled depends"),
-        ({"histories": [[1], [2]], "allow": [None]}, "allow takes one entry per history: found 1 for 2"),
+        (
+            {"histories": [[1]], "search": "exact", "decoding_rule": "pooled"},
+            "--decoding_rule pooled depends",
+        ),
+        (
+            {"histories": [[1], [2]], "allow": [None]},
+            "allow takes one entry per history: found 1 for 2",
+        ),
         (
             {"histories": [[1]] * 20, "deny": [None] * 18 + [list(range(10)), None]},
             r"\(histories\[18\]\): the item filter leaves",
         ),
-        ({"histories": [[1], [2]], "deny": [None, [11]]}, r"\(histories\[1\]\): item 11 of the deny list"),
-        ({"histories": [[1]], "guidance": (np.ones((1, 9)), 1.0)}, "one row per user of 10 item scores"),
+        (
+            {"histories": [[1], [2]], "deny": [None, [11]]},
+            r"\(histories\[1\]\): item 11 of the deny list",
+        ),
+        (
+            {"histories": [[1]], "guidance": (np.ones((1, 9)), 1.0)},
+            "one row per user of 10 item scores",
+        ),
         (
             {"histories": [[1]] * 2, "guidance": (np.eye(2, 10), 1.0), "deny": [None, [1]]},
             r"histories\[1\]: item filter and guid",
@@ -184,7 +240,9 @@ def test_bad_input_names_the_user(recommender, arguments, message):
 
 def test_limits_and_precision_are_checked(run, recommender, monkeypatch):
     monkeypatch.setattr(recommender, "limits", Limits(pass_positions=4))
-    with pytest.raises(ValueError, match="--pass_positions 4 is less than one position for each of 5 beams"):
+    with pytest.raises(
+        ValueError, match="--pass_positions 4 is less than one position for each of 5 beams"
+    ):
         recommender.recommend([[1]], k=5)
     with pytest.raises(ValueError, match="found 'half-ish'"):
         Recommender.load(run, dtype="half-ish")

@@ -1,9 +1,8 @@
-"""tools/report.py: from run folders to a report, the same report from what it keeps, and what it refuses."""
+"""igd_ds/commands/report.py: from run folders to a report, the same report from what it keeps, and what it refuses."""
 
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import datasets
@@ -12,9 +11,7 @@ import pytest
 import tiny_run
 from study_runs import TITLES, draw, sweep_row, write_run, write_sweep
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
-
-import report  # noqa: E402
+from igd_ds.commands import report
 
 METHODS = {"uniform": {"weighting": "uniform"}, "igd": {"weighting": "igd", "igd_beta": 0.1}}
 
@@ -22,7 +19,10 @@ METHODS = {"uniform": {"weighting": "uniform"}, "igd": {"weighting": "igd", "igd
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A folder of four whole run folders, as `make demo` leaves two."""
-    source, folder = tiny_run.make(tmp_path_factory.mktemp("source"), TITLES), tmp_path_factory.mktemp("runs") / "demo"
+    source, folder = (
+        tiny_run.make(tmp_path_factory.mktemp("source"), TITLES),
+        tmp_path_factory.mktemp("runs") / "demo",
+    )
     for name, settings in METHODS.items():
         for seed in range(2):
             ranks = draw(np.random.default_rng([len(name), seed]))
@@ -32,11 +32,17 @@ def made(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "cache")
+    monkeypatch.setattr(
+        datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "cache"
+    )
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def refused(capsys, *words) -> str:
@@ -53,14 +59,32 @@ def test_run_folders_to_a_report_and_the_same_again(made, tmp_path, capsys):
     said = capsys.readouterr().out.splitlines()
     assert said[-1].endswith(f"figures: {first / 'index.html'}")
     readme = (first / "README.md").read_text()
-    assert f"python tools/report.py {made} -o {first} --examples 2" in readme
+    assert f"igd report {made} -o {first} --examples 2" in readme
     for run in made.iterdir():
         assert run.name in readme
-    test = [json.loads((made / f"igd-{seed}/eval/test/metrics.json").read_text())["alpha"] for seed in range(2)]
-    valid = [json.loads((made / f"igd-{seed}/eval/valid/metrics.json").read_text())["alpha"] for seed in range(2)]
-    best = [max(sorted(alphas), key=lambda alpha, of=alphas: of[alpha]["token_match"]["ndcg@10"]) for alphas in valid]
-    mean = np.mean([entries[alpha]["token_match"]["ndcg@10"] for entries, alpha in zip(test, best, strict=True)])
-    [line] = [line for line in (first / "tables" / "main-toy.md").read_text().splitlines() if line.startswith("| q | igd β=0.1")]
+    test = [
+        json.loads((made / f"igd-{seed}/eval/test/metrics.json").read_text())["alpha"]
+        for seed in range(2)
+    ]
+    valid = [
+        json.loads((made / f"igd-{seed}/eval/valid/metrics.json").read_text())["alpha"]
+        for seed in range(2)
+    ]
+    best = [
+        max(sorted(alphas), key=lambda alpha, of=alphas: of[alpha]["token_match"]["ndcg@10"])
+        for alphas in valid
+    ]
+    mean = np.mean(
+        [
+            entries[alpha]["token_match"]["ndcg@10"]
+            for entries, alpha in zip(test, best, strict=True)
+        ]
+    )
+    [line] = [
+        line
+        for line in (first / "tables" / "main-toy.md").read_text().splitlines()
+        if line.startswith("| q | igd β=0.1")
+    ]
     assert f"{mean:.4f} ±" in line
     [line] = [line for line in said if re.match(r"q +igd β=0.1 ", line)]  # on the terminal too
     assert f"{mean:.4f} ±" in line
@@ -75,7 +99,10 @@ def test_run_folders_to_a_report_and_the_same_again(made, tmp_path, capsys):
 
 def test_a_report_against_another_baseline_and_back(made, tmp_path, capsys):
     first, second = tmp_path / "first", tmp_path / "second"
-    assert report.main([str(made), "-o", str(first), "--examples", "0", "--baseline", "igd β=0.1"]) == 0
+    assert (
+        report.main([str(made), "-o", str(first), "--examples", "0", "--baseline", "igd β=0.1"])
+        == 0
+    )
     assert "vs igd β=0.1" in (first / "tables" / "main-toy.md").read_text().replace("\\", "")
     assert report.main([str(first / "data"), "-o", str(second)]) == 0
     assert bytes_of(second) == bytes_of(first)  # the study keeps it
@@ -104,12 +131,23 @@ def test_a_sweep_with_rows_that_are_not_whole(made, tmp_path, capsys):
     rows = [sweep_row("uniform-0"), sweep_row("uniform-1", seed=1), sweep_row("igd-0", method="igd β=0.1", group="i"),
             sweep_row("igd-1", method="igd β=0.1", group="i", seed=1), sweep_row("gone", "failed", seed=2, error="KeyError: 'x'"),
             sweep_row("large", "not run", backbone="llama")]  # fmt: skip
-    assert report.main([str(write_sweep(folder, rows)), "-o", str(tmp_path / "out"), "--command", "make it"]) == 0
+    assert (
+        report.main(
+            [str(write_sweep(folder, rows)), "-o", str(tmp_path / "out"), "--command", "make it"]
+        )
+        == 0
+    )
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("not whole")]
     assert [line.split(" (")[0] for line in said] == ["not whole: igd-1", "not whole: gone"]
-    assert "eval/test/metrics.json is not JSON" in said[0] and said[1] == "not whole: gone (failed): KeyError: 'x'"
+    assert (
+        "eval/test/metrics.json is not JSON" in said[0]
+        and said[1] == "not whole: gone (failed): KeyError: 'x'"
+    )
     readme = (tmp_path / "out" / "README.md").read_text()
-    assert "6: 3 finished, 1 unfinished, 1 failed, 1 not run" in readme and "**Budget.** little" in readme
+    assert (
+        "6: 3 finished, 1 unfinished, 1 failed, 1 not run" in readme
+        and "**Budget.** little" in readme
+    )
     assert "One seed" in readme and "make it" in readme
 
 

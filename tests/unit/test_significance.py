@@ -6,9 +6,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from igd_ds.report import significance
-from igd_ds.report.significance import bootstrap_over_users, compare, holm, mann_whitney, mean_sd, ndcg, relative
-from igd_ds.report.study import Run, Study
+from igd_ds.studies import significance
+from igd_ds.studies.report.study import Run, Study
+from igd_ds.studies.significance import (
+    bootstrap_over_users,
+    compare,
+    holm,
+    mann_whitney,
+    mean_sd,
+    ndcg,
+    relative,
+)
 
 
 def test_mean_and_sample_deviation():
@@ -34,9 +42,14 @@ def test_mann_whitney_equals_an_enumeration(first):
     """Two-sided p, ties included: twice the smaller share of all ways to deal the ranks whose U is as small, or as large."""
     second = [1.5, 2.0, 4.0]
     pooled = [*first, *second]
-    ranks = [sum(other < value for other in pooled) + (pooled.count(value) + 1) / 2 for value in pooled]
+    ranks = [
+        sum(other < value for other in pooled) + (pooled.count(value) + 1) / 2 for value in pooled
+    ]
     sums = [sum(dealt) for dealt in itertools.combinations(ranks, len(first))]
-    tails = [np.mean([sign * total >= sign * sum(ranks[: len(first)]) for total in sums]) for sign in (-1, 1)]
+    tails = [
+        np.mean([sign * total >= sign * sum(ranks[: len(first)]) for total in sums])
+        for sign in (-1, 1)
+    ]
     p, smallest = mann_whitney(first, second)
     assert p == pytest.approx(min(1, 2 * min(tails)))
     assert smallest == pytest.approx(2 / len(sums)) and p >= smallest - 1e-12
@@ -55,8 +68,13 @@ def test_three_seeds_cannot_reach_the_usual_level():
 def plain_bootstrap(difference, user, number=4000):
     random, users = np.random.default_rng(7), np.unique(user)
     rows = {u: difference[user == u] for u in users}
-    means = [np.concatenate([rows[u] for u in random.choice(users, len(users))]).mean() for _ in range(number)]
-    return *np.percentile(means, [2.5, 97.5]), 2 * min(np.mean(np.array(means) <= 0), np.mean(np.array(means) >= 0))
+    means = [
+        np.concatenate([rows[u] for u in random.choice(users, len(users))]).mean()
+        for _ in range(number)
+    ]
+    return *np.percentile(means, [2.5, 97.5]), 2 * min(
+        np.mean(np.array(means) <= 0), np.mean(np.array(means) >= 0)
+    )
 
 
 def test_the_bootstrap_equals_a_plain_loop_over_users():
@@ -65,10 +83,14 @@ def test_the_bootstrap_equals_a_plain_loop_over_users():
     difference = random.normal(0.08, 0.3, 90)
     expected = plain_bootstrap(difference, user)
     low, high, p = bootstrap_over_users(difference, user)
-    assert (low, high) == pytest.approx(expected[:2], abs=0.01) and p == pytest.approx(expected[2], abs=0.02)
+    assert (low, high) == pytest.approx(expected[:2], abs=0.01) and p == pytest.approx(
+        expected[2], abs=0.02
+    )
     assert 0.001 < p < 0.2 and bootstrap_over_users(difference, user) == (low, high, p)
     reordered = random.permutation(90)
-    assert bootstrap_over_users(difference[reordered], user[reordered]) == pytest.approx((low, high, p))
+    assert bootstrap_over_users(difference[reordered], user[reordered]) == pytest.approx(
+        (low, high, p)
+    )
 
 
 def test_rows_of_one_user_are_no_further_evidence():
@@ -84,20 +106,34 @@ def test_rows_of_one_user_are_no_further_evidence():
 def test_a_single_user_tells_nothing_about_others(study):
     assert bootstrap_over_users(np.array([0.1, 0.2, 0.3]), np.zeros(3)) is None
     alone = replace(study, rows={"toy": {"test": {"user": np.zeros(120, np.int64)}}})
-    assert [(c.low, c.high, c.users_p, c.users_holm) for c in compare(alone, "toy")] == [(None,) * 4] * 2
+    assert [(c.low, c.high, c.users_p, c.users_holm) for c in compare(alone, "toy")] == [
+        (None,) * 4
+    ] * 2
 
 
 def test_a_bootstrap_of_no_and_of_a_sure_difference():
     assert bootstrap_over_users(np.zeros(5), np.arange(5)) == (0.0, 0.0, 1.0)
     low, high, p = bootstrap_over_users(np.full(30, 0.5), np.arange(30))
-    assert (low, high) == pytest.approx((0.5, 0.5)) and p == pytest.approx(2 / (significance.RESAMPLES + 1))
+    assert (low, high) == pytest.approx((0.5, 0.5)) and p == pytest.approx(
+        2 / (significance.RESAMPLES + 1)
+    )
 
 
 def make_run(method: str, seed: int, ranks: np.ndarray, **changes) -> Run:
     value = float(ndcg(ranks).mean())
     results = {"alpha": {"0.0": {"token_match": {"ndcg@10": value}}}}
     rows = np.arange(len(ranks), dtype=np.int32)
-    run = Run(f"{method}-{seed}", "toy", "q", method, method, seed, "finished", valid=results, test=results)
+    run = Run(
+        f"{method}-{seed}",
+        "toy",
+        "q",
+        method,
+        method,
+        seed,
+        "finished",
+        valid=results,
+        test=results,
+    )
     return replace(run, ranks={"test": (rows, ranks)}, **changes)
 
 
@@ -108,42 +144,81 @@ def study():
     for seed in range(3):
         for method, hits in (("uniform", 0.3), ("better", 0.7), ("same", 0.3)):
             listed = random.random(120) < hits
-            runs.append(make_run(method, seed, np.where(listed, random.integers(1, 11, 120), 0).astype(np.int32)))
+            runs.append(
+                make_run(
+                    method, seed, np.where(listed, random.integers(1, 11, 120), 0).astype(np.int32)
+                )
+            )
     return Study("s", "", runs, rows={"toy": {"test": {"user": np.repeat(np.arange(60), 2)}}})
 
 
 def test_methods_are_compared_over_the_seeds_and_rows_that_both_have(study):
     better, same = compare(study, "toy")
-    assert (better.method, better.baseline, better.seeds, same.method) == ("better", "uniform", [0, 1, 2], "same")
+    assert (better.method, better.baseline, better.seeds, same.method) == (
+        "better",
+        "uniform",
+        [0, 1, 2],
+        "same",
+    )
     values = {
-        m: [run.test["alpha"]["0.0"]["token_match"]["ndcg@10"] for run in study.runs if run.method == m]
+        m: [
+            run.test["alpha"]["0.0"]["token_match"]["ndcg@10"]
+            for run in study.runs
+            if run.method == m
+        ]
         for m in ("better", "uniform")
     }
     assert better.mean == pytest.approx(np.mean(values["better"])) and better.sd == pytest.approx(
         np.std(values["better"], ddof=1)
     )
-    assert better.relative == pytest.approx(np.mean(values["better"]) / np.mean(values["uniform"]) - 1)
-    by_row = {m: np.mean([ndcg(run.ranks["test"][1]) for run in study.runs if run.method == m], axis=0) for m in values}
-    expected = bootstrap_over_users(by_row["better"] - by_row["uniform"], np.repeat(np.arange(60), 2))
-    assert (better.low, better.high, better.users_p) == expected and better.low < better.mean - better.baseline_mean < better.high
+    assert better.relative == pytest.approx(
+        np.mean(values["better"]) / np.mean(values["uniform"]) - 1
+    )
+    by_row = {
+        m: np.mean([ndcg(run.ranks["test"][1]) for run in study.runs if run.method == m], axis=0)
+        for m in values
+    }
+    expected = bootstrap_over_users(
+        by_row["better"] - by_row["uniform"], np.repeat(np.arange(60), 2)
+    )
+    assert (
+        better.low,
+        better.high,
+        better.users_p,
+    ) == expected and better.low < better.mean - better.baseline_mean < better.high
     assert [c.users_holm for c in (better, same)] == holm([better.users_p, same.users_p])
-    assert [c.seeds_holm for c in (better, same)] == holm([better.seeds_p, same.seeds_p]) and better.seeds_p == pytest.approx(0.1)
+    assert [c.seeds_holm for c in (better, same)] == holm(
+        [better.seeds_p, same.seeds_p]
+    ) and better.seeds_p == pytest.approx(0.1)
     assert better.significant and not same.significant
 
 
 def test_a_single_seed_an_unfinished_run_and_a_missing_baseline_give_no_test(study):
-    one_seed = replace(study, runs=[run for run in study.runs if run.method != "better" or run.seed == 0])
+    one_seed = replace(
+        study, runs=[run for run in study.runs if run.method != "better" or run.seed == 0]
+    )
     assert [c.method for c in compare(one_seed, "toy")] == ["same"]
-    unfinished = [replace(run, state="unfinished") if (run.method, run.seed) == ("better", 2) else run for run in study.runs]
+    unfinished = [
+        replace(run, state="unfinished") if (run.method, run.seed) == ("better", 2) else run
+        for run in study.runs
+    ]
     assert compare(replace(study, runs=unfinished), "toy")[0].seeds == [0, 1]
-    assert compare(replace(study, runs=[run for run in study.runs if run.method != "uniform"]), "toy") == []
+    assert (
+        compare(replace(study, runs=[run for run in study.runs if run.method != "uniform"]), "toy")
+        == []
+    )
     assert compare(study, "another") == []
 
 
 def test_without_ranks_there_is_the_test_over_seeds_alone(study):
     runs = [replace(run, ranks={}) if run.method == "better" else run for run in study.runs]
     better, same = compare(replace(study, runs=runs), "toy")
-    assert better.users_p is None and better.users_holm is None and not better.significant and better.seeds_holm is not None
+    assert (
+        better.users_p is None
+        and better.users_holm is None
+        and not better.significant
+        and better.seeds_holm is not None
+    )
     assert same.users_holm == same.users_p  # the only one that is corrected
 
 
@@ -151,10 +226,15 @@ def test_another_baseline_may_be_named_one_that_does_not_generate_too(study):
     assert [(c.method, c.baseline) for c in compare(replace(study, baseline="better"), "toy")] == [
         ("uniform", "better"), ("same", "better"),
     ]  # fmt: skip
-    sequential = [replace(run, backbone="", method="SASRec", settings={"recommender": "sasrec"}) for run in study.runs[:3:2]]
+    sequential = [
+        replace(run, backbone="", method="SASRec", settings={"recommender": "sasrec"})
+        for run in study.runs[:3:2]
+    ]
     sequential = [replace(run, seed=seed) for seed, run in enumerate(sequential)]
     compared = compare(replace(study, runs=[*study.runs, *sequential], baseline="SASRec"), "toy")
-    assert [(c.method, c.baseline, c.seeds) for c in compared] == [(m, "SASRec", [0, 1]) for m in ("uniform", "better", "same")]
+    assert [(c.method, c.baseline, c.seeds) for c in compared] == [
+        (m, "SASRec", [0, 1]) for m in ("uniform", "better", "same")
+    ]
     values = [run.test["alpha"]["0.0"]["token_match"]["ndcg@10"] for run in sequential]
     assert compared[0].baseline_mean == pytest.approx(np.mean(values))
 

@@ -14,11 +14,22 @@ from raw_source import events_of, items_of, reading, refused_or_read
 
 from igd_ds.data.dataset import ROW_SCHEMA, SPLITS
 
-TITLES = {4: 'Inch "marks" 6" \tx', 0: "Café, “Été” ‏\u200f", 2: "", 7: "['not', 'a list']", 12: "same", 13: "same"}
+TITLES = {
+    4: 'Inch "marks" 6" \tx',
+    0: "Café, “Été” ‏\u200f",
+    2: "",
+    7: "['not', 'a list']",
+    12: "same",
+    13: "same",
+}
 CODES = {item: ["<a_1>", f"<b_{item % 4}>"] for item in TITLES}
 # user, history, target, timestamp
 ROWS = {
-    "train": [("A2", [4], 0, 1506816000), ("A1", [0], 4, 1506816000), ("A2", [4, 0], 4, 1506902400)],
+    "train": [
+        ("A2", [4], 0, 1506816000),
+        ("A1", [0], 4, 1506816000),
+        ("A2", [4, 0], 4, 1506902400),
+    ],
     "valid": [("A1", [0, 4], 12, 1507075200)],
     "test": [("A3", [7, 7], 2, 1507161600), ("A1", [0, 4, 12], 0, 1507248000)],
 }
@@ -32,8 +43,24 @@ def d3_text(rows):
     writer.writerow([*names.split(","), "history_timestamp", "timestamp"])
     for user, history, target, at in rows:
         titles = [TITLES.get(item, "?") + "\nnext line" for item in history]
-        asins, ratings, times = [f"B{item}" for item in history], [5.0] * len(history), [at - 1] * len(history)
-        cells = [user, asins, f"B{target}", history, target, titles, TITLES.get(target), ratings, 4.0, times, at]
+        asins, ratings, times = (
+            [f"B{item}" for item in history],
+            [5.0] * len(history),
+            [at - 1] * len(history),
+        )
+        cells = [
+            user,
+            asins,
+            f"B{target}",
+            history,
+            target,
+            titles,
+            TITLES.get(target),
+            ratings,
+            4.0,
+            times,
+            at,
+        ]
         writer.writerow(cells)
     return text.getvalue()
 
@@ -42,22 +69,32 @@ def minionerec_text(rows):
     """As pandas writes it for MiniOneRec."""
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
-    names = "user_id,history_item_title,item_title,history_item_id,item_id,history_item_sid,item_sid"
+    names = (
+        "user_id,history_item_title,item_title,history_item_id,item_id,history_item_sid,item_sid"
+    )
     writer.writerow(names.split(","))
     for user, history, target, _ in rows:
-        titles, sids = [TITLES[item] for item in history], ["".join(CODES[item]) for item in history]
-        writer.writerow([user, titles, TITLES[target], history, target, sids, "".join(CODES[target])])
+        titles, sids = (
+            [TITLES[item] for item in history],
+            ["".join(CODES[item]) for item in history],
+        )
+        writer.writerow(
+            [user, titles, TITLES[target], history, target, sids, "".join(CODES[target])]
+        )
     return text.getvalue()
 
 
 def write(folder, form=d3_text, rows=ROWS, info=None, index=None):
     """Write the files under the names that MiniOneRec gives them; return the folder."""
     if info is None:
-        first = {item: "".join(CODES[item]) + "\t" if form is minionerec_text else "" for item in TITLES}
+        first = {
+            item: "".join(CODES[item]) + "\t" if form is minionerec_text else "" for item in TITLES
+        }
         info = "".join(f"{first[item]}{title}\t{item}\n" for item, title in TITLES.items())
-    texts = {f"{name}/X.csv": rows[name] if isinstance(rows[name], str) else form(rows[name]) for name in SPLITS} | {
-        "info/X.txt": info
-    }
+    texts = {
+        f"{name}/X.csv": rows[name] if isinstance(rows[name], str) else form(rows[name])
+        for name in SPLITS
+    } | {"info/X.txt": info}
     if index is not None:
         texts["index/X.index.json"] = json.dumps(index)
     for name, text in texts.items():
@@ -71,20 +108,31 @@ def rows_of(data, split):
     users, items = data.user_names.to_pylist(), [int(name) for name in data.item_names.to_pylist()]
     columns = (data.splits[split][name].to_pylist() for name in ROW_SCHEMA.names)
     return [
-        (users[user], [items[i] for i in history], items[target], at) for user, history, target, at in zip(*columns, strict=True)
+        (users[user], [items[i] for i in history], items[target], at)
+        for user, history, target, at in zip(*columns, strict=True)
     ]
 
 
 @pytest.mark.parametrize("milliseconds", [1, 1000])
 def test_d3_rows_stay_as_they_are(tmp_path, milliseconds):
-    rows = {name: [(*row[:3], row[3] * milliseconds) for row in split] for name, split in ROWS.items()}
-    rows["train"].sort(key=lambda row: row[0])  # not in the order of time: rows stay in the file's order even so
-    seconds = {name: [(*row[:3], row[3] // milliseconds) for row in split] for name, split in rows.items()}
+    rows = {
+        name: [(*row[:3], row[3] * milliseconds) for row in split] for name, split in ROWS.items()
+    }
+    rows["train"].sort(
+        key=lambda row: row[0]
+    )  # not in the order of time: rows stay in the file's order even so
+    seconds = {
+        name: [(*row[:3], row[3] // milliseconds) for row in split] for name, split in rows.items()
+    }
     with reading("d3-csv", [write(tmp_path / "d3", rows=rows)]) as data:
         assert {name: rows_of(data, name) for name in SPLITS} == seconds
         assert all(table.schema == ROW_SCHEMA for table in data.splits.values())
-        events = [(user, str(item), at) for split in seconds.values() for user, _, item, at in split]
-        assert sorted(events_of(data)) == sorted(events) and (milliseconds > 1 or events_of(data) == events)
+        events = [
+            (user, str(item), at) for split in seconds.values() for user, _, item, at in split
+        ]
+        assert sorted(events_of(data)) == sorted(events) and (
+            milliseconds > 1 or events_of(data) == events
+        )
         expected = {str(item): (title or None, *[None] * 5) for item, title in TITLES.items()}
         assert items_of(data) == expected and data.semantic_ids is None
     orders = set()
@@ -99,13 +147,17 @@ def test_minionerec_takes_codes_of_index_or_info(tmp_path):
     folder = write(tmp_path / "m", minionerec_text)
     timeless = {name: [(*row[:3], None) for row in rows] for name, rows in ROWS.items()}
     with reading("d3-csv", [folder]) as data:
-        assert {name: rows_of(data, name) for name in SPLITS} == timeless and data.interactions.timestamps is None
-        assert {int(item): (title, codes) for item, (title, codes, *_) in items_of(data).items()} == {
-            item: (TITLES[item] or None, CODES[item]) for item in TITLES
-        }
+        assert {
+            name: rows_of(data, name) for name in SPLITS
+        } == timeless and data.interactions.timestamps is None
+        assert {
+            int(item): (title, codes) for item, (title, codes, *_) in items_of(data).items()
+        } == {item: (TITLES[item] or None, CODES[item]) for item in TITLES}
     write(folder, minionerec_text, index={str(item): [f"<z_{item}>"] for item in [*TITLES, 99]})
     with reading("d3-csv", [folder]) as data:
-        assert {int(item): codes for item, (_, codes, *_) in items_of(data).items()} == {i: [f"<z_{i}>"] for i in TITLES}
+        assert {int(item): codes for item, (_, codes, *_) in items_of(data).items()} == {
+            i: [f"<z_{i}>"] for i in TITLES
+        }
 
 
 def broken(split, place, cell):
@@ -123,7 +175,10 @@ INFO = "".join(f"{title}\t{item}\n" for item, title in TITLES.items())
     [
         (broken("train", 1, [4, 99]), r"train/X.csv: row 3: item 99 is not in .*info/X.txt"),
         (broken("test", 2, 5), r"test/X.csv: row 2: item 5 is not in .*info/X.txt"),
-        (broken("train", 1, "[4, 0"), r"train/X.csv: row 3: need .* found .*history_item_id '\[4, 0'"),
+        (
+            broken("train", 1, "[4, 0"),
+            r"train/X.csv: row 3: need .* found .*history_item_id '\[4, 0'",
+        ),
         (broken("train", 1, []), r"train/X.csv: row 3: need .* found .*history_item_id '\[\]'"),
         (broken("train", 1, [4, None]), r"train/X.csv: row 3: need"),
         (broken("train", 1, "__import__('os').abort()"), r"train/X.csv: row 3: need"),
@@ -131,21 +186,39 @@ INFO = "".join(f"{title}\t{item}\n" for item, title in TITLES.items())
         (broken("valid", 2, "4.5"), r"valid/X.csv: row 1: need .* item_id '4.5'"),
         (broken("valid", 2, ""), r"valid/X.csv: row 1: need .* item_id 'None'"),
         (broken("valid", 0, ""), r"valid/X.csv: row 1: need a user"),
-        (broken("test", 3, 1507248000000), r"1 look like milliseconds|look like seconds and 1 like milliseconds"),
+        (
+            broken("test", 3, 1507248000000),
+            r"1 look like milliseconds|look like seconds and 1 like milliseconds",
+        ),
         ({"rows": ROWS | {"valid": []}}, r"valid/X.csv: no rows"),
         ({"rows": ROWS | {"valid": ""}}, r"valid/X.csv: the file is empty"),
-        ({"rows": ROWS | {"test": "user_id,item_id\nA,4\n"}}, r"test/X.csv: no column history_item_id"),
+        (
+            {"rows": ROWS | {"test": "user_id,item_id\nA,4\n"}},
+            r"test/X.csv: no column history_item_id",
+        ),
         ({"info": INFO + "no tab\n"}, r"info/X.txt:7: need title TAB item_id"),
         ({"info": INFO + "x\tB01\n"}, r"info/X.txt:7: item 'B01': item ids must be integers"),
         ({"info": INFO + "x\t12\n"}, r"info/X.txt:7: item 12 is there twice, first on line 5"),
-        ({"info": "<a_1><b_2>\tx\t0\nno code\ty\t1\n"}, r"info/X.txt:2: need a semantic id such as <a_1><b_2> first"),
+        (
+            {"info": "<a_1><b_2>\tx\t0\nno code\ty\t1\n"},
+            r"info/X.txt:2: need a semantic id such as <a_1><b_2> first",
+        ),
         ({"info": "\n"}, r"info/X.txt: no items"),
-        ({"index": {"4": ["<a_1>"]}}, r"X.index.json: 5 items of .*X.txt, such as 0, have no semantic id"),
-        ({"index": {str(item): "<a_1>" for item in TITLES}}, r"X.index.json: item '4': need a list of codes"),
+        (
+            {"index": {"4": ["<a_1>"]}},
+            r"X.index.json: 5 items of .*X.txt, such as 0, have no semantic id",
+        ),
+        (
+            {"index": {str(item): "<a_1>" for item in TITLES}},
+            r"X.index.json: item '4': need a list of codes",
+        ),
     ],
 )
 def test_d3_csv_refuses(tmp_path, change, message):
-    with pytest.raises(ValueError, match=message), reading("d3-csv", [write(tmp_path / "d", **change)]):
+    with (
+        pytest.raises(ValueError, match=message),
+        reading("d3-csv", [write(tmp_path / "d", **change)]),
+    ):
         pass
 
 
@@ -156,7 +229,10 @@ def test_d3_csv_refuses_what_it_cannot_read(tmp_path):
         pass
     write(folder)
     shutil.copy(folder / "valid" / "X.csv", folder / "valid" / "Y.csv")
-    with pytest.raises(ValueError, match="X.csv, .*Y.csv: name the one"), reading("d3-csv", [folder]):
+    with (
+        pytest.raises(ValueError, match="X.csv, .*Y.csv: name the one"),
+        reading("d3-csv", [folder]),
+    ):
         pass
     (folder / "valid" / "Y.csv").unlink()
     packed = gzip.compress((folder / "test" / "X.csv").read_bytes())
@@ -175,27 +251,45 @@ def test_real_minionerec_files_equal_plain_parsing(shared, tmp_path):
     for name in ("valid", "test"):
         with gzip.open(folder / f"{name}.csv.gz", "rt", newline="") as file:
             plain[name] = [
-                (row["user_id"], ast.literal_eval(row["history_item_id"]), int(row["item_id"]), None)
+                (
+                    row["user_id"],
+                    ast.literal_eval(row["history_item_id"]),
+                    int(row["item_id"]),
+                    None,
+                )
                 for row in csv.DictReader(file)
             ]
     plain["train"] = plain["valid"]
     with reading("d3-csv", [tmp_path / "train.csv.gz", folder]) as data:
         assert {name: rows_of(data, name) for name in SPLITS} == plain
-        assert events_of(data) == [(user, str(item), None) for name in SPLITS for user, _, item, _ in plain[name]]
+        assert events_of(data) == [
+            (user, str(item), None) for name in SPLITS for user, _, item, _ in plain[name]
+        ]
         items = items_of(data)
         assert {item: (title, codes) for item, (title, codes, *_) in items.items()} == {
             item: (title, index[item]) for _, title, item in info
         }
-    files = [tmp_path / "train.csv.gz", *(folder / name for name in ("valid.csv.gz", "test.csv.gz", "info.txt"))]
+    files = [
+        tmp_path / "train.csv.gz",
+        *(folder / name for name in ("valid.csv.gz", "test.csv.gz", "info.txt")),
+    ]
     with reading("d3-csv", files) as data:  # the info file's codes are those of index.json
-        assert items_of(data) == items and [table.num_rows for table in data.splits.values()] == [4532, 4532, 4533]
+        assert items_of(data) == items and [table.num_rows for table in data.splits.values()] == [
+            4532,
+            4532,
+            4533,
+        ]
 
 
 CELLS = st.one_of(
-    st.sampled_from(["4", "0", "[4]", "[4, 0]", "[0", '"', "A1", "", "99"]), st.text(max_size=6), st.integers().map(str)
+    st.sampled_from(["4", "0", "[4]", "[4, 0]", "[0", '"', "A1", "", "99"]),
+    st.text(max_size=6),
+    st.integers().map(str),
 )
 LINES = st.lists(st.lists(CELLS, min_size=3, max_size=5).map(",".join), max_size=4).map("\n".join)
-INFO_LINES = st.lists(st.tuples(st.text(max_size=6), st.sampled_from(["\t", " "]), st.integers(-1, 9)), max_size=4)
+INFO_LINES = st.lists(
+    st.tuples(st.text(max_size=6), st.sampled_from(["\t", " "]), st.integers(-1, 9)), max_size=4
+)
 
 
 @settings(max_examples=25, derandomize=True, deadline=None)
@@ -207,11 +301,17 @@ INFO_LINES = st.lists(st.tuples(st.text(max_size=6), st.sampled_from(["\t", " "]
 )
 def test_d3_csv_fuzz(tmp_path_factory, train, info, header, tail):
     rows = ROWS if train is None else ROWS | {"train": f"{header}\n{train}"}
-    text = None if info is None else INFO + "".join(f"{title}{tab}{item + 20}\n" for title, tab, item in info)
+    text = (
+        None
+        if info is None
+        else INFO + "".join(f"{title}{tab}{item + 20}\n" for title, tab, item in info)
+    )
     try:
         folder = write(tmp_path_factory.mktemp("fuzz") / "d", rows=rows, info=text)
     except UnicodeEncodeError:  # half an emoji cannot be written
         return
     with open(folder / "train" / "X.csv", "ab") as file:
         file.write(tail)
-    refused_or_read("d3-csv", [folder / f"{name}/X.csv" for name in SPLITS] + [folder / "info/X.txt"])
+    refused_or_read(
+        "d3-csv", [folder / f"{name}/X.csv" for name in SPLITS] + [folder / "info/X.txt"]
+    )

@@ -11,7 +11,13 @@ from raw_source import events_of, items_of, reading, refused_or_read
 
 from igd_ds.data.sources.movielens import GENRES
 
-RATINGS = [(1, 3, 5, 978300760), (1, 1, 3.5, 978302109), (6040, 1, 1, 956704887), (2, 3, 4, 978300760), (1, 3, 0.5, 978300759)]
+RATINGS = [
+    (1, 3, 5, 978300760),
+    (1, 1, 3.5, 978302109),
+    (6040, 1, 1, 956704887),
+    (2, 3, 4, 978300760),
+    (1, 3, 0.5, 978300759),
+]
 MOVIES = [
     (1, "Toy Story (1995)", ["Animation", "Children's", "Comedy"]),
     (3, "Cité des enfants perdus, La (1995)", ["Sci-Fi"]),
@@ -25,7 +31,19 @@ def u_item(movies):
     rows = []
     for key, title, genres in movies:
         flags = [str(int(genre in genres)) for genre in GENRES.split()]
-        rows.append("|".join([str(key), title, "01-Jan-1995", "", "http://us.imdb.com/M/title-exact?x%20(1995)", *flags]) + "\n")
+        rows.append(
+            "|".join(
+                [
+                    str(key),
+                    title,
+                    "01-Jan-1995",
+                    "",
+                    "http://us.imdb.com/M/title-exact?x%20(1995)",
+                    *flags,
+                ]
+            )
+            + "\n"
+        )
     return "".join(rows)
 
 
@@ -41,7 +59,11 @@ def files_of(folder, form, movies, encoding="utf-8"):
     folder.mkdir()
     joined = [(key, title, "|".join(genres)) for key, title, genres in movies]
     ratings, text, names = {
-        "tab": ("".join("\t".join(map(str, row)) + "\n" for row in RATINGS), u_item(movies), ("u.data", "u.item")),
+        "tab": (
+            "".join("\t".join(map(str, row)) + "\n" for row in RATINGS),
+            u_item(movies),
+            ("u.data", "u.item"),
+        ),
         "colons": (
             "".join("::".join(map(str, row)) + "\n" for row in RATINGS),
             "".join("::".join(map(str, row)) + "\n" for row in joined),
@@ -50,7 +72,8 @@ def files_of(folder, form, movies, encoding="utf-8"):
         "csv": (
             csv_text(["userId", "movieId", "rating", "timestamp"], RATINGS),
             csv_text(
-                ["movieId", "title", "genres"], [(key, title, genres or "(no genres listed)") for key, title, genres in joined]
+                ["movieId", "title", "genres"],
+                [(key, title, genres or "(no genres listed)") for key, title, genres in joined],
             ),
             ("ratings.csv", "movies.csv"),
         ),
@@ -63,13 +86,19 @@ def files_of(folder, form, movies, encoding="utf-8"):
 @pytest.mark.parametrize("form", ["tab", "colons", "csv"])
 @pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
 def test_movielens_equals_plain_parsing(tmp_path, form, encoding):
-    movies = [(key, title.replace("…", "...") if encoding == "latin-1" else title, genres) for key, title, genres in MOVIES]
+    movies = [
+        (key, title.replace("…", "...") if encoding == "latin-1" else title, genres)
+        for key, title, genres in MOVIES
+    ]
     folder = files_of(tmp_path / "ml", form, movies, encoding)
     (folder / "README.txt").write_text("SUMMARY & USAGE LICENSE")
     (folder / "u.user").write_text("1|24|M|technician|85711\n")
     with reading("movielens", [folder]) as data:
         assert events_of(data) == [(str(user), str(item), at) for user, item, _, at in RATINGS]
-        expected = {str(key): (title, None, None, genres or None, None, None) for key, title, genres in movies}
+        expected = {
+            str(key): (title, None, None, genres or None, None, None)
+            for key, title, genres in movies
+        }
         assert items_of(data) == expected and len(data.titles) == 5  # all movies, rated or not
     for path in folder.iterdir():  # gzip makes no difference
         path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
@@ -83,15 +112,30 @@ def test_movielens_refuses(tmp_path):
     other = files_of(tmp_path / "b", "colons", MOVIES)
     for inputs, message in [
         ([folder / "ratings.csv"], "movies"),
-        ([folder / "ratings.csv", other / "movies.dat"], "ratings.csv and .*movies.dat are of different MovieLens sizes"),
+        (
+            [folder / "ratings.csv", other / "movies.dat"],
+            "ratings.csv and .*movies.dat are of different MovieLens sizes",
+        ),
         ([folder, other], "ratings"),
     ]:
         with pytest.raises(ValueError, match=message), reading("movielens", inputs):
             pass
     for name, text, message in [
-        ("ratings.dat", "1::3::5::978300760\n1::3::5\n", r"ratings.dat: 1 of \d lines cannot be used .*line 2"),
-        ("ratings.dat", "1::3::5::978300760\n1::3::5::soon\n", r"ratings.dat: 1 of 2 lines cannot be used .*line 2"),
-        ("ratings.dat", "1::3::5::978300760\n1::3::5::978300760000\n", "1 look like seconds and 1 like milliseconds"),
+        (
+            "ratings.dat",
+            "1::3::5::978300760\n1::3::5\n",
+            r"ratings.dat: 1 of \d lines cannot be used .*line 2",
+        ),
+        (
+            "ratings.dat",
+            "1::3::5::978300760\n1::3::5::soon\n",
+            r"ratings.dat: 1 of 2 lines cannot be used .*line 2",
+        ),
+        (
+            "ratings.dat",
+            "1::3::5::978300760\n1::3::5::978300760000\n",
+            "1 look like seconds and 1 like milliseconds",
+        ),
         ("ratings.dat", "", r"ratings.dat.*: 0 of 0 interactions"),
         ("movies.dat", "1::Toy Story (1995)\n", "movies.dat: 1 of"),
     ]:
@@ -101,17 +145,25 @@ def test_movielens_refuses(tmp_path):
             pass
         (other / name).write_text(before)
     (folder / "movies.csv").write_text("movieId,name\r\n1,x\r\n")
-    with pytest.raises(ValueError, match="movies.csv: no column title, genres"), reading("movielens", [folder]):
+    with (
+        pytest.raises(ValueError, match="movies.csv: no column title, genres"),
+        reading("movielens", [folder]),
+    ):
         pass
     path = other / "movies.dat"
     (other / "movies.dat.gz").write_bytes(gzip.compress(path.read_bytes())[:-9])
     path.unlink()
-    with pytest.raises(ValueError, match="movies.dat.gz: not a whole gzip file"), reading("movielens", [other]):
+    with (
+        pytest.raises(ValueError, match="movies.dat.gz: not a whole gzip file"),
+        reading("movielens", [other]),
+    ):
         pass
 
 
 CELLS = st.one_of(
-    st.integers(-5, 10**19).map(str), st.text(max_size=8), st.sampled_from(["1", "3", "978300760", '"', "1|0", "|", "::"])
+    st.integers(-5, 10**19).map(str),
+    st.text(max_size=8),
+    st.sampled_from(["1", "3", "978300760", '"', "1|0", "|", "::"]),
 )
 
 
@@ -125,8 +177,12 @@ CELLS = st.one_of(
 def test_movielens_fuzz(tmp_path_factory, form, ratings, movies, tail):
     folder = files_of(tmp_path_factory.mktemp("fuzz") / "ml", form, MOVIES)
     delimiter = {"tab": ("\t", "|"), "colons": ("::", "::"), "csv": (",", ",")}[form]
-    paths = sorted(folder.iterdir(), key=lambda path: path.name not in ("u.data", "ratings.dat", "ratings.csv"))
+    paths = sorted(
+        folder.iterdir(), key=lambda path: path.name not in ("u.data", "ratings.dat", "ratings.csv")
+    )
     for path, rows, mark in zip(paths, [ratings, movies], delimiter, strict=True):
         text = "".join(mark.join(row) + "\n" for row in rows)
-        path.write_bytes((path.read_bytes() if len(rows) % 2 else b"") + text.encode("utf-8", "replace") + tail)
+        path.write_bytes(
+            (path.read_bytes() if len(rows) % 2 else b"") + text.encode("utf-8", "replace") + tail
+        )
     refused_or_read("movielens", paths)

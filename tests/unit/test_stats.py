@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from test_trie import CASES, brute_force, ragged
 
-from igd_ds import stats
+from igd_ds.commands import stats
 from igd_ds.items.catalogue import Catalogue
 from igd_ds.items.decisiveness import ENTROPIES
 from igd_ds.items.trie import TokenTrie
@@ -35,7 +35,11 @@ def make_catalogue(paths, counts, kind="text"):
 
 @pytest.fixture
 def worked():
-    splits = {"train": Rows(TARGETS, [4, 0, 1]), "valid": Rows([1], [0]), "test": Rows([2, 4, 0, 2], [1])}
+    splits = {
+        "train": Rows(TARGETS, [4, 0, 1]),
+        "valid": Rows([1], [0]),
+        "test": Rows([2, 4, 0, 2], [1]),
+    }
     dataset = SimpleNamespace(info={"name": "worked"}, splits=splits)
     catalogue, trie = make_catalogue(PATHS, np.bincount(TARGETS, minlength=len(PATHS)))
     return dataset, catalogue, trie
@@ -56,7 +60,10 @@ def test_worked_example(worked):
         "forced_share": 6 / 18,
         "negative_ig_tokens": 0,
         "catalogue_tokens": 16,
-        "catalogue_zero_ig_tokens": 4 + 3 + 2 + 2,  # token 1; EOS of items 0, 1, 3; below the cold prefixes 1-4 and 6
+        "catalogue_zero_ig_tokens": 4
+        + 3
+        + 2
+        + 2,  # token 1; EOS of items 0, 1, 3; below the cold prefixes 1-4 and 6
         "catalogue_zero_ig_share": 11 / 16,
         "catalogue_forced_share": (3 + 2 + 2) / 16,
         "nodes": 12,
@@ -94,7 +101,9 @@ def test_counts_equal_brute_force(name, entropy):
     paths, counts = CASES[name][0], np.minimum(CASES[name][1], 100)
     targets = np.repeat(np.arange(len(paths)), counts)
     rows = Rows(targets, targets)
-    dataset = SimpleNamespace(info={"name": ""}, splits={"train": rows, "valid": rows, "test": rows})
+    dataset = SimpleNamespace(
+        info={"name": ""}, splits={"train": rows, "valid": rows, "test": rows}
+    )
     found = stats.catalogue_statistics(dataset, *make_catalogue(paths, counts), entropy)
     _, items = brute_force(paths)
     children = {}
@@ -107,7 +116,11 @@ def test_counts_equal_brute_force(name, entropy):
             tokens += 1
             zero += sum(counts[i] for i in items[before]) == sum(counts[i] for i in items[after])
             forced += len(children[before] - {()}) == 1
-    assert (found["target_tokens"], found["zero_ig_tokens"], found["forced_tokens"]) == (tokens, zero, forced)
+    assert (found["target_tokens"], found["zero_ig_tokens"], found["forced_tokens"]) == (
+        tokens,
+        zero,
+        forced,
+    )
     assert found["test_unseen_share"] == 0.0
     if name.startswith("semantic"):
         assert len(found["filtering_ratio"]) == 3  # codes only, not the level of EOS
@@ -119,7 +132,9 @@ def test_command(worked, flags, monkeypatch, capsys):
     monkeypatch.setattr(stats.InteractionDataset, "load", lambda folder: dataset)
     monkeypatch.setattr(stats, "load_tokenizer", lambda name: None)
     monkeypatch.setattr(stats.Catalogue, "build", lambda *arguments: catalogue)
-    assert stats.main(["--dataset", "D", "--tokenizer", "T", "--entropy", "conditional", *flags]) == 0
+    assert (
+        stats.main(["--dataset", "D", "--tokenizer", "T", "--entropy", "conditional", *flags]) == 0
+    )
     printed = capsys.readouterr().out
     if flags:
         assert json.loads(printed)["zero_ig_tokens"] == 12 and printed.count("\n") == 1

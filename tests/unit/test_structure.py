@@ -24,10 +24,35 @@ GROUPS = [
     {"report"},
 ]
 LEVEL = {name: level for level, group in enumerate(GROUPS) for name in group}
-DEPENDENCIES = {"torch", "deepspeed", "transformers", "peft", "bitsandbytes", "datasets", "tensorboard", "pyarrow", "tokenizers"}
-DEPENDENCIES |= {"numpy", "yaml", "tqdm", "mpi4py", "pytest", "evaluate", "accelerate", "duckdb", "matplotlib", "hypothesis"}
+DEPENDENCIES = {
+    "torch",
+    "deepspeed",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "datasets",
+    "tensorboard",
+    "pyarrow",
+    "tokenizers",
+}
+DEPENDENCIES |= {
+    "numpy",
+    "yaml",
+    "tqdm",
+    "mpi4py",
+    "pytest",
+    "evaluate",
+    "accelerate",
+    "duckdb",
+    "matplotlib",
+    "hypothesis",
+}
 DEPENDENCIES |= {"scipy", "jinja2"}
-PROSE = [p for p in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "slurm").glob("*")] if p.is_file()]
+PROSE = [
+    p
+    for p in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "slurm").glob("*")]
+    if p.is_file()
+]
 
 
 def child(path: Path) -> str:
@@ -50,11 +75,16 @@ def test_imports_follow_the_arrow(path):
     if path == PACKAGE / "__init__.py":
         return
     own = child(path)
-    assert own in LEVEL, f"{own} is new: give it a place in GROUPS and in the arrow of igd_ds/__init__.py"
+    assert own in LEVEL, (
+        f"{own} is new: give it a place in GROUPS and in the arrow of igd_ds/__init__.py"
+    )
     for other in imported_children(ast.parse(path.read_text())):
         if other == own:
             continue
-        allowed = LEVEL[other] < LEVEL[own] or (own, other) in {("runlog", "config"), ("runlog", "distributed")}
+        allowed = LEVEL[other] < LEVEL[own] or (own, other) in {
+            ("runlog", "config"),
+            ("runlog", "distributed"),
+        }
         assert allowed, f"{own} must not import {other}"
 
 
@@ -65,13 +95,18 @@ def test_the_arrow_names_every_child():
 
 
 def test_only_the_engine_imports_deepspeed():
-    importers = [child(p) for p in MODULES if re.search(r"^\s*(import|from) deepspeed", p.read_text(), re.M)]
+    importers = [
+        child(p) for p in MODULES if re.search(r"^\s*(import|from) deepspeed", p.read_text(), re.M)
+    ]
     assert set(importers) == {"engine"}
 
 
 def test_importing_does_nothing():
     """Every module imports with sockets blocked, prints nothing, and drags in no heavy library that it loads lazily."""
-    names = [str(p.relative_to(ROOT).with_suffix("")).replace("/", ".").removesuffix(".__init__") for p in MODULES]
+    names = [
+        str(p.relative_to(ROOT).with_suffix("")).replace("/", ".").removesuffix(".__init__")
+        for p in MODULES
+    ]
     code = (
         "import socket, sys\n"
         "def blocked(*a, **k): raise RuntimeError('network at import time')\n"
@@ -101,13 +136,24 @@ def test_budgets():
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 lines = node.end_lineno - node.lineno + 1
                 assert lines <= 80, f"{path.name}:{node.lineno} {node.name} has {lines} lines"
-                assert len(node.args.args) + len(node.args.kwonlyargs) <= 8, f"{path.name}: {node.name} takes too much"
+                assert len(node.args.args) + len(node.args.kwonlyargs) <= 8, (
+                    f"{path.name}: {node.name} takes too much"
+                )
 
 
 def test_no_test_folder_is_left_out(pytestconfig):
     """pytest passes over folders that match `norecursedirs`, silently; its default holds `dist`."""
-    folders = [path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and not path.name.startswith((".", "__"))]
-    left_out = [name for name in folders for pattern in pytestconfig.getini("norecursedirs") if fnmatch(name, pattern)]
+    folders = [
+        path.name
+        for path in (ROOT / "tests").iterdir()
+        if path.is_dir() and not path.name.startswith((".", "__"))
+    ]
+    left_out = [
+        name
+        for name in folders
+        for pattern in pytestconfig.getini("norecursedirs")
+        if fnmatch(name, pattern)
+    ]
     assert folders and not left_out
 
 
@@ -121,19 +167,24 @@ def test_every_json_and_yaml_file_parses():
 @pytest.mark.parametrize("path", PROSE, ids=lambda p: str(p.relative_to(ROOT)))
 def test_every_path_in_the_text_exists(path):
     """A path of this repository named in README, docs, slurm/ is there; runs/ and placeholders in capitals are not ours."""
-    for name in re.findall(r"(?<![\w./-])((?:igd_ds|ds_configs|slurm|tools|tests|docs)/[\w./-]*[\w/])", path.read_text()):
+    for name in re.findall(
+        r"(?<![\w./-])((?:igd_ds|ds_configs|slurm|tools|tests|docs)/[\w./-]*[\w/])",
+        path.read_text(),
+    ):
         assert (ROOT / name).exists(), f"{path.name} names {name}, which does not exist"
 
 
 def test_every_table_name_is_in_the_readme():
     from igd_ds.data.presets import PRESETS
     from igd_ds.data.sources import SOURCES
-    from igd_ds.decoding.rules import DECODING_RULES
-    from igd_ds.models.quantizers import QUANTIZERS
-    from igd_ds.weighting import WEIGHTINGS
+    from igd_ds.objectives import WEIGHTINGS
+    from igd_ds.search.scoring import DECODING_RULES
+    from igd_ds.semantic_ids.quantizers import QUANTIZERS
 
     readme = (ROOT / "README.md").read_text()
     for name in [*WEIGHTINGS, *DECODING_RULES, *SOURCES, *QUANTIZERS]:
         assert f"`{name}`" in readme, f"{name} has no row in the README"
     for name in PRESETS:
-        assert re.search(rf"`{name}`|--preset {name}\b", readme), f"preset {name} is not in the README"
+        assert re.search(rf"`{name}`|--preset {name}\b", readme), (
+            f"preset {name} is not in the README"
+        )

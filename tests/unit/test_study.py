@@ -15,11 +15,11 @@ import yaml
 from study_runs import ROWS, TITLES, draw, ndcg, sweep_row, write_run, write_sweep
 
 from igd_ds import distributed, eval
-from igd_ds.data.collate import sample_rows
+from igd_ds.data.batches import sample_rows
 from igd_ds.data.dataset import InteractionDataset
-from igd_ds.report.folders import environment_of, read_runs, thinned
-from igd_ds.report.study import Run, family_of, labels, lines_by, load, method_of, save
-from igd_ds.report.tables import groups_of
+from igd_ds.studies.report.folders import environment_of, read_runs, thinned
+from igd_ds.studies.report.study import Run, family_of, labels, lines_by, load, method_of, save
+from igd_ds.studies.report.tables import groups_of
 
 UNIFORM = {"weighting": "uniform", "seed": 0}
 
@@ -31,7 +31,9 @@ def source(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "cache")
+    monkeypatch.setattr(
+        datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "cache"
+    )
 
 
 @pytest.fixture
@@ -41,7 +43,13 @@ def run(source, tmp_path):
     def write(name, seed=0, **settings):
         changes = settings.pop("changes", {})
         settings = {"weighting": "uniform", "seed": seed} | settings
-        return write_run(tmp_path / "runs" / name, source, settings, draw(np.random.default_rng([seed, len(name)])), **changes)
+        return write_run(
+            tmp_path / "runs" / name,
+            source,
+            settings,
+            draw(np.random.default_rng([seed, len(name)])),
+            **changes,
+        )
 
     return write
 
@@ -69,14 +77,34 @@ def test_the_method_of_a_configuration(settings, method):
 
 def test_labels_name_what_differs_within_a_method():
     base = {"weighting": "cft", "seed": 0, "output_dir": "a", "cft_lambda": 0.5}
-    many = [base, base | {"seed": 1, "output_dir": "b"}, base | {"cft_lambda": 1.0}, {"weighting": "uniform", "epochs": 3}]
+    many = [
+        base,
+        base | {"seed": 1, "output_dir": "b"},
+        base | {"cft_lambda": 1.0},
+        {"weighting": "uniform", "epochs": 3},
+    ]
     assert labels(many) == ["cft λ=0.5", "cft λ=0.5", "cft λ=1", "uniform"]
 
 
 def test_a_family_shares_all_but_what_validation_chooses():
-    base = {"weighting": "multi-target", "seed": 0, "output_dir": "a", "epochs": 2, "curriculum_c": 1e-5, "mixing": None}
+    base = {
+        "weighting": "multi-target",
+        "seed": 0,
+        "output_dir": "a",
+        "epochs": 2,
+        "curriculum_c": 1e-5,
+        "mixing": None,
+    }
     same = [base, base | {"seed": 1, "output_dir": "b"}, base | {"curriculum_c": 2e-5}]
-    others = [base | other for other in ({"mixing": "fg-ce"}, {"mixing_form": "logits"}, {"epochs": 3}, {"curriculum_c": None})]
+    others = [
+        base | other
+        for other in (
+            {"mixing": "fg-ce"},
+            {"mixing_form": "logits"},
+            {"epochs": 3},
+            {"curriculum_c": None},
+        )
+    ]
     assert len({family_of(settings) for settings in same}) == 1
     assert len({family_of(settings) for settings in (base, *others)}) == 5
 
@@ -86,13 +114,24 @@ def test_a_line_differs_in_one_setting_and_the_seed_alone():
         {"weighting": "multi-target", "mixing_form": form, "curriculum_c": c, "seed": seed}
         for form in ("loss", "logits") for c in (2e-5, 1e-5) for seed in (0, 1)
     ]  # fmt: skip
-    settings.append({"weighting": "multi-target", "mixing_form": "loss", "curriculum_c": 1e-5, "epochs": 9, "seed": 0})
+    settings.append(
+        {
+            "weighting": "multi-target",
+            "mixing_form": "loss",
+            "curriculum_c": 1e-5,
+            "epochs": 9,
+            "seed": 0,
+        }
+    )
     runs = [
         Run(str(i), "toy", "q", method, method, one["seed"], "finished", settings=one)
         for i, (one, method) in enumerate(zip(settings, labels(settings), strict=True))
     ]
     found = lines_by(runs, "curriculum_c")
-    assert {line: {c: [run.name for run in its] for c, its in by_value.items()} for line, by_value in found.items()} == {
+    assert {
+        line: {c: [run.name for run in its] for c, its in by_value.items()}
+        for line, by_value in found.items()
+    } == {
         "multi-target + curriculum mixing_form=logits": {1e-5: ["6", "7"], 2e-5: ["4", "5"]},
         "multi-target + curriculum mixing_form=loss": {1e-5: ["2", "3"], 2e-5: ["0", "1"]},
     }
@@ -100,7 +139,11 @@ def test_a_line_differs_in_one_setting_and_the_seed_alone():
 
 
 def test_the_environment_says_what_is_not_recorded(tmp_path):
-    described = {"igd_ds": {"version": "1", "commit": ""}, "versions": {"torch": "2"}, "hardware": {"gpu": None}}
+    described = {
+        "igd_ds": {"version": "1", "commit": ""},
+        "versions": {"torch": "2"},
+        "hardware": {"gpu": None},
+    }
     (tmp_path / "env.json").write_text(json.dumps(described))
     found = environment_of([tmp_path / "env.json", tmp_path / "never started" / "env.json"])
     assert found == {"igd_ds": "1", "commit": "not recorded", "torch": "2", "gpu": "None"}
@@ -122,10 +165,18 @@ def test_a_whole_run(run):
         "uniform",
         0,
     )
-    assert (found.seconds, found.eval_seconds, found.world_size) == (60.0, 4.0, 2)  # two evaluations of 10 rows at 5 rows/s
+    assert (found.seconds, found.eval_seconds, found.world_size) == (
+        60.0,
+        4.0,
+        2,
+    )  # two evaluations of 10 rows at 5 rows/s
     assert found.rank_seconds == 2 * 60.0 + 3 * 4.0
-    assert found.curves.keys() == {"train/nll"} and len(found.curves["train/nll"]) == 200  # the last, cut line is passed over
-    assert found.best_alpha == max(study_runs.ALPHAS, key=lambda alpha: found.valid["alpha"][alpha]["token_match"]["ndcg@10"])
+    assert (
+        found.curves.keys() == {"train/nll"} and len(found.curves["train/nll"]) == 200
+    )  # the last, cut line is passed over
+    assert found.best_alpha == max(
+        study_runs.ALPHAS, key=lambda alpha: found.valid["alpha"][alpha]["token_match"]["ndcg@10"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -137,7 +188,9 @@ def test_a_whole_run(run):
     ],
 )  # fmt: skip
 def test_igd_alone_is_reported_at_the_best_alpha(source, tmp_path, settings, best):
-    ranks = {split: {"0.0": [2] * len(rows), "0.2": [1] * len(rows)} for split, rows in ROWS.items()}
+    ranks = {
+        split: {"0.0": [2] * len(rows), "0.2": [1] * len(rows)} for split, rows in ROWS.items()
+    }
     run = only(read_runs([write_run(tmp_path / "run", source, settings | {"seed": 0}, ranks)], 0))
     assert (run.alpha, run.best_alpha) == ("0.2" if best else "0.0", "0.2")
     assert all(set(run.ranks[split][1]) == {1 if best else 2} for split in ("valid", "test"))
@@ -145,19 +198,54 @@ def test_igd_alone_is_reported_at_the_best_alpha(source, tmp_path, settings, bes
 
 @pytest.mark.parametrize(
     ("weighting", "lacking", "state"),
-    [("igd", "0.2", "unfinished"), ("uniform", "0.2", "finished"), ("igd", "0.0", "finished"), ("uniform", "0.0", "unfinished")],
+    [
+        ("igd", "0.2", "unfinished"),
+        ("uniform", "0.2", "finished"),
+        ("igd", "0.0", "finished"),
+        ("uniform", "0.0", "unfinished"),
+    ],
 )
 def test_a_test_must_hold_the_alpha_that_is_reported(source, tmp_path, weighting, lacking, state):
-    ranks = {split: {"0.0": [2] * len(rows), "0.2": [1] * len(rows)} for split, rows in ROWS.items()}
+    ranks = {
+        split: {"0.0": [2] * len(rows), "0.2": [1] * len(rows)} for split, rows in ROWS.items()
+    }
     del ranks["test"][lacking]
-    run = only(read_runs([write_run(tmp_path / "run", source, {"weighting": weighting, "igd_beta": 0.1, "seed": 0}, ranks)], 0))
+    run = only(
+        read_runs(
+            [
+                write_run(
+                    tmp_path / "run",
+                    source,
+                    {"weighting": weighting, "igd_beta": 0.1, "seed": 0},
+                    ranks,
+                )
+            ],
+            0,
+        )
+    )
     assert run.state == state
-    assert run.note == ("" if state == "finished" else f"eval/test lacks α = {lacking}, at which it is to be reported")
+    assert run.note == (
+        ""
+        if state == "finished"
+        else f"eval/test lacks α = {lacking}, at which it is to be reported"
+    )
 
 
 def test_a_validation_without_alpha_0_is_not_whole(source, tmp_path):
     ranks = {split: {"0.2": [1] * len(rows)} for split, rows in ROWS.items()}
-    run = only(read_runs([write_run(tmp_path / "run", source, {"weighting": "igd", "igd_beta": 0.1, "seed": 0}, ranks)], 0))
+    run = only(
+        read_runs(
+            [
+                write_run(
+                    tmp_path / "run",
+                    source,
+                    {"weighting": "igd", "igd_beta": 0.1, "seed": 0},
+                    ranks,
+                )
+            ],
+            0,
+        )
+    )
     note = "eval/valid/metrics.json: no α = 0, at which validation chooses; evaluate with it too"
     assert (run.state, run.note) == ("unfinished", note)
 
@@ -169,15 +257,24 @@ def test_ranks_are_those_of_the_predictions(source, run):
     found, dataset = only(study), InteractionDataset.load(source.parent / "data")
     for split in ("valid", "test"):
         expected = dict.fromkeys(ROWS[split], 0)
-        for line in pq.read_table(folder / "eval" / split / f"predictions-alpha{found.alpha}.parquet").to_pylist():
+        for line in pq.read_table(
+            folder / "eval" / split / f"predictions-alpha{found.alpha}.parquet"
+        ).to_pylist():
             if dataset.splits[split].targets[line["row_id"]] in line["item_ids"]:
                 expected[line["row_id"]] = line["rank"]
         rows, ranks = found.ranks[split]
         assert dict(zip(rows.tolist(), ranks.tolist(), strict=True)) == expected
         results = getattr(found, split)["alpha"][found.alpha]
-        assert np.mean([ndcg(rank) for rank in ranks]) == pytest.approx(results["token_match"]["ndcg@10"])
-        assert study.rows["toy"][split]["user"].tolist() == dataset.splits[split].user_ids[ROWS[split]].tolist()
-        assert study.rows["toy"][split]["history"].tolist() == [len(dataset.splits[split].history(row)) for row in ROWS[split]]
+        assert np.mean([ndcg(rank) for rank in ranks]) == pytest.approx(
+            results["token_match"]["ndcg@10"]
+        )
+        assert (
+            study.rows["toy"][split]["user"].tolist()
+            == dataset.splits[split].user_ids[ROWS[split]].tolist()
+        )
+        assert study.rows["toy"][split]["history"].tolist() == [
+            len(dataset.splits[split].history(row)) for row in ROWS[split]
+        ]
 
 
 def test_groups_of_a_real_evaluation_are_those_that_it_measured(source, tmp_path, monkeypatch):
@@ -185,21 +282,48 @@ def test_groups_of_a_real_evaluation_are_those_that_it_measured(source, tmp_path
     monkeypatch.setattr(distributed, "init", lambda: None)
     monkeypatch.setattr(distributed, "device", lambda: torch.device("cpu"))
     folder, data = shutil.copytree(source, tmp_path / "run"), source.parent / "data"
-    settings = {"dataset": str(data), "weighting": "igd", "igd_beta": 0.1, "seed": 3, "model_config": "q.json"}
+    settings = {
+        "dataset": str(data),
+        "weighting": "igd",
+        "igd_beta": 0.1,
+        "seed": 3,
+        "model_config": "q.json",
+    }
     (folder / "config.yaml").write_text(json.dumps(settings))
     (folder / "summary.json").write_text(json.dumps({"seconds": 1.0}))
-    seed = next(seed for seed in range(99) if 4 not in sample_rows(tiny_run.NUM_TEST, 5, seed))  # row 4 of valid has no history
+    seed = next(
+        seed for seed in range(99) if 4 not in sample_rows(tiny_run.NUM_TEST, 5, seed)
+    )  # row 4 of valid has no history
     usual = ["--model", folder / "model", "--dataset", data, "--num_beams", 10]
     valid = folder / "eval" / "valid"
-    for split, flags in (("valid", ("--num_rows", 5, "--seed", seed, "--alpha", 0, 0.3)), ("test", ("--alpha_from", valid))):
-        argv = ["eval.py", *usual, "--split", split, "--output_dir", folder / "eval" / split, *flags]
+    for split, flags in (
+        ("valid", ("--num_rows", 5, "--seed", seed, "--alpha", 0, 0.3)),
+        ("test", ("--alpha_from", valid)),
+    ):
+        argv = [
+            "eval.py",
+            *usual,
+            "--split",
+            split,
+            "--output_dir",
+            folder / "eval" / split,
+            *flags,
+        ]
         monkeypatch.setattr("sys.argv", list(map(str, argv)))
         assert eval.main() == 0
     study = read_runs([folder], 0)
     run = only(study)
-    assert (run.state, run.method, run.seed, len(run.ranks["valid"][0])) == ("finished", "igd β=0.1", 3, 5)
+    assert (run.state, run.method, run.seed, len(run.ranks["valid"][0])) == (
+        "finished",
+        "igd β=0.1",
+        3,
+        5,
+    )
     results = run.test["alpha"][run.alpha]
-    gain, groups = np.array([ndcg(rank) for rank in run.ranks["test"][1]]), groups_of(study.rows["toy"]["test"])
+    gain, groups = (
+        np.array([ndcg(rank) for rank in run.ranks["test"][1]]),
+        groups_of(study.rows["toy"]["test"]),
+    )
     assert gain.mean() == pytest.approx(results["token_match"]["ndcg@10"]) and 0 < gain.mean() < 1
     for name in ("head", "tail", "warm", "cold"):
         measured = results[f"token_match_{name}_targets"]["ndcg@10"]
@@ -208,7 +332,17 @@ def test_groups_of_a_real_evaluation_are_those_that_it_measured(source, tmp_path
 
 def test_states_and_notes_of_a_sweep(run, tmp_path):
     out_of_memory = {"state": "failed", "error": "RuntimeError: out of memory"}
-    names = ("whole", "candidate", "training", "failed", "undecided", "due", "testing", "untested", "exact")
+    names = (
+        "whole",
+        "candidate",
+        "training",
+        "failed",
+        "undecided",
+        "due",
+        "testing",
+        "untested",
+        "exact",
+    )
     for seed, name in enumerate(names):
         run(name, seed)
     folder = tmp_path / "runs"
@@ -276,7 +410,10 @@ def test_a_metric_that_is_not_a_number_leaves_the_run_out(run, split):
     results["alpha"]["0.2"]["gini_index"] = float("nan")
     path.write_text(json.dumps(results))
     found = only(read_runs([folder], 0))
-    assert found.state == "unfinished" and found.note == f"eval/{split}/metrics.json: alpha.0.2.gini_index is not finite"
+    assert (
+        found.state == "unfinished"
+        and found.note == f"eval/{split}/metrics.json: alpha.0.2.gini_index is not finite"
+    )
 
 
 @pytest.mark.parametrize("split", ["valid", "test"])
@@ -285,16 +422,24 @@ def test_a_metric_that_is_not_a_number_leaves_the_run_out(run, split):
     [
         (lambda path: path.write_bytes(path.read_bytes()[:-9]), "damaged"),
         (lambda path: path.unlink(), "not there"),
-        (lambda path: pq.write_table(pq.read_table(path).drop_columns("item_ids"), path), "damaged"),
+        (
+            lambda path: pq.write_table(pq.read_table(path).drop_columns("item_ids"), path),
+            "damaged",
+        ),
     ],
 )
 def test_damaged_predictions_cost_a_run_its_groups_alone(run, split, damage, why):
     folders = [run("uniform"), run("igd", weighting="igd", igd_beta=0.1)]
     damage(folders[0] / "eval" / split / "predictions-alpha0.0.parquet")
     study = read_runs(folders, 2)
-    assert [found.state for found in study.runs] == ["finished", "finished"] and not study.runs[1].note
+    assert [found.state for found in study.runs] == ["finished", "finished"] and not study.runs[
+        1
+    ].note
     assert f"eval/{split}/predictions-alpha0.0.parquet is {why}" in study.runs[0].note
-    assert "test" not in study.runs[0].ranks and study.rows["toy"]["test"]["row"].tolist() == ROWS["test"]
+    assert (
+        "test" not in study.runs[0].ranks
+        and study.rows["toy"]["test"]["row"].tolist() == ROWS["test"]
+    )
 
 
 @pytest.mark.parametrize("line", ['{"train/loss": 1.0}', "[1]", '{"step": 9, "train'])
@@ -309,7 +454,12 @@ def test_a_log_is_read_up_to_what_is_no_step_of_it(run, line):
 def test_baselines_alone_have_groups_and_tests_but_no_catalogue(run):
     folder = run("popularity")
     settings = yaml.safe_load((folder / "config.yaml").read_text())
-    settings = {"dataset": settings["dataset"], "seed": 0, "recommender": "popularity", "item_kind": "text"}
+    settings = {
+        "dataset": settings["dataset"],
+        "seed": 0,
+        "recommender": "popularity",
+        "item_kind": "text",
+    }
     (folder / "config.yaml").write_text(json.dumps(settings))
     for place in ("catalogue", "model"):
         shutil.rmtree(folder / place, ignore_errors=True)
@@ -327,10 +477,16 @@ def test_lists_too_short_to_choose_by(run):
     assert "its lists hold 10 items" in only(read_runs([folder], 0)).note
 
 
-@pytest.mark.parametrize(("key", "value"), [("rows", 7), ("num_beams", 20), ("popularity_baseline", {"hr@5": 0.2}), ("seed", 1)])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("rows", 7), ("num_beams", 20), ("popularity_baseline", {"hr@5": 0.2}), ("seed", 1)],
+)
 def test_runs_that_were_not_evaluated_alike_are_refused(run, key, value):
     folders = [run("uniform"), run("other", changes={key: value})]
-    with pytest.raises(ValueError, match=rf"other/eval/valid and .*uniform/eval/valid .*: {key}( \(.* and .*\))? differ"):
+    with pytest.raises(
+        ValueError,
+        match=rf"other/eval/valid and .*uniform/eval/valid .*: {key}( \(.* and .*\))? differ",
+    ):
         read_runs(folders, 0)
 
 
@@ -339,13 +495,26 @@ def test_ways_to_decode_are_compared_within_a_backbone(run):
     penalty = {"length_penalty": 1.0}
     folders = [run("d3"), run("bigrec", model_config="m/bigrec.json", changes=penalty)]
     assert [run.state for run in read_runs(folders, 0).runs] == ["finished", "finished"]
-    with pytest.raises(ValueError, match=r"other/eval/valid and .*d3/eval/valid .*: length_penalty \(1.0 and .*\) differ"):
+    with pytest.raises(
+        ValueError,
+        match=r"other/eval/valid and .*d3/eval/valid .*: length_penalty \(1.0 and .*\) differ",
+    ):
         read_runs([*folders, run("other", 1, changes=penalty)], 0)
-    with pytest.raises(ValueError, match=r"other2/eval/valid and .*d3/.* not alike: num_beams \(20 and 10\) differ"):
-        read_runs([*folders, run("other2", 1, model_config="m/bigrec.json", changes=penalty | {"num_beams": 20})], 0)
+    with pytest.raises(
+        ValueError, match=r"other2/eval/valid and .*d3/.* not alike: num_beams \(20 and 10\) differ"
+    ):
+        read_runs(
+            [
+                *folders,
+                run("other2", 1, model_config="m/bigrec.json", changes=penalty | {"num_beams": 20}),
+            ],
+            0,
+        )
 
 
-def test_the_interactions_of_a_dataset_are_those_that_its_rows_were_made_of(run, source, monkeypatch):
+def test_the_interactions_of_a_dataset_are_those_that_its_rows_were_made_of(
+    run, source, monkeypatch
+):
     folder, loaded = run("uniform"), InteractionDataset.load(source.parent / "data")
     assert "users" not in read_runs([folder], 0).catalogues["toy"]  # given rows: nothing is known
     funnel = [{"step": "source", "users": 9, "items": 9, "interactions": 90}, {"step": "left out", "items": 1},
@@ -359,7 +528,9 @@ def test_the_interactions_of_a_dataset_are_those_that_its_rows_were_made_of(run,
 def test_runs_of_another_dataset_of_the_same_name_are_refused(run):
     folders = [run("uniform"), run("other")]
     (folders[1] / "eval" / "test" / "request.json").write_text(json.dumps({"dataset": "0"}))
-    with pytest.raises(ValueError, match=r"other/eval/test and .* not alike: fingerprint \(0 and .*\) differ"):
+    with pytest.raises(
+        ValueError, match=r"other/eval/test and .* not alike: fingerprint \(0 and .*\) differ"
+    ):
         read_runs(folders, 0)
 
 
@@ -370,13 +541,18 @@ def test_runs_of_another_protocol_are_refused(run, source, tmp_path):
     (data / "dataset.json").write_text(json.dumps(info | {"protocol": "d3"}))
     text = (folders[1] / "config.yaml").read_text()
     (folders[1] / "config.yaml").write_text(text.replace(str(source.parent / "data"), str(data)))
-    with pytest.raises(ValueError, match=rf"not alike: protocol \(d3 and {info['protocol']}\) differ"):
+    with pytest.raises(
+        ValueError, match=rf"not alike: protocol \(d3 and {info['protocol']}\) differ"
+    ):
         read_runs(folders, 0)
 
 
 def test_runs_of_two_datasets_stand_side_by_side(run):
     study = read_runs([run("uniform"), run("other", changes={"dataset": "toy 2", "rows": 5})], 0)
-    assert [run.dataset for run in study.runs] == ["toy", "toy 2"] and study.catalogues.keys() == {"toy", "toy 2"}
+    assert [run.dataset for run in study.runs] == ["toy", "toy 2"] and study.catalogues.keys() == {
+        "toy",
+        "toy 2",
+    }
 
 
 def test_a_folder_of_run_folders_is_read_and_others_are_refused(run, tmp_path):
@@ -399,7 +575,9 @@ def test_a_run_that_is_there_twice_counts_once(run):
 def test_without_its_dataset_a_study_has_no_groups_but_its_figures(run, source, tmp_path):
     folder = run("uniform")
     text = (folder / "config.yaml").read_text()
-    (folder / "config.yaml").write_text(text.replace(str(source.parent / "data"), str(tmp_path / "gone")))
+    (folder / "config.yaml").write_text(
+        text.replace(str(source.parent / "data"), str(tmp_path / "gone"))
+    )
     study = read_runs([folder], 3)
     assert only(study).state == "finished" and "the dataset is not at" in only(study).note
     assert not study.rows and not study.catalogues and not study.examples
@@ -415,7 +593,10 @@ def test_a_dataset_that_changed_is_not_taken_for_the_old_one(run):
 def test_examples_show_rows_that_the_methods_rank_differently(run, source):
     folders = [run("uniform"), run("igd", weighting="igd", igd_beta=0.1)]
     study = read_runs(folders, 3)
-    dataset, ranks = InteractionDataset.load(source.parent / "data"), [run.ranks["test"][1] for run in study.runs]
+    dataset, ranks = (
+        InteractionDataset.load(source.parent / "data"),
+        [run.ranks["test"][1] for run in study.runs],
+    )
     assert len(study.examples) == 3 and not read_runs(folders, 0).examples
     for example in study.examples:
         row = example["row"]
@@ -440,14 +621,21 @@ def test_equal_runs_give_equal_bytes_and_so_does_what_was_kept(run, tmp_path):
     assert groups_of(kept.rows["toy"]["test"]).keys() == groups_of(study.rows["toy"]["test"]).keys()
     for one, other in zip(kept.runs, study.runs, strict=True):
         assert one.name == other.name and one.test == other.test and one.curves == other.curves
-        assert all(np.array_equal(one.ranks[split], other.ranks[split]) for split in ("valid", "test"))
+        assert all(
+            np.array_equal(one.ranks[split], other.ranks[split]) for split in ("valid", "test")
+        )
     with pytest.raises(ValueError, match="holds no study"):
         load(tmp_path / "runs")
     for name in ("study.json", "ranks.parquet"):
         damaged = shutil.copytree(tmp_path / "first", tmp_path / f"damaged {name}")
         (damaged / name).write_bytes((damaged / name).read_bytes()[:-9])
-        with pytest.raises(ValueError, match=f"damaged {name}/{name} is damaged .*: make the report from its runs again"):
+        with pytest.raises(
+            ValueError,
+            match=f"damaged {name}/{name} is damaged .*: make the report from its runs again",
+        ):
             load(damaged)
-    (tmp_path / "third" / "study.json").write_text('{"runs": [{"name": "uniform", "of": "another version"}]}')
+    (tmp_path / "third" / "study.json").write_text(
+        '{"runs": [{"name": "uniform", "of": "another version"}]}'
+    )
     with pytest.raises(ValueError, match="third: damaged, or of another version"):
         load(tmp_path / "third")

@@ -18,22 +18,27 @@ import pytest
 import torch
 import yaml
 
+from igd_ds import engine
+from igd_ds.baseline import BaselineConfig
+from igd_ds.config.options import EvalConfig, parse
+from igd_ds.studies import sweep
+from igd_ds.studies import sweep_table as _sweep_table
+from igd_ds.studies.report.folders import ALIKE
+
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
-
-import _sweep_table  # noqa: E402
-import sweep  # noqa: E402
-
-from igd_ds import engine  # noqa: E402
-from igd_ds.baseline import BaselineConfig  # noqa: E402
-from igd_ds.config import EvalConfig, parse  # noqa: E402
-from igd_ds.report.folders import ALIKE  # noqa: E402
-
 FAKE = f"{sys.executable} {Path(__file__).parent / 'fake_entry.py'}"
-ENTRY = {"dataset": "toys", "backbone": "tiny", "weighting": "igd", "igd_beta": [0.1, 0.3], "seed": [0, 1]}
+ENTRY = {
+    "dataset": "toys",
+    "backbone": "tiny",
+    "weighting": "igd",
+    "igd_beta": [0.1, 0.3],
+    "seed": [0, 1],
+}
 UNIFORM = {"dataset": "toys", "backbone": "tiny", "weighting": "uniform", "seed": [0, 1]}
 U0, U1 = "toys-tiny-uniform-seed0", "toys-tiny-uniform-seed1"
-A0, A1, B0, B1 = [f"toys-tiny-igd-igd_beta{beta}-seed{seed}" for beta in (0.1, 0.3) for seed in (0, 1)]
+A0, A1, B0, B1 = [
+    f"toys-tiny-igd-igd_beta{beta}-seed{seed}" for beta in (0.1, 0.3) for seed in (0, 1)
+]
 
 
 def table_of(folder: Path, **changes) -> dict:
@@ -44,7 +49,12 @@ def table_of(folder: Path, **changes) -> dict:
         "name": "test",
         "budget": "little",
         "datasets": {"toys": str(folder / "data")},
-        "backbones": {"tiny": {"model_config": str(ROOT / "tools/models/qwen2-1m.json"), "tokenizer": "T/{dataset}"}},
+        "backbones": {
+            "tiny": {
+                "model_config": str(ROOT / "tools/models/qwen2-1m.json"),
+                "tokenizer": "T/{dataset}",
+            }
+        },
         "defaults": {"ds_config": str(ROOT / "ds_configs/zero1-fp32.json"), "frequency_beta": 0.9},
         "evaluation": {"alpha": [0, 0.2], "num_rows": 50},
         "select": ["igd_beta"],
@@ -70,7 +80,14 @@ def world(tmp_path, monkeypatch):
 
 
 class World:
-    scores = {U0: 0.1, U1: 0.2, A0: 0.3, A1: 0.1, B0: 0.15, B1: 0.28}  # β = 0.3: 0.215, β = 0.1: 0.2
+    scores = {
+        U0: 0.1,
+        U1: 0.2,
+        A0: 0.3,
+        A1: 0.1,
+        B0: 0.15,
+        B1: 0.28,
+    }  # β = 0.3: 0.215, β = 0.1: 0.2
 
     def __init__(self, folder: Path, monkeypatch):
         self.folder, self.plan, self.runs = folder, folder / "plan", folder / "runs"
@@ -99,7 +116,9 @@ class World:
         return [(call["row"], call["part"]) for call in self.last]
 
     def rows(self) -> dict[str, dict]:
-        return {row["name"]: row for row in json.loads((self.runs / "sweep.json").read_text())["rows"]}
+        return {
+            row["name"]: row for row in json.loads((self.runs / "sweep.json").read_text())["rows"]
+        }
 
     def states(self) -> dict[str, str]:
         return {name: row["state"] for name, row in self.rows().items()}
@@ -109,21 +128,43 @@ class World:
 
 
 def test_an_entry_is_the_product_of_its_lists(tmp_path):
-    entry = {"dataset": ["toys", "books"], "backbone": ["tiny", "big"], "weighting": "igd", "igd_beta": [0.1, 0.3, 1]}
+    entry = {
+        "dataset": ["toys", "books"],
+        "backbone": ["tiny", "big"],
+        "weighting": "igd",
+        "igd_beta": [0.1, 0.3, 1],
+    }
     entry |= {"epochs": 2, "seed": [0, 7]}
     table = table_of(tmp_path, runs=[entry, ENTRY | {"seed": 3, "igd_beta": 0.5, "run": False}])
     table["datasets"]["books"] = "other"
-    table["backbones"]["big"] = {"model_name_or_path": "M", "epochs": 9, "evaluation": {"length_penalty": 1}}
+    table["backbones"]["big"] = {
+        "model_name_or_path": "M",
+        "epochs": 9,
+        "evaluation": {"length_penalty": 1},
+    }
     rows = _sweep_table.read_table(write(tmp_path, table)).rows
-    expected = list(itertools.product(entry["dataset"], entry["backbone"], [0.1, 0.3, 1.0], [0, 7])) + [("toys", "tiny", 0.5, 3)]
+    expected = list(
+        itertools.product(entry["dataset"], entry["backbone"], [0.1, 0.3, 1.0], [0, 7])
+    ) + [("toys", "tiny", 0.5, 3)]
     assert [(r.dataset, r.backbone, r.settings["igd_beta"], r.seed) for r in rows] == expected
-    assert [r.name for r in rows[-2:]] == ["books-big-igd-igd_beta1.0-epochs2-seed7", "toys-tiny-igd-igd_beta0.5-seed3"]
+    assert [r.name for r in rows[-2:]] == [
+        "books-big-igd-igd_beta1.0-epochs2-seed7",
+        "toys-tiny-igd-igd_beta0.5-seed3",
+    ]
     assert [r.run for r in rows] == [True] * 24 + [False]
     assert rows[0].group == rows[1].group == "toys-tiny-igd-igd_beta0.1-epochs2" != rows[2].group
     big, last = rows[6], rows[-1]
-    assert big.settings["epochs"] == 2 and big.evaluation == {"alpha": [0.0, 0.2], "num_rows": 50, "length_penalty": 1.0}
+    assert big.settings["epochs"] == 2 and big.evaluation == {
+        "alpha": [0.0, 0.2],
+        "num_rows": 50,
+        "length_penalty": 1.0,
+    }
     assert rows[0].settings["tokenizer"] == "T/toys" and rows[12].settings["dataset"] == "other"
-    assert "epochs" not in last.settings and last.config.epochs == 3 and "length_penalty" not in last.evaluation
+    assert (
+        "epochs" not in last.settings
+        and last.config.epochs == 3
+        and "length_penalty" not in last.evaluation
+    )
     assert "frequency_beta" not in last.settings  # a default that igd has no use for
 
 
@@ -134,14 +175,24 @@ def test_defaults_reach_the_weightings_that_use_them(tmp_path):
     for row in (uniform, frequency):
         row.check_inputs()
     with_own = entry | {"weighting": "uniform", "frequency_beta": 0.5}
-    with pytest.raises(ValueError, match="toys-tiny-uniform-frequency_beta0.5-seed0: --frequency_beta 0.5 has no effect"):
+    with pytest.raises(
+        ValueError,
+        match="toys-tiny-uniform-frequency_beta0.5-seed0: --frequency_beta 0.5 has no effect",
+    ):
         read(tmp_path, runs=[with_own]).rows[0].check_inputs()
 
 
 def test_the_exact_search_is_where_it_is_asked_for(tmp_path):
-    runs = [ENTRY | {"seed": 0, "igd_beta": 0.1}, ENTRY | {"seed": 1, "igd_beta": 0.1, "exact": {"num_rows": 5}}]
+    runs = [
+        ENTRY | {"seed": 0, "igd_beta": 0.1},
+        ENTRY | {"seed": 1, "igd_beta": 0.1, "exact": {"num_rows": 5}},
+    ]
     without, asked = read(tmp_path, runs=runs).rows
-    assert without.exact is None and asked.exact == {"alpha": [0.0, 0.2], "num_rows": 5, "search": "exact"}
+    assert without.exact is None and asked.exact == {
+        "alpha": [0.0, 0.2],
+        "num_rows": 5,
+        "search": "exact",
+    }
     names = [done.parent.name for done, _ in sweep.steps(asked, tmp_path, 2)]
     assert names == ["test", "test-exact"] and len(sweep.steps(without, tmp_path, 2)) == 1
     _, words = sweep.steps(asked, tmp_path, 2)[1]
@@ -152,7 +203,11 @@ def test_the_exact_search_is_where_it_is_asked_for(tmp_path):
 
 def test_baselines_are_evaluated_like_the_others(world):
     world.write(
-        baseline={"ds_config": str(ROOT / "ds_configs/zero1-fp32.json"), "epochs": 5, "dropout": 0.4},
+        baseline={
+            "ds_config": str(ROOT / "ds_configs/zero1-fp32.json"),
+            "epochs": 5,
+            "dropout": 0.4,
+        },
         evaluation={"num_rows": 50, "num_beams": 12, "seed": 3},
         select=["igd_beta", "hidden_size"],
         runs=[
@@ -160,37 +215,79 @@ def test_baselines_are_evaluated_like_the_others(world):
             {"dataset": "toys", "recommender": "sasrec", "hidden_size": [8, 16], "seed": 0},
         ],
     )
-    names = ["toys-popularity-seed0", "toys-sasrec-hidden_size8-seed0", "toys-sasrec-hidden_size16-seed0"]
-    (world.plan / "scores.json").write_text(json.dumps(dict(zip(names, (0.1, 0.2, 0.3), strict=True))))
+    names = [
+        "toys-popularity-seed0",
+        "toys-sasrec-hidden_size8-seed0",
+        "toys-sasrec-hidden_size16-seed0",
+    ]
+    (world.plan / "scores.json").write_text(
+        json.dumps(dict(zip(names, (0.1, 0.2, 0.3), strict=True)))
+    )
     assert world.run() == 0
-    assert world.calls() == [(name, "valid") for name in names] + [(name, "test") for name in (names[0], names[2])]
+    assert world.calls() == [(name, "valid") for name in names] + [
+        (name, "test") for name in (names[0], names[2])
+    ]
     flags = world.last[1]["flags"]
-    assert flags["dropout"] == ["0.4"] and "dropout" not in world.last[0]["flags"]  # popularity has none
-    assert world.last[1]["script"] == str(ROOT / "igd_ds/baseline.py") and flags["recommender"] == ["sasrec"]
-    assert (flags["num_rows"], flags["num_beams"], flags["rows_seed"], flags["epochs"]) == (["50"], ["12"], ["3"], ["5"])
+    assert (
+        flags["dropout"] == ["0.4"] and "dropout" not in world.last[0]["flags"]
+    )  # popularity has none
+    assert world.last[1]["script"] == str(ROOT / "igd_ds/baseline.py") and flags["recommender"] == [
+        "sasrec"
+    ]
+    assert (flags["num_rows"], flags["num_beams"], flags["rows_seed"], flags["epochs"]) == (
+        ["50"],
+        ["12"],
+        ["3"],
+        ["5"],
+    )
     assert flags["output_dir"] == [str(world.runs / names[1])] and flags["splits"] == ["valid"]
     row = world.rows()[names[2]]
-    assert (row["backbone"], row["method"].split()[0], row["state"], row["chosen"]) == ("", "SASRec", "finished", True)
+    assert (row["backbone"], row["method"].split()[0], row["state"], row["chosen"]) == (
+        "",
+        "SASRec",
+        "finished",
+        True,
+    )
 
 
 def test_baselines_take_from_the_other_rows_of_their_dataset_how_they_are_evaluated(tmp_path):
     popularity = {"dataset": ["toys", "books"], "recommender": "popularity", "seed": 0}
-    table = table_of(tmp_path, runs=[popularity, UNIFORM | {"backbone": "wide"}, UNIFORM | {"dataset": "books"}])
+    table = table_of(
+        tmp_path, runs=[popularity, UNIFORM | {"backbone": "wide"}, UNIFORM | {"dataset": "books"}]
+    )
     table["datasets"]["books"] = "other"
-    table["backbones"]["wide"] = table["backbones"]["tiny"] | {"item_kind": "text", "evaluation": {"num_beams": 15, "seed": 4}}
+    table["backbones"]["wide"] = table["backbones"]["tiny"] | {
+        "item_kind": "text",
+        "evaluation": {"num_beams": 15, "seed": 4},
+    }
     rows = _sweep_table.read_table(write(tmp_path, table)).rows
     assert [row.is_baseline for row in rows] == [True, True] + [False] * 4  # in the table's order
     names = ("num_beams", "num_rows", "rows_seed", "item_kind")
-    assert [row.settings[name] for row in rows[:2] for name in names] == [15, 50, 4, "text", 10, 50, 0, "auto"]
+    assert [row.settings[name] for row in rows[:2] for name in names] == [
+        15,
+        50,
+        4,
+        "text",
+        10,
+        50,
+        0,
+        "auto",
+    ]
     table["runs"][0] = popularity | {"num_beams": 12, "dataset": "books"}
-    with pytest.raises(ValueError, match="books: evaluation: num_beams is 12 for books-popularity-.*, 10 for books-tiny-"):
+    with pytest.raises(
+        ValueError,
+        match="books: evaluation: num_beams is 12 for books-popularity-.*, 10 for books-tiny-",
+    ):
         _sweep_table.read_table(write(tmp_path, table))
 
 
 @pytest.mark.parametrize(
     ("evaluated", "message"),
     [
-        ({"evaluation": {"num_beams": 20}}, f"dataset toys: evaluation: num_beams is 10 for {U0}, 20 for {A0}"),
+        (
+            {"evaluation": {"num_beams": 20}},
+            f"dataset toys: evaluation: num_beams is 10 for {U0}, 20 for {A0}",
+        ),
         ({"evaluation": {"num_rows": 9}}, "evaluation: num_rows is 50"),
         ({"evaluation": {"seed": 1}}, "evaluation: seed is 0"),
         ({"exact": {"num_rows": 6}}, "exact: num_rows is 5"),
@@ -208,33 +305,75 @@ def test_rows_of_a_dataset_are_evaluated_alike(tmp_path, evaluated, message):
         ({"name": ""}, "name: expected a text"),
         ({"runs": []}, "runs: expected a list, found \\[\\]"),
         ({"runs": ["x"]}, "run 1: expected 'setting: value' lines, found 'x'"),
-        ({"runs": [ENTRY | {"igd_bta": 0.1}]}, "run 1: unknown setting 'igd_bta', did you mean 'igd_beta'"),
-        ({"runs": [ENTRY, ENTRY | {"backbone": "tinny"}]}, "run 2: backbone: unknown name 'tinny', did you mean 'tiny'"),
-        ({"runs": [ENTRY | {"dataset": ["toys", "toyz"]}]}, "run 1: dataset: unknown name 'toyz', did you mean 'toys'"),
-        ({"runs": [ENTRY | {"weighting": "idg"}]}, "run 1: weighting: unknown name 'idg', did you mean 'igd'"),
+        (
+            {"runs": [ENTRY | {"igd_bta": 0.1}]},
+            "run 1: unknown setting 'igd_bta', did you mean 'igd_beta'",
+        ),
+        (
+            {"runs": [ENTRY, ENTRY | {"backbone": "tinny"}]},
+            "run 2: backbone: unknown name 'tinny', did you mean 'tiny'",
+        ),
+        (
+            {"runs": [ENTRY | {"dataset": ["toys", "toyz"]}]},
+            "run 1: dataset: unknown name 'toyz', did you mean 'toys'",
+        ),
+        (
+            {"runs": [ENTRY | {"weighting": "idg"}]},
+            "run 1: weighting: unknown name 'idg', did you mean 'igd'",
+        ),
         ({"runs": [{k: v for k, v in ENTRY.items() if k != "seed"}]}, "run 1: 'seed' is missing"),
-        ({"runs": [{k: v for k, v in ENTRY.items() if k != "backbone"}]}, "run 1: give either 'backbone'"),
+        (
+            {"runs": [{k: v for k, v in ENTRY.items() if k != "backbone"}]},
+            "run 1: give either 'backbone'",
+        ),
         ({"runs": [ENTRY | {"recommender": "sasrec"}]}, "run 1: give either 'backbone'"),
-        ({"runs": [{"dataset": "toys", "recommender": "sasrek", "seed": 0}]}, "'recommender' is one of .*; found 'sasrek'"),
-        ({"runs": [{"dataset": "toys", "recommender": "popularity", "seed": 0, "dropout": 0.1}]}, "--dropout has no effect on"),
+        (
+            {"runs": [{"dataset": "toys", "recommender": "sasrek", "seed": 0}]},
+            "'recommender' is one of .*; found 'sasrek'",
+        ),
+        (
+            {"runs": [{"dataset": "toys", "recommender": "popularity", "seed": 0, "dropout": 0.1}]},
+            "--dropout has no effect on",
+        ),
         ({"runs": [ENTRY | {"seed": []}]}, "run 1: the list of 'seed' is empty"),
         ({"runs": [ENTRY | {"seed": ["0"]}]}, "run 1: 'seed' takes int, found '0'"),
         ({"runs": [ENTRY | {"learning_rate": "1e-4"}]}, "write 1.0e-4"),
         ({"runs": [ENTRY | {"epochs": 0}]}, "run 1: --epochs must be at least 1"),
         ({"runs": [ENTRY | {"run": "no"}]}, "run 1: 'run' is true or false"),
-        ({"runs": [ENTRY | {"output_dir": "x"}]}, "run 1: 'output_dir' is what the sweep itself sets"),
-        ({"runs": [ENTRY | {"evaluation": {"aplha": [0]}}]}, "run 1: evaluation: unknown setting 'aplha', did you mean 'alpha'"),
-        ({"defaults": {"ds_confg": "x"}}, "defaults: unknown setting 'ds_confg', did you mean 'ds_config'"),
+        (
+            {"runs": [ENTRY | {"output_dir": "x"}]},
+            "run 1: 'output_dir' is what the sweep itself sets",
+        ),
+        (
+            {"runs": [ENTRY | {"evaluation": {"aplha": [0]}}]},
+            "run 1: evaluation: unknown setting 'aplha', did you mean 'alpha'",
+        ),
+        (
+            {"defaults": {"ds_confg": "x"}},
+            "defaults: unknown setting 'ds_confg', did you mean 'ds_config'",
+        ),
         ({"defaults": {}}, "run 1: 'ds_config' is given neither there nor in what all rows share"),
-        ({"backbones": {"tiny": "qwen"}}, "backbone tiny: expected settings of train.py, found 'qwen'"),
+        (
+            {"backbones": {"tiny": "qwen"}},
+            "backbone tiny: expected settings of train.py, found 'qwen'",
+        ),
         ({"backbones": {"a/b": {}}}, "backbones: 'a/b' becomes part of folder names"),
-        ({"datasets": {2018: "data"}}, "datasets: 2018 becomes part of folder names: .*; quote a number"),
-        ({"runs": [ENTRY | {"dataset": 2018}], "datasets": {"2018": "d"}}, "unknown name 2018, did you mean '2018'"),
+        (
+            {"datasets": {2018: "data"}},
+            "datasets: 2018 becomes part of folder names: .*; quote a number",
+        ),
+        (
+            {"runs": [ENTRY | {"dataset": 2018}], "datasets": {"2018": "d"}},
+            "unknown name 2018, did you mean '2018'",
+        ),
         ({"defaults": {7: 1}}, "defaults: unknown setting '7'"),
         ({"datasets": {"toys": ["a"]}}, "datasets: toys: expected a folder"),
         ({"select": ["igd_betta"]}, "select: unknown setting 'igd_betta', did you mean 'igd_beta'"),
         ({"select": ["seed"]}, "select: unknown setting 'seed'"),
-        ({"evaluation": {"alpha": [0, 1.5]}}, "run 1: evaluation: --alpha must lie in \\[0, 1\\], found 1.5"),
+        (
+            {"evaluation": {"alpha": [0, 1.5]}},
+            "run 1: evaluation: --alpha must lie in \\[0, 1\\], found 1.5",
+        ),
         ({"evaluation": {"alpha": []}}, "run 1: evaluation: --alpha needs at least one value"),
         ({"evaluation": {"alpha": [0.1]}}, "alpha \\[0.1\\] lacks 0"),
         ({"evaluation": {"num_beams": 5}}, "lists of num_beams 5 have no ndcg@10"),
@@ -260,7 +399,10 @@ def test_no_table_and_no_yaml(tmp_path):
 def test_rows_that_share_a_folder_are_refused(tmp_path):
     with pytest.raises(ValueError, match=f"two rows are called {A1}: they are the same run"):
         read(tmp_path, runs=[ENTRY, ENTRY | {"igd_beta": 0.1, "seed": 1}])
-    with pytest.raises(ValueError, match=f"two rows are called {A0}: they differ in evaluation, which is not in the name"):
+    with pytest.raises(
+        ValueError,
+        match=f"two rows are called {A0}: they differ in evaluation, which is not in the name",
+    ):
         read(tmp_path, runs=[ENTRY, ENTRY | {"evaluation": {"num_rows": 9}}])
     with pytest.raises(ValueError, match="prompta.yaml-seed0: they differ in prompt, which"):
         read(tmp_path, runs=[ENTRY | {"igd_beta": 0.1, "prompt": ["x/a.yaml", "y/a.yaml"]}])
@@ -274,7 +416,10 @@ def test_the_choice_is_the_best_mean_of_each_family(tmp_path, seed):
     """Against a search by hand over every (dataset, backbone, weighting, epochs)."""
     random = np.random.default_rng(seed)
     runs = [ENTRY | {"dataset": ["toys", "books"], "epochs": [1, 2], "igd_beta": [0.1, 0.3, 0.5]}]
-    runs += [ENTRY | {"weighting": "igd-linear", "run": False}, ENTRY | {"weighting": "igd-linear", "igd_beta": 0.7}]
+    runs += [
+        ENTRY | {"weighting": "igd-linear", "run": False},
+        ENTRY | {"weighting": "igd-linear", "igd_beta": 0.7},
+    ]
     table = table_of(tmp_path, runs=runs)
     table["datasets"]["books"] = "other"
     table = _sweep_table.read_table(write(tmp_path, table))
@@ -284,7 +429,9 @@ def test_the_choice_is_the_best_mean_of_each_family(tmp_path, seed):
     best, undecided = {}, set()
     for row in table.to_run:
         family = (row.dataset, row.settings["weighting"], row.settings.get("epochs"))
-        if row.name == missing and row.settings["weighting"] != "igd-linear":  # which has one group: nothing to choose from
+        if (
+            row.name == missing and row.settings["weighting"] != "igd-linear"
+        ):  # which has one group: nothing to choose from
             undecided.add(family)
         total = sum(scores[other.name] for other in table.to_run if other.group == row.group)
         if family not in best or total > best[family][0]:
@@ -304,21 +451,54 @@ def test_a_sweep_trains_chooses_and_tests(world):
     calls = world.calls()
     names = list(World.scores)
     assert calls[:12] == [(name, part) for name in names for part in ("train", "valid")]
-    assert calls[12:] == [(name, "test") for name in (U0, U1, B0, B1)]  # the mean over seeds, not the best seed, which is A0
+    assert calls[12:] == [
+        (name, "test") for name in (U0, U1, B0, B1)
+    ]  # the mean over seeds, not the best seed, which is A0
     train, valid, test = world.last[4], world.last[5], world.last[-1]
     assert train["script"] == str(ROOT / "igd_ds/train.py")
-    expected = {"igd_beta": ["0.1"], "seed": ["0"], "resume": ["auto"], "output_dir": [str(world.runs / A0)]}
+    expected = {
+        "igd_beta": ["0.1"],
+        "seed": ["0"],
+        "resume": ["auto"],
+        "output_dir": [str(world.runs / A0)],
+    }
     assert expected.items() <= train["flags"].items() and train["flags"]["tokenizer"] == ["T/toys"]
     assert valid["flags"]["alpha"] == ["0.0", "0.2"] and valid["flags"]["split"] == ["valid"]
-    assert valid["flags"]["model"] == [str(world.runs / A0 / "model")] and valid["flags"]["num_rows"] == ["50"]
-    assert test["flags"]["alpha_from"] == [str(world.runs / B1 / "eval/valid")] and "alpha" not in test["flags"]
+    assert valid["flags"]["model"] == [str(world.runs / A0 / "model")] and valid["flags"][
+        "num_rows"
+    ] == ["50"]
+    assert (
+        test["flags"]["alpha_from"] == [str(world.runs / B1 / "eval/valid")]
+        and "alpha" not in test["flags"]
+    )
     rows = world.rows()
-    assert {name: row["chosen"] for name, row in rows.items()} == {U0: True, U1: True, A0: False, A1: False, B0: True, B1: True}
-    assert set(world.states().values()) == {"finished"} and not (world.runs / A0 / "eval/test").exists()
-    method = {"method": "igd β=0.3", "group": B0.removesuffix("-seed0"), "dataset": "toys", "backbone": "tiny", "seed": 0}
+    assert {name: row["chosen"] for name, row in rows.items()} == {
+        U0: True,
+        U1: True,
+        A0: False,
+        A1: False,
+        B0: True,
+        B1: True,
+    }
+    assert (
+        set(world.states().values()) == {"finished"}
+        and not (world.runs / A0 / "eval/test").exists()
+    )
+    method = {
+        "method": "igd β=0.3",
+        "group": B0.removesuffix("-seed0"),
+        "dataset": "toys",
+        "backbone": "tiny",
+        "seed": 0,
+    }
     assert (method | {"state": "finished", "error": None}).items() <= rows[B0].items()
     about = json.loads((world.runs / "sweep.json").read_text())
-    assert (about["version"], about["name"], about["table"], about["budget"]) == (1, "test", world.table, "little")
+    assert (about["version"], about["name"], about["table"], about["budget"]) == (
+        1,
+        "test",
+        world.table,
+        "little",
+    )
     assert about["select"] == {"metric": "ndcg@10", "over": ["igd_beta"]}
     assert world.run() == 0 and world.calls() == []  # finished rows are skipped
 
@@ -333,7 +513,14 @@ def test_a_failed_row_is_listed_and_holds_up_its_family_only(world, capsys):
     world.order(A1, "valid", "fail")
     assert world.run() == 1
     assert [call for call in world.calls() if call[1] == "test"] == [(U0, "test"), (U1, "test")]
-    assert world.states() == {U0: "finished", U1: "finished", A0: "waiting", A1: "failed", B0: "waiting", B1: "waiting"}
+    assert world.states() == {
+        U0: "finished",
+        U1: "finished",
+        A0: "waiting",
+        A1: "failed",
+        B0: "waiting",
+        B1: "waiting",
+    }
     rows = world.rows()
     assert rows[A1]["error"] == "ValueError: the model is broken" and rows[B0]["chosen"] is None
     log = (world.runs / "logs" / f"{A1}.log").read_text()
@@ -355,7 +542,10 @@ def test_a_failed_candidate_can_be_left_out_on_record(world):
     world.calls()
     assert world.run() == 0
     assert world.calls() == [(A0, "test"), (A1, "test")]
-    assert world.states() == dict.fromkeys((U0, U1, A0, A1), "finished") | {B0: "not run", B1: "not run"}
+    assert world.states() == dict.fromkeys((U0, U1, A0, A1), "finished") | {
+        B0: "not run",
+        B1: "not run",
+    }
 
 
 def test_a_stopped_row_waits_and_is_resumed(world):
@@ -373,7 +563,9 @@ def test_a_stopped_row_waits_and_is_resumed(world):
 def test_signals_reach_the_rows_and_end_the_sweep(world, sent, received):
     world.order(U0, "train", "hang")
     words = [world.table, "--output", str(world.runs), "--launcher", FAKE]
-    process = subprocess.Popen([sys.executable, str(ROOT / "tools/sweep.py"), *words], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "igd_ds/studies/sweep.py"), *words], stdout=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 60
     while not (world.plan / "hanging").exists():
         assert time.monotonic() < deadline and process.poll() is None
@@ -384,7 +576,9 @@ def test_signals_reach_the_rows_and_end_the_sweep(world, sent, received):
     process.send_signal(getattr(signal, sent))
     assert process.wait(timeout=30) == 85
     assert (world.runs / U0 / f"saved-on-{received}").exists()
-    assert set(world.states().values()) == {"waiting"} and world.calls() == [(U0, "train")]  # no other row began
+    assert set(world.states().values()) == {"waiting"} and world.calls() == [
+        (U0, "train")
+    ]  # no other row began
 
 
 def test_a_row_that_a_killed_sweep_left_is_told_from_one_that_runs(world):
@@ -392,7 +586,12 @@ def test_a_row_that_a_killed_sweep_left_is_told_from_one_that_runs(world):
     row, attempt = table.rows[0], sweep.attempt_file(world.runs, table.rows[0])
     attempt.parent.mkdir(parents=True)
     process = psutil.Process()
-    running = {"state": "running", "host": sweep.socket.gethostname(), "pid": process.pid, "started": process.create_time()}
+    running = {
+        "state": "running",
+        "host": sweep.socket.gethostname(),
+        "pid": process.pid,
+        "started": process.create_time(),
+    }
     for change, state in [
         ({}, "running"),
         ({"started": 1.0}, "waiting"),
@@ -418,8 +617,17 @@ def test_a_running_row_is_heard_of(world, monkeypatch):
 
 
 def test_a_row_that_another_sweep_has_begun_meanwhile_is_left_to_it(world, monkeypatch, capsys):
-    table, execute, process = _sweep_table.read_table(world.table), sweep.Runner.execute, psutil.Process()
-    running = {"state": "running", "host": sweep.socket.gethostname(), "pid": process.pid, "started": process.create_time()}
+    table, execute, process = (
+        _sweep_table.read_table(world.table),
+        sweep.Runner.execute,
+        psutil.Process(),
+    )
+    running = {
+        "state": "running",
+        "host": sweep.socket.gethostname(),
+        "pid": process.pid,
+        "started": process.create_time(),
+    }
 
     def beside_another(self, row, *more):
         if row.name == U0:
@@ -428,14 +636,18 @@ def test_a_row_that_another_sweep_has_begun_meanwhile_is_left_to_it(world, monke
 
     monkeypatch.setattr(sweep.Runner, "execute", beside_another)
     assert world.run() == 1
-    assert (U1, "train") not in world.calls() and world.states() == dict.fromkeys(World.scores, "finished") | {U1: "running"}
+    assert (U1, "train") not in world.calls() and world.states() == dict.fromkeys(
+        World.scores, "finished"
+    ) | {U1: "running"}
     assert f"{U1}: running already, as process {process.pid}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("words", [(), ("--row", "0")])
 def test_the_snapshot_is_there_before_any_row_has_a_folder(world, monkeypatch, words):
     there = []
-    monkeypatch.setattr(sweep.Runner, "execute", lambda *_: there.append((world.runs / "sweep.json").is_file()))
+    monkeypatch.setattr(
+        sweep.Runner, "execute", lambda *_: there.append((world.runs / "sweep.json").is_file())
+    )
     world.run(*words)
     assert there and all(there)
 
@@ -444,10 +656,14 @@ def test_what_validation_chooses_among_is_one_family_in_the_snapshot(world):
     assert world.run() == 0
     before = {name: row["family"] for name, row in world.rows().items()}
     assert before[A0] == before[A1] == before[B0] == before[B1] != before[U0] == before[U1]
-    world.write(runs=[ENTRY | {"igd_beta": [0.05], "run": False}, ENTRY, UNIFORM, UNIFORM | {"epochs": 1}])
+    world.write(
+        runs=[ENTRY | {"igd_beta": [0.05], "run": False}, ENTRY, UNIFORM, UNIFORM | {"epochs": 1}]
+    )
     assert world.run("--list") == 0
     after = {name: row["family"] for name, row in world.rows().items()}
-    assert before.items() <= after.items() and after["toys-tiny-igd-igd_beta0.05-seed0"] == before[A0]
+    assert (
+        before.items() <= after.items() and after["toys-tiny-igd-igd_beta0.05-seed0"] == before[A0]
+    )
     assert after["toys-tiny-uniform-epochs1-seed0"] not in before.values()
 
 
@@ -464,8 +680,14 @@ def test_every_row_has_a_gpu_of_its_own(world, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,7")
     assert world.run("--gpus", "2") == 0
     world.calls()
-    assert {call["gpu"] for call in world.last if call["row"] in (U0, U1) and call["part"] == "train"} == {"3", "5"}
-    assert world.run("--gpus", "4") == 2 and world.run("--jobs", "0") == 2 and world.run("--launcher", "no-such-program") == 2
+    assert {
+        call["gpu"] for call in world.last if call["row"] in (U0, U1) and call["part"] == "train"
+    } == {"3", "5"}
+    assert (
+        world.run("--gpus", "4") == 2
+        and world.run("--jobs", "0") == 2
+        and world.run("--launcher", "no-such-program") == 2
+    )
 
 
 def test_rows_one_by_one_as_in_an_array(world, capsys):
@@ -475,17 +697,25 @@ def test_rows_one_by_one_as_in_an_array(world, capsys):
     assert world.calls() == [(name, part) for name in (B0, B1, A0) for part in ("train", "valid")]
     capsys.readouterr()
     assert world.run("--test_row", "4") == 2
-    assert f"{B0}: validation cannot choose before all candidates have finished; missing: {A1}\n" in capsys.readouterr().err
+    assert (
+        f"{B0}: validation cannot choose before all candidates have finished; missing: {A1}\n"
+        in capsys.readouterr().err
+    )
     world.order(A1, "train", "fail")
     assert world.run("--row", "3") == 1 and world.run("--row", "3") == 2
-    assert "failed before (ValueError: the model is broken); --retry runs it again" in capsys.readouterr().err
+    assert (
+        "failed before (ValueError: the model is broken); --retry runs it again"
+        in capsys.readouterr().err
+    )
     world.order(A1, "train", None)
     assert world.run("--row", "3", "--retry") == 0
     world.calls()
     assert [world.run("--test_row", str(index)) for index in (2, 3, 4, 5)] == [0] * 4
     assert world.calls() == [(B0, "test"), (B1, "test")]
     assert "did not choose it; nothing to do" in capsys.readouterr().out
-    assert world.run("--test_row", "4") == 0 and world.run("--row", "4") == 0 and world.calls() == []
+    assert (
+        world.run("--test_row", "4") == 0 and world.run("--row", "4") == 0 and world.calls() == []
+    )
     world.order(U0, "train", "stop")
     assert world.run("--row", "0") == 85
     assert world.run("--row", "6") == 2
@@ -499,7 +729,10 @@ def test_missing_files_are_refused_before_anything_starts(world, capsys):
     for change, message in [
         ({"datasets": {"toys": "nowhere"}}, f"{U0}: no dataset at nowhere"),
         ({"defaults": {"ds_config": "no.json"}}, f"{U0}: ds_config: no file no.json"),
-        ({"runs": [ENTRY, ENTRY | {"weighting": "rank"}]}, "igd_beta 0.1 has no effect with --weighting rank"),
+        (
+            {"runs": [ENTRY, ENTRY | {"weighting": "rank"}]},
+            "igd_beta 0.1 has no effect with --weighting rank",
+        ),
     ]:
         world.write(**change)
         assert world.run() == 2 and message in capsys.readouterr().err
@@ -524,23 +757,44 @@ def test_other_settings_than_a_row_was_run_with_are_refused(world, capsys):
     shutil.rmtree(world.runs / "logs")  # rows may have been run by hand
     defaults = table_of(world.folder)["defaults"]
     for change, differing in [
-        ({"defaults": defaults | {"epochs": 5}, "evaluation": {"alpha": [0], "num_rows": 50}}, "epochs, evaluation.alpha"),
+        (
+            {"defaults": defaults | {"epochs": 5}, "evaluation": {"alpha": [0], "num_rows": 50}},
+            "epochs, evaluation.alpha",
+        ),
         ({"evaluation": {"alpha": [0, 0.2]}}, "evaluation.num_rows"),
-        ({"evaluation": {"alpha": [0, 0.2], "num_rows": 50, "item_filter": "f"}}, "evaluation.item_filter, exact.item_filter"),
+        (
+            {"evaluation": {"alpha": [0, 0.2], "num_rows": 50, "item_filter": "f"}},
+            "evaluation.item_filter, exact.item_filter",
+        ),
         ({"exact": {"num_rows": 6}}, "exact.num_rows"),
     ]:
         world.write(**{"exact": {"num_rows": 5}} | change)
         assert world.run("--list") == 2
-        assert f"{U0} was run with other settings, these differ: {differing}; undo it" in capsys.readouterr().err
-    evaluation = {"alpha": [0.0, 0.2], "num_rows": 50, "num_beams": 10, "max_length": 512}  # the same, written out
-    world.write(exact={"num_rows": 5}, defaults=defaults | {"epochs": 3, "log_every": 7}, evaluation=evaluation)
+        assert (
+            f"{U0} was run with other settings, these differ: {differing}; undo it"
+            in capsys.readouterr().err
+        )
+    evaluation = {
+        "alpha": [0.0, 0.2],
+        "num_rows": 50,
+        "num_beams": 10,
+        "max_length": 512,
+    }  # the same, written out
+    world.write(
+        exact={"num_rows": 5},
+        defaults=defaults | {"epochs": 3, "log_every": 7},
+        evaluation=evaluation,
+    )
     assert world.run("--list") == 0
     (world.runs / U1 / "eval/valid/request.json").unlink()
-    changed = json.loads((world.runs / U1 / "eval/test/request.json").read_text()) | {"dtype": "float16"}
+    changed = json.loads((world.runs / U1 / "eval/test/request.json").read_text()) | {
+        "dtype": "float16"
+    }
     (world.runs / U1 / "eval/test/request.json").write_text(json.dumps(changed))
     assert (
         world.run("--list") == 2
-        and f"{U1} was run with other settings, these differ: evaluation.dtype" in capsys.readouterr().err
+        and f"{U1} was run with other settings, these differ: evaluation.dtype"
+        in capsys.readouterr().err
     )
 
 
@@ -554,15 +808,27 @@ def test_a_search_that_was_not_begun_may_be_added(world):
 
 def test_test_is_touched_once(world, capsys):
     assert world.run() == 0
-    world.write(runs=[UNIFORM, ENTRY, ENTRY | {"igd_beta": 0.5}])  # one more candidate, once the test rows have been seen
+    world.write(
+        runs=[UNIFORM, ENTRY, ENTRY | {"igd_beta": 0.5}]
+    )  # one more candidate, once the test rows have been seen
     assert world.run() == 2
     assert f"{B0} was tested already" in capsys.readouterr().err
-    for left in [ENTRY | {"igd_beta": 0.1}, ENTRY | {"igd_beta": 0.3, "run": False}]:  # B0 is gone, or out of the choice
+    for left in [
+        ENTRY | {"igd_beta": 0.1},
+        ENTRY | {"igd_beta": 0.3, "run": False},
+    ]:  # B0 is gone, or out of the choice
         world.write(runs=[UNIFORM, left])
         assert world.run() == 2
-        assert f"{B0} was tested already, but {world.table} has now no such row to run" in capsys.readouterr().err
-    world.write(runs=[UNIFORM, ENTRY, ENTRY | {"igd_beta": 0.5, "epochs": 1}])  # a family of its own
-    scores = World.scores | {f"toys-tiny-igd-igd_beta0.5-epochs1-seed{seed}": 0.0 for seed in (0, 1)}
+        assert (
+            f"{B0} was tested already, but {world.table} has now no such row to run"
+            in capsys.readouterr().err
+        )
+    world.write(
+        runs=[UNIFORM, ENTRY, ENTRY | {"igd_beta": 0.5, "epochs": 1}]
+    )  # a family of its own
+    scores = World.scores | {
+        f"toys-tiny-igd-igd_beta0.5-epochs1-seed{seed}": 0.0 for seed in (0, 1)
+    }
     (world.plan / "scores.json").write_text(json.dumps(scores))
     assert world.run() == 0
 
@@ -571,14 +837,25 @@ def test_a_metric_that_is_no_number_fails_the_row(world):
     (world.plan / "scores.json").write_text(json.dumps(World.scores | {A1: float("nan")}))
     assert world.run() == 1
     rows = world.rows()
-    assert rows[A1]["state"] == "failed" and "no ndcg@10 at α = 0 that is a number" in rows[A1]["error"]
-    assert f"remove {world.runs / A1} to train it again, or mark the row `run: false`" in rows[A1]["error"]
+    assert (
+        rows[A1]["state"] == "failed"
+        and "no ndcg@10 at α = 0 that is a number" in rows[A1]["error"]
+    )
+    assert (
+        f"remove {world.runs / A1} to train it again, or mark the row `run: false`"
+        in rows[A1]["error"]
+    )
     assert rows[B0]["chosen"] is None and rows[U0]["state"] == "finished"
     (world.plan / "scores.json").write_text(json.dumps(World.scores))
     world.calls()
     assert world.run("--retry") == 1 and world.calls() == []
     shutil.rmtree(world.runs / A1)
-    assert world.run() == 0 and world.calls() == [(A1, "train"), (A1, "valid"), (B0, "test"), (B1, "test")]
+    assert world.run() == 0 and world.calls() == [
+        (A1, "train"),
+        (A1, "valid"),
+        (B0, "test"),
+        (B1, "test"),
+    ]
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"alpha": {"0.2": {}}}', '{"ndcg@10": 0.3}'])
@@ -586,7 +863,10 @@ def test_a_torn_or_older_validation_fails_the_row_and_names_the_file(world, text
     assert world.run() == 0
     path = world.runs / A1 / "eval" / "valid" / "metrics.json"
     path.write_text(text)
-    shutil.rmtree(world.runs / B0 / "eval" / "test"), shutil.rmtree(world.runs / B1 / "eval" / "test")
+    (
+        shutil.rmtree(world.runs / B0 / "eval" / "test"),
+        shutil.rmtree(world.runs / B1 / "eval" / "test"),
+    )
     assert world.run("--list") == 0
     row = world.rows()[A1]
     assert row["state"] == "failed" and f"{path} has no ndcg@10 at α = 0" in row["error"]
@@ -596,8 +876,16 @@ def test_a_torn_or_older_validation_fails_the_row_and_names_the_file(world, text
     ("text", "code", "expected"),
     [
         ("step 1\nerror: --epochs must be at least 1\n", 2, "error: --epochs must be at least 1"),
-        ("Traceback\n  x\nKeyError: 'a'\nW1 torch\nsubprocess.CalledProcessError: died\n", 1, "KeyError: 'a'"),
-        ("[rank1]: torch.OutOfMemoryError: CUDA out\nclosing\n", 1, "[rank1]: torch.OutOfMemoryError: CUDA out"),
+        (
+            "Traceback\n  x\nKeyError: 'a'\nW1 torch\nsubprocess.CalledProcessError: died\n",
+            1,
+            "KeyError: 'a'",
+        ),
+        (
+            "[rank1]: torch.OutOfMemoryError: CUDA out\nclosing\n",
+            1,
+            "[rank1]: torch.OutOfMemoryError: CUDA out",
+        ),
         ("10%|#\r20%|##\rsegfault\n\n", 139, "segfault"),
         ("working\n", -9, "killed by SIGKILL; working"),
         ("", 3, "exit code 3, without a word"),
@@ -612,8 +900,16 @@ def test_the_last_error(text, code, expected):
 
 BETAS, FIVE = 8, 5
 COUNTS = {
-    "igd-main": 4 * 2 + 4 * 3 * 3 + 4 * 2 * (1 + 2 + 2 * 2 + BETAS) * 3 + 4 * 9 * 3 + 4 * (1 + BETAS) + (1 + BETAS),
-    "mtc": 4 * 2 + 4 * FIVE * (3 + 1 + 4 + 2 + 2 * 2 + BETAS + 5 + 2) + 3 * FIVE * (1 + 2 + 5) + 3 * FIVE * (1 + 5),
+    "igd-main": 4 * 2
+    + 4 * 3 * 3
+    + 4 * 2 * (1 + 2 + 2 * 2 + BETAS) * 3
+    + 4 * 9 * 3
+    + 4 * (1 + BETAS)
+    + (1 + BETAS),
+    "mtc": 4 * 2
+    + 4 * FIVE * (3 + 1 + 4 + 2 + 2 * 2 + BETAS + 5 + 2)
+    + 3 * FIVE * (1 + 2 + 5)
+    + 3 * FIVE * (1 + 5),
     "demo": 6,
     "cpu": 3 * (1 + 1 + 1 + 6 + 1) + 3 * (1 + 1 + 1 + 2) + 3 * (1 + 2 + 1 + 2) + 3 * (2 + 3 * 3),
 }
@@ -626,7 +922,10 @@ EVALUATED |= {"books-small": {(10, 2000, 0)}, "industrial": {(10, 1000, 0)}}
 @pytest.mark.parametrize("name", COUNTS)
 def test_the_checked_in_tables_expand_to_runs_that_could_start(name, tmp_path, monkeypatch):
     table = _sweep_table.read_table(str(ROOT / "tools" / "sweeps" / f"{name}.yaml"))
-    assert (len(table.to_run), len(table.rows) - len(table.to_run)) == (COUNTS[name], NOT_RUN.get(name, 0))
+    assert (len(table.to_run), len(table.rows) - len(table.to_run)) == (
+        COUNTS[name],
+        NOT_RUN.get(name, 0),
+    )
     assert table.name == (f"{name}-study" if name == "cpu" else name)
     monkeypatch.chdir(tmp_path)
     for folder in ("ds_configs", "tools"):
@@ -644,8 +943,17 @@ def test_the_checked_in_tables_expand_to_runs_that_could_start(name, tmp_path, m
                 engine.resolve_ds_config(row.config, num_ranks)
     evaluated = defaultdict(set)
     for row in table.rows:
-        config = parse(BaselineConfig if row.is_baseline else EvalConfig, sweep.steps(row, tmp_path, 1)[-1][1][1:])
-        evaluated[row.dataset].add((config.num_beams, config.num_rows, config.rows_seed if row.is_baseline else config.seed))
+        config = parse(
+            BaselineConfig if row.is_baseline else EvalConfig,
+            sweep.steps(row, tmp_path, 1)[-1][1][1:],
+        )
+        evaluated[row.dataset].add(
+            (
+                config.num_beams,
+                config.num_rows,
+                config.rows_seed if row.is_baseline else config.seed,
+            )
+        )
     assert all(len(values) == 1 for values in evaluated.values()), evaluated
     if name == "cpu":
         assert evaluated == EVALUATED
@@ -654,8 +962,15 @@ def test_the_checked_in_tables_expand_to_runs_that_could_start(name, tmp_path, m
 def test_a_curriculum_and_none_are_two_methods_whatever_its_speed():
     """MTC's Table 4: learned weights without curriculum are no candidate of the grid of c, nor is the form on logits."""
     table = _sweep_table.read_table(str(ROOT / "tools/sweeps/mtc.yaml"))
-    mixed = [row for row in table.rows if row.dataset == "yelp-rq-vae" and row.settings.get("weighting") == "multi-target"]
-    families = [len({row.group for row in mixed if row.family == family}) for family in dict.fromkeys(r.family for r in mixed)]
+    mixed = [
+        row
+        for row in table.rows
+        if row.dataset == "yelp-rq-vae" and row.settings.get("weighting") == "multi-target"
+    ]
+    families = [
+        len({row.group for row in mixed if row.family == family})
+        for family in dict.fromkeys(r.family for r in mixed)
+    ]
     assert families == [5, 1, 1, 1, 5]  # grid of c; learned; two schedules; grid of c on logits
 
 
@@ -672,7 +987,9 @@ def test_the_study_is_reported_though_a_row_failed(tmp_path, code):
         (tmp_path / "runs/cpu" / ids).mkdir(parents=True)
     python = tmp_path / "bin/python"
     python.parent.mkdir()
-    python.write_text(f"#!/bin/sh\ncase $1 in tools/sweep.py) exit {code};; tools/report.py) touch reported;; esac\n")
+    python.write_text(
+        f"#!/bin/sh\ncase $1 in igd_ds/studies/sweep.py) exit {code};; igd_ds/commands/report.py) touch reported;; esac\n"
+    )
     python.chmod(0o755)
     environment = os.environ | {"PATH": f"{python.parent}:{os.environ['PATH']}"}
     done = subprocess.run(["bash", str(tmp_path / "tools/cpu_study.sh"), "data"], env=environment)
@@ -683,36 +1000,78 @@ def test_the_study_is_reported_though_a_row_failed(tmp_path, code):
 
 
 def test_a_real_sweep(tmp_path):
-    import prepare_data
-    import train_tokenizer
+    from igd_ds.commands import prepare as prepare_data
+    from igd_ds.commands import tokenizer as train_tokenizer
 
     data, tokenizer = str(tmp_path / "data"), str(tmp_path / "tokenizer")
     prepare_data.main(["--source", "synthetic", "--num_items", "60", "--num_users", "80", "--protocol", "d3", "--k_core", "0",
                        "--min_items", "1", "--output", data])  # fmt: skip
     train_tokenizer.main(["--dataset", data, "--vocab_size", "400", "--output", tokenizer])
-    model = json.loads((ROOT / "tools/models/qwen2-demo.json").read_text()) | {"vocab_size": 400, "hidden_size": 32}
+    model = json.loads((ROOT / "tools/models/qwen2-demo.json").read_text()) | {
+        "vocab_size": 400,
+        "hidden_size": 32,
+    }
     (tmp_path / "model.json").write_text(json.dumps(model | {"intermediate_size": 64}))
-    table = table_of(tmp_path, datasets={"toys": data}, backbones={"tiny": {"model_config": str(tmp_path / "model.json")}})
-    table["defaults"] |= {"tokenizer": tokenizer, "global_batch_size": 8, "max_steps": 4, "max_length": 160}
+    table = table_of(
+        tmp_path,
+        datasets={"toys": data},
+        backbones={"tiny": {"model_config": str(tmp_path / "model.json")}},
+    )
+    table["defaults"] |= {
+        "tokenizer": tokenizer,
+        "global_batch_size": 8,
+        "max_steps": 4,
+        "max_length": 160,
+    }
     table["evaluation"] = {"alpha": [0, 0.4], "num_rows": 12}
-    table["runs"] = [ENTRY | {"seed": 0}, {"dataset": "toys", "recommender": "popularity", "seed": 0}]
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, str(ROOT / "tools/sweep.py"), write(tmp_path, table), "--output", str(tmp_path / "runs")]
+    table["runs"] = [
+        ENTRY | {"seed": 0},
+        {"dataset": "toys", "recommender": "popularity", "seed": 0},
+    ]
+    environment = os.environ | {
+        "DS_ACCELERATOR": "cpu",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+    }
+    words = [
+        sys.executable,
+        str(ROOT / "igd_ds/studies/sweep.py"),
+        write(tmp_path, table),
+        "--output",
+        str(tmp_path / "runs"),
+    ]
     done = subprocess.run(words, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = {row["name"]: row for row in json.loads((tmp_path / "runs/sweep.json").read_text())["rows"]}
+    rows = {
+        row["name"]: row for row in json.loads((tmp_path / "runs/sweep.json").read_text())["rows"]
+    }
     popularity = "toys-popularity-seed0"
-    assert [(name, row["state"]) for name, row in rows.items()] == [(name, "finished") for name in (A0, B0, popularity)]
-    results = [json.loads((tmp_path / "runs" / name / "eval/valid/metrics.json").read_text()) for name in rows]
+    assert [(name, row["state"]) for name, row in rows.items()] == [
+        (name, "finished") for name in (A0, B0, popularity)
+    ]
+    results = [
+        json.loads((tmp_path / "runs" / name / "eval/valid/metrics.json").read_text())
+        for name in rows
+    ]
     alike = [{key: result[key] for key in ALIKE if key in result} for result in results]
-    assert alike[0] == alike[1] == alike[2] and alike[0].keys() >= {"num_beams", "num_rows", "seed", "popularity_baseline"}
-    assert json.loads((tmp_path / "runs" / popularity / "eval/test/metrics.json").read_text())["rows"] == 12
+    assert alike[0] == alike[1] == alike[2] and alike[0].keys() >= {
+        "num_beams",
+        "num_rows",
+        "seed",
+        "popularity_baseline",
+    }
+    assert (
+        json.loads((tmp_path / "runs" / popularity / "eval/test/metrics.json").read_text())["rows"]
+        == 12
+    )
     del rows[popularity]
     valid = {}
     for name in rows:
         settings = yaml.safe_load((tmp_path / "runs" / name / "config.yaml").read_text())
         assert rows[name]["settings"].items() <= settings.items()
-        valid[name] = json.loads((tmp_path / "runs" / name / "eval/valid/metrics.json").read_text())["alpha"]
+        valid[name] = json.loads(
+            (tmp_path / "runs" / name / "eval/valid/metrics.json").read_text()
+        )["alpha"]
         assert set(valid[name]) == {"0.0", "0.4"}
     ndcg = {name: alphas["0.0"]["token_match"]["ndcg@10"] for name, alphas in valid.items()}
     chosen = max(sorted(ndcg), key=ndcg.get)
@@ -720,4 +1079,7 @@ def test_a_real_sweep(tmp_path):
     test = json.loads((tmp_path / "runs" / chosen / "eval/test/metrics.json").read_text())
     best = max(("0.0", "0.4"), key=lambda alpha: valid[chosen][alpha]["token_match"]["ndcg@10"])
     assert test["split"] == "test" and test["rows"] == 12 and set(test["alpha"]) == {"0.0", best}
-    assert {path.parents[1].name for path in (tmp_path / "runs").glob("*/eval/test")} == {chosen, popularity}
+    assert {path.parents[1].name for path in (tmp_path / "runs").glob("*/eval/test")} == {
+        chosen,
+        popularity,
+    }

@@ -7,9 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from igd_ds.report import significance, tables
-from igd_ds.report.layout import Cell, Table
-from igd_ds.report.study import AT_ALPHA, Run, Study, labels
+from igd_ds.studies import significance
+from igd_ds.studies.report import tables
+from igd_ds.studies.report.layout import Cell, Table
+from igd_ds.studies.report.study import AT_ALPHA, Run, Study, labels
 
 DECILES = [0.1] * 10
 
@@ -17,15 +18,27 @@ DECILES = [0.1] * 10
 def entry(value: float, **more) -> dict:
     """Figures of an α whose NDCG@10 is `value`, NDCG@5 half and HR twice of it."""
     match = {"ndcg@5": value / 2, "ndcg@10": value, "hr@5": value * 1.5, "hr@10": value * 2}
-    found = {"token_match": match, "first_token_repetition": 0.5, "score_entropy_bits": 2.5, "coverage": 0.3, "gini_index": 0.8}
+    found = {
+        "token_match": match,
+        "first_token_repetition": 0.5,
+        "score_entropy_bits": 2.5,
+        "coverage": 0.3,
+        "gini_index": 0.8,
+    }
     return found | {"cold_share_of_listed": 0.01, "popularity_deciles": DECILES} | more
 
 
-def make_run(method: str, seed: int, valid: dict[str, float], test: dict[str, float] | None, **changes) -> Run:
+def make_run(
+    method: str, seed: int, valid: dict[str, float], test: dict[str, float] | None, **changes
+) -> Run:
     """A run with NDCG@10 by α; a run without test is a candidate that was not chosen."""
     settings = {"weighting": method.split()[0]}
     settings |= {"igd_beta": float(method.split("β=")[1])} if "β=" in method else {}
-    common = {"rows": 4, "popularity_baseline": {"ndcg@10": 0.01, "hr@10": 0.02}, "target_popularity_deciles": DECILES}
+    common = {
+        "rows": 4,
+        "popularity_baseline": {"ndcg@10": 0.01, "hr@10": 0.02},
+        "target_popularity_deciles": DECILES,
+    }
     run = Run(
         name=f"{method}-{seed}", dataset="toys", backbone="qwen", method=method, group=method, seed=seed,
         state="no test" if test is None else "finished", family=method.split()[0], settings=settings,
@@ -43,10 +56,24 @@ def make_study() -> Study:
         runs += [
             make_run("uniform", seed, {"0.0": 0.20 + shift, "0.1": 0.19}, {"0.0": 0.20 + shift}),
             make_run("igd β=0.1", seed, {"0.0": 0.19 + shift, "0.1": 0.1}, None),
-            make_run("igd β=0.2", seed, {"0.0": 0.26 + shift, "0.1": 0.3}, {"0.0": 0.25 + shift, "0.1": 0.30 + shift}),
+            make_run(
+                "igd β=0.2",
+                seed,
+                {"0.0": 0.26 + shift, "0.1": 0.3},
+                {"0.0": 0.25 + shift, "0.1": 0.30 + shift},
+            ),
             make_run("igd β=0.3", seed, {"0.0": 0.22 + shift, "0.1": 0.1}, None),
-            make_run("igd-linear β=0.4", seed, {"0.0": 0.23 + shift, "0.1": 0.1}, {"0.0": 0.22 + shift}),
-            make_run("SASRec", seed, {"0.0": 0.1}, {"0.0": 0.28 + shift}, backbone="", settings={"recommender": "sasrec"}),
+            make_run(
+                "igd-linear β=0.4", seed, {"0.0": 0.23 + shift, "0.1": 0.1}, {"0.0": 0.22 + shift}
+            ),
+            make_run(
+                "SASRec",
+                seed,
+                {"0.0": 0.1},
+                {"0.0": 0.28 + shift},
+                backbone="",
+                settings={"recommender": "sasrec"},
+            ),
         ]
     return Study("s", "two seeds", runs)
 
@@ -62,14 +89,28 @@ def text(found: Table) -> list[list[str]]:
 
 def test_main_results():
     found = table(make_study(), "main-toys")
-    assert found.columns == ["Model", "Method", "α", "Seeds", "NDCG@5", "NDCG@10", "HR@5", "HR@10", "vs uniform"]
+    assert found.columns == [
+        "Model",
+        "Method",
+        "α",
+        "Seeds",
+        "NDCG@5",
+        "NDCG@10",
+        "HR@5",
+        "HR@10",
+        "vs uniform",
+    ]
     lines = text(found)
     assert [line[:4] for line in lines] == [
         ["baseline", "popularity (expected)", "", "–"], ["baseline", "SASRec", "", "2"], ["qwen", "uniform", "0", "2"],
         ["qwen", "igd β=0.2", "0.1", "2"], ["qwen", "igd-linear β=0.4", "0", "2"], ["qwen", "improvement of igd β=0.2", "", "–"],
     ]  # fmt: skip
     sd = f"{0.02 / np.sqrt(2):.4f}"  # of 0.29 and 0.31
-    assert lines[3][5] == f"0.3000 ± {sd}" and lines[1][5] == f"0.2800 ± {sd}" and lines[0][4:8] == ["–", "0.0100", "–", "0.0200"]
+    assert (
+        lines[3][5] == f"0.3000 ± {sd}"
+        and lines[1][5] == f"0.2800 ± {sd}"
+        and lines[0][4:8] == ["–", "0.0100", "–", "0.0200"]
+    )
     assert [row[5].mark for row in found.rows] == ["", "second", "", "best", "", ""]
     assert lines[5][4:] == ["+50.00%"] * 4 + ["–"]  # 0.3 over 0.2
     assert [line[8] for line in lines[:5]] == ["–", "–", "–", "+50.00%", "+10.00%"]
@@ -84,14 +125,23 @@ def test_results_over_another_baseline():
     }  # fmt: skip
     assert text(found)[-1][1:] == ["improvement of igd β=0.2", "", "–", *["+7.14%"] * 4, "–"]
     tests = table(replace(make_study(), baseline="SASRec"), "significance-toys")
-    assert tests.columns[3] == "SASRec" and [row[1].text for row in tests.rows] == ["uniform", "igd β=0.2", "igd-linear β=0.4"]
+    assert tests.columns[3] == "SASRec" and [row[1].text for row in tests.rows] == [
+        "uniform",
+        "igd β=0.2",
+        "igd-linear β=0.4",
+    ]
 
 
 def test_what_was_not_measured_is_no_figure_of_the_ablation():
     """uniform validated at α = 0 alone: its calibrated form is not known, rather than the plain one again."""
-    runs = [make_run("uniform", 0, {"0.0": 0.2}, {"0.0": 0.2}), make_run("igd β=0.2", 0, {"0.0": 0.2, "0.1": 0.3}, {"0.1": 0.3})]
+    runs = [
+        make_run("uniform", 0, {"0.0": 0.2}, {"0.0": 0.2}),
+        make_run("igd β=0.2", 0, {"0.0": 0.2, "0.1": 0.3}, {"0.1": 0.3}),
+    ]
     runs[1].test["alpha"]["0.0"] = entry(0.25)
-    ablation = {row[1].text: row[3].text for row in table(Study("s", "", runs), "ablation-igd").rows}
+    ablation = {
+        row[1].text: row[3].text for row in table(Study("s", "", runs), "ablation-igd").rows
+    }
     assert ablation == {
         "igd β=0.2": "0.3000", "w/o w_d (α = 0)": "0.2500", "w/o w_t (uniform)": "–", "w/o both": "0.2000",
     }  # fmt: skip
@@ -102,7 +152,10 @@ def test_each_dataset_has_the_cutoffs_that_its_own_lists_reach():
     for run in study.runs:
         for found in (run.test or {"alpha": {}})["alpha"].values():
             found["token_match"]["ndcg@20"] = 0.4
-    shorter = [replace(make_run("uniform", seed, {"0.0": 0.2}, {"0.0": 0.2}), dataset="books") for seed in (0, 1)]
+    shorter = [
+        replace(make_run("uniform", seed, {"0.0": 0.2}, {"0.0": 0.2}), dataset="books")
+        for seed in (0, 1)
+    ]
     study = replace(study, runs=[*study.runs, *shorter])
     at = {name: table(study, f"main-{name}").columns[4:-1] for name in ("toys", "books")}
     assert at["toys"] == ["NDCG@5", "NDCG@10", "NDCG@20", "HR@5", "HR@10"] and at["books"] == [
@@ -122,12 +175,23 @@ def test_igd_alone_is_reported_at_its_best_alpha():
     ]
     study = Study("s", "", runs)
     found = table(study, "main-toys")
-    values = {row[1].text: (row[2].text, row[5].value) for row in found.rows if row[1].text in ("uniform", "cft", "igd β=0.2")}
-    assert values == {"uniform": ("0", pytest.approx(0.205)), "cft": ("0", pytest.approx(0.255)), "igd β=0.2": ("0.1", 0.9)}
+    values = {
+        row[1].text: (row[2].text, row[5].value)
+        for row in found.rows
+        if row[1].text in ("uniform", "cft", "igd β=0.2")
+    }
+    assert values == {
+        "uniform": ("0", pytest.approx(0.205)),
+        "cft": ("0", pytest.approx(0.255)),
+        "igd β=0.2": ("0.1", 0.9),
+    }
     assert [c.mean for c in significance.compare(study, "toys")] == pytest.approx([0.255, 0.9])
     ablation = {row[1].text: row[3].value for row in table(study, "ablation-igd").rows}
     assert ablation["w/o w_t (uniform)"] == 0.9 and ablation["w/o both"] == pytest.approx(0.205)
-    assert all(AT_ALPHA in table(study, name).caption for name in ("main-toys", "significance-toys", "diversity-toys"))
+    assert all(
+        AT_ALPHA in table(study, name).caption
+        for name in ("main-toys", "significance-toys", "diversity-toys")
+    )
 
 
 def test_the_star_is_on_what_the_corrected_test_finds(monkeypatch):
@@ -136,15 +200,29 @@ def test_the_star_is_on_what_the_corrected_test_finds(monkeypatch):
     assert [c.method for c in compared] == ["igd β=0.2", "igd-linear β=0.4"]
     changed = [replace(compared[0], users_holm=0.04), replace(compared[1], users_holm=0.06)]
     monkeypatch.setattr(significance, "compare", lambda *_: changed)
-    stars = {row[1].text: [cell.star for cell in row[4:-1]] for row in table(study, "main-toys").rows}
-    assert stars.pop("igd β=0.2") == [False, True, False, False] and not any(map(any, stars.values()))
+    stars = {
+        row[1].text: [cell.star for cell in row[4:-1]] for row in table(study, "main-toys").rows
+    }
+    assert stars.pop("igd β=0.2") == [False, True, False, False] and not any(
+        map(any, stars.values())
+    )
 
 
 def test_runs_that_are_not_whole_are_never_averaged_in():
     study = make_study()
-    runs = [replace(run, state="unfinished", note="NaN") if run.name == "igd β=0.2-1" else run for run in study.runs]
+    runs = [
+        replace(run, state="unfinished", note="NaN") if run.name == "igd β=0.2-1" else run
+        for run in study.runs
+    ]
     found = table(replace(study, runs=runs), "main-toys")
-    assert text(found)[3][:6] == ["qwen", "igd β=0.2", "0.1", "1", "0.1450", "0.2900"]  # no deviation of one seed
+    assert text(found)[3][:6] == [
+        "qwen",
+        "igd β=0.2",
+        "0.1",
+        "1",
+        "0.1450",
+        "0.2900",
+    ]  # no deviation of one seed
     assert found.notes == [
         "qwen, igd β=0.2: mean of 1 of 2 runs (seed 1 unfinished).",
         "One seed: no deviation and no test for igd β=0.2.",
@@ -156,9 +234,15 @@ def test_runs_that_are_not_whole_are_never_averaged_in():
 
 def test_the_tests_say_what_so_few_seeds_can_show():
     found = table(make_study(), "significance-toys")
-    assert found.notes == ["With 2 seeds per method Mann–Whitney's p is at least 0.3333 before correction."]
+    assert found.notes == [
+        "With 2 seeds per method Mann–Whitney's p is at least 0.3333 before correction."
+    ]
     line = dict(zip(found.columns, text(found)[0], strict=True))
-    assert (line["Improvement"], line["p seeds"], line["p seeds, Holm"]) == ("+50.00%", "0.3333", "0.6667")
+    assert (line["Improvement"], line["p seeds"], line["p seeds, Holm"]) == (
+        "+50.00%",
+        "0.3333",
+        "0.6667",
+    )
     assert (line["p users"], line["95 % interval"]) == ("–", "")  # no ranks
 
 
@@ -169,7 +253,10 @@ def test_selection_is_shown_and_checked():
         ("igd β=0.1", "", "0.1900", ""), ("igd β=0.2", "yes", "0.2600", "best"), ("igd β=0.3", "", "0.2200", "second"),
     ]  # fmt: skip
     assert found.notes == []
-    tested = [replace(run, state="finished", test=run.valid) if run.method == "igd β=0.3" else run for run in study.runs]
+    tested = [
+        replace(run, state="finished", test=run.valid) if run.method == "igd β=0.3" else run
+        for run in study.runs
+    ]
     note = "toys, qwen: tested igd β=0.3, validation prefers igd β=0.2."
     assert table(replace(study, runs=tested), "selection").notes == [note]
     apart = [replace(run, family="another") if run.method == "igd β=0.3" else run for run in tested]
@@ -178,9 +265,14 @@ def test_selection_is_shown_and_checked():
 
 
 def test_what_was_chosen_and_not_tested_yet_is_validated_and_missed():
-    runs = [replace(run, state="no test", test=None) if run.name == "igd β=0.2-1" else run for run in make_study().runs]
+    runs = [
+        replace(run, state="no test", test=None) if run.name == "igd β=0.2-1" else run
+        for run in make_study().runs
+    ]
     study = replace(make_study(), runs=runs)
-    assert "qwen, igd β=0.2: mean of 1 of 2 runs (seed 1 no test)." in table(study, "main-toys").notes
+    assert (
+        "qwen, igd β=0.2: mean of 1 of 2 runs (seed 1 no test)." in table(study, "main-toys").notes
+    )
     assert {row[1].text: row[2].text for row in table(study, "selection").rows}["igd β=0.2"] == "2"
 
 
@@ -192,13 +284,19 @@ def test_beta_sensitivity_and_its_effective_range():
     assert found.notes == ["toys, qwen, igd: effective β: 0.2, 0.3."]
     study = make_study()
     longer = [
-        replace(run, method=f"{run.method} epochs=2", valid=make_run("igd", 0, {"0.0": 0.1}, None).valid)
+        replace(
+            run, method=f"{run.method} epochs=2", valid=make_run("igd", 0, {"0.0": 0.1}, None).valid
+        )
         for run in study.runs
         if run.method in ("igd β=0.1", "igd β=0.2")
     ]
     found = table(replace(study, runs=[*study.runs, *longer]), "beta")
     assert found.notes[1:] == ["toys, qwen, igd epochs=2: effective β: none."]
-    assert [row[4].text[:6] for row in found.rows[1:4]] == ["0.1900", "0.2600", "0.2200"]  # as without the others
+    assert [row[4].text[:6] for row in found.rows[1:4]] == [
+        "0.1900",
+        "0.2600",
+        "0.2200",
+    ]  # as without the others
 
 
 def test_ablation_of_igd():
@@ -210,7 +308,15 @@ def test_ablation_of_igd():
 
 def test_linear_and_binary_weights_are_compared_at_alpha_0():
     found = table(make_study(), "linear-binary")
-    assert [cell.text[:6] for cell in found.rows[1]] == ["toys, ", "NDCG@1", "0.4", "0.2", "0.2000", "0.2200", "0.2500"]
+    assert [cell.text[:6] for cell in found.rows[1]] == [
+        "toys, ",
+        "NDCG@1",
+        "0.4",
+        "0.2",
+        "0.2000",
+        "0.2200",
+        "0.2500",
+    ]
     assert [cell.mark for cell in found.rows[1]][4:] == ["", "", "best"]
 
 
@@ -237,9 +343,20 @@ def test_groups_are_weighted_means_over_rows():
     study, ranks = make_study(), np.array([1, 0, 3, 1], np.int32)  # NDCG 1, 0, 0.5, 1
     run = replace(study.runs[0], ranks={"test": (np.arange(4, dtype=np.int32), ranks)})
     found = table(replace(study, runs=[run], rows={"toys": {"test": known}}), "groups-toys")
-    assert found.columns == ["Model", "Method", "head", "tail", "warm", "cold", "history 1–5", "history 6–10"]
+    assert found.columns == [
+        "Model",
+        "Method",
+        "head",
+        "tail",
+        "warm",
+        "cold",
+        "history 1–5",
+        "history 6–10",
+    ]
     assert text(found)[0][2:] == ["2", "2", "3", "1", "2", "2"]
-    assert [cell.value for cell in found.rows[1][2:]] == pytest.approx([1.5 / 2, 1.0 / 2, 2 / 3, 0.5, 0.5, 0.75])
+    assert [cell.value for cell in found.rows[1][2:]] == pytest.approx(
+        [1.5 / 2, 1.0 / 2, 2 / 3, 0.5, 0.5, 0.75]
+    )
 
 
 def test_mtc_ablation_relaxed_match_and_quantizers():
@@ -247,31 +364,52 @@ def test_mtc_ablation_relaxed_match_and_quantizers():
     for dataset in ("rq data", "pq data"):
         for method in ("uniform", "frequency", "multi-target", "multi-target + curriculum cT=2"):
             level += 0.01
-            settings = {"weighting": method.split()[0]} | ({"curriculum_cT": 2.0} if "curriculum" in method else {})
-            run = make_run(method, 0, {"0.0": level}, {"0.0": level}, dataset=dataset, settings=settings)
+            settings = {"weighting": method.split()[0]} | (
+                {"curriculum_cT": 2.0} if "curriculum" in method else {}
+            )
+            run = make_run(
+                method, 0, {"0.0": level}, {"0.0": level}, dataset=dataset, settings=settings
+            )
             run.test["alpha"]["0.0"]["relaxed_match"] = {"1": {"ndcg@5": 0.4}, "2": {"ndcg@5": 0.3}}
             runs.append(run)
     catalogue = {"kind": "semantic-id", "filtering_ratio": [0.9, 0.5], "zero_ig_share": 0.0}
-    catalogue |= dict.fromkeys(("items", "train_rows", "valid_rows", "test_rows", "target_tokens", "zero_ig_tokens"), 1234)
+    catalogue |= dict.fromkeys(
+        ("items", "train_rows", "valid_rows", "test_rows", "target_tokens", "zero_ig_tokens"), 1234
+    )
     made_by = {
         "rq data": catalogue | {"quantizer": "rq-vae"},
         "pq data": catalogue | {"quantizer": "pq", "filtering_ratio": [0.7]},
     }
     study = Study("s", "", runs, made_by)
     relaxed = table(study, "relaxed-rq-data")
-    assert relaxed.columns[2:] == ["top-1", "top-2", "whole ID"] and text(relaxed)[0][2:] == ["0.4000", "0.3000", "0.1050"]
+    assert relaxed.columns[2:] == ["top-1", "top-2", "whole ID"] and text(relaxed)[0][2:] == [
+        "0.4000",
+        "0.3000",
+        "0.1050",
+    ]
     quantizers = [[cell.text for cell in row[1:5]] for row in table(study, "quantizers").rows]
     assert quantizers[:2] == [
         ["rq-vae", "uniform", "0.1050", "0.2100"],
         ["rq-vae", "multi-target + curriculum cT=2", "0.1200", "0.2400"],
     ]
-    assert quantizers[2] == ["rq-vae", "improvement", "+14.29%", "+14.29%"] and quantizers[3][0] == "pq"
-    assert text(table(study, "filtering-ratio")) == [["rq data", "90.00%", "50.00%"], ["pq data", "70.00%", "–"]]
+    assert (
+        quantizers[2] == ["rq-vae", "improvement", "+14.29%", "+14.29%"]
+        and quantizers[3][0] == "pq"
+    )
+    assert text(table(study, "filtering-ratio")) == [
+        ["rq data", "90.00%", "50.00%"],
+        ["pq data", "70.00%", "–"],
+    ]
     assert text(table(study, "statistics"))[0][2:] == ["1,234"] * 6 + ["0.00%"]
 
 
 def test_mtc_ablation_has_a_line_for_each_part():
-    base = {"weighting": "multi-target", "mixing": "learned", "curriculum_c": None, "mixing_form": "loss"}
+    base = {
+        "weighting": "multi-target",
+        "mixing": "learned",
+        "curriculum_c": None,
+        "mixing_form": "loss",
+    }
     many = {
         "uniform": {"weighting": "uniform"}, "front-greater → CE": base | {"mixing": "fg-ce", "mixing_form": None},
         "front-greater → CE → frequency": base | {"mixing": "fg-ce-fr", "mixing_form": None}, "multi-target": base,
@@ -282,12 +420,16 @@ def test_mtc_ablation_has_a_line_for_each_part():
     }  # fmt: skip
     level = {name: 0.3 - 0.01 * place for place, name in enumerate(many)}
     runs = [
-        make_run(method, 0, {"0.0": level[name], "0.1": 0.9}, {"0.0": level[name]}, settings=settings)
+        make_run(
+            method, 0, {"0.0": level[name], "0.1": 0.9}, {"0.0": level[name]}, settings=settings
+        )
         for (name, settings), method in zip(many.items(), labels(list(many.values())), strict=True)
     ]
     study = Study("s", "", runs[::-1])
     found = table(study, "ablation-mtc")
-    assert [(row[1].text, row[4].value) for row in found.rows] == [(name, level[name]) for name in many if name != "worse"]
+    assert [(row[1].text, row[4].value) for row in found.rows] == [
+        (name, level[name]) for name in many if name != "worse"
+    ]
     assert len({row[2].text for row in found.rows}) == 9 and found.columns[2] == "Method"
     without = [run for run in study.runs if run.settings.get("mixing") != "fg-ce"]
     assert [row[1].text for row in table(replace(study, runs=without), "ablation-mtc").rows][
@@ -297,26 +439,49 @@ def test_mtc_ablation_has_a_line_for_each_part():
 
 def test_datasets_show_their_interactions_where_they_know_them():
     catalogue = {"kind": "text", "zero_ig_share": 0.5}
-    catalogue |= dict.fromkeys(("items", "train_rows", "valid_rows", "test_rows", "target_tokens", "zero_ig_tokens"), 1)
-    found = table(Study("s", "", [], {"a": catalogue | {"users": 4, "interactions": 30}, "b": catalogue}), "statistics")
-    assert found.columns[-3:] == ["Users", "Interactions", "Per user"] and "MTC Table 2" in found.caption
+    catalogue |= dict.fromkeys(
+        ("items", "train_rows", "valid_rows", "test_rows", "target_tokens", "zero_ig_tokens"), 1
+    )
+    found = table(
+        Study("s", "", [], {"a": catalogue | {"users": 4, "interactions": 30}, "b": catalogue}),
+        "statistics",
+    )
+    assert (
+        found.columns[-3:] == ["Users", "Interactions", "Per user"]
+        and "MTC Table 2" in found.caption
+    )
     assert [line[-3:] for line in text(found)] == [["4", "30", "7.50"], ["–", "–", "–"]]
     assert "MTC" not in table(Study("s", "", [], {"b": catalogue}), "statistics").caption
 
 
 def test_backbones_side_by_side():
-    runs = [replace(run, backbone="llama", name=f"l{run.name}") for run in make_study().runs if not run.is_baseline]
+    runs = [
+        replace(run, backbone="llama", name=f"l{run.name}")
+        for run in make_study().runs
+        if not run.is_baseline
+    ]
     found = table(replace(make_study(), runs=[*make_study().runs, *runs]), "backbones")
     assert [(row[1].text, row[2].text) for row in found.rows] == [
-        (backbone, method) for backbone in ("qwen", "llama") for method in ("uniform", "igd β=0.2", "improvement")
+        (backbone, method)
+        for backbone in ("qwen", "llama")
+        for method in ("uniform", "igd β=0.2", "improvement")
     ]
 
 
 def test_beam_beside_exact():
     study = make_study()
     missed = ({"1": 0.0, "10": 2.0}, {"1": 0.5, "10": 4.0})
-    exact = [{"rows": 3, "alpha": {"0.0": entry(0.3, proof_share=0.5, beam=entry(0.2, missed_of_true_top=m))}} for m in missed]
-    runs = [replace(run, exact=exact[run.seed]) if run.method == "igd β=0.2" else run for run in study.runs]
+    exact = [
+        {
+            "rows": 3,
+            "alpha": {"0.0": entry(0.3, proof_share=0.5, beam=entry(0.2, missed_of_true_top=m))},
+        }
+        for m in missed
+    ]
+    runs = [
+        replace(run, exact=exact[run.seed]) if run.method == "igd β=0.2" else run
+        for run in study.runs
+    ]
     found = table(replace(study, runs=runs), "beam-exact")
     line = dict(zip(found.columns, [cell.value for cell in found.rows[0]], strict=True))
     assert (line["α"], line["Rows"], line["NDCG@10 beam"], line["NDCG@10 exact"]) == (
@@ -331,11 +496,24 @@ def test_beam_beside_exact():
 
 def test_all_runs_with_states_and_cost():
     study = make_study()
-    failed = replace(study.runs[0], name="f", state="failed", note="out of memory", valid=None, test=None, seconds=None)
+    failed = replace(
+        study.runs[0],
+        name="f",
+        state="failed",
+        note="out of memory",
+        valid=None,
+        test=None,
+        seconds=None,
+    )
     found = table(replace(study, runs=[*study.runs, failed]), "runs")
     assert "two seeds" in found.caption and len(found.rows) == 13
     line = dict(zip(found.columns, text(found)[-1], strict=True))
-    assert (line["State"], line["Note"], line["α"], line["Training (s)"]) == ("failed", "out of memory", "", "–")
+    assert (line["State"], line["Note"], line["α"], line["Training (s)"]) == (
+        "failed",
+        "out of memory",
+        "",
+        "–",
+    )
     assert found.notes == [
         "Total cost: 7.3 h of wall time (6.0 h training, 1.3 h evaluation); 1 runs did not tell their training's.",
         "Runs: 8 finished, 4 no test, 1 failed.",
@@ -343,13 +521,26 @@ def test_all_runs_with_states_and_cost():
 
 
 def test_examples_mark_the_target():
-    example = {"dataset": "toys", "backbone": "qwen", "row": 7, "history": ["a", "b|c"], "target": "x_y"}
+    example = {
+        "dataset": "toys",
+        "backbone": "qwen",
+        "row": 7,
+        "history": ["a", "b|c"],
+        "target": "x_y",
+    }
     found = table(
-        replace(make_study(), examples=[example | {"lists": {"uniform": ["d"], "igd β=0.2": ["e", "x_y"]}}]),
+        replace(
+            make_study(),
+            examples=[example | {"lists": {"uniform": ["d"], "igd β=0.2": ["e", "x_y"]}}],
+        ),
         "example-toys-qwen-7",
     )
     assert text(found) == [["uniform", "d", ""], ["igd β=0.2", "e", "x_y"]]
-    assert found.rows[1][2].mark == "best" and "a; b|c" in found.caption and r"b\|c" in found.markdown()
+    assert (
+        found.rows[1][2].mark == "best"
+        and "a; b|c" in found.caption
+        and r"b\|c" in found.markdown()
+    )
 
 
 def test_an_older_version_without_a_figure_leaves_its_cell_empty():
@@ -357,7 +548,11 @@ def test_an_older_version_without_a_figure_leaves_its_cell_empty():
     for entry_ in study.runs[0].test["alpha"].values():
         del entry_["gini_index"], entry_["popularity_deciles"]
     lines = {line[1]: line for line in text(table(study, "diversity-toys"))}
-    assert lines["uniform"][3] == "–" and lines["uniform"][5:] == ["–"] * 10 and lines["igd β=0.2"][3] == "0.8000 ± 0.0000"
+    assert (
+        lines["uniform"][3] == "–"
+        and lines["uniform"][5:] == ["–"] * 10
+        and lines["igd β=0.2"][3] == "0.8000 ± 0.0000"
+    )
 
 
 def test_an_empty_study_has_its_list_of_runs_alone():
@@ -384,7 +579,10 @@ def test_markdown():
 
 
 def test_plain_text_is_aligned():
-    assert SMALL.plain() == "A & B\nMethod  NDCG@10\na|b_c   0.1235 ± 0.0100 *\nd       –\ne       0.1000\n"
+    assert (
+        SMALL.plain()
+        == "A & B\nMethod  NDCG@10\na|b_c   0.1235 ± 0.0100 *\nd       –\ne       0.1000\n"
+    )
 
 
 def test_csv_has_every_digit():

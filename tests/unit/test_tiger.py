@@ -1,6 +1,5 @@
 """TIGER: a run of codes alone, from the tokenizer to ranked lists, against transformers' own passes over every item."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -15,24 +14,35 @@ import transformers
 import yaml
 from oracle import assert_same_lists, weight_by_path
 
-from igd_ds import models
-from igd_ds.config import TrainConfig
+from igd_ds import backbones as models
+from igd_ds.backbones import causal_lm
+from igd_ds.backbones import t5 as tiger
+from igd_ds.commands import tokenizer as tokenizer_command
+from igd_ds.config.options import TrainConfig
 from igd_ds.data.dataset import InteractionDataset, item_table, user_table, write_dataset
 from igd_ds.data.prompts import PromptBuilder, Template
-from igd_ds.decoding.rules import edge_weights
+from igd_ds.evaluation.recommender import Recommender
 from igd_ds.items import decisiveness
 from igd_ds.items.catalogue import Catalogue
 from igd_ds.items.store import save_catalogue
 from igd_ds.items.trie import TokenTrie
 from igd_ds.loss import IGNORED, at_labels, token_nll
-from igd_ds.models import causal_lm, tiger
-from igd_ds.recommender import Recommender
+from igd_ds.search.scoring import edge_weights
 
 ROOT = Path(__file__).parents[2]
-SEMANTIC_IDS = [[f"<a_{i % 3}>", f"<b_{i % 5 % 3}>", f"<c_{i % 4}>", *["<d_1>"] * (i % 2)] for i in range(20)]
+SEMANTIC_IDS = [
+    [f"<a_{i % 3}>", f"<b_{i % 5 % 3}>", f"<c_{i % 4}>", *["<d_1>"] * (i % 2)] for i in range(20)
+]
 SEMANTIC_IDS[7] = SEMANTIC_IDS[11]  # share a leaf
 HISTORIES = [[1, 2], [0], [7, 7, 3, 9, 4, 12, 19], [5, 6], [8, 13]]
-SIZES = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "initializer_factor": 1.5}
+SIZES = {
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_layers": 2,
+    "num_heads": 4,
+    "initializer_factor": 1.5,
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -43,8 +53,13 @@ def cache(tmp_path_factory):
 
 
 def train_config(folder: Path, **changes) -> TrainConfig:
-    settings = {"model_config": str(folder / "model.json"), "tokenizer": str(folder / "tokenizer")} | changes
-    return TrainConfig(ds_config="", dataset=str(folder / "data"), output_dir=str(folder / "run"), **settings)
+    settings = {
+        "model_config": str(folder / "model.json"),
+        "tokenizer": str(folder / "tokenizer"),
+    } | changes
+    return TrainConfig(
+        ds_config="", dataset=str(folder / "data"), output_dir=str(folder / "run"), **settings
+    )
 
 
 def build(config: TrainConfig, tokenizer):
@@ -54,7 +69,9 @@ def build(config: TrainConfig, tokenizer):
     adapter.fit_model_config(model_config, config, tokenizer, range(0))
     torch.manual_seed(0)
     model = adapter.build(config, model_config, torch.float32, torch.device("cpu"))
-    assert adapter.num_trained_parameters(model_config, config) == sum(p.numel() for p in model.parameters())
+    assert adapter.num_trained_parameters(model_config, config) == sum(
+        p.numel() for p in model.parameters()
+    )
     return model
 
 
@@ -63,22 +80,41 @@ def folder(tmp_path_factory):
     """data/, tokenizer/, model.json and run/ as the tools and train.py leave them, with random weights."""
     folder = tmp_path_factory.mktemp("tiger")
     targets = [i % 15 for i in range(40)]  # items 15 to 19 are cold
-    splits = {name: tiny_run.rows(range(40), [[1]] * 40, targets) for name in ("train", "valid", "test")}
+    splits = {
+        name: tiny_run.rows(range(40), [[1]] * 40, targets) for name in ("train", "valid", "test")
+    }
     items = item_table([None] * 20, SEMANTIC_IDS, pa.array(range(20)))
     write_dataset(folder / "data", items, user_table(splits, None), splits, tiny_run.INFO)
-    spec = importlib.util.spec_from_file_location("train_tokenizer", ROOT / "tools" / "train_tokenizer.py")
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    assert tool.main(["--dataset", str(folder / "data"), "--codes_only", "--output", str(folder / "tokenizer")]) == 0
+    assert (
+        tokenizer_command.main(
+            [
+                "--dataset",
+                str(folder / "data"),
+                "--codes_only",
+                "--output",
+                str(folder / "tokenizer"),
+            ]
+        )
+        == 0
+    )
     (folder / "model.json").write_text(json.dumps({"model_type": "t5", "vocab_size": 9, **SIZES}))
-    tokenizer, dataset = causal_lm.load_tokenizer(str(folder / "tokenizer")), InteractionDataset.load(folder / "data")
+    tokenizer, dataset = (
+        causal_lm.load_tokenizer(str(folder / "tokenizer")),
+        InteractionDataset.load(folder / "data"),
+    )
     out = folder / "run" / "model"
     build(train_config(folder), tokenizer).save_pretrained(out)
     tokenizer.save_pretrained(out)
     catalogue = Catalogue.build(dataset, tokenizer)
     trie = TokenTrie.build(catalogue.token_ids, catalogue.offsets, catalogue.counts)
-    save_catalogue(out / "catalogue", catalogue, trie, decisiveness.information_gain(trie, "prior"), "prior")
-    description = {"prompt": Template.load("codes").as_dict(), "max_length": 5 + 20, "load_in_4bit": False}
+    save_catalogue(
+        out / "catalogue", catalogue, trie, decisiveness.information_gain(trie, "prior"), "prior"
+    )
+    description = {
+        "prompt": Template.load("codes").as_dict(),
+        "max_length": 5 + 20,
+        "load_in_4bit": False,
+    }
     (out / causal_lm.DESCRIPTION_FILE).write_text(json.dumps(description))
     (folder / "run" / "config.yaml").write_text(yaml.safe_dump({"dataset": str(folder / "data")}))
     return folder
@@ -100,49 +136,95 @@ def ranking(model, prompt: list[int], paths, weight) -> list[tuple[float, tuple[
     """[(score, path)] of all paths, best first, each from one pass of its own with labels, as T5 trains."""
     scores = []
     for path in paths:
-        logprobs = model(input_ids=torch.tensor([prompt]), labels=torch.tensor([path])).logits[0].log_softmax(-1)
-        scores.append(sum(weight[path[: t + 1]] * logprobs[t, token].item() for t, token in enumerate(path)))
+        logprobs = (
+            model(input_ids=torch.tensor([prompt]), labels=torch.tensor([path]))
+            .logits[0]
+            .log_softmax(-1)
+        )
+        scores.append(
+            sum(weight[path[: t + 1]] * logprobs[t, token].item() for t, token in enumerate(path))
+        )
     return sorted(zip(scores, paths, strict=True), reverse=True)
 
 
 def batch(tokenizer, rows):
     """input_ids, attention_mask, labels of (history, item) rows; an item of None is a row without labels."""
-    codes = [tokenizer("".join(sum((SEMANTIC_IDS[i] for i in history), [])))["input_ids"] for history, _ in rows]
-    paths = [[] if item is None else tokenizer("".join(SEMANTIC_IDS[item]))["input_ids"] + [1] for _, item in rows]
+    codes = [
+        tokenizer("".join(sum((SEMANTIC_IDS[i] for i in history), [])))["input_ids"]
+        for history, _ in rows
+    ]
+    paths = [
+        [] if item is None else tokenizer("".join(SEMANTIC_IDS[item]))["input_ids"] + [1]
+        for _, item in rows
+    ]
     pad = torch.nn.utils.rnn.pad_sequence
-    ids, mask = (pad([torch.tensor(c) * s + 1 - s for c in codes], batch_first=True) for s in (1, 0))
+    ids, mask = (
+        pad([torch.tensor(c) * s + 1 - s for c in codes], batch_first=True) for s in (1, 0)
+    )
     width = torch.full((5,), IGNORED)
-    labels = torch.stack([torch.cat([torch.tensor(path, dtype=torch.int64), width[len(path) :]]) for path in paths])
+    labels = torch.stack(
+        [torch.cat([torch.tensor(path, dtype=torch.int64), width[len(path) :]]) for path in paths]
+    )
     return ids, mask, labels
 
 
 def test_prompts_are_the_codes_and_nothing_else(folder, tokenizer):
     dataset = InteractionDataset.load(folder / "data")
-    prompts = PromptBuilder.build(Template.load("codes"), tokenizer, dataset, "semantic-id", budget=20)
+    prompts = PromptBuilder.build(
+        Template.load("codes"), tokenizer, dataset, "semantic-id", budget=20
+    )
     for history in HISTORIES:
-        codes = sum((SEMANTIC_IDS[i] for i in history[-5:]), [])  # 5 items of 3 or 4 codes are what 20 tokens have room for
+        codes = sum(
+            (SEMANTIC_IDS[i] for i in history[-5:]), []
+        )  # 5 items of 3 or 4 codes are what 20 tokens have room for
         assert tokenizer.convert_ids_to_tokens(prompts.encode(np.array(history)).tolist()) == codes
     assert prompts.null.tolist() == [tokenizer.unk_token_id] == [2]
-    with pytest.raises(ValueError, match=r"--prompt: the tokenizer has no token for the template's '.*items:\\n'"):
+    with pytest.raises(
+        ValueError, match=r"--prompt: the tokenizer has no token for the template's '.*items:\\n'"
+    ):
         PromptBuilder.build(Template.load("short"), tokenizer, dataset, "semantic-id", budget=20)
-    with pytest.raises(ValueError, match=r"""no token for the template's '"": '; with codes alone"""):
-        PromptBuilder.build(Template("", '"{item}": ', "", ""), tokenizer, dataset, "semantic-id", budget=20)
+    with pytest.raises(
+        ValueError, match=r"""no token for the template's '"": '; with codes alone"""
+    ):
+        PromptBuilder.build(
+            Template("", '"{item}": ', "", ""), tokenizer, dataset, "semantic-id", budget=20
+        )
 
 
 def test_the_vocabulary_is_the_tokenizers(folder, tokenizer, model):
     codes = sorted({code for codes in SEMANTIC_IDS for code in codes})
-    assert tokenizer.convert_ids_to_tokens(range(len(tokenizer))) == ["<pad>", "<|endoftext|>", "<unk>", *codes]
+    assert tokenizer.convert_ids_to_tokens(range(len(tokenizer))) == [
+        "<pad>",
+        "<|endoftext|>",
+        "<unk>",
+        *codes,
+    ]
     assert tuple(model.lm_head.weight.shape) == (len(tokenizer), 32)
     config = model.config
     assert (config.pad_token_id, config.eos_token_id, config.decoder_start_token_id) == (0, 1, 0)
-    assert models.adapter_of(config) is tiger and models.adapter_of(transformers.Qwen2Config()) is causal_lm
+    assert (
+        models.adapter_of(config) is tiger
+        and models.adapter_of(transformers.Qwen2Config()) is causal_lm
+    )
 
 
 def test_the_papers_size(folder, tokenizer):
-    paper = build(train_config(folder, model_config=str(ROOT / "tools" / "models" / "tiger.json")), tokenizer)
+    paper = build(
+        train_config(folder, model_config=str(ROOT / "tools" / "models" / "tiger.json")), tokenizer
+    )
     config = paper.config
-    assert (len(paper.encoder.block), len(paper.decoder.block), config.d_model, config.d_ff) == (4, 4, 128, 1024)
-    assert (config.num_heads, config.d_kv, config.dropout_rate, config.dense_act_fn) == (6, 64, 0.1, "relu")
+    assert (len(paper.encoder.block), len(paper.decoder.block), config.d_model, config.d_ff) == (
+        4,
+        4,
+        128,
+        1024,
+    )
+    assert (config.num_heads, config.d_kv, config.dropout_rate, config.dense_act_fn) == (
+        6,
+        64,
+        0.1,
+        "relu",
+    )
     assert config.vocab_size == len(tokenizer) and config.is_encoder_decoder
 
 
@@ -154,9 +236,14 @@ def test_lists_equal_a_ranking_of_every_item(folder, model, search):
     path_of = [tuple(recommender.stored.catalogue.path(item).tolist()) for item in range(20)]
     paths = sorted(set(path_of))
     k = len(paths) if search == "beam" else 5
-    for history, ranked in zip(HISTORIES, recommender.recommend(HISTORIES, k=k, alpha=0.3, search=search), strict=True):
+    for history, ranked in zip(
+        HISTORIES, recommender.recommend(HISTORIES, k=k, alpha=0.3, search=search), strict=True
+    ):
         prompt = recommender.prompts.encode(np.array(history)).tolist()
-        assert_same_lists([(r.score, path_of[r.item_ids[0]]) for r in ranked], ranking(model, prompt, paths, weight)[:k])
+        assert_same_lists(
+            [(r.score, path_of[r.item_ids[0]]) for r in ranked],
+            ranking(model, prompt, paths, weight)[:k],
+        )
         assert not ranked.short and all(r.certified == (search == "exact") for r in ranked)
     assert (7, 11) in [r.item_ids for r in recommender.recommend([[1]], k=20)[0]]
 
@@ -214,7 +301,9 @@ def test_a_trained_t5_goes_on_as_it_is(folder, tokenizer, model):
     ],
 )
 def test_what_no_t5_can_do_is_refused(folder, tokenizer, changes, message):
-    settings = {key: value for key, value in changes.items() if key in {"lora_r", "attn_implementation"}}
+    settings = {
+        key: value for key, value in changes.items() if key in {"lora_r", "attn_implementation"}
+    }
     if {"added", "vocabulary"} & set(changes):
         settings |= {"model_config": "", "model_name_or_path": str(folder / "run" / "model")}
     config = train_config(folder, **settings)
@@ -225,8 +314,12 @@ def test_what_no_t5_can_do_is_refused(folder, tokenizer, changes, message):
 
 
 def test_a_tokenizer_without_the_codes_and_a_missing_configuration(folder, tmp_path):
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<eos>": 0, "<unk>": 1}, unk_token="<unk>"))
-    bare = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", unk_token="<unk>")
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"<eos>": 0, "<unk>": 1}, unk_token="<unk>")
+    )
+    bare = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<eos>", unk_token="<unk>"
+    )
     with pytest.raises(ValueError, match="code '<a_0>' of item 0 is the unknown token"):
         Catalogue.build(InteractionDataset.load(folder / "data"), bare)
     with pytest.raises(ValueError, match="no model configuration at"):

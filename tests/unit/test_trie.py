@@ -25,12 +25,17 @@ def random_paths(seed, vocabulary=4, items=60):
 def random_semantic_ids(seed, items=80):
     rng = np.random.default_rng(seed)
     codes = rng.integers(0, 4, (items, 3)) + [1, 5, 9]
-    return [[*row, EOS] for row in codes.tolist()], rng.integers(0, 5, items) * (rng.random(items) < 0.6)
+    return [[*row, EOS] for row in codes.tolist()], rng.integers(0, 5, items) * (
+        rng.random(items) < 0.6
+    )
 
 
 CASES = {
     **{f"random-{seed}": random_paths(seed) for seed in range(8)},
-    "large-ids": ([[150_000, 151_935, 9, EOS], [151_935, EOS], [150_000, 151_935, EOS]], np.array([1, 0, 2**33])),
+    "large-ids": (
+        [[150_000, 151_935, 9, EOS], [151_935, EOS], [150_000, 151_935, EOS]],
+        np.array([1, 0, 2**33]),
+    ),
     **{f"semantic-{seed}": random_semantic_ids(seed) for seed in range(3)},
     "one-item": ([[3, 1, EOS]], np.array([5])),
     "one-token-items": ([[EOS], [EOS], [2, EOS]], np.array([1, 2, 0])),
@@ -77,7 +82,9 @@ def test_structure_equals_brute_force(case):
             assert list(under) == items[prefix]  # equal paths by item id
             assert all(trie.leaf_of_item[i] == n for i in under)
     levels = trie.level_begin()
-    assert [trie.depth[b] for b in levels[:-1]] == list(range(len(levels) - 1)) and levels[-1] == trie.num_nodes
+    assert [trie.depth[b] for b in levels[:-1]] == list(range(len(levels) - 1)) and levels[
+        -1
+    ] == trie.num_nodes
 
 
 def test_path_nodes_follow_every_item(case):
@@ -87,7 +94,9 @@ def test_path_nodes_follow_every_item(case):
     _, offsets = ragged(paths)
     nodes = trie.path_nodes(offsets)
     assert nodes.dtype == np.int32
-    assert nodes.tolist() == [number[tuple(path[: t + 1])] for path in paths for t in range(len(path))]
+    assert nodes.tolist() == [
+        number[tuple(path[: t + 1])] for path in paths for t in range(len(path))
+    ]
 
 
 def test_path_nodes_refuse_another_catalogue():

@@ -11,13 +11,14 @@ from test_decisiveness import Definitions
 from test_trie import CASES, ragged
 from tiny_run import Plain
 
-from igd_ds import distributed, validation
-from igd_ds.data.collate import MASKED_ROW, Collator
+from igd_ds import distributed
+from igd_ds.backbones import causal_lm
+from igd_ds.data.batches import MASKED_ROW, Collator
+from igd_ds.evaluation import validation
 from igd_ds.items import decisiveness
 from igd_ds.items.catalogue import Catalogue
 from igd_ds.items.store import StoredCatalogue
 from igd_ds.items.trie import TokenTrie
-from igd_ds.models import causal_lm
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,9 @@ def plain(tmp_path_factory):
 def decile_of(gain, every):
     """The first decile j whose border, the least gain that (j + 1) / 10 of all tokens do not exceed, is not below `gain`."""
     ordered = sorted(every)
-    return next((j for j in range(9) if gain <= ordered[math.ceil((j + 1) * len(ordered) / 10) - 1]), 9)
+    return next(
+        (j for j in range(9) if gain <= ordered[math.ceil((j + 1) * len(ordered) / 10) - 1]), 9
+    )
 
 
 @pytest.mark.parametrize("entropy", decisiveness.ENTROPIES)
@@ -48,17 +51,23 @@ def test_borders_of_the_deciles(name, entropy):
     if not every:
         assert len(borders) == 0
     else:
-        assert [int(np.searchsorted(borders, g)) for g in sorted(set(every))] == [decile_of(g, every) for g in sorted(set(every))]
+        assert [int(np.searchsorted(borders, g)) for g in sorted(set(every))] == [
+            decile_of(g, every) for g in sorted(set(every))
+        ]
 
 
 def measure(plain, batches):
     """What validation says of batches of rows of the validation split."""
-    catalogue = Catalogue.build(plain.dataset, causal_lm.load_tokenizer(str(plain.model.name_or_path)))
+    catalogue = Catalogue.build(
+        plain.dataset, causal_lm.load_tokenizer(str(plain.model.name_or_path))
+    )
     stored = StoredCatalogue(catalogue, plain.trie, plain.gain.astype(np.float32), "prior")
     zero = decisiveness.zero_gain(plain.trie)[plain.trie.path_nodes(catalogue.offsets)]
     weights = np.ones((len(zero), 1), np.float32)
     split = plain.dataset.splits["test"]
-    collator = Collator(split, plain.prompts, catalogue.token_ids, catalogue.offsets, weights, zero, tiny_run.EOS)
+    collator = Collator(
+        split, plain.prompts, catalogue.token_ids, catalogue.offsets, weights, zero, tiny_run.EOS
+    )
     with torch.no_grad():
         return validation.validation_nll(plain.model, causal_lm, collator, stored, batches)
 
@@ -93,7 +102,9 @@ def test_validation_by_gain(plain):
     rows = np.arange(tiny_run.NUM_TEST)
     found = measure(plain, [rows[:4], rows[4:8], np.array([*rows[8:], MASKED_ROW])])
     groups = brute_force(plain, rows)
-    assert {tag for tag in found if "gain" in tag} == set(groups) and len(groups) > 4  # a group without tokens is left out
+    assert {tag for tag in found if "gain" in tag} == set(groups) and len(
+        groups
+    ) > 4  # a group without tokens is left out
     for tag, losses in groups.items():
         assert found[tag] == pytest.approx(np.mean(losses), rel=1e-5), tag
     every = np.concatenate(list(groups.values()))
@@ -110,11 +121,15 @@ def test_sums_are_over_all_ranks(plain, monkeypatch):
     monkeypatch.setattr(
         validation,
         "distributed",
-        types.SimpleNamespace(device=distributed.device, all_reduce_sum=lambda s: sums.append(s.clone()) or s),
+        types.SimpleNamespace(
+            device=distributed.device, all_reduce_sum=lambda s: sums.append(s.clone()) or s
+        ),
     )
     alone = [measure(plain, share) for share in shares]
     assert alone[0] != whole
     for rank, share in enumerate(shares):
         other = sums[1 - rank]
-        monkeypatch.setattr(validation.distributed, "all_reduce_sum", lambda s, other=other: s + other)
+        monkeypatch.setattr(
+            validation.distributed, "all_reduce_sum", lambda s, other=other: s + other
+        )
         assert measure(plain, share) == pytest.approx(whole, rel=1e-5)

@@ -11,22 +11,31 @@ import torch
 
 from igd_ds.items import decisiveness, embeddings
 from igd_ds.items.trie import TokenTrie
-from igd_ds.weighting import WEIGHTINGS, check_flags
-from igd_ds.weighting import mixing as mixing_module
-from igd_ds.weighting.embeddings import dispersion_reductions
-from igd_ds.weighting.token_loss import scaled_nll
+from igd_ds.objectives import WEIGHTINGS, check_flags
+from igd_ds.objectives import mixing as mixing_module
+from igd_ds.objectives.front_greater import dispersion_reductions
+from igd_ds.objectives.losses import scaled_nll
 
 EOS = 0
 # items share prefixes, one is cold (5 tokens), two share a path, one is EOS alone
 TEXT = [[1, 2, 0], [1, 3, 4, 0], [1, 3, 5, 0], [7, 8, 9, 9, 0], [1, 2, 0], [6, 0], [0]]
-SETTINGS = {"igd_beta": 0.2, "position_floor": 0.3, "cft_lambda": 0.7, "rank_tau": 0.6, "frequency_beta": 0.9}
+SETTINGS = {
+    "igd_beta": 0.2,
+    "position_floor": 0.3,
+    "cft_lambda": 0.7,
+    "rank_tau": 0.6,
+    "frequency_beta": 0.9,
+}
 OPTIONS = dict.fromkeys((*SETTINGS, "item_embeddings", *WEIGHTINGS["multi-target"].optional))
 
 
 def small_catalogues():
     """Paths and counts: text items; three codes of four each, some items cold and some with the same codes; random lengths."""
     random = np.random.default_rng(0)
-    codes = [[1 + int(c) + 4 * level for level, c in enumerate(row)] + [EOS] for row in random.integers(0, 4, (40, 3))]
+    codes = [
+        [1 + int(c) + 4 * level for level, c in enumerate(row)] + [EOS]
+        for row in random.integers(0, 4, (40, 3))
+    ]
     ragged = [[*map(int, random.integers(1, 5, random.integers(0, 6))), EOS] for _ in range(60)]
     assert len(set(map(tuple, codes))) < 40 and len(set(map(tuple, ragged))) < 60
     return {
@@ -41,14 +50,21 @@ def store(paths, counts, entropy="prior"):
     offsets = np.concatenate([[0], np.cumsum([len(p) for p in paths])])
     trie = TokenTrie.build(token_ids, offsets, counts)
     gain = decisiveness.information_gain(trie, entropy).astype(np.float32)
-    return SimpleNamespace(catalogue=SimpleNamespace(token_ids=token_ids, offsets=offsets), trie=trie, gain=gain)
+    return SimpleNamespace(
+        catalogue=SimpleNamespace(token_ids=token_ids, offsets=offsets), trie=trie, gain=gain
+    )
 
 
 class Brute:
     """The definitions of METHOD 1 and 2, item by item and prefix by prefix."""
 
     def __init__(self, paths, counts, vectors=None, entropy="prior"):
-        self.paths, self.counts, self.vectors, self.kind = paths, [int(c) for c in counts], vectors, entropy
+        self.paths, self.counts, self.vectors, self.kind = (
+            paths,
+            [int(c) for c in counts],
+            vectors,
+            entropy,
+        )
 
     def under(self, prefix):
         return [i for i, path in enumerate(self.paths) if path[: len(prefix)] == list(prefix)]
@@ -69,25 +85,37 @@ class Brute:
         return self.entropy(path[:t]) - self.entropy(path[: t + 1])
 
     def igd(self):
-        return [[0.2 if self.mass(p[: t + 1]) == self.mass(p[:t]) else 1.0 for t in range(len(p))] for p in self.paths]
+        return [
+            [0.2 if self.mass(p[: t + 1]) == self.mass(p[:t]) else 1.0 for t in range(len(p))]
+            for p in self.paths
+        ]
 
     def igd_linear(self):
         trained = [(p, t) for p in self.paths for t in range(len(p)) if self.mass(p[: t + 1]) > 0]
         largest = max(self.gain(p, t) for p, t in trained)
-        return [[max(0.2 + 0.8 * self.gain(p, t) / largest, 0.0) for t in range(len(p))] for p in self.paths]
+        return [
+            [max(0.2 + 0.8 * self.gain(p, t) / largest, 0.0) for t in range(len(p))]
+            for p in self.paths
+        ]
 
     def uniform(self):
         return [[1.0] * len(p) for p in self.paths]
 
     def position(self):
-        return [[1 - 0.7 * t / (len(p) - 1) if len(p) > 1 else 1.0 for t in range(len(p))] for p in self.paths]
+        return [
+            [1 - 0.7 * t / (len(p) - 1) if len(p) > 1 else 1.0 for t in range(len(p))]
+            for p in self.paths
+        ]
 
     def frequency(self):
         n = {}
         for path, count in zip(self.paths, self.counts, strict=True):
             for token in path:
                 n[token] = n.get(token, 0) + count
-        raw = [[(1 - 0.9) / (1 - 0.9 ** max(n[token], 1)) for token in path[:-1]] for path in self.paths]
+        raw = [
+            [(1 - 0.9) / (1 - 0.9 ** max(n[token], 1)) for token in path[:-1]]
+            for path in self.paths
+        ]
         return [[w * len(ws) / sum(ws) for w in ws] + [1.0] for ws in raw]
 
     def dispersion(self, k):
@@ -100,7 +128,9 @@ class Brute:
 
     def reductions(self):
         mu = [self.dispersion(k) for k in range(max(map(len, self.paths)))]
-        return [max(a - b, 0.0) if abs(a - b) > 1e-9 else 0.0 for a, b in zip(mu, mu[1:], strict=False)]
+        return [
+            max(a - b, 0.0) if abs(a - b) > 1e-9 else 0.0 for a, b in zip(mu, mu[1:], strict=False)
+        ]
 
     def front_greater(self):
         reductions, weights = self.reductions(), []
@@ -130,12 +160,17 @@ def save_vectors(folder, vectors):
 def test_token_weights_match_plain_loops(name, catalogue, tmp_path):
     paths, counts = small_catalogues()[catalogue]
     vectors = vectors_of(len(paths))
-    config, brute = save_vectors(tmp_path, vectors), Brute(paths, counts, vectors.astype(np.float64))
+    config, brute = (
+        save_vectors(tmp_path, vectors),
+        Brute(paths, counts, vectors.astype(np.float64)),
+    )
     assert len(TARGETS[name]) == len(WEIGHTINGS[name].targets)
     for target, expected in zip(WEIGHTINGS[name].targets, TARGETS[name], strict=True):
         found = target(store(paths, counts), config)
         assert found.dtype == np.float32
-        np.testing.assert_allclose(found, np.concatenate(getattr(brute, expected)()), rtol=2e-6, atol=1e-7)
+        np.testing.assert_allclose(
+            found, np.concatenate(getattr(brute, expected)()), rtol=2e-6, atol=1e-7
+        )
 
 
 def test_igd_linear_floors_a_negative_gain():
@@ -154,7 +189,9 @@ def test_beta_one_is_uniform():
 
 def test_a_catalogue_without_any_gain():
     """One trained item: every token is forced, IG_max is 0, and the linear weight is β everywhere."""
-    found = WEIGHTINGS["igd-linear"].targets[0](store([[1, 2, 0]], np.array([5])), SimpleNamespace(igd_beta=0.2))
+    found = WEIGHTINGS["igd-linear"].targets[0](
+        store([[1, 2, 0]], np.array([5])), SimpleNamespace(igd_beta=0.2)
+    )
     assert found.tolist() == pytest.approx([0.2] * 3)
 
 
@@ -163,11 +200,16 @@ def test_a_catalogue_without_any_gain():
 
 def test_reductions_do_not_depend_on_the_chunking(monkeypatch):
     paths, counts = small_catalogues()["ragged"]
-    trie, vectors = store(paths, counts).trie, vectors_of(len(paths)).astype(np.float16)  # half precision comes as it is
+    trie, vectors = (
+        store(paths, counts).trie,
+        vectors_of(len(paths)).astype(np.float16),
+    )  # half precision comes as it is
     whole = dispersion_reductions(trie, vectors)
-    monkeypatch.setattr("igd_ds.weighting.embeddings.CHUNK_BYTES", 2 * 8 * len(paths))
+    monkeypatch.setattr("igd_ds.objectives.front_greater.CHUNK_BYTES", 2 * 8 * len(paths))
     np.testing.assert_allclose(dispersion_reductions(trie, vectors), whole, rtol=1e-12)
-    np.testing.assert_allclose(whole, Brute(paths, counts, vectors.astype(np.float64)).reductions(), rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(
+        whole, Brute(paths, counts, vectors.astype(np.float64)).reductions(), rtol=1e-9, atol=1e-12
+    )
 
 
 def test_a_level_that_splits_nothing_gets_nothing(tmp_path):
@@ -180,17 +222,23 @@ def test_a_level_that_splits_nothing_gets_nothing(tmp_path):
 
 
 def test_embeddings_of_a_folder_must_be_the_datasets(tmp_path):
-    """A folder of tools/embed_items.py knows its items; another order, or other items, is an error."""
+    """A folder of igd_ds/commands/embed.py knows its items; another order, or other items, is an error."""
     paths, counts = small_catalogues()["codes"]
-    items = pa.table({"item_id": range(40), "source_id": [f"B{i}" for i in range(40)], "title": [None] * 40})
+    items = pa.table(
+        {"item_id": range(40), "source_id": [f"B{i}" for i in range(40)], "title": [None] * 40}
+    )
     pq.write_table(items, tmp_path / "items.parquet")
     np.save(tmp_path / "embeddings.npy", vectors_of(40))
     config = SimpleNamespace(item_embeddings=str(tmp_path), dataset=str(tmp_path))
     target, data = WEIGHTINGS["front-greater"].targets[0], store(paths, counts)
     with pytest.raises(ValueError, match="no folder of embeddings"):
         target(data, config)
-    (tmp_path / "embeddings.json").write_text(f'{{"items": "{embeddings.items_fingerprint(items)}"}}')
-    np.testing.assert_array_equal(target(data, config), target(data, save_vectors(tmp_path, vectors_of(40))))
+    (tmp_path / "embeddings.json").write_text(
+        f'{{"items": "{embeddings.items_fingerprint(items)}"}}'
+    )
+    np.testing.assert_array_equal(
+        target(data, config), target(data, save_vectors(tmp_path, vectors_of(40)))
+    )
     pq.write_table(items.take(list(reversed(range(40)))), tmp_path / "items.parquet")
     with pytest.raises(ValueError, match="in another order"):
         target(data, config)
@@ -216,13 +264,17 @@ def frequency_ratio(b, counts):
     """Weight of the first token over the second's, which occur as often as `counts` says."""
     paths = [[1, 2, 0], [1, 3, 0], [4, 2, 0]]
     config = SimpleNamespace(frequency_beta=b)
-    w = WEIGHTINGS["frequency"].targets[0](store(paths, np.array([0, counts[0], counts[1]])), config)
+    w = WEIGHTINGS["frequency"].targets[0](
+        store(paths, np.array([0, counts[0], counts[1]])), config
+    )
     return float(w[0]) / float(w[1])
 
 
 def test_frequency_at_the_ends_of_its_range():
     assert frequency_ratio(0.0, (7, 3)) == 1
-    assert frequency_ratio(1 - 1e-12, (7, 21)) == pytest.approx(3, rel=1e-6)  # β → 1: one over the count
+    assert frequency_ratio(1 - 1e-12, (7, 21)) == pytest.approx(
+        3, rel=1e-6
+    )  # β → 1: one over the count
     assert frequency_ratio(0.99, (500, 10**9)) == pytest.approx(1, abs=0.01)  # E_n has saturated
 
 
@@ -252,7 +304,9 @@ def row_losses(name, f, f0, y):
 def test_token_losses_match_plain_loops(name, dtype):
     f, f0, targets = logits_and_targets()
     f, f0 = f.to(dtype), f0.to(dtype)
-    found = WEIGHTINGS[name].token_loss(f, targets, f0 if WEIGHTINGS[name].needs_null else None, SimpleNamespace(**SETTINGS))
+    found = WEIGHTINGS[name].token_loss(
+        f, targets, f0 if WEIGHTINGS[name].needs_null else None, SimpleNamespace(**SETTINGS)
+    )
     assert found.dtype == torch.float32  # from logits of any type
     rows = zip(f.tolist(), f0.tolist(), targets.tolist(), strict=True)
     np.testing.assert_allclose(found, [row_losses(name, *row) for row in rows], rtol=1e-5)
@@ -260,7 +314,9 @@ def test_token_losses_match_plain_loops(name, dtype):
 
 def test_cft_sends_its_gradient_through_both_passes():
     """∂/∂f₀ = −λ (softmax(f − f₀) − onehot), and ∂/∂f is that of the plain loss plus its opposite."""
-    f, f0, targets = (x.float().requires_grad_() if x.is_floating_point() else x for x in logits_and_targets())
+    f, f0, targets = (
+        x.float().requires_grad_() if x.is_floating_point() else x for x in logits_and_targets()
+    )
     WEIGHTINGS["cft"].token_loss(f, targets, f0, SimpleNamespace(**SETTINGS)).sum().backward()
     onehot = torch.nn.functional.one_hot(targets, f.shape[1])
     with torch.no_grad():
@@ -281,7 +337,9 @@ def test_scaled_nll_and_its_slope():
     assert losses.requires_grad and not slopes.requires_grad
     for j, a in enumerate(alpha):
         leaf = a.clone().expand(len(f)).clone().requires_grad_()
-        torch.nn.functional.cross_entropy(leaf[:, None] * f.detach(), targets, reduction="sum").backward()
+        torch.nn.functional.cross_entropy(
+            leaf[:, None] * f.detach(), targets, reduction="sum"
+        ).backward()
         torch.testing.assert_close(slopes[:, j], leaf.grad, rtol=1e-4, atol=1e-5)
 
 
@@ -300,8 +358,13 @@ def test_an_empty_micro_batch_keeps_its_graph():
 def config_of(weighting, tmp_path, **options):
     """The flags that `weighting` needs, and `options`."""
     (tmp_path / "vectors.npy").touch()
-    needed = {name: (SETTINGS | {"item_embeddings": str(tmp_path / "vectors.npy")})[name] for name in WEIGHTINGS[weighting].flags}
-    return SimpleNamespace(**{"weighting": weighting, "normalization": "global"} | OPTIONS | needed | options)
+    needed = {
+        name: (SETTINGS | {"item_embeddings": str(tmp_path / "vectors.npy")})[name]
+        for name in WEIGHTINGS[weighting].flags
+    }
+    return SimpleNamespace(
+        **{"weighting": weighting, "normalization": "global"} | OPTIONS | needed | options
+    )
 
 
 @pytest.mark.parametrize("name", WEIGHTINGS)
@@ -311,7 +374,10 @@ def test_flags_of_each_weighting(name, tmp_path):
         with pytest.raises(ValueError, match=f"--weighting {name} needs --{flag}"):
             check_flags(config_of(name, tmp_path, **{flag: None}))
     for flag in OPTIONS.keys() - {*WEIGHTINGS[name].flags, *WEIGHTINGS[name].optional}:
-        with pytest.raises(ValueError, match=f"--{flag} 0.5 has no effect with --weighting {name}: drop it, or use "):
+        with pytest.raises(
+            ValueError,
+            match=f"--{flag} 0.5 has no effect with --weighting {name}: drop it, or use ",
+        ):
             check_flags(config_of(name, tmp_path, **{flag: 0.5}))
 
 
@@ -324,14 +390,30 @@ def test_flags_of_each_weighting(name, tmp_path):
         ("rank", {"rank_tau": 0.0}, "--rank_tau must be positive and finite"),
         ("frequency", {"frequency_beta": 1.0}, r"--frequency_beta must lie in \[0, 1\), found 1.0"),
         ("frequency", {"frequency_beta": math.nan}, "--frequency_beta must lie"),
-        ("front-greater", {"item_embeddings": "/no/such.npy"}, "--item_embeddings must name an existing .*, found /no/such.npy"),
+        (
+            "front-greater",
+            {"item_embeddings": "/no/such.npy"},
+            "--item_embeddings must name an existing .*, found /no/such.npy",
+        ),
         ("multi-target", {"normalization": "per_batch"}, "use --normalization global"),
         ("multi-target", {"curriculum_c": 0.0}, "--curriculum_c must be positive and finite"),
-        ("multi-target", {"curriculum_cT": math.inf}, "--curriculum_cT must be positive and finite"),
+        (
+            "multi-target",
+            {"curriculum_cT": math.inf},
+            "--curriculum_cT must be positive and finite",
+        ),
         ("multi-target", {"lambda_lr": -1.0}, "--lambda_lr must be positive and finite"),
         ("multi-target", {"curriculum_c": 1e-5, "curriculum_cT": 1.0}, "not both"),
-        ("multi-target", {"mixing": "fg-ce", "curriculum_cT": 1.0}, "--curriculum_cT 1.0 has no effect with --mixing fg-ce"),
-        ("multi-target", {"mixing": "fg-ce-fr", "mixing_regularizer": "kendall"}, "--mixing_regularizer kendall has no effect"),
+        (
+            "multi-target",
+            {"mixing": "fg-ce", "curriculum_cT": 1.0},
+            "--curriculum_cT 1.0 has no effect with --mixing fg-ce",
+        ),
+        (
+            "multi-target",
+            {"mixing": "fg-ce-fr", "mixing_regularizer": "kendall"},
+            "--mixing_regularizer kendall has no effect",
+        ),
     ],
 )
 def test_flags_that_no_run_can_use(weighting, options, message, tmp_path):

@@ -20,7 +20,15 @@ from pathlib import Path
 SPLITS = ("train", "valid", "test")
 K, MAX_HISTORY, MAX_WORDS = 5, 10, 20
 FIRST_YEAR = 1996
-HEADER = ["user_id", "item_asins", "item_asin", "history_item_id", "item_id", "history_item_title", "item_title"]
+HEADER = [
+    "user_id",
+    "item_asins",
+    "item_asin",
+    "history_item_id",
+    "item_id",
+    "history_item_title",
+    "item_title",
+]
 HEADER += ["history_rating", "rating", "history_timestamp", "timestamp"]
 Row = tuple[str, list[dict], dict]  # user, reviews before, review
 
@@ -46,7 +54,9 @@ def usable_titles(metadata: list[dict]) -> dict[str, str]:
     return {asin: title for asin, title in titles.items() if asin not in removed}
 
 
-def five_core(reviews: list[dict], titles: dict[str, str], start: int, end: int, min_items: int) -> tuple[list[dict], int]:
+def five_core(
+    reviews: list[dict], titles: dict[str, str], start: int, end: int, min_items: int
+) -> tuple[list[dict], int]:
     """Walk all reviews until nobody is removed; return (reviews left, items left). Gives up early below `min_items`."""
     removed_users, removed_items = set(), set()
     while True:
@@ -70,14 +80,18 @@ def five_core(reviews: list[dict], titles: dict[str, str], start: int, end: int,
 
 def seconds(date: datetime.date) -> int:
     """Return midnight UTC in seconds since 1970."""
-    return int(datetime.datetime(date.year, date.month, date.day, tzinfo=datetime.timezone.utc).timestamp())
+    return int(
+        datetime.datetime(date.year, date.month, date.day, tzinfo=datetime.timezone.utc).timestamp()
+    )
 
 
 def make_rows(reviews: list[dict]) -> dict[str, list[Row]]:
     """Return the rows of each split."""
     by_user = {}
     for position, review in enumerate(reviews):
-        by_user.setdefault(review["reviewerID"], []).append((int(review["unixReviewTime"]), position, review))
+        by_user.setdefault(review["reviewerID"], []).append(
+            (int(review["unixReviewTime"]), position, review)
+        )
     rows = []
     for user, visits in by_user.items():
         visits.sort(key=lambda visit: visit[:2])
@@ -91,7 +105,9 @@ def make_rows(reviews: list[dict]) -> dict[str, list[Row]]:
     return {"train": ordered[:train], "valid": ordered[train:valid], "test": ordered[valid:]}
 
 
-def write_csv(path: Path, rows: list[Row], titles: dict[str, str], item_ids: dict[str, int]) -> None:
+def write_csv(
+    path: Path, rows: list[Row], titles: dict[str, str], item_ids: dict[str, int]
+) -> None:
     """Write a split as the published script does: lists as Python text."""
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -99,13 +115,33 @@ def write_csv(path: Path, rows: list[Row], titles: dict[str, str], item_ids: dic
         for user, before, target in rows:
             past, asin = [review["asin"] for review in before], target["asin"]
             ids, names = [item_ids[item] for item in past], [titles[item] for item in past]
-            ratings, times = ([int(review[key]) for review in before] for key in ("overall", "unixReviewTime"))
+            ratings, times = (
+                [int(review[key]) for review in before] for key in ("overall", "unixReviewTime")
+            )
             rating, time = int(target["overall"]), int(target["unixReviewTime"])
-            writer.writerow([user, past, asin, ids, item_ids[asin], names, titles[asin], ratings, rating, times, time])
+            writer.writerow(
+                [
+                    user,
+                    past,
+                    asin,
+                    ids,
+                    item_ids[asin],
+                    names,
+                    titles[asin],
+                    ratings,
+                    rating,
+                    times,
+                    time,
+                ]
+            )
 
 
 def preprocess(
-    inputs: Sequence[Path], output: Path, start: datetime.date, end: datetime.date, min_items: int = 10_000
+    inputs: Sequence[Path],
+    output: Path,
+    start: datetime.date,
+    end: datetime.date,
+    min_items: int = 10_000,
 ) -> tuple[dict[str, list[Row]], dict[str, str]]:
     """Make the CSV files of a review and a metadata file; return (rows by split, titles)."""
     reviews, metadata = map(read_lines, inputs)

@@ -81,15 +81,22 @@ class CsrMaskProcessor(LogitsProcessor):
     """
 
     def __init__(self, trie, prompt_length: int):
-        assert np.all(np.diff(trie.depth[trie.is_leaf].astype(int)) == 0), "a CSR mask of this kind takes items of one length"
+        assert np.all(np.diff(trie.depth[trie.is_leaf].astype(int)) == 0), (
+            "a CSR mask of this kind takes items of one length"
+        )
         self.prompt_length = prompt_length
         self.row_begin = torch.tensor(trie.child_begin, dtype=torch.int64)
         self.token = torch.tensor(trie.token, dtype=torch.int64)
         levels = trie.level_begin()
-        widest = [np.diff(trie.child_begin[begin : end + 1]).max() for begin, end in zip(levels[:-2], levels[1:-1], strict=True)]
+        widest = [
+            np.diff(trie.child_begin[begin : end + 1]).max()
+            for begin, end in zip(levels[:-2], levels[1:-1], strict=True)
+        ]
         self.slots = [torch.arange(int(width)) for width in widest]
 
-    def children(self, state: torch.Tensor, level: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def children(
+        self, state: torch.Tensor, level: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return (child, token, whether there is one), each (R, slots of the level)."""
         child = self.row_begin[state][:, None] + self.slots[level]
         inside = (child < self.row_begin[state + 1][:, None]) & (state >= 0)[:, None]
@@ -157,14 +164,18 @@ class Generate:
 
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
         with mock.patch.object(self.model, "_update_finished_beams", update_and_keep):
-            sequences = self.model.generate(**inputs, logits_processor=[self.processors[start]], **self.settings)
+            sequences = self.model.generate(
+                **inputs, logits_processor=[self.processors[start]], **self.settings
+            )
         return sequences[:, start:], scores
 
     def lists(self, found: tuple[torch.Tensor, torch.Tensor]) -> tuple[np.ndarray, np.ndarray]:
         """Return what a call found as our search does: leaves int64 and scores float32, (1, B, K), −1 and −inf where none is."""
         sequences, scores = found
         listed = scores.numpy() > FILLER
-        leaves = np.array([leaf_of(self.trie, tokens, self.eos) for tokens in sequences.tolist()]).reshape(listed.shape)
+        leaves = np.array(
+            [leaf_of(self.trie, tokens, self.eos) for tokens in sequences.tolist()]
+        ).reshape(listed.shape)
         return np.where(listed, leaves, -1)[None], np.where(listed, scores.numpy(), -np.inf)[None]
 
 

@@ -26,7 +26,9 @@ def weight_table(paths: list[tuple], counts: list[int], beta: float) -> dict[tup
     return {prefix: beta if entropy[prefix[:-1]] == entropy[prefix] else 1.0 for prefix in entropy}
 
 
-def scanned_gain(paths: list[tuple], counts: list[int], prefixes: list[tuple]) -> dict[tuple, float]:
+def scanned_gain(
+    paths: list[tuple], counts: list[int], prefixes: list[tuple]
+) -> dict[tuple, float]:
     """The gain of each prefix' last token; with a prefix its parents have to be in `prefixes`, and () too.
 
     The nested scan: quadratic, as there are about as many prefixes as tokens of all items.
@@ -47,9 +49,15 @@ def collate(rows: list[dict], pad_token_id: int) -> dict[str, torch.Tensor]:
     width, label_width = (max(len(row[name]) for row in rows) for name in ("input_ids", "labels"))
     lengths = [len(row["input_ids"]) for row in rows]
     return {
-        "input_ids": torch.tensor([row["input_ids"] + [pad_token_id] * (width - len(row["input_ids"])) for row in rows]),
-        "attention_mask": torch.tensor([[1] * length + [0] * (width - length) for length in lengths]),
-        "labels": torch.tensor([row["labels"] + [IGNORED] * (label_width - len(row["labels"])) for row in rows]),
+        "input_ids": torch.tensor(
+            [row["input_ids"] + [pad_token_id] * (width - len(row["input_ids"])) for row in rows]
+        ),
+        "attention_mask": torch.tensor(
+            [[1] * length + [0] * (width - length) for length in lengths]
+        ),
+        "labels": torch.tensor(
+            [row["labels"] + [IGNORED] * (label_width - len(row["labels"])) for row in rows]
+        ),
     }
 
 
@@ -59,7 +67,16 @@ class PublishedTrainer(Trainer):
     Everything that is not set here is transformers' default, AdamW's fused kernel among it.
     """
 
-    def __init__(self, model, rows: list[dict], batch_size: int, table: dict, pad_token_id: int, settings, folder: str):
+    def __init__(
+        self,
+        model,
+        rows: list[dict],
+        batch_size: int,
+        table: dict,
+        pad_token_id: int,
+        settings,
+        folder: str,
+    ):
         arguments = TrainingArguments(
             output_dir=folder,
             use_cpu=True,
@@ -76,7 +93,12 @@ class PublishedTrainer(Trainer):
             report_to="none",
             disable_tqdm=True,
         )
-        super().__init__(model, arguments, train_dataset=rows, data_collator=lambda batch: collate(batch, pad_token_id))
+        super().__init__(
+            model,
+            arguments,
+            train_dataset=rows,
+            data_collator=lambda batch: collate(batch, pad_token_id),
+        )
         self.remove_callback(PrinterCallback)
         self.table, self.losses = table, []
 
@@ -97,7 +119,9 @@ class PublishedTrainer(Trainer):
             decoder_input_ids=model.prepare_decoder_input_ids_from_labels(labels),
             use_cache=False,
         ).logits
-        nll = F.cross_entropy(logits.view(-1, logits.shape[-1]), labels.view(-1), reduction="none").view(labels.shape)
+        nll = F.cross_entropy(
+            logits.view(-1, logits.shape[-1]), labels.view(-1), reduction="none"
+        ).view(labels.shape)
         loss = (nll * weights).sum() / weights.sum()
         self.losses.append(loss.item())
         return loss

@@ -39,10 +39,16 @@ NO_METADATA, TWO_METADATA = 0.02, 0.02
 FIRST_DAY, LAST_DAY = 9_636, 17_806  # 1996-05-20 to 2018-10-02
 D3_HISTORY = 10
 ACTIVE_DAYS = 300  # scale of a user's activity around its centre
-UPPER, BASE32, DECIMAL = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ", "ABCDEFGHIJKLMNOPQRSTUVWXYZ234567", "0123456789"
+UPPER, BASE32, DECIMAL = (
+    "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ",
+    "ABCDEFGHIJKLMNOPQRSTUVWXYZ234567",
+    "0123456789",
+)
 BASE64 = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
 GENRES = "Action Adventure Animation Children's Comedy Crime Documentary Drama Fantasy Film-Noir Horror Musical Mystery Romance"
-D3_HEADER = "user_id,history_item_title,item_title,history_item_id,item_id,history_item_sid,item_sid\n"
+D3_HEADER = (
+    "user_id,history_item_title,item_title,history_item_id,item_id,history_item_sid,item_sid\n"
+)
 Columns = list[pa.Array | bytes]
 
 
@@ -66,15 +72,25 @@ def draw(num_reviews: int) -> Draw:
     rng = np.random.default_rng([SEED, num_reviews])
     num_users, num_items = int(num_reviews * USERS_PER_REVIEW), num_reviews // REVIEWS_PER_ITEM
 
-    def activity(size: int, tail: float, single: float) -> np.ndarray:  # at least 1 each, num_reviews in all
-        weights = np.minimum(rng.random(size) ** (-1 / tail), MOST_ACTIVE) * (rng.random(size) >= single)
+    def activity(
+        size: int, tail: float, single: float
+    ) -> np.ndarray:  # at least 1 each, num_reviews in all
+        weights = np.minimum(rng.random(size) ** (-1 / tail), MOST_ACTIVE) * (
+            rng.random(size) >= single
+        )
         return 1 + rng.multinomial(num_reviews - size, weights / weights.sum())
 
-    users = np.repeat(np.arange(num_users, dtype=np.int32), activity(num_users, USER_TAIL, SINGLE_USERS))
+    users = np.repeat(
+        np.arange(num_users, dtype=np.int32), activity(num_users, USER_TAIL, SINGLE_USERS)
+    )
     centres = FIRST_DAY + (LAST_DAY - FIRST_DAY) * rng.random(num_users, dtype=np.float32) ** 0.2
-    days = rng.standard_exponential(num_reviews, dtype=np.float32) * (ACTIVE_DAYS * rng.choice([-1, 1], num_reviews))
+    days = rng.standard_exponential(num_reviews, dtype=np.float32) * (
+        ACTIVE_DAYS * rng.choice([-1, 1], num_reviews)
+    )
     days = (centres[users] + days).astype(np.int32)
-    days = np.clip(np.where(days > LAST_DAY, 2 * LAST_DAY - days, days), FIRST_DAY, LAST_DAY).astype(np.int32)
+    days = np.clip(
+        np.where(days > LAST_DAY, 2 * LAST_DAY - days, days), FIRST_DAY, LAST_DAY
+    ).astype(np.int32)
     order = rng.permutation(num_reviews).astype(np.int32)
     users, days = users[order], days[order]
     items = np.repeat(np.arange(num_items, dtype=np.int32), activity(num_items, ITEM_TAIL, 0))
@@ -106,20 +122,26 @@ def mix(ids: np.ndarray, salt: int, size: int) -> np.ndarray:
 def digits(numbers: np.ndarray, alphabet: str, width: int) -> pa.Array:
     """Write numbers in the positional system of an alphabet, `width` (even) characters each."""
     base = len(alphabet) ** 2
-    pairs = np.frombuffer("".join(a + b for a in alphabet for b in alphabet).encode(), dtype=np.uint16)
+    pairs = np.frombuffer(
+        "".join(a + b for a in alphabet for b in alphabet).encode(), dtype=np.uint16
+    )
     text = np.empty((len(numbers), width // 2), dtype=np.uint16)
     rest = numbers.astype(np.uint64)
     for place in range(width // 2 - 1, -1, -1):
         rest, digit = np.divmod(rest, np.uint64(base))
         text[:, place] = pairs[digit]
-    fixed = pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(numbers), [None, pa.py_buffer(text)])
+    fixed = pa.FixedSizeBinaryArray.from_buffers(
+        pa.binary(width), len(numbers), [None, pa.py_buffer(text)]
+    )
     return pc.cast(fixed, pa.binary())
 
 
 def codes(ids: np.ndarray, alphabet: str, width: int) -> Columns:
     """Return columns that together spell a unique random-looking code of `width` (even, at least 6) characters per id."""
     base = len(alphabet)
-    columns: Columns = [digits(ids.astype(np.uint64) * np.uint64(1_000_003) % np.uint64(base**6), alphabet, 6)]
+    columns: Columns = [
+        digits(ids.astype(np.uint64) * np.uint64(1_000_003) % np.uint64(base**6), alphabet, 6)
+    ]
     while (done := 6 * len(columns)) < width:
         part = min(width - done, 6)
         columns.append(digits(mix(ids, len(columns), base**part), alphabet, part))
@@ -133,7 +155,9 @@ def asins(items: np.ndarray, num_items: int) -> pa.Array:
     if split is None:
         order = np.argsort(items, kind="stable")
         return asins(items[order], num_items).take(pa.array(np.argsort(order)))
-    books = digits(1_713_353 + items[:split].astype(np.int64) * (9 * 10**9 // max(isbns, 1)), DECIMAL, 10)
+    books = digits(
+        1_713_353 + items[:split].astype(np.int64) * (9 * 10**9 // max(isbns, 1)), DECIMAL, 10
+    )
     stride = 36**8 // (num_items + 1)
     others = digits(items[split:].astype(np.uint64) * np.uint64(stride), UPPER, 8)
     others = pc.binary_join_element_wise(pa.scalar(b"B0"), others, pa.scalar(b""))
@@ -156,7 +180,10 @@ def make_words(rng: np.random.Generator) -> np.ndarray:
     ends = list("aeiou") + ["ea", "ou", "an", "en", "in", "er", "on", "es", "at", "al"]
     syllables = np.array([start + end for start in starts for end in ends])
     lengths = 1 + (np.arange(20_000) > 150) + (np.arange(20_000) > 4_000)
-    words = ["".join(row[:length]) for row, length in zip(rng.choice(syllables, (20_000, 3)), lengths, strict=True)]
+    words = [
+        "".join(row[:length])
+        for row, length in zip(rng.choice(syllables, (20_000, 3)), lengths, strict=True)
+    ]
     special = [
         '"great"',
         "don't",
@@ -179,7 +206,14 @@ def make_words(rng: np.random.Generator) -> np.ndarray:
     return np.array(words, dtype=object)
 
 
-def texts(rng: np.random.Generator, words: np.ndarray, number: int, median: float, spread: float, most: int = 6_000) -> list[str]:
+def texts(
+    rng: np.random.Generator,
+    words: np.ndarray,
+    number: int,
+    median: float,
+    spread: float,
+    most: int = 6_000,
+) -> list[str]:
     """Make texts of log-normal length in words, capitalised, with sentences."""
     lengths = np.clip(rng.lognormal(np.log(median), spread, number), 1, most).astype(int)
     ranks = np.exp(rng.random(lengths.sum()) * np.log(len(words))).astype(int) - 1
@@ -198,10 +232,20 @@ class Titles:
     tails: list[str]
     whole: int
 
-    def columns(self, items: np.ndarray, variants: np.ndarray, escape: Callable, start: str, end: str, hole: str = "") -> Columns:
+    def columns(
+        self,
+        items: np.ndarray,
+        variants: np.ndarray,
+        escape: Callable,
+        start: str,
+        end: str,
+        hole: str = "",
+    ) -> Columns:
         """Return two columns that spell `start title end` per item, or `hole` where there is none. A variant has another tail."""
         head = mix(items, 1, len(self.heads))
-        tail = np.where(head < self.whole, 1 + mix(items + 50_000_017 * variants, 2, len(self.tails)), 0)
+        tail = np.where(
+            head < self.whole, 1 + mix(items + 50_000_017 * variants, 2, len(self.tails)), 0
+        )
         missing = np.array([text is None for text in self.heads])[head]
         tail[missing] = len(self.tails) + 1
         heads = [hole if text is None else start + escape(text) for text in self.heads]
@@ -209,7 +253,9 @@ class Titles:
         return [pick(pool(heads), head), pick(pool(tails), tail)]
 
 
-def make_titles(rng: np.random.Generator, words: np.ndarray, clean: bool = False, tail_words: int = 4) -> Titles:
+def make_titles(
+    rng: np.random.Generator, words: np.ndarray, clean: bool = False, tail_words: int = 4
+) -> Titles:
     """Make pieces of titles, tails of about `tail_words`; unless `clean`, 3 % are missing, debris, too short, around 20 words."""
     plain = np.array([word.replace("\n\n", "-").replace("\t", "/") for word in words], dtype=object)
     heads: list[str | None] = [head.title() for head in texts(rng, plain, 7_000, 3, 0.4, 8)]
@@ -217,7 +263,11 @@ def make_titles(rng: np.random.Generator, words: np.ndarray, clean: bool = False
     if clean:
         return Titles(heads, tails, len(heads))
     for place in range(0, 700, 4):
-        heads[place : place + 3] = [f"{heads[place]} &amp;", f"&quot;{heads[place + 1]}&quot;", f" {heads[place + 2]}"]
+        heads[place : place + 3] = [
+            f"{heads[place]} &amp;",
+            f"&quot;{heads[place + 1]}&quot;",
+            f" {heads[place + 2]}",
+        ]
     tails[:200] = [f'{tail}"' for tail in tails[:200]]
     debris = '<span id="productTitle" class="a-size-large">Widget</span>'
     odd = [None, debris, "", '" "', "&quot;", "A", "Two  spaces", '"Quoted"', "Ab"]
@@ -241,7 +291,10 @@ class Part:
 
 def two_parts(draw: Draw, reviews: Lines, metadata: Lines) -> list[Part]:
     """Return the parts of a form with a line per review, from (users, items, days), and per item, from (items, variants)."""
-    return [Part((draw.users, draw.items, draw.days), reviews), Part(metadata_items(draw.num_items), metadata)]
+    return [
+        Part((draw.users, draw.items, draw.days), reviews),
+        Part(metadata_items(draw.num_items), metadata),
+    ]
 
 
 def quoted(text: str) -> str:
@@ -269,7 +322,9 @@ def day_pool(spell: Callable[[int], str]) -> pa.Array:
     return pool([spell(day) for day in range(FIRST_DAY, LAST_DAY + 1)])
 
 
-def other_asins(rng: np.random.Generator, number: int, lines: int, num_items: int, mark: bytes) -> Columns:
+def other_asins(
+    rng: np.random.Generator, number: int, lines: int, num_items: int, mark: bytes
+) -> Columns:
     """Return columns that spell a list of `number` ASINs, without its brackets, per line; each between marks."""
     listed = [asins(rng.integers(num_items, size=lines), num_items) for _ in range(number)]
     return [piece for one in listed for piece in (mark, one, mark + b", ")][:-1] + [mark]
@@ -305,12 +360,22 @@ def amazon_2018(rng: np.random.Generator, draw: Draw) -> list[Part]:
     dates = day_pool(lambda day: f'{american(day)}", "reviewerID": "A')
     times = day_pool(lambda day: f', "unixReviewTime": {day * 86_400}}}\n')
 
-    def reviews(rng: np.random.Generator, users: np.ndarray, items: np.ndarray, days: np.ndarray) -> Columns:
+    def reviews(
+        rng: np.random.Generator, users: np.ndarray, items: np.ndarray, days: np.ndarray
+    ) -> Columns:
         head, body = (rng.integers(len(part), size=len(users)) for part in (starts, bodies))
         day = days - FIRST_DAY
         user = codes(users, UPPER, 12)
         asin = asins(items, draw.num_items)
-        return [pick(starts, head), pick(dates, day), *user, b'", "asin": "', asin, pick(bodies, body), pick(times, day)]
+        return [
+            pick(starts, head),
+            pick(dates, day),
+            *user,
+            b'", "asin": "',
+            asin,
+            pick(bodies, body),
+            pick(times, day),
+        ]
 
     descriptions = texts(rng, words, 8_192, 70, 0.9)
     fronts = pool(
@@ -327,17 +392,40 @@ def amazon_2018(rng: np.random.Generator, draw: Draw) -> list[Part]:
     )
     broken = ".a-box-inner{background-color:#fff}#alohaBuyBoxWidget{padding:14px}"
     spelled = ["", broken, *(f"${cents / 100:,.2f}" for cents in rng.integers(99, 200_000, 2_000))]
-    prices = pool([f'], {fields(main_cat="Books", similar_item="", date="", price=price)}, "asin": "' for price in spelled])
+    prices = pool(
+        [
+            f'], {fields(main_cat="Books", similar_item="", date="", price=price)}, "asin": "'
+            for price in spelled
+        ]
+    )
     image = "https://images-na.ssl-images-amazon.com/images/I/"
-    images = [fields(imageURL=[f"{image}{n:09}L._SS40_.jpg"], imageURLHighRes=[f"{image}{n:09}L.jpg"]) for n in range(4096)]
+    images = [
+        fields(imageURL=[f"{image}{n:09}L._SS40_.jpg"], imageURLHighRes=[f"{image}{n:09}L.jpg"])
+        for n in range(4096)
+    ]
     images = pool([f'", {piece}}}\n' for piece in images])
 
     def metadata(rng: np.random.Generator, items: np.ndarray, variants: np.ndarray) -> Columns:
-        bought, viewed = (other_asins(rng, number, len(items), draw.num_items, b'"') for number in (8, 4))
-        parts = [pick(part, rng.integers(len(part), size=len(items))) for part in (fronts, brands, prices, images)]
+        bought, viewed = (
+            other_asins(rng, number, len(items), draw.num_items, b'"') for number in (8, 4)
+        )
+        parts = [
+            pick(part, rng.integers(len(part), size=len(items)))
+            for part in (fronts, brands, prices, images)
+        ]
         title = pieces.columns(items, variants, quoted, '"title": "', '", ')
         asin = asins(items, draw.num_items)
-        return [parts[0], *title, b'"also_buy": [', *bought, parts[1], *viewed, parts[2], asin, parts[3]]
+        return [
+            parts[0],
+            *title,
+            b'"also_buy": [',
+            *bought,
+            parts[1],
+            *viewed,
+            parts[2],
+            asin,
+            parts[3],
+        ]
 
     return two_parts(draw, reviews, metadata)
 
@@ -354,17 +442,35 @@ def amazon_2014(rng: np.random.Generator, draw: Draw) -> list[Part]:
             for n, (name, text, summary) in enumerate(bodies)
         ]
     )
-    times = day_pool(lambda day: f', "unixReviewTime": {day * 86_400}, "reviewTime": "{american(day)}"}}\n')
+    times = day_pool(
+        lambda day: f', "unixReviewTime": {day * 86_400}, "reviewTime": "{american(day)}"}}\n'
+    )
 
-    def reviews(rng: np.random.Generator, users: np.ndarray, items: np.ndarray, days: np.ndarray) -> Columns:
+    def reviews(
+        rng: np.random.Generator, users: np.ndarray, items: np.ndarray, days: np.ndarray
+    ) -> Columns:
         body = pick(bodies, rng.integers(len(bodies), size=len(users)))
         asin = asins(items, draw.num_items)
-        return [b'{"reviewerID": "A', *codes(users, UPPER, 12), b'", "asin": "', asin, body, pick(times, days - FIRST_DAY)]
+        return [
+            b'{"reviewerID": "A',
+            *codes(users, UPPER, 12),
+            b'", "asin": "',
+            asin,
+            body,
+            pick(times, days - FIRST_DAY),
+        ]
 
-    described = pool([f"', 'description': {ascii(text)}, " for text in ["", *texts(rng, words, 8_192, 70, 0.9)]])
+    described = pool(
+        [f"', 'description': {ascii(text)}, " for text in ["", *texts(rng, words, 8_192, 70, 0.9)]]
+    )
     image = "'imUrl': 'http://ecx.images-amazon.com/images/I"
     spelled = ["", *(f"'price': {cents / 100}, " for cents in rng.integers(99, 20_000, 2_000))]
-    prices = pool([f"{image}/{n:09}L.jpg', {price}'related': {{'also_bought': [" for n, price in enumerate(spelled)])
+    prices = pool(
+        [
+            f"{image}/{n:09}L.jpg', {price}'related': {{'also_bought': ["
+            for n, price in enumerate(spelled)
+        ]
+    )
     ends = pool(
         [
             f"]}}, 'salesRank': {{'Books': {n}}}, 'brand': '{name}', 'categories': [['Books'], ['Books', '{name}']]}}\n"
@@ -373,8 +479,13 @@ def amazon_2014(rng: np.random.Generator, draw: Draw) -> list[Part]:
     )
 
     def metadata(rng: np.random.Generator, items: np.ndarray, variants: np.ndarray) -> Columns:
-        bought, viewed = (other_asins(rng, number, len(items), draw.num_items, b"'") for number in (20, 4))
-        text, price, end = (pick(part, rng.integers(len(part), size=len(items))) for part in (described, prices, ends))
+        bought, viewed = (
+            other_asins(rng, number, len(items), draw.num_items, b"'") for number in (20, 4)
+        )
+        text, price, end = (
+            pick(part, rng.integers(len(part), size=len(items)))
+            for part in (described, prices, ends)
+        )
         title = pieces.columns(items, variants, python_quoted, "'title': '", "', ")
         front = [b"{", *title, b"'asin': '", asins(items, draw.num_items), text, price]
         return [*front, *bought, b"], 'bought_together': [", *viewed, end]
@@ -382,24 +493,49 @@ def amazon_2014(rng: np.random.Generator, draw: Draw) -> list[Part]:
     return two_parts(draw, reviews, metadata)
 
 
-def metadata_2023(rng: np.random.Generator, words: np.ndarray, pieces: Titles, num_items: int) -> Lines:
+def metadata_2023(
+    rng: np.random.Generator, words: np.ndarray, pieces: Titles, num_items: int
+) -> Lines:
     """Metadata of the 2023 release."""
     described = texts(rng, words, 8_192, 70, 0.9)
     names = texts(rng, words, 8_192, 2, 0.3, 3)
     prices, link = [None, 12.99, 199.0, "from 9.99"], "https://m.media-amazon.com/images/I/"
     scores = []
     for place, (name, text) in enumerate(zip(names, described, strict=True)):
-        image = {"thumb": f"{link}{place:09}L.jpg", "large": None, "variant": "MAIN", "hi_res": None}
-        numbers = fields(average_rating=1 + place % 41 / 10, rating_number=place, features=[name], description=[text])
-        media = fields(price=prices[place % 4], images=[image], videos={"title": [], "url": [], "user_id": []}, store=name)
+        image = {
+            "thumb": f"{link}{place:09}L.jpg",
+            "large": None,
+            "variant": "MAIN",
+            "hi_res": None,
+        }
+        numbers = fields(
+            average_rating=1 + place % 41 / 10,
+            rating_number=place,
+            features=[name],
+            description=[text],
+        )
+        media = fields(
+            price=prices[place % 4],
+            images=[image],
+            videos={"title": [], "url": [], "user_id": []},
+            store=name,
+        )
         details = {"Brand": name, "Package Dimensions": f"9 x 6 x {place % 9} inches"}
-        scores.append(f'{numbers}, {media}, {fields(categories=["Books", name], details=details)}, "parent_asin": "')
+        scores.append(
+            f'{numbers}, {media}, {fields(categories=["Books", name], details=details)}, "parent_asin": "'
+        )
     scores = pool(scores)
 
     def metadata(rng: np.random.Generator, items: np.ndarray, variants: np.ndarray) -> Columns:
         score = pick(scores, rng.integers(len(scores), size=len(items)))
         title = pieces.columns(items, variants, quoted, '"title": "', '", ')
-        return [b'{"main_category": "Books", ', *title, score, asins(items, num_items), b'", "bought_together": null}\n']
+        return [
+            b'{"main_category": "Books", ',
+            *title,
+            score,
+            asins(items, num_items),
+            b'", "bought_together": null}\n',
+        ]
 
     return metadata
 
@@ -423,11 +559,23 @@ def amazon_2023(rng: np.random.Generator, draw: Draw) -> list[Part]:
         ]
     )
 
-    def reviews(rng: np.random.Generator, users: np.ndarray, items: np.ndarray, days: np.ndarray) -> Columns:
+    def reviews(
+        rng: np.random.Generator, users: np.ndarray, items: np.ndarray, days: np.ndarray
+    ) -> Columns:
         body, end = (rng.integers(len(part), size=len(users)) for part in (bodies, ends))
-        variant = asins(np.where(rng.random(len(items)) < 0.5, items, draw.num_items - 1 - items), draw.num_items)
+        variant = asins(
+            np.where(rng.random(len(items)) < 0.5, items, draw.num_items - 1 - items),
+            draw.num_items,
+        )
         parent, user = asins(items, draw.num_items), codes(users, BASE32, 26)
-        middle = [b'", "parent_asin": "', parent, b'", "user_id": "AE', *user, b'", "timestamp": ', milliseconds(users, days)]
+        middle = [
+            b'", "parent_asin": "',
+            parent,
+            b'", "user_id": "AE',
+            *user,
+            b'", "timestamp": ',
+            milliseconds(users, days),
+        ]
         return [pick(bodies, body), variant, *middle, pick(ends, end)]
 
     return two_parts(draw, reviews, metadata_2023(rng, words, pieces, draw.num_items))
@@ -444,9 +592,22 @@ def amazon_2023_csv(rng: np.random.Generator, draw: Draw) -> list[Part]:
     metadata = metadata_2023(rng, words, make_titles(rng, words), draw.num_items)
     stars = pool([f",{number}.0," for number in range(1, 6)])
 
-    def ratings(rng: np.random.Generator, users: np.ndarray, items: np.ndarray, days: np.ndarray) -> Columns:
-        rating, parent = pick(stars, rng.integers(len(stars), size=len(users))), asins(items, draw.num_items)
-        return [b"AE", *codes(users, BASE32, 26), b",", parent, rating, milliseconds(users, days), b"\n"]
+    def ratings(
+        rng: np.random.Generator, users: np.ndarray, items: np.ndarray, days: np.ndarray
+    ) -> Columns:
+        rating, parent = (
+            pick(stars, rng.integers(len(stars), size=len(users))),
+            asins(items, draw.num_items),
+        )
+        return [
+            b"AE",
+            *codes(users, BASE32, 26),
+            b",",
+            parent,
+            rating,
+            milliseconds(users, days),
+            b"\n",
+        ]
 
     return two_parts(draw, ratings, metadata)
 
@@ -455,11 +616,18 @@ def steam(rng: np.random.Generator, draw: Draw) -> list[Part]:
     """Reviews and games as Python 2 printed them: dict lines with u'' strings."""
     words = make_words(rng)
     pieces = make_titles(rng, words, clean=True)
-    names = pool([f"{{u'username': u'{python_quoted(name)}" for name in texts(rng, words, 4_096, 2, 0.3, 3)])
-    played = pool(
-        [f"', u'hours': {hours / 10}, u'products': {hours % 900}, u'product_id': u'" for hours in rng.geometric(0.002, 4_096)]
+    names = pool(
+        [f"{{u'username': u'{python_quoted(name)}" for name in texts(rng, words, 4_096, 2, 0.3, 3)]
     )
-    dates = day_pool(lambda day: f"', u'page_order': {day % 10}, u'date': u'{date_of(day)}', u'text': u")
+    played = pool(
+        [
+            f"', u'hours': {hours / 10}, u'products': {hours % 900}, u'product_id': u'"
+            for hours in rng.geometric(0.002, 4_096)
+        ]
+    )
+    dates = day_pool(
+        lambda day: f"', u'page_order': {day % 10}, u'date': u'{date_of(day)}', u'text': u"
+    )
     bodies = pool(
         [
             f"{ascii(text)}, u'early_access': {n % 9 == 0}, u'page': {n % 99}}}\n"
@@ -467,18 +635,34 @@ def steam(rng: np.random.Generator, draw: Draw) -> list[Part]:
         ]
     )
 
-    def reviews(rng: np.random.Generator, users: np.ndarray, items: np.ndarray, days: np.ndarray) -> Columns:
-        hours, body = (pick(part, rng.integers(len(part), size=len(users))) for part in (played, bodies))
+    def reviews(
+        rng: np.random.Generator, users: np.ndarray, items: np.ndarray, days: np.ndarray
+    ) -> Columns:
+        hours, body = (
+            pick(part, rng.integers(len(part), size=len(users))) for part in (played, bodies)
+        )
         user = [pick(names, mix(users, 4, len(names))), digits(users, UPPER, 6)]
         return [*user, hours, decimal(items + 100_000), pick(dates, days - FIRST_DAY), body]
 
     studios = [python_quoted(name) for name in texts(rng, words, 4_096, 2, 0.3, 3)]
-    fronts = pool([f"{{u'publisher': u'{name}', u'genres': [u'Action', u'Indie'], u'app_name': u'{name}', " for name in studios])
+    fronts = pool(
+        [
+            f"{{u'publisher': u'{name}', u'genres': [u'Action', u'Indie'], u'app_name': u'{name}', "
+            for name in studios
+        ]
+    )
     ends = pool([f"', u'developer': u'{name}'}}\n" for name in studios])
-    prices = pool(["u'price': u'Free to Play'", *(f"u'price': {cents / 100}" for cents in range(99, 6_000, 50))])
+    prices = pool(
+        [
+            "u'price': u'Free to Play'",
+            *(f"u'price': {cents / 100}" for cents in range(99, 6_000, 50)),
+        ]
+    )
 
     def metadata(rng: np.random.Generator, items: np.ndarray, variants: np.ndarray) -> Columns:
-        front, price, end = (pick(part, rng.integers(len(part), size=len(items))) for part in (fronts, prices, ends))
+        front, price, end = (
+            pick(part, rng.integers(len(part), size=len(items))) for part in (fronts, prices, ends)
+        )
         game = decimal(items + 100_000)
         title = pieces.columns(items, variants, python_quoted, "u'title': u'", "', ")
         url = [
@@ -486,7 +670,11 @@ def steam(rng: np.random.Generator, draw: Draw) -> list[Part]:
             game,
             b"/', u'release_date': u'2016-04-01', u'tags': [u'Indie', u'RPG'], ",
         ]
-        lists = [b"u'reviews_url': u'http://steamcommunity.com/app/", game, b"/reviews/', u'specs': [u'Single-player'], "]
+        lists = [
+            b"u'reviews_url': u'http://steamcommunity.com/app/",
+            game,
+            b"/reviews/', u'specs': [u'Single-player'], ",
+        ]
         return [
             front,
             *title,
@@ -507,12 +695,17 @@ def yelp(rng: np.random.Generator, draw: Draw) -> list[Part]:
     words = make_words(rng)
     pieces = make_titles(rng, words, clean=True)
     bodies = texts(rng, words, BODIES, 60, 0.9)
-    stars = [fields(stars=n % 5 + 1.0, useful=n % 7, funny=n % 2, cool=n % 3, text=text) for n, text in enumerate(bodies)]
+    stars = [
+        fields(stars=n % 5 + 1.0, useful=n % 7, funny=n % 2, cool=n % 3, text=text)
+        for n, text in enumerate(bodies)
+    ]
     stars = pool([f'", {piece}, "date": "' for piece in stars])
     dates = day_pool(lambda day: f"{date_of(day)} ")
     clock = pool([f'{n // 60:02}:{n % 60:02}:{n % 59:02}"}}\n' for n in range(1_440)])
 
-    def reviews(rng: np.random.Generator, users: np.ndarray, items: np.ndarray, days: np.ndarray) -> Columns:
+    def reviews(
+        rng: np.random.Generator, users: np.ndarray, items: np.ndarray, days: np.ndarray
+    ) -> Columns:
         review = codes(rng.integers(2**33, size=len(users)), BASE64, 22)
         ids = [
             b'{"review_id": "',
@@ -522,16 +715,35 @@ def yelp(rng: np.random.Generator, draw: Draw) -> list[Part]:
             b'", "business_id": "',
             *codes(items, BASE64, 22),
         ]
-        body, minute = (pick(part, rng.integers(len(part), size=len(users))) for part in (stars, clock))
+        body, minute = (
+            pick(part, rng.integers(len(part), size=len(users))) for part in (stars, clock)
+        )
         return [*ids, body, pick(dates, days - FIRST_DAY), minute]
 
-    attributes = {"ByAppointmentOnly": "True", "BusinessParking": "{'garage': False, 'street': True}"}
+    attributes = {
+        "ByAppointmentOnly": "True",
+        "BusinessParking": "{'garage': False, 'street': True}",
+    }
     hours = {"Monday": "8:0-18:30", "Tuesday": "8:0-18:30"}
     places = []
     for n, city in enumerate(texts(rng, words, 4_096, 2, 0.3, 3)):
-        place = fields(address=f"{n} Main St", city=city, state="PA", postal_code=f"{n:05}", latitude=30 + n / 1e3)
-        state = fields(longitude=-90 - n / 1e3, stars=1 + n % 9 / 2, review_count=n, is_open=n % 2, attributes=attributes)
-        places.append(f"{place}, {state}, {fields(categories=f'Restaurants, {city}', hours=hours)}}}\n")
+        place = fields(
+            address=f"{n} Main St",
+            city=city,
+            state="PA",
+            postal_code=f"{n:05}",
+            latitude=30 + n / 1e3,
+        )
+        state = fields(
+            longitude=-90 - n / 1e3,
+            stars=1 + n % 9 / 2,
+            review_count=n,
+            is_open=n % 2,
+            attributes=attributes,
+        )
+        places.append(
+            f"{place}, {state}, {fields(categories=f'Restaurants, {city}', hours=hours)}}}\n"
+        )
     places = pool(places)
 
     def metadata(rng: np.random.Generator, items: np.ndarray, variants: np.ndarray) -> Columns:
@@ -547,17 +759,28 @@ def decimal(numbers: np.ndarray) -> pa.Array:
     return pc.cast(pc.cast(pa.array(numbers), pa.string()), pa.binary())
 
 
-def delimited(rng: np.random.Generator, draw: Draw, mark: str, title_mark: str, genre_mark: str, time_end: str) -> list[Part]:
+def delimited(
+    rng: np.random.Generator, draw: Draw, mark: str, title_mark: str, genre_mark: str, time_end: str
+) -> list[Part]:
     """Delimited ratings (user, item, rating, seconds) and items (item, title, genres)."""
     pieces = make_titles(rng, make_words(rng), clean=True)
     words = GENRES.split()
-    genres = pool([genre_mark.join(rng.choice(words, 1 + n % 3, replace=False)) for n in range(512)])
+    genres = pool(
+        [genre_mark.join(rng.choice(words, 1 + n % 3, replace=False)) for n in range(512)]
+    )
     between = mark.encode()
     stars = pool(
-        [f"{mark}{half / 2}{mark}" if "." in time_end or mark == "," else f"{mark}{half // 2}{mark}" for half in range(2, 11)]
+        [
+            f"{mark}{half / 2}{mark}"
+            if "." in time_end or mark == ","
+            else f"{mark}{half // 2}{mark}"
+            for half in range(2, 11)
+        ]
     )
 
-    def reviews(rng: np.random.Generator, users: np.ndarray, items: np.ndarray, days: np.ndarray) -> Columns:
+    def reviews(
+        rng: np.random.Generator, users: np.ndarray, items: np.ndarray, days: np.ndarray
+    ) -> Columns:
         rating = pick(stars, rng.integers(len(stars), size=len(users)))
         return [
             decimal(users + 1),
@@ -569,7 +792,9 @@ def delimited(rng: np.random.Generator, draw: Draw, mark: str, title_mark: str, 
         ]
 
     def escape(text: str) -> str:
-        text = text.encode("latin-1", "ignore").decode("latin-1").replace(":", " ").replace("\t", " ")
+        text = (
+            text.encode("latin-1", "ignore").decode("latin-1").replace(":", " ").replace("\t", " ")
+        )
         return text.replace('"', '""' if title_mark else "'")
 
     def metadata(rng: np.random.Generator, items: np.ndarray, variants: np.ndarray) -> Columns:
@@ -586,11 +811,15 @@ def histories(draw: Draw) -> tuple[Draw, np.ndarray]:
     return visits, np.flatnonzero(np.diff(visits.users, prepend=-1, append=-1))
 
 
-def lists(pieces: pa.Array, items: np.ndarray, starts: np.ndarray, ends: np.ndarray, mark: bytes) -> pa.Array:
+def lists(
+    pieces: pa.Array, items: np.ndarray, starts: np.ndarray, ends: np.ndarray, mark: bytes
+) -> pa.Array:
     """Join, per line, the pieces of items[start:end] with a mark."""
     offsets = np.concatenate([[0], np.cumsum(ends - starts)])
     places = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], ends - starts)
-    return pc.binary_join(pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pick(pieces, items[places])), mark)
+    return pc.binary_join(
+        pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pick(pieces, items[places])), mark
+    )
 
 
 def spell(columns: Columns) -> pa.Array:
@@ -628,8 +857,21 @@ def d3_csv(rng: np.random.Generator, draw: Draw) -> list[Part]:
     def rows(rng: np.random.Generator, targets: np.ndarray, starts: np.ndarray) -> Columns:
         past, apart = (visits.items, starts, targets), b"', '"
         item = visits.items[targets]
-        title = [b",\"['", lists(listed, *past, apart), b'\']","', pick(quoted_titles, item), b'","[']
-        ids = [lists(numbers, *past, b", "), b']",', pick(numbers, item), b",\"['", lists(codes, *past, apart), b"']\","]
+        title = [
+            b",\"['",
+            lists(listed, *past, apart),
+            b'\']","',
+            pick(quoted_titles, item),
+            b'","[',
+        ]
+        ids = [
+            lists(numbers, *past, b", "),
+            b']",',
+            pick(numbers, item),
+            b",\"['",
+            lists(codes, *past, apart),
+            b"']\",",
+        ]
         return [b"A", decimal(visits.users[targets]), *title, *ids, pick(codes, item), b"\n"]
 
     firsts = np.repeat(bounds[:-1], np.diff(bounds))
@@ -640,7 +882,17 @@ def d3_csv(rng: np.random.Generator, draw: Draw) -> list[Part]:
     splits = [len(targets) * tenths // 10 for tenths in (0, 8, 9, 10)]
     parts = [Part((targets[start:end], starts[start:end]), rows) for start, end in pairwise(splits)]
     names = titles(str)
-    info = Part((catalogue,), lambda rng, items: [pick(codes, items), b"\t", pick(names, items), b"\t", decimal(items), b"\n"])
+    info = Part(
+        (catalogue,),
+        lambda rng, items: [
+            pick(codes, items),
+            b"\t",
+            pick(names, items),
+            b"\t",
+            decimal(items),
+            b"\n",
+        ],
+    )
     return [*parts, info]
 
 
@@ -649,16 +901,26 @@ def users_part(draw: Draw, fronts: tuple[bytes, bytes], mark: bytes, ends: tuple
     visits, bounds = histories(draw)
     numbers = decimal(np.arange(draw.num_items))
 
-    def lines(rng: np.random.Generator, users: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> Columns:
+    def lines(
+        rng: np.random.Generator, users: np.ndarray, starts: np.ndarray, stops: np.ndarray
+    ) -> Columns:
         end = pick(pool(ends), (stops == bounds[-1]).astype(int))
-        return [fronts[0], decimal(users), fronts[1], lists(numbers, visits.items, starts, stops, mark), end]
+        return [
+            fronts[0],
+            decimal(users),
+            fronts[1],
+            lists(numbers, visits.items, starts, stops, mark),
+            end,
+        ]
 
     return Part((visits.users[bounds[:-1]], bounds[:-1], bounds[1:]), lines)
 
 
 def lcrec_json(rng: np.random.Generator, draw: Draw) -> list[Part]:
     """Two JSON objects, indented and not, as published: users' items and items' codes."""
-    inter = users_part(draw, (b'\n    "', b'": [\n        '), b",\n        ", ("\n    ],", "\n    ]\n}"))
+    inter = users_part(
+        draw, (b'\n    "', b'": [\n        '), b",\n        ", ("\n    ],", "\n    ]\n}")
+    )
     ends = pool(['"], ', '"]}'])
 
     def index(rng: np.random.Generator, items: np.ndarray) -> Columns:
@@ -696,10 +958,15 @@ FORMS = {
     "amazon-2018": Form(amazon_2018, ("Books.json", "meta_Books.json")),
     "amazon-2023": Form(amazon_2023, ("Books.jsonl", "meta_Books.jsonl")),
     "amazon-2023-csv": Form(
-        amazon_2023_csv, ("Books.csv", "meta_Books.jsonl"), ("user_id,parent_asin,rating,timestamp\n",), by_user=True
+        amazon_2023_csv,
+        ("Books.csv", "meta_Books.jsonl"),
+        ("user_id,parent_asin,rating,timestamp\n",),
+        by_user=True,
     ),
     "steam": Form(steam, ("steam_reviews.json", "steam_games.json")),
-    "yelp": Form(yelp, ("yelp_academic_dataset_review.json", "yelp_academic_dataset_business.json")),
+    "yelp": Form(
+        yelp, ("yelp_academic_dataset_review.json", "yelp_academic_dataset_business.json")
+    ),
     "movielens-1m": Form(
         partial(delimited, mark="::", title_mark="", genre_mark="|", time_end="\n"),
         ("ratings.dat", "movies.dat"),
@@ -715,7 +982,10 @@ FORMS = {
     "recbole": Form(
         partial(delimited, mark="\t", title_mark="", genre_mark=" ", time_end=".0\n"),
         ("books.inter", "books.item"),
-        ("user_id:token\titem_id:token\trating:float\ttimestamp:float\n", "item_id:token\ttitle:token_seq\tgenre:token_seq\n"),
+        (
+            "user_id:token\titem_id:token\trating:float\ttimestamp:float\n",
+            "item_id:token\ttitle:token_seq\tgenre:token_seq\n",
+        ),
     ),
     "d3-csv": Form(d3_csv, ("train.csv", "valid.csv", "test.csv", "info.txt"), (D3_HEADER,) * 3),
     "lcrec-json": Form(lcrec_json, ("Books.inter.json", "Books.index.json"), ("{", "{")),
@@ -729,11 +999,15 @@ FORMS = {
 def join(columns: Columns) -> memoryview:
     """Join columns (constant bytes are the same on every line) into the bytes of all lines."""
     lines = spell(columns)
-    first, last = np.frombuffer(lines.buffers()[1], dtype=np.int32)[[lines.offset, lines.offset + len(lines)]]
+    first, last = np.frombuffer(lines.buffers()[1], dtype=np.int32)[
+        [lines.offset, lines.offset + len(lines)]
+    ]
     return memoryview(lines.buffers()[2])[first:last]
 
 
-def write(path: Path, header: bytes, make: Callable[[int, slice], memoryview], size: int, compress: bool) -> None:
+def write(
+    path: Path, header: bytes, make: Callable[[int, slice], memoryview], size: int, compress: bool
+) -> None:
     """Write batches of lines in order, two threads; gzip as one member at level 1, like one stream of many blocks."""
     slices = [slice(start, min(start + BATCH, size)) for start in range(0, size, BATCH)]
 
@@ -767,19 +1041,29 @@ def ahead(threads: ThreadPoolExecutor, work: Callable, number: int) -> Iterator:
         yield waiting.popleft().result()
 
 
-def make_files(form_name: str, num_reviews: int, folder: Path, compress: bool = False) -> list[Path]:
+def make_files(
+    form_name: str, num_reviews: int, folder: Path, compress: bool = False
+) -> list[Path]:
     """Write the files of a form; return their paths."""
     form, interactions = FORMS[form_name], draw(num_reviews)
     if form.by_user:
         interactions = interactions.ordered(interactions.users)
     parts = form.parts(np.random.default_rng(SEED), interactions)
     paths = [folder / (name + ".gz" * compress) for name in form.files]
-    for place, (path, part, header) in enumerate(zip_longest(paths, parts, form.headers, fillvalue="")):
+    for place, (path, part, header) in enumerate(
+        zip_longest(paths, parts, form.headers, fillvalue="")
+    ):
 
-        def text(number: int, rows: slice, place: int = place, part: Part = part) -> memoryview | bytes:
+        def text(
+            number: int, rows: slice, place: int = place, part: Part = part
+        ) -> memoryview | bytes:
             rng = np.random.default_rng([SEED, number, place])
             lines = join(part.lines(rng, *(column[rows] for column in part.about)))
-            return lines if form.encoding == "utf-8" else bytes(lines).decode("utf-8").encode(form.encoding)
+            return (
+                lines
+                if form.encoding == "utf-8"
+                else bytes(lines).decode("utf-8").encode(form.encoding)
+            )
 
         write(path, header.encode(), text, len(part.about[0]), compress)
     return paths
@@ -787,14 +1071,24 @@ def make_files(form_name: str, num_reviews: int, folder: Path, compress: bool = 
 
 def main() -> None:
     """Write the files of one form; the last line is a JSON object with their paths."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("form", choices=FORMS)
     parser.add_argument("reviews", type=int)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--gz", action="store_true", help="gzip level 1")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
-    print(json.dumps({"paths": [str(path) for path in make_files(args.form, args.reviews, args.folder, args.gz)]}))
+    print(
+        json.dumps(
+            {
+                "paths": [
+                    str(path) for path in make_files(args.form, args.reviews, args.folder, args.gz)
+                ]
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -6,17 +6,23 @@ from pathlib import Path
 import numpy as np
 import torch
 from _common import REPOSITORY
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Qwen2Config,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
-from igd_ds.data.collate import sample_rows
+from igd_ds.backbones import causal_lm
+from igd_ds.data.batches import sample_rows
 from igd_ds.data.dataset import InteractionDataset
 from igd_ds.data.prompts import PromptBuilder, Template
-from igd_ds.decoding.search import Limits
 from igd_ds.items.catalogue import Catalogue
 from igd_ds.items.decisiveness import information_gain
 from igd_ds.items.store import load_catalogue
 from igd_ds.items.trie import TokenTrie
-from igd_ds.models import causal_lm
+from igd_ds.search.engine import Limits
 
 VOCABULARY = 151_936
 # In the tokenizer, never in a training text: training has made its logit negative everywhere, and eight times that is very
@@ -81,11 +87,15 @@ def load_trained(folder: Path, line: Line, num_users: int) -> Problem:
         prompts = [cut_prompt(builder, split, row, line.prompt) for row in rows]
     else:
         prompts = [builder.encode(split.history(row)) for row in rows]
-    model = AutoModelForCausalLM.from_pretrained(model_folder, attn_implementation="sdpa", dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        model_folder, attn_implementation="sdpa", dtype=torch.float32
+    ).eval()
     problem = Problem(model, stored.trie, stored.gain, prompts)
     if line.vocabulary:
         unused = tokenizer.convert_tokens_to_ids(UNUSED_TOKEN)
-        problem.notes["share of probability on padded rows"] = pad_vocabulary(problem, line.vocabulary, unused)
+        problem.notes["share of probability on padded rows"] = pad_vocabulary(
+            problem, line.vocabulary, unused
+        )
     return problem
 
 
@@ -95,7 +105,9 @@ def cut_prompt(builder: PromptBuilder, split, row: int, length: int) -> np.ndarr
     def history(row):
         return builder.encode(split.history(row))[len(builder.begin) : -len(builder.end)]
 
-    begin = builder.begin if length > 2 * len(builder.begin) else builder.begin[:0]  # the instruction, where there is room
+    begin = (
+        builder.begin if length > 2 * len(builder.begin) else builder.begin[:0]
+    )  # the instruction, where there is room
     room = length - len(begin) - len(builder.end)
     body = history(row)
     while len(body) < room:
@@ -118,13 +130,19 @@ def pad_vocabulary(problem: Problem, size: int, unused: int) -> float:
 
 def load_generated(folder: Path, line: Line, num_users: int) -> Problem:
     """Items of tools/bench/trie.py (written to `folder` by `generate_items`), random weights, random prompts."""
-    token_ids, offsets, counts = (np.load(folder / f"{name}.npy") for name in ("token_ids", "offsets", "counts"))
+    token_ids, offsets, counts = (
+        np.load(folder / f"{name}.npy") for name in ("token_ids", "offsets", "counts")
+    )
     trie = TokenTrie.build(token_ids, offsets, counts)
     config = Qwen2Config.from_pretrained(REPOSITORY / "tools" / "models" / "qwen2-5m.json")
     config.vocab_size = VOCABULARY
-    config.initializer_range = 0.1  # logits that differ; at 0.02 all items of one length score nearly the same
+    config.initializer_range = (
+        0.1  # logits that differ; at 0.02 all items of one length score nearly the same
+    )
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_config(
+        config, attn_implementation="sdpa", dtype=torch.float32
+    ).eval()
     prompts = np.random.default_rng(1).integers(2, VOCABULARY, (num_users, line.prompt or 256))
     return Problem(model, trie, information_gain(trie, "prior", np.float32), list(prompts))
 
@@ -133,19 +151,38 @@ def load_t5(folder: Path, generated: Path, num_users: int) -> Problem:
     """TIGER's T5 (METHOD 4) with random weights over instruments' semantic IDs; prompts are the codes of the histories' items."""
     if (folder / "tokenizer").exists():
         dataset = InteractionDataset.load(folder / "data")
-        catalogue = Catalogue.build(dataset, AutoTokenizer.from_pretrained(folder / "tokenizer"), "semantic-id")
+        catalogue = Catalogue.build(
+            dataset, AutoTokenizer.from_pretrained(folder / "tokenizer"), "semantic-id"
+        )
         token_ids, offsets, counts = catalogue.token_ids, catalogue.offsets, catalogue.counts
         split = dataset.splits["test"]
         histories = [split.history(row) for row in sample_rows(len(split), num_users, seed=0)]
     else:
-        token_ids, offsets, counts = (np.load(generated / "codes" / f"{name}.npy") for name in ("token_ids", "offsets", "counts"))
+        token_ids, offsets, counts = (
+            np.load(generated / "codes" / f"{name}.npy")
+            for name in ("token_ids", "offsets", "counts")
+        )
         histories = np.random.default_rng(2).integers(len(counts), size=(num_users, 10))
     trie = TokenTrie.build(token_ids, offsets, counts)
-    prompts = [np.concatenate([token_ids[offsets[item] : offsets[item + 1] - 1] for item in history]) for history in histories]
-    sizes = {"d_model": 128, "d_kv": 64, "d_ff": 1024, "num_layers": 4, "num_decoder_layers": 4, "num_heads": 6}
+    prompts = [
+        np.concatenate([token_ids[offsets[item] : offsets[item + 1] - 1] for item in history])
+        for history in histories
+    ]
+    sizes = {
+        "d_model": 128,
+        "d_kv": 64,
+        "d_ff": 1024,
+        "num_layers": 4,
+        "num_decoder_layers": 4,
+        "num_heads": 6,
+    }
     eos = int(token_ids[-1])
     config = T5Config(
-        vocab_size=int(token_ids.max()) + 1, **sizes, eos_token_id=eos, pad_token_id=eos, decoder_start_token_id=eos
+        vocab_size=int(token_ids.max()) + 1,
+        **sizes,
+        eos_token_id=eos,
+        pad_token_id=eos,
+        decoder_start_token_id=eos,
     )
     torch.manual_seed(0)
     model = T5ForConditionalGeneration(config).eval()
@@ -156,7 +193,9 @@ def generate_codes(folder: Path, num_items: int) -> None:
     """Write random semantic IDs of four codes out of 256 each, without duplicates."""
     rng = np.random.default_rng(0)
     codes = np.unique(rng.integers(256, size=(num_items, 4)), axis=0)
-    tokens = np.concatenate([codes + 1 + 256 * np.arange(4), np.zeros((len(codes), 1), int)], axis=1)
+    tokens = np.concatenate(
+        [codes + 1 + 256 * np.arange(4), np.zeros((len(codes), 1), int)], axis=1
+    )
     folder.mkdir()
     np.save(folder / "token_ids.npy", tokens.astype(np.int32).ravel())
     np.save(folder / "offsets.npy", np.arange(len(codes) + 1) * 5)

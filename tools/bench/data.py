@@ -5,7 +5,7 @@
 Recipe: synthetic Amazon 2018 reviews and metadata (`_raw_files.py`, seed 0: about 480 bytes a review, 0.3 users and 1/17 items
 per review), protocol d3 with the published title rule, the window 2017-10-01 to 2018-11-01, 5-core; the window must hold
 reviews / 500 items, at most the published 10,000, so that it moves back at small sizes as it does for real categories.
-Ours is the code of `tools/prepare_data.py`, sha256 of the sources and data card included; every measurement is a fresh process,
+Ours is the code of `igd prepare`, sha256 of the sources and data card included; every measurement is a fresh process,
 its own peak memory, imports not timed. It reads uncompressed files and then the same files as gzip (one member, level 1); the
 time that Python's gunzip alone takes stands beside. The plain side (`_published_data.py`) reads the uncompressed files and
 writes CSV. Both sides' rows are compared in order, name by name: user, history, target, time, and the items' titles; ours from
@@ -35,10 +35,19 @@ SIZES, QUICK_SIZES = (200_000, 1_000_000, 5_000_000, 10_000_000), (200_000,)
 MOST_PLAIN = 5_000_000  # 2.1 GiB a million reviews
 MOST_GZIP = 10_000_000  # making the gzip of 50 million takes longer than all the rest
 OTHER_REVIEWS, QUICK_OTHER_REVIEWS = 1_000_000, 20_000
-SOURCES = {"amazon-2023-csv": "amazon-2023", "movielens-1m": "movielens", "movielens-25m": "movielens"}  # others: the form
+SOURCES = {
+    "amazon-2023-csv": "amazon-2023",
+    "movielens-1m": "movielens",
+    "movielens-25m": "movielens",
+}  # others: the form
 LEAVE_ONE_OUT = ["--protocol", "leave-one-out", "--k_core", "5"]
-OPTIONS = {"d3-csv": ["--protocol", "given"], "lcrec-json": [*LEAVE_ONE_OUT, "--titles", "verbatim"]}
-BYTES_PER_REVIEW = 800  # on disk at a time: 560 raw, the rest for tables, spilling and the result (assumed)
+OPTIONS = {
+    "d3-csv": ["--protocol", "given"],
+    "lcrec-json": [*LEAVE_ONE_OUT, "--titles", "verbatim"],
+}
+BYTES_PER_REVIEW = (
+    800  # on disk at a time: 560 raw, the rest for tables, spilling and the result (assumed)
+)
 GENERATOR = str(Path(__file__).with_name("_raw_files.py"))
 
 
@@ -48,7 +57,7 @@ def least_items(num_reviews: int) -> int:
 
 
 def prepare(arguments: Sequence[str]) -> dict[str, float]:
-    """Run tools/prepare_data.py in this process; return seconds and the process' peak memory."""
+    """Run igd prepare in this process; return seconds and the process' peak memory."""
     sys.path.insert(0, str(REPOSITORY / "tools"))
     from prepare_data import main as prepare_data
 
@@ -68,7 +77,9 @@ def plain(reviews: Path, metadata: Path, output: Path, num_reviews: int) -> dict
 
     dates = [datetime.date.fromisoformat(day) for day in WINDOW]
     start = time.perf_counter()
-    rows, titles = published.preprocess([reviews, metadata], output, *dates, least_items(num_reviews))
+    rows, titles = published.preprocess(
+        [reviews, metadata], output, *dates, least_items(num_reviews)
+    )
     measured = {"seconds": time.perf_counter() - start, "bytes": peak_bytes()}
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -82,7 +93,9 @@ def plain(reviews: Path, metadata: Path, output: Path, num_reviews: int) -> dict
             "timestamp": [review["unixReviewTime"] for review in targets],
         }
         pq.write_table(pa.table(columns), output / f"{split}.parquet")
-    pq.write_table(pa.table({"item": list(titles), "title": list(titles.values())}), output / "titles.parquet")
+    pq.write_table(
+        pa.table({"item": list(titles), "title": list(titles.values())}), output / "titles.parquet"
+    )
     return measured
 
 
@@ -92,11 +105,16 @@ def compare(ours: Path, plain: Path) -> dict[str, int]:
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    items, users = (pq.read_table(ours / f"{name}.parquet").combine_chunks() for name in ("items", "users"))
+    items, users = (
+        pq.read_table(ours / f"{name}.parquet").combine_chunks() for name in ("items", "users")
+    )
     item_names, user_names = (table["source_id"].combine_chunks() for table in (items, users))
     number = 0
     for split in SPLITS:
-        found, expected = pq.read_table(ours / f"{split}.parquet"), pq.read_table(plain / f"{split}.parquet")
+        found, expected = (
+            pq.read_table(ours / f"{split}.parquet"),
+            pq.read_table(plain / f"{split}.parquet"),
+        )
         history = found["history"].combine_chunks()
         named = {
             "user": user_names.take(pc.index_in(found["user_id"], users["user_id"])),
@@ -137,7 +155,13 @@ def other_formats(num_reviews: int, folder: Path) -> dict[str, float]:
         here = folder / f"{form}-{place}"
         here.mkdir()
         paths = map(str, make_files(form, num_reviews, here))
-        arguments = ["--source", SOURCES.get(form, form), "--input", *paths, *OPTIONS.get(form, LEAVE_ONE_OUT)]
+        arguments = [
+            "--source",
+            SOURCES.get(form, form),
+            "--input",
+            *paths,
+            *OPTIONS.get(form, LEAVE_ONE_OUT),
+        ]
         seconds[form] = prepare([*arguments, "--output", str(here / "dataset")])["seconds"]
         shutil.rmtree(here)
     return seconds
@@ -146,7 +170,18 @@ def other_formats(num_reviews: int, folder: Path) -> dict[str, float]:
 def measure_size(num_reviews: int, folder: Path) -> dict[str, float]:
     """Make the files of one size, run all sides, compare; return what was measured (seconds, bytes, rows)."""
     folder.mkdir()
-    arguments = ["--source", "amazon-2018", "--protocol", "d3", "--from", WINDOW[0], "--to", WINDOW[1], "--titles", "d3"]
+    arguments = [
+        "--source",
+        "amazon-2018",
+        "--protocol",
+        "d3",
+        "--from",
+        WINDOW[0],
+        "--to",
+        WINDOW[1],
+        "--titles",
+        "d3",
+    ]
     arguments += ["--min_items", least_items(num_reviews), "--name", "bench"]
     raw = run_fresh(GENERATOR, "amazon-2018", num_reviews, folder / "raw")["paths"]
     ours = run_fresh(__file__, "prepare", *arguments, "--output", folder / "ours", "--input", *raw)
@@ -158,10 +193,18 @@ def measure_size(num_reviews: int, folder: Path) -> dict[str, float]:
     shutil.rmtree(folder / "raw")
     if num_reviews <= MOST_GZIP:
         raw = run_fresh(GENERATOR, "amazon-2018", num_reviews, folder / "gz", "--gz")["paths"]
-        packed = run_fresh(__file__, "prepare", *arguments, "--output", folder / "ours-gz", "--input", *raw)
-        hashes = [json.loads((folder / name / "dataset.json").read_text())["files"] for name in ("ours", "ours-gz")]
+        packed = run_fresh(
+            __file__, "prepare", *arguments, "--output", folder / "ours-gz", "--input", *raw
+        )
+        hashes = [
+            json.loads((folder / name / "dataset.json").read_text())["files"]
+            for name in ("ours", "ours-gz")
+        ]
         assert hashes[0] == hashes[1], "gzip and plain files gave different datasets"
-        result |= {"gz_seconds": packed["seconds"], "gunzip_seconds": run_fresh(__file__, "gunzip", *raw)["seconds"]}
+        result |= {
+            "gz_seconds": packed["seconds"],
+            "gunzip_seconds": run_fresh(__file__, "gunzip", *raw)["seconds"],
+        }
         result["bytes"] = max(result["bytes"], packed["bytes"])
     shutil.rmtree(folder)
     return result
@@ -184,10 +227,18 @@ def run_step(step: str, arguments: list[str]) -> None:
 
 def main() -> None:
     """Run all sizes and formats, print the tables and the figures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="200 k reviews only, other formats 20 k; under 50 s")
-    parser.add_argument("--reviews", type=int, help="one more, larger size; 50 M reviews need 40 GB of disk")
-    parser.add_argument("--scratch", type=Path, help="folder for temporary files (default: the system's)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="200 k reviews only, other formats 20 k; under 50 s"
+    )
+    parser.add_argument(
+        "--reviews", type=int, help="one more, larger size; 50 M reviews need 40 GB of disk"
+    )
+    parser.add_argument(
+        "--scratch", type=Path, help="folder for temporary files (default: the system's)"
+    )
     args = parser.parse_args()
     sizes = [*(QUICK_SIZES if args.quick else SIZES), *([args.reviews] if args.reviews else [])]
     rows, figures = [], {}
@@ -195,26 +246,57 @@ def main() -> None:
         for size in sizes:
             free, needed = shutil.disk_usage(scratch).free, size * BYTES_PER_REVIEW
             if free < needed:
-                print(f"{size:,} reviews skipped: {scratch} needs {needed / 1e9:.0f} GB of free space and has {free / 1e9:.0f}")
+                print(
+                    f"{size:,} reviews skipped: {scratch} needs {needed / 1e9:.0f} GB of free space and has {free / 1e9:.0f}"
+                )
                 continue
             found = measure_size(size, Path(scratch) / str(size))
-            figures |= {"reviews_per_s": size / found["seconds"], "peak_gib": found["bytes"] / 2**30}
-            row = [f"{size:,}", found["seconds"], f"{size / found['seconds']:,.0f}", found["bytes"] / 2**30]
+            figures |= {
+                "reviews_per_s": size / found["seconds"],
+                "peak_gib": found["bytes"] / 2**30,
+            }
+            row = [
+                f"{size:,}",
+                found["seconds"],
+                f"{size / found['seconds']:,.0f}",
+                found["bytes"] / 2**30,
+            ]
             row += [found.get("gz_seconds", "-"), found.get("gunzip_seconds", "-")]
             if "plain_seconds" in found:
                 figures["speedup_vs_plain"] = found["plain_seconds"] / found["seconds"]
-                row += [found["plain_seconds"], found["plain_bytes"] / 2**30, figures["speedup_vs_plain"], f"{found['rows']:,}"]
+                row += [
+                    found["plain_seconds"],
+                    found["plain_bytes"] / 2**30,
+                    figures["speedup_vs_plain"],
+                    f"{found['rows']:,}",
+                ]
             rows.append(row + ["-"] * (10 - len(row)))
-        header = ["reviews", "s", "reviews/s", "peak GiB", "gz s", "gunzip s", "plain s", "plain GiB", "speed x", "equal rows"]
+        header = [
+            "reviews",
+            "s",
+            "reviews/s",
+            "peak GiB",
+            "gz s",
+            "gunzip s",
+            "plain s",
+            "plain GiB",
+            "speed x",
+            "equal rows",
+        ]
         print_table(header, rows)
         size = QUICK_OTHER_REVIEWS if args.quick else OTHER_REVIEWS
         seconds = run_fresh(__file__, "formats", size, scratch)
-        print_table([f"{size:,} reviews", "s", "reviews/s"], [[form, s, f"{size / s:,.0f}"] for form, s in seconds.items()])
+        print_table(
+            [f"{size:,} reviews", "s", "reviews/s"],
+            [[form, s, f"{size / s:,.0f}"] for form, s in seconds.items()],
+        )
     finish("data", figures, args.quick)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):  # one step in its own process: STEP ARGUMENTS
+    if len(sys.argv) > 1 and not sys.argv[1].startswith(
+        "-"
+    ):  # one step in its own process: STEP ARGUMENTS
         run_step(sys.argv[1], sys.argv[2:])
     else:
         main()

@@ -42,24 +42,39 @@ from _common import REPOSITORY, finish, peak_bytes, print_table, run_fresh
 from _published_search import CsrMaskProcessor, DictTrieProcessor, Generate
 from _search_problems import VOCABULARY, Line, Problem, generate_codes, load
 
-from igd_ds.decoding.cache import EncoderPromptTree, PromptTree
-from igd_ds.decoding.processor import IGDLogitsProcessor
-from igd_ds.decoding.rules import Scoring, ScoringOptions, edge_weights
-from igd_ds.decoding.search import Limits, search
-from igd_ds.decoding.trie import SearchTrie
+from igd_ds.backbones.prompt_tree import EncoderPromptTree, PromptTree
+from igd_ds.items.search_trie import SearchTrie
+from igd_ds.search.engine import Limits, search
+from igd_ds.search.processor import IGDLogitsProcessor
+from igd_ds.search.scoring import Scoring, ScoringOptions, edge_weights
 
 THREADS = 2
 GRID = [0.0, 0.1, 0.2, 0.3, 0.4]
 # In nats, and relative to the score. The books-small model amplifies fp32 rounding: where two sides are 2.7e-4 apart, fp64 lies
 # between, as far from either. With random weights scores lie near −200, where fp32 numbers are 1.5e-5 apart.
 SCORE_TOLERANCE, SWAP_GAP, RELATIVE = 5e-4, 5e-4, 4e-7
-GENERATE = {"generate": DictTrieProcessor, "vectorised": IGDLogitsProcessor, "CSR mask": CsrMaskProcessor}
+GENERATE = {
+    "generate": DictTrieProcessor,
+    "vectorised": IGDLogitsProcessor,
+    "CSR mask": CsrMaskProcessor,
+}
 
 
 HEADLINE = Line("headline", {"generate": 64, "vectorised": 64, "beam": 64, "exact": 16, "grid": 64})
 # Prompts of other users in front of one's own are not what the model has learned: proofs are measured on the evaluator's prompts.
-OWN = replace(HEADLINE, name="own prompts", prompt=0, users={"generate": 16, "beam": 64, "exact": 64})
-T5 = Line("instruments, T5", {"CSR mask": 256, "vectorised": 256, "beam": 256}, "t5", 0, 20, 64, vocabulary=0, alpha=0.0)
+OWN = replace(
+    HEADLINE, name="own prompts", prompt=0, users={"generate": 16, "beam": 64, "exact": 64}
+)
+T5 = Line(
+    "instruments, T5",
+    {"CSR mask": 256, "vectorised": 256, "beam": 256},
+    "t5",
+    0,
+    20,
+    64,
+    vocabulary=0,
+    alpha=0.0,
+)
 CONTRAST = {"vectorised": 16, "beam": 32}
 ALL_BUT_GRID = {"generate": 16, "vectorised": 16, "beam": 64, "exact": 16}
 LINES = [
@@ -73,11 +88,20 @@ LINES = [
     replace(HEADLINE, name="50 beams", beams=50, batch=8, users={"vectorised": 8, "beam": 16}),
     replace(HEADLINE, name="batch 1", batch=1, users=CONTRAST),
     replace(HEADLINE, name="batch 64", batch=64, users={"vectorised": 64, "beam": 64}),
-    replace(HEADLINE, name="penalty 1", penalty=1.0, users={"vectorised": 16, "beam": 32, "exact": 8}),
+    replace(
+        HEADLINE, name="penalty 1", penalty=1.0, users={"vectorised": 16, "beam": 32, "exact": 8}
+    ),
     replace(HEADLINE, name="3 k random items", source="generated:3000", users=CONTRAST),
     replace(HEADLINE, name="100 k random items", source="generated:100000", users=CONTRAST),
     replace(HEADLINE, name="1 M random items", source="generated:1000000", users=CONTRAST),
-    replace(HEADLINE, name="industrial", source="industrial", prompt=0, users=ALL_BUT_GRID, row_positions=2048),
+    replace(
+        HEADLINE,
+        name="industrial",
+        source="industrial",
+        prompt=0,
+        users=ALL_BUT_GRID,
+        row_positions=2048,
+    ),
     replace(HEADLINE, name="instruments", source="instruments", prompt=0, users=ALL_BUT_GRID),
     T5,
 ]
@@ -87,15 +111,25 @@ class Search:
     """Our search with the interface of `Generate`."""
 
     def __init__(self, problem: Problem, line: Line, method: str, alphas: list[float]):
-        self.tree = (EncoderPromptTree if problem.model.config.is_encoder_decoder else PromptTree)(problem.model)
+        self.tree = (EncoderPromptTree if problem.model.config.is_encoder_decoder else PromptTree)(
+            problem.model
+        )
         self.trie = SearchTrie.build(problem.trie)
-        self.scoring = Scoring.build(problem.trie, problem.gain, ScoringOptions(alpha=alphas, length_penalty=line.penalty))
-        self.num_beams, self.method, self.limits = line.beams, method, Limits(row_positions=line.row_positions)
+        self.scoring = Scoring.build(
+            problem.trie, problem.gain, ScoringOptions(alpha=alphas, length_penalty=line.penalty)
+        )
+        self.num_beams, self.method, self.limits = (
+            line.beams,
+            method,
+            Limits(row_positions=line.row_positions),
+        )
 
     def __call__(self, prompts: list[np.ndarray]):
         """Search for one batch."""
         self.tree.prefill(prompts)
-        return search(self.tree, self.trie, self.scoring, self.num_beams, self.method, limits=self.limits)
+        return search(
+            self.tree, self.trie, self.scoring, self.num_beams, self.method, limits=self.limits
+        )
 
     def warm_up(self, prompts: list[np.ndarray]) -> None:
         """Touch everything once; by a beam search, which does not take long even where an exact one does."""
@@ -110,11 +144,18 @@ class Search:
 def make_side(side: str, problem: Problem, line: Line) -> Generate | Search:
     """Build the trie or masks of a side; the time it takes is not measured."""
     if side in ("beam", "exact", "grid"):
-        return Search(problem, line, "exact" if side == "exact" else "beam", GRID if side == "grid" else [line.alpha])
+        return Search(
+            problem,
+            line,
+            "exact" if side == "exact" else "beam",
+            GRID if side == "grid" else [line.alpha],
+        )
     weights = edge_weights(problem.trie, problem.gain, "per-node", line.alpha)
     arguments = (problem.trie,) if side == "CSR mask" else (problem.trie, weights)
     assert side != "CSR mask" or line.alpha == 0, "a CSR mask has no weights"
-    return Generate(problem.model, problem.trie, partial(GENERATE[side], *arguments), line.beams, line.penalty)
+    return Generate(
+        problem.model, problem.trie, partial(GENERATE[side], *arguments), line.beams, line.penalty
+    )
 
 
 class Probe:
@@ -132,13 +173,19 @@ class Probe:
         model, stack = self.model, ExitStack()
         modules = [model, model.get_encoder()] if model.config.is_encoder_decoder else [model]
         handles = [module.register_forward_pre_hook(lambda *_: self.enter()) for module in modules]
-        handles += [module.register_forward_hook(lambda *_: self.leave("model")) for module in modules]
+        handles += [
+            module.register_forward_hook(lambda *_: self.leave("model")) for module in modules
+        ]
         handles += [model.get_decoder().register_forward_hook(self.count_pass, with_kwargs=True)]
         handles += [model.lm_head.register_forward_hook(self.count_rows)]
         for handle in handles:
             stack.callback(handle.remove)
         # `generate` takes log_softmax from torch.nn.functional, everybody else from torch.
-        for owner, name in [(torch, "log_softmax"), (F, "log_softmax"), *((kind, "__call__") for kind in GENERATE.values())]:
+        for owner, name in [
+            (torch, "log_softmax"),
+            (F, "log_softmax"),
+            *((kind, "__call__") for kind in GENERATE.values()),
+        ]:
             stack.enter_context(mock.patch.object(owner, name, self.timed(getattr(owner, name))))
         self.close = stack.close
         return self
@@ -226,16 +273,22 @@ def measure(line: Line, problem: Problem, side: str) -> dict:
 
 def search_figures(searcher: Search, found: list, prompts: list[np.ndarray]) -> dict:
     """What only our search tells."""
-    counts = {name: torch.cat([part.counts[name] for part in found]).double() for name in found[0].counts}
+    counts = {
+        name: torch.cat([part.counts[name] for part in found]).double() for name in found[0].counts
+    }
     figures = {
         "passes": counts["passes"].mean().item(),
         "passes_per_token_step": (counts["passes"].sum() / counts["token_steps"].sum()).item(),
-        "positions_per_beam_position": (counts["positions"].sum() / counts["beam_positions"].sum()).item(),
+        "positions_per_beam_position": (
+            counts["positions"].sum() / counts["beam_positions"].sum()
+        ).item(),
     }
     if not searcher.tree.model.config.is_encoder_decoder:
         searcher.tree.prefill(prompts[:16])
         tokens, heads, width = sum(map(len, prompts[:16])), *searcher.tree.cache.keys[0].shape[2:]
-        figures["prompt_cache_copies"] = searcher.tree.cache.keys[0].numel() / (tokens * heads * width)
+        figures["prompt_cache_copies"] = searcher.tree.cache.keys[0].numel() / (
+            tokens * heads * width
+        )
     if searcher.method == "exact":
         leaves = torch.cat([part.leaves[0] for part in found])
         beam_leaves = torch.cat([part.beam_leaves[0] for part in found])
@@ -259,7 +312,9 @@ def check_line(line: Line, measured: dict[str, dict]) -> None:
         if side == "exact":
             lists = found["beam_leaves"], found["beam_scores"]
             worse = found["scores"][0] < lists[1] - SCORE_TOLERANCE
-            assert not worse.any(), f"{line.name}: the exact search lists a lower score than the beam search"
+            assert not worse.any(), (
+                f"{line.name}: the exact search lists a lower score than the beam search"
+            )
         users = min(found["users"], expected["users"])
         name = f"{line.name}: {side} and beam"
         arrays = (array[:users] for array in (*lists, expected["leaves"][0], expected["scores"][0]))
@@ -272,16 +327,23 @@ def check_same(name: str, leaves, scores, expected_leaves, expected_scores) -> f
 
     Items may stand in each other's place, or in that of one just outside the list, where the scores are within SWAP_GAP.
     """
-    assert np.array_equal(leaves < 0, expected_leaves < 0), f"{name} list different numbers of items"
+    assert np.array_equal(leaves < 0, expected_leaves < 0), (
+        f"{name} list different numbers of items"
+    )
     listed = leaves >= 0
-    difference, rounding = np.abs(scores - expected_scores)[listed], RELATIVE * np.abs(expected_scores)
+    difference, rounding = (
+        np.abs(scores - expected_scores)[listed],
+        RELATIVE * np.abs(expected_scores),
+    )
     worst = (difference - rounding[listed]).max()
     assert worst <= SCORE_TOLERANCE, f"{name} differ in scores by {difference.max():.1e}"
     for user, rank in np.argwhere(leaves != expected_leaves):
         places = np.flatnonzero(expected_leaves[user] == leaves[user, rank])
         place = places[0] if len(places) else np.flatnonzero(listed[user])[-1]
         gap = abs(expected_scores[user, place] - expected_scores[user, rank])
-        assert gap <= SWAP_GAP + rounding[user, rank], f"{name} differ: user {user}, rank {rank + 1}, scores {gap:.1e} apart"
+        assert gap <= SWAP_GAP + rounding[user, rank], (
+            f"{name} differ: user {user}, rank {rank + 1}, scores {gap:.1e} apart"
+        )
     return float(difference.max())
 
 
@@ -299,25 +361,40 @@ def in_own_process(function, *arguments):
 
 def run_line(line: Line, runs: Path, generated: Path) -> dict[str, dict]:
     """Measure all sides of a line, check that they agree, print their table."""
-    print(f"\n{line.name}: {line.beams} beams, batch {line.batch}, penalty {line.penalty:g}, α {line.alpha:g}", flush=True)
+    print(
+        f"\n{line.name}: {line.beams} beams, batch {line.batch}, penalty {line.penalty:g}, α {line.alpha:g}",
+        flush=True,
+    )
     problem = load(line, runs, generated)
     measured = {side: in_own_process(measure, line, problem, side) for side in line.users}
     rows = []
     for side, found in measured.items():
         model, scoring, seconds = found["model"], found["scoring"], found["seconds"]
-        shares = [f"{100 * part / seconds:.0f} %" for part in (model, scoring, seconds - model - scoring)]
+        shares = [
+            f"{100 * part / seconds:.0f} %" for part in (model, scoring, seconds - model - scoring)
+        ]
         counts = [round(found[name], 1) for name in ("passes", "prompts", "positions", "head_rows")]
-        rows.append([side, found["users"], rate(found), *counts, *shares, round(found["peak"] / 2**20)])
+        rows.append(
+            [side, found["users"], rate(found), *counts, *shares, round(found["peak"] / 2**20)]
+        )
     header = ["side", "users", "users/s", "passes", "prompt positions", "positions", "lm-head rows"]
     print_table([*header, "model", "scoring", "rest", "peak MiB"], rows)
     for name, value in problem.notes.items():
         print(f"{name}: {value:.2g}")
     beam = measured["beam"]
     steps, positions = beam["passes_per_token_step"], beam["positions_per_beam_position"]
-    print(f"beam: {steps:.0%} of the token steps, {positions:.2f} × the positions of a search with one token a step")
+    print(
+        f"beam: {steps:.0%} of the token steps, {positions:.2f} × the positions of a search with one token a step"
+    )
     if exact := measured.get("exact"):
-        time_ratio, proofs, recall = rate(beam) / rate(exact), exact["proof_share"], exact["beam_recall"]
-        print(f"exact: proof for {proofs:.1%} of the users, {time_ratio:.2f} × the beam's time; beam recall {recall:.1%}")
+        time_ratio, proofs, recall = (
+            rate(beam) / rate(exact),
+            exact["proof_share"],
+            exact["beam_recall"],
+        )
+        print(
+            f"exact: proof for {proofs:.1%} of the users, {time_ratio:.2f} × the beam's time; beam recall {recall:.1%}"
+        )
     check_line(line, measured)
     return measured
 
@@ -331,21 +408,38 @@ def write_chart(measured: dict[str, dict], path: Path) -> None:
     """Draw the headline's users per second as bars, in plain SVG."""
     bars = {side: rate(found) for side, found in measured.items()}
     bars["grid"] *= len(GRID)
-    labels = {"generate": "generate, dict trie", "vectorised": "generate, vectorised", "grid": "beam, per α of five"}
+    labels = {
+        "generate": "generate, dict trie",
+        "vectorised": "generate, vectorised",
+        "grid": "beam, per α of five",
+    }
     scale, lines = 400 / max(bars.values()), []
     for place, (side, value) in enumerate(bars.items()):
         y, width = 40 + 30 * place, max(1, scale * value)
-        lines.append(f'<text x="150" y="{y + 15}" text-anchor="end">{labels.get(side, side)}</text>')
+        lines.append(
+            f'<text x="150" y="{y + 15}" text-anchor="end">{labels.get(side, side)}</text>'
+        )
         lines.append(f'<rect x="160" y="{y}" width="{width:.0f}" height="20" fill="#4a7ab5"/>')
         lines.append(f'<text x="{165 + width:.0f}" y="{y + 15}">{value:.2g}</text>')
     title = f"Users per second: {HEADLINE.beams} beams, prompts of {HEADLINE.prompt} tokens, vocabulary {VOCABULARY:,}, CPU"
     size = f'width="640" height="{50 + 30 * len(bars)}"'
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="13">'
-    body = "\n".join([head, '<rect width="100%" height="100%" fill="white"/>', f'<text x="10" y="22">{title}</text>', *lines])
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="13">'
+    )
+    body = "\n".join(
+        [
+            head,
+            '<rect width="100%" height="100%" fill="white"/>',
+            f'<text x="10" y="22">{title}</text>',
+            *lines,
+        ]
+    )
     path.write_text(body + "\n</svg>\n", encoding="utf-8")
 
 
-def figures_of(headline: dict[str, dict], own: dict[str, dict], t5: dict[str, dict]) -> dict[str, float]:
+def figures_of(
+    headline: dict[str, dict], own: dict[str, dict], t5: dict[str, dict]
+) -> dict[str, float]:
     """The closing line's figures."""
     beam, exact = headline["beam"], own["exact"]
     return {
@@ -369,23 +463,49 @@ def choose_lines(quick: bool, runs: Path) -> list[Line]:
     if quick:
         users = {"generate": 4, "vectorised": 8, "beam": 16, "grid": 16}
         own = replace(OWN, users={"beam": 8, "exact": 8}, row_positions=1024)
-        lines = [replace(HEADLINE, users=users), own, replace(T5, users={"CSR mask": 64, "beam": 64})]
+        lines = [
+            replace(HEADLINE, users=users),
+            own,
+            replace(T5, users={"CSR mask": 64, "beam": 64}),
+        ]
     there = {line.source for line in lines if (runs / line.source / "run" / "model").is_dir()}
     if HEADLINE.source not in there:
         print(f"No model in {runs}/{HEADLINE.source}/run (see tools/search_models.sh).")
-        print("RANDOM weights on a GENERATED catalogue instead: speeds are comparable, lists and proofs mean nothing.")
-        random = {"source": "generated:6000", "row_positions": 256}  # without a trained model there is nothing to prove
-        lines = [replace(line, **random) if line.source == HEADLINE.source else line for line in lines]
-    if missing := [line.name for line in lines if line.source in ("industrial", "instruments") and line.source not in there]:
+        print(
+            "RANDOM weights on a GENERATED catalogue instead: speeds are comparable, lists and proofs mean nothing."
+        )
+        random = {
+            "source": "generated:6000",
+            "row_positions": 256,
+        }  # without a trained model there is nothing to prove
+        lines = [
+            replace(line, **random) if line.source == HEADLINE.source else line for line in lines
+        ]
+    if missing := [
+        line.name
+        for line in lines
+        if line.source in ("industrial", "instruments") and line.source not in there
+    ]:
         print(f"Left out, no model in {runs}: {', '.join(missing)}")
     return [line for line in lines if line.name not in missing]
 
 
 def main() -> None:
     """Run the lines, print tables and figures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the headline on 16 users, proofs on 8, T5 on 64; under 50 s")
-    parser.add_argument("--runs", type=Path, default=REPOSITORY / "runs" / "search", help="what tools/search_models.sh made")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="the headline on 16 users, proofs on 8, T5 on 64; under 50 s",
+    )
+    parser.add_argument(
+        "--runs",
+        type=Path,
+        default=REPOSITORY / "runs" / "search",
+        help="what tools/search_models.sh made",
+    )
     arguments = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
     lines = choose_lines(arguments.quick, arguments.runs)
@@ -394,14 +514,25 @@ def main() -> None:
         generate_codes(generated / "codes", 10_000)
         for source in {line.source for line in lines if line.source.startswith("generated")}:
             (generated / source).mkdir()
-            run_fresh(str(Path(__file__).with_name("trie.py")), "make", source.split(":")[1], generated / source)
+            run_fresh(
+                str(Path(__file__).with_name("trie.py")),
+                "make",
+                source.split(":")[1],
+                generated / source,
+            )
         measured = {line.name: run_line(line, arguments.runs, generated) for line in lines}
     if not arguments.quick:
         write_chart(measured[HEADLINE.name], REPOSITORY / "docs" / "benchmarks" / "search.svg")
-    finish("search", figures_of(measured[HEADLINE.name], measured[OWN.name], measured[T5.name]), arguments.quick)
+    finish(
+        "search",
+        figures_of(measured[HEADLINE.name], measured[OWN.name], measured[T5.name]),
+        arguments.quick,
+    )
 
 
 if __name__ == "__main__":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks
-    torch.set_num_threads(1)  # the process that forks must have no thread pool, which children cannot use
+    torch.set_num_threads(
+        1
+    )  # the process that forks must have no thread pool, which children cannot use
     main()

@@ -32,13 +32,15 @@ import torch.nn.functional as F
 from _common import finish, print_table
 
 from igd_ds import baseline, distributed, engine
-from igd_ds.data.chains import Chains
-from igd_ds.data.collate import epoch_batches
+from igd_ds.baselines.sequences import Chains
+from igd_ds.baselines.sequential import SEQUENTIAL, linear_scan
+from igd_ds.data.batches import epoch_batches
 from igd_ds.data.dataset import Split
-from igd_ds.models.sequential import SEQUENTIAL, linear_scan
 
 NUM_ITEMS, NUM_USERS, MAX_HISTORY = 10_000, 5_000, 20
-SETTINGS = SimpleNamespace(learning_rate=1e-3, weight_decay=0.0, schedule="constant", warmup_ratio=0.0, max_grad_norm=5.0)
+SETTINGS = SimpleNamespace(
+    learning_rate=1e-3, weight_decay=0.0, schedule="constant", warmup_ratio=0.0, max_grad_norm=5.0
+)
 LOSS_TOLERANCE = 1e-4  # nats: fp32 in another order, carried through the updates
 SCAN_TOLERANCE = 1e-3
 SCAN_SHAPES = [(128, 20), (32, 200), (8, 1000)]  # sequences, items
@@ -48,7 +50,9 @@ SCAN_FIGURE, SCAN_WIDTH = (32, 200), 128
 def make_split() -> Split:
     """Every prefix of the users' items but the last two is a row."""
     rng = np.random.default_rng(0)
-    lengths = 5 + rng.lognormal(np.log(1.7), 1.3, NUM_USERS).astype(np.int64)  # quartiles 5, 6, 9; instruments: 5, 6, 9
+    lengths = 5 + rng.lognormal(np.log(1.7), 1.3, NUM_USERS).astype(
+        np.int64
+    )  # quartiles 5, 6, 9; instruments: 5, 6, 9
     ranks = (np.exp(rng.random(lengths.sum()) * np.log(NUM_ITEMS + 1)) - 1).astype(np.int64)
     items = rng.permutation(NUM_ITEMS)[ranks].astype(np.int32)
     place = np.arange(len(items)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
@@ -56,7 +60,9 @@ def make_split() -> Split:
     kept = np.minimum(place[targets], MAX_HISTORY)
     history = np.concatenate([items[t - n : t] for t, n in zip(targets, kept, strict=True)])
     users = np.repeat(np.arange(NUM_USERS), lengths)[targets]
-    return Split("train", users, history, np.concatenate([[0], np.cumsum(kept)]), items[targets], None)
+    return Split(
+        "train", users, history, np.concatenate([[0], np.cumsum(kept)]), items[targets], None
+    )
 
 
 def make_model(name: str) -> torch.nn.Module:
@@ -92,7 +98,9 @@ def make_loop(name: str, chains: Chains):
             for row in rows:
                 history = torch.from_numpy(chains.split.history(row).astype(np.int64))[None]
                 scores = model(history, torch.tensor([history.shape[1] - 1]))
-                loss = loss + F.cross_entropy(scores, torch.tensor([int(chains.split.targets[row])]))
+                loss = loss + F.cross_entropy(
+                    scores, torch.tensor([int(chains.split.targets[row])])
+                )
             (loss / num_targets).backward()
             total += loss.item()
         update()
@@ -107,7 +115,9 @@ def make_padded(name: str, chains: Chains):
     update = make_update(model)
 
     def padded(sequences: np.ndarray) -> float:
-        rows = np.concatenate([chains.rows[chains.offsets[s] : chains.offsets[s + 1]] for s in sequences])
+        rows = np.concatenate(
+            [chains.rows[chains.offsets[s] : chains.offsets[s + 1]] for s in sequences]
+        )
         batch = Chains.of_rows(chains.split, rows).collate(np.arange(len(rows)))
         loss = F.cross_entropy(model(batch.histories, batch.places), batch.targets)
         loss.backward()
@@ -119,13 +129,19 @@ def make_padded(name: str, chains: Chains):
 
 def make_ours(name: str, chains: Chains, batch_size: int):
     """Return a function from a batch of sequences to its mean loss: collate and train_step on an engine."""
-    ds = {"train_micro_batch_size_per_gpu": batch_size, "gradient_accumulation_steps": 1, "zero_optimization": {"stage": 0}}
+    ds = {
+        "train_micro_batch_size_per_gpu": batch_size,
+        "gradient_accumulation_steps": 1,
+        "zero_optimization": {"stage": 0},
+    }
     ds |= {"gradient_clipping": SETTINGS.max_grad_norm, "steps_per_print": 10**9}
     wrapped = engine.initialize(make_model(name), SETTINGS, ds, num_steps=1000)
     task = SimpleNamespace(negatives=None)
 
     def ours(sequences: np.ndarray) -> float:
-        (total, num_targets), _ = baseline.train_step(wrapped, task, "cross-entropy", [chains.collate(sequences)], False, 1)
+        (total, num_targets), _ = baseline.train_step(
+            wrapped, task, "cross-entropy", [chains.collate(sequences)], False, 1
+        )
         return total / num_targets
 
     return ours
@@ -144,7 +160,9 @@ def compare(name: str, chains: Chains, batches: np.ndarray) -> dict[str, float]:
     table = np.array(list(losses.values()))
     spread = np.ptp(table, axis=0).max()
     assert spread <= LOSS_TOLERANCE, f"{name}: losses differ by {spread:.1e}"
-    print(f"{name}: {len(batches)} losses from {table[0, 0]:.4f} to {table[0, -1]:.4f} differ by {spread:.1e} at most")
+    print(
+        f"{name}: {len(batches)} losses from {table[0, 0]:.4f} to {table[0, -1]:.4f} differ by {spread:.1e} at most"
+    )
     return seconds
 
 
@@ -161,7 +179,9 @@ def time_scan(batch: int, length: int, repetitions: int) -> tuple[float, float]:
     """Return milliseconds of the recurrence and of the scan, forward and backward, medians in turns; assert equal results."""
     torch.manual_seed(0)
     inputs = torch.randn(batch, length, SCAN_WIDTH, dtype=torch.cfloat, requires_grad=True)
-    decay = torch.polar(0.8 + 0.19 * torch.rand(SCAN_WIDTH), 6.28 * torch.rand(SCAN_WIDTH)).requires_grad_()
+    decay = torch.polar(
+        0.8 + 0.19 * torch.rand(SCAN_WIDTH), 6.28 * torch.rand(SCAN_WIDTH)
+    ).requires_grad_()
     gradient, seconds, results = torch.randn_like(inputs), {recurrence: [], linear_scan: []}, {}
     for _ in range(repetitions):
         for function in seconds:
@@ -177,8 +197,12 @@ def time_scan(batch: int, length: int, repetitions: int) -> tuple[float, float]:
 
 def main() -> None:
     """Run the comparisons and print tables and figures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="smaller batches, fewer of them; nothing is written")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="smaller batches, fewer of them; nothing is written"
+    )
     quick = parser.parse_args().quick
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)  # DeepSpeed's start-up lines would hide the tables
@@ -187,15 +211,26 @@ def main() -> None:
     chains, size, steps = Chains.build(split), *((32, 3) if quick else (128, 9))
     batches = epoch_batches(chains.lengths, size, seed=0, epoch=0, group=True)
     batches = batches[(batches >= 0).all(1)][:steps]
-    print(f"{len(split)} rows of {NUM_USERS} users in {len(chains)} sequences; batches of {size} sequences\n")
+    print(
+        f"{len(split)} rows of {NUM_USERS} users in {len(chains)} sequences; batches of {size} sequences\n"
+    )
     figures, lines = {}, []
     for name in ("sasrec", "gru4rec", "lrurec"):
         seconds = compare(name, chains, batches)
         per_step = {side: 1e3 * total / (steps - 1) for side, total in seconds.items()}
         figures[f"epoch_speedup_{name}"] = seconds["loop"] / seconds["ours"]
-        lines.append([name, *per_step.values(), figures[f"epoch_speedup_{name}"], seconds["padded rows"] / seconds["ours"]])
+        lines.append(
+            [
+                name,
+                *per_step.values(),
+                figures[f"epoch_speedup_{name}"],
+                seconds["padded rows"] / seconds["ours"],
+            ]
+        )
     print()
-    print_table(["ms a batch", "loop", "padded rows", "ours", "loop / ours", "padded / ours"], lines)
+    print_table(
+        ["ms a batch", "loop", "padded rows", "ours", "loop / ours", "padded / ours"], lines
+    )
     print()
     lines = []
     for shape in SCAN_SHAPES:

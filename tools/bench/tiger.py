@@ -43,15 +43,16 @@ from _common import REPOSITORY, finish, print_table
 from _published_tiger import PublishedTrainer, scanned_gain, weight_table
 
 from igd_ds import distributed, engine, train
-from igd_ds.data.collate import Batch, Collator, epoch_batches
+from igd_ds.backbones import read_model_config
+from igd_ds.backbones import t5 as tiger
+from igd_ds.data.batches import Batch, Collator, epoch_batches
 from igd_ds.data.dataset import Split
 from igd_ds.data.prompts import PromptBuilder
 from igd_ds.items.catalogue import Catalogue
 from igd_ds.items.decisiveness import information_gain, zero_gain
 from igd_ds.items.store import StoredCatalogue
 from igd_ds.items.trie import TokenTrie
-from igd_ds.models import read_model_config, tiger
-from igd_ds.weighting import WEIGHTINGS
+from igd_ds.objectives import WEIGHTINGS
 
 PAD, EOS, UNKNOWN, FIRST_CODE = range(4)
 LEVELS, CODES = 4, 256
@@ -75,26 +76,36 @@ def make_catalogue(num_items: int, counts: np.ndarray) -> Catalogue:
     codes = np.unique(rng.integers(CODES, size=(num_items + 100, LEVELS)), axis=0)
     codes = rng.permutation(codes)[:num_items] + FIRST_CODE + CODES * np.arange(LEVELS)
     token_ids = np.hstack([codes, np.full((num_items, 1), EOS)]).astype(np.int32).ravel()
-    return Catalogue(token_ids, np.arange(num_items + 1) * (LEVELS + 1), counts, EOS, "semantic-id", "", "")
+    return Catalogue(
+        token_ids, np.arange(num_items + 1) * (LEVELS + 1), counts, EOS, "semantic-id", "", ""
+    )
 
 
 def zipf_items(num_items: int, size: int, rng) -> np.ndarray:
     """`size` items drawn with log-uniform ranks."""
-    return rng.permutation(num_items)[(np.exp(rng.random(size) * np.log(num_items + 1)) - 1).astype(np.int64)]
+    return rng.permutation(num_items)[
+        (np.exp(rng.random(size) * np.log(num_items + 1)) - 1).astype(np.int64)
+    ]
 
 
 def make_rows(num_rows: int) -> tuple[Split, np.ndarray]:
     """Draw users; return a seeded sample of their rows, and how often each item is a target in all of them (N,)."""
     rng = np.random.default_rng(1)
-    lengths = 5 + rng.lognormal(np.log(1.7), 1.3, NUM_USERS).astype(np.int64)  # quartiles 5, 6, 9; instruments: 5, 6, 9
+    lengths = 5 + rng.lognormal(np.log(1.7), 1.3, NUM_USERS).astype(
+        np.int64
+    )  # quartiles 5, 6, 9; instruments: 5, 6, 9
     begins = np.cumsum(lengths) - lengths
     items = zipf_items(NUM_ITEMS, int(lengths.sum()), rng).astype(np.int32)
     place = np.arange(len(items)) - np.repeat(begins, lengths)
-    targets = np.flatnonzero((place > 0) & (place < np.repeat(lengths, lengths) - 2))  # a user's last two are held out
+    targets = np.flatnonzero(
+        (place > 0) & (place < np.repeat(lengths, lengths) - 2)
+    )  # a user's last two are held out
     chosen = rng.choice(targets, num_rows, replace=False)
     kept = np.minimum(place[chosen], MAX_HISTORY)
     history = np.concatenate([items[t - n : t] for t, n in zip(chosen, kept, strict=True)])
-    split = Split("train", chosen, history, np.concatenate([[0], np.cumsum(kept)]), items[chosen], None)
+    split = Split(
+        "train", chosen, history, np.concatenate([[0], np.cumsum(kept)]), items[chosen], None
+    )
     return split, np.bincount(items[targets], minlength=NUM_ITEMS)
 
 
@@ -104,10 +115,27 @@ def make_collator(catalogue: Catalogue, split: Split) -> Collator:
     stored = StoredCatalogue(catalogue, trie, information_gain(trie, "prior"), "prior")
     inside = catalogue.token_ids.reshape(-1, LEVELS + 1)[:, :LEVELS].ravel()
     offsets, nothing = np.arange(catalogue.num_items + 1) * LEVELS, np.empty(0, np.int32)
-    prompts = PromptBuilder(nothing, nothing, nothing, inside, offsets, LEVELS * MAX_HISTORY, np.array([UNKNOWN], np.int32))
+    prompts = PromptBuilder(
+        nothing,
+        nothing,
+        nothing,
+        inside,
+        offsets,
+        LEVELS * MAX_HISTORY,
+        np.array([UNKNOWN], np.int32),
+    )
     weights = WEIGHTINGS["igd"].targets[0](stored, SimpleNamespace(igd_beta=BETA))[:, None]
     zero = zero_gain(trie)[trie.path_nodes(catalogue.offsets)]
-    return Collator(split, prompts, catalogue.token_ids, catalogue.offsets, weights, zero, PAD, encoder_decoder=True)
+    return Collator(
+        split,
+        prompts,
+        catalogue.token_ids,
+        catalogue.offsets,
+        weights,
+        zero,
+        PAD,
+        encoder_decoder=True,
+    )
 
 
 def make_model() -> torch.nn.Module:
@@ -115,13 +143,21 @@ def make_model() -> torch.nn.Module:
     path = str(REPOSITORY / "tools" / "models" / "tiger.json")
     model_config = read_model_config(path)
     model_config.vocab_size, model_config.dropout_rate = FIRST_CODE + LEVELS * CODES, 0.0
-    model_config.eos_token_id, model_config.pad_token_id, model_config.decoder_start_token_id = EOS, PAD, PAD
-    config = SimpleNamespace(model_config=path, attn_implementation="sdpa", gradient_checkpointing=False)
+    model_config.eos_token_id, model_config.pad_token_id, model_config.decoder_start_token_id = (
+        EOS,
+        PAD,
+        PAD,
+    )
+    config = SimpleNamespace(
+        model_config=path, attn_implementation="sdpa", gradient_checkpointing=False
+    )
     torch.manual_seed(0)
     return tiger.build(config, model_config, torch.float32, torch.device("cpu")).train()
 
 
-def make_trainer(collator: Collator, catalogue: Catalogue, order: np.ndarray, folder: str) -> PublishedTrainer:
+def make_trainer(
+    collator: Collator, catalogue: Catalogue, order: np.ndarray, folder: str
+) -> PublishedTrainer:
     """The Trainer over the rows of `order` (steps, G), tokenized."""
     split = collator.split
     rows = [
@@ -142,13 +178,17 @@ def make_trainer(collator: Collator, catalogue: Catalogue, order: np.ndarray, fo
 def make_bare():
     """Return a function from a Batch to its loss: the least that a step is."""
     model = make_model()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=SETTINGS.learning_rate, weight_decay=SETTINGS.weight_decay)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=SETTINGS.learning_rate, weight_decay=SETTINGS.weight_decay
+    )
 
     def bare(batch: Batch) -> float:
         decoder_input_ids = model.prepare_decoder_input_ids_from_labels(batch.labels)
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         logits = model(**inputs, decoder_input_ids=decoder_input_ids, use_cache=False).logits
-        nll = F.cross_entropy(logits.view(-1, logits.shape[-1]), batch.labels.view(-1), reduction="none")
+        nll = F.cross_entropy(
+            logits.view(-1, logits.shape[-1]), batch.labels.view(-1), reduction="none"
+        )
         weights = batch.token_weights.view(-1)
         loss = (nll * weights).sum() / weights.sum()
         loss.backward()
@@ -163,7 +203,11 @@ def make_bare():
 def make_ours(collator: Collator, batch_size: int):
     """Return a function from row ids to their loss: collator and train_step."""
     distributed.init()
-    ds = {"train_micro_batch_size_per_gpu": batch_size, "gradient_accumulation_steps": 1, "zero_optimization": {"stage": 0}}
+    ds = {
+        "train_micro_batch_size_per_gpu": batch_size,
+        "gradient_accumulation_steps": 1,
+        "zero_optimization": {"stage": 0},
+    }
     ds |= {"gradient_clipping": SETTINGS.max_grad_norm, "steps_per_print": 10**9}
     logging.disable(logging.WARNING)  # DeepSpeed's start-up lines would hide the table
     wrapped = engine.initialize(make_model(), SETTINGS, ds, num_steps=1000)
@@ -204,14 +248,18 @@ class TakeTurns(transformers.TrainerCallback):
 def compare_sides(collator: Collator, catalogue: Catalogue, order: np.ndarray):
     """Train on all sides, assert equal losses; return the seconds per step by side and our side, to go on with."""
     with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(collator, catalogue, order, folder)  # before the process group, which it would join
+        trainer = make_trainer(
+            collator, catalogue, order, folder
+        )  # before the process group, which it would join
         turns = TakeTurns(make_bare(), make_ours(collator, order.shape[1]), collator, order)
         trainer.add_callback(turns)
         trainer.train()
     losses = np.array([trainer.losses, *turns.losses.values()])
     assert losses.shape == (3, len(order)), losses.shape
     spread = np.ptp(losses, axis=0)
-    assert spread.max() <= LOSS_TOLERANCE, f"losses differ by {spread.max():.1e} at step {spread.argmax() + 1}"
+    assert spread.max() <= LOSS_TOLERANCE, (
+        f"losses differ by {spread.max():.1e} at step {spread.argmax() + 1}"
+    )
     print(
         f"equal: {len(order)} losses from {losses[0, 0]:.3f} to {losses[0, -1]:.3f} differ by {spread.max():.1e} at most "
         f"(by {spread[0]:.1e} at the first step)"
@@ -245,7 +293,9 @@ def gain_seconds(num_scanned: int) -> tuple[float, float, int]:
 
     paths = [tuple(catalogue.path(item).tolist()) for item in range(NUM_IG_ITEMS)]
     scanned = rng.choice(NUM_IG_ITEMS, num_scanned, replace=False).tolist()
-    prefixes = list(dict.fromkeys(paths[item][:end] for item in scanned for end in range(LEVELS + 2)))
+    prefixes = list(
+        dict.fromkeys(paths[item][:end] for item in scanned for end in range(LEVELS + 2))
+    )
     begin = time.perf_counter()
     found = scanned_gain(paths, counts.tolist(), prefixes)
     seconds = time.perf_counter() - begin
@@ -253,13 +303,17 @@ def gain_seconds(num_scanned: int) -> tuple[float, float, int]:
     for item in scanned:
         ours = gain[nodes[catalogue.offsets[item] : catalogue.offsets[item + 1]]]
         theirs = [found[paths[item][: end + 1]] for end in range(LEVELS + 1)]
-        assert np.allclose(ours, theirs, rtol=0, atol=GAIN_TOLERANCE), f"item {item}: gains {ours}, scanned {theirs}"
+        assert np.allclose(ours, theirs, rtol=0, atol=GAIN_TOLERANCE), (
+            f"item {item}: gains {ours}, scanned {theirs}"
+        )
     return statistics.median(times), seconds * trie.num_nodes / len(prefixes), len(prefixes)
 
 
 def main() -> None:
     """Compare the sides, the orders and the gains; print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="12 batches of 16 rows; under 50 s")
     quick = parser.parse_args().quick
     steps, batch_size, num_scanned = (12, 16, 20) if quick else (50, 64, 100)
@@ -272,9 +326,14 @@ def main() -> None:
     seconds, ours = compare_sides(collator, catalogue, orders[False])
     collate = statistics.median(timed(collator, rows) for rows in orders[False])
     items = np.diff(split.history_offsets)
-    print(f"{steps} batches of {batch_size}; items in a history: median {np.median(items):.0f}, mean {items.mean():.1f}")
+    print(
+        f"{steps} batches of {batch_size}; items in a history: median {np.median(items):.0f}, mean {items.mean():.1f}"
+    )
     print(f"a call of our collator takes {collate * 1e3:.2f} ms")
-    rows = [[n, batch_size / statistics.median(s), statistics.median(s), min(s), max(s)] for n, s in seconds.items()]
+    rows = [
+        [n, batch_size / statistics.median(s), statistics.median(s), min(s), max(s)]
+        for n, s in seconds.items()
+    ]
     print_table(["side", "samples/s", "s a step (median)", "least", "most"], rows)
 
     grouping = time_orders(ours, orders, turn=4 if quick else 5)
@@ -309,6 +368,9 @@ def timed(function, *arguments) -> float:
 
 
 if __name__ == "__main__":
-    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}  # before torch or DeepSpeed look
+    os.environ |= {
+        "CUDA_VISIBLE_DEVICES": "",
+        "DS_ACCELERATOR": "cpu",
+    }  # before torch or DeepSpeed look
     torch.set_num_threads(2)
     main()

@@ -37,15 +37,15 @@ from _common import finish, peak_bytes, print_table
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from igd_ds import distributed, engine, train
-from igd_ds.data.collate import Batch, Collator
+from igd_ds.backbones import causal_lm
+from igd_ds.data.batches import Batch, Collator
 from igd_ds.data.prompts import PromptBuilder
 from igd_ds.items.catalogue import Catalogue
 from igd_ds.items.decisiveness import information_gain, zero_gain
 from igd_ds.items.store import StoredCatalogue
 from igd_ds.items.trie import TokenTrie
 from igd_ds.loss import IGNORED, at_labels, predicting_positions
-from igd_ds.models import causal_lm
-from igd_ds.weighting import WEIGHTINGS
+from igd_ds.objectives import WEIGHTINGS
 
 EOS, NEWLINE, VOCABULARY = 0, 1, 151_936
 NUM_ITEMS, NUM_ROWS, ROW_TOKENS = 5_000, 16, 224
@@ -82,7 +82,9 @@ def make_collator(catalogue: Catalogue) -> Collator:
     budget = ROW_TOKENS - int((catalogue.offsets[targets + 1] - catalogue.offsets[targets]).max())
     # A history shows items as their catalogue tokens; between two of them stands one more.
     separator = np.array([NEWLINE], np.int32)
-    prompts = PromptBuilder(frame[0], separator, frame[1], catalogue.token_ids, catalogue.offsets, budget, frame[0])
+    prompts = PromptBuilder(
+        frame[0], separator, frame[1], catalogue.token_ids, catalogue.offsets, budget, frame[0]
+    )
     weights = WEIGHTINGS["igd"].targets[0](stored, SimpleNamespace(igd_beta=BETA))[:, None]
     zero = zero_gain(trie)[trie.path_nodes(catalogue.offsets)]
     return Collator(split, prompts, catalogue.token_ids, catalogue.offsets, weights, zero, EOS)
@@ -101,7 +103,9 @@ def make_model() -> torch.nn.Module:
         max_position_embeddings=ROW_TOKENS,
         tie_word_embeddings=True,
     )
-    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32).train()
+    return AutoModelForCausalLM.from_config(
+        config, attn_implementation="sdpa", dtype=torch.float32
+    ).train()
 
 
 def make_dict_trie(catalogue: Catalogue) -> dict:
@@ -135,11 +139,17 @@ def dict_trie_gains(trie: dict, tokens: list[int]) -> list[float]:
 
 def published_loss(model, trie: dict, batch: Batch) -> torch.Tensor:
     """Full logits, full cross-entropy, weights looked up in Python per row."""
-    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+    logits = model(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+    ).logits
     shifted, labels = logits[:, :-1].contiguous(), batch.labels[:, 1:].contiguous()
-    nll = F.cross_entropy(shifted.view(-1, VOCABULARY), labels.view(-1), reduction="none").view(labels.shape)
+    nll = F.cross_entropy(shifted.view(-1, VOCABULARY), labels.view(-1), reduction="none").view(
+        labels.shape
+    )
     labelled = labels != IGNORED
-    gains = torch.cat([torch.tensor(dict_trie_gains(trie, row[row != IGNORED].tolist())) for row in labels])
+    gains = torch.cat(
+        [torch.tensor(dict_trie_gains(trie, row[row != IGNORED].tolist())) for row in labels]
+    )
     weights = torch.where(gains == 0, BETA, 1.0)
     return (nll[labelled] * weights).sum() / weights.sum()
 
@@ -159,10 +169,18 @@ def make_step(name: str, catalogue: Catalogue, num_rows: int):
         if not torch.distributed.is_initialized():
             distributed.init()
         settings = SimpleNamespace(
-            weight_decay=0.0, learning_rate=LEARNING_RATE, warmup_ratio=0.0, schedule="constant", normalization="global"
+            weight_decay=0.0,
+            learning_rate=LEARNING_RATE,
+            warmup_ratio=0.0,
+            schedule="constant",
+            normalization="global",
         )
         task = SimpleNamespace(adapter=causal_lm, weighting=WEIGHTINGS["igd"], mixing=None)
-        ds = {"train_micro_batch_size_per_gpu": num_rows, "gradient_accumulation_steps": 1, "zero_optimization": {"stage": 0}}
+        ds = {
+            "train_micro_batch_size_per_gpu": num_rows,
+            "gradient_accumulation_steps": 1,
+            "zero_optimization": {"stage": 0},
+        }
         ds |= {"gradient_clipping": MAX_NORM, "steps_per_print": 10**9}
         logging.disable(logging.WARNING)  # DeepSpeed's start-up lines would hide the table
         wrapped = engine.initialize(model, settings, ds, num_steps=1000)
@@ -176,7 +194,9 @@ def make_step(name: str, catalogue: Catalogue, num_rows: int):
     trie = make_dict_trie(catalogue) if name == "published" else None
 
     def theirs(batch: Batch) -> float:  # as Trainer does it
-        loss = published_loss(model, trie, batch) if name == "published" else bare_loss(model, batch)
+        loss = (
+            published_loss(model, trie, batch) if name == "published" else bare_loss(model, batch)
+        )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
         optimizer.step()
@@ -197,7 +217,9 @@ def measure_memory(name: str, num_rows: int) -> int:
         loaded = int(file.read().split()[1]) * resource.getpagesize()
     before = peak_bytes()
     step(batch)
-    assert peak_bytes() > before, "the step needs less memory than loading did: its peak cannot be told"
+    assert peak_bytes() > before, (
+        "the step needs less memory than loading did: its peak cannot be told"
+    )
     return peak_bytes() - loaded
 
 
@@ -222,13 +244,21 @@ def with_gradients(step, model, optimizer, batch: Batch) -> tuple[float, dict[st
 
 def check_equal(steps: dict, batch: Batch) -> None:
     """Assert that the published step and ours have the same loss and gradients."""
-    (expected, wanted), (found, got) = (with_gradients(*steps[name], batch) for name in ("published", "ours"))
-    assert abs(found - expected) <= LOSS_TOLERANCE * expected, f"weighted loss {found}, published {expected}"
+    (expected, wanted), (found, got) = (
+        with_gradients(*steps[name], batch) for name in ("published", "ours")
+    )
+    assert abs(found - expected) <= LOSS_TOLERANCE * expected, (
+        f"weighted loss {found}, published {expected}"
+    )
     assert wanted.keys() == got.keys()
     difference = sum((wanted[name] - got[name]).square().sum().item() for name in wanted) ** 0.5
     norm = sum(gradient.square().sum().item() for gradient in wanted.values()) ** 0.5
-    assert difference <= GRADIENT_TOLERANCE * norm, f"gradients differ by {difference / norm:.2e} of their norm"
-    print(f"equal: weighted loss {expected:.6f} and {found:.6f}, gradients differ by {difference / norm:.1e} of their norm")
+    assert difference <= GRADIENT_TOLERANCE * norm, (
+        f"gradients differ by {difference / norm:.2e} of their norm"
+    )
+    print(
+        f"equal: weighted loss {expected:.6f} and {found:.6f}, gradients differ by {difference / norm:.1e} of their norm"
+    )
 
 
 def seconds_of(function, *arguments) -> float:
@@ -240,11 +270,15 @@ def seconds_of(function, *arguments) -> float:
 
 def main() -> None:
     """Measure memory, check equality, measure time, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="5 rows and one round; under 50 s")
     quick = parser.parse_args().quick
     num_rows, rounds = (5, 1) if quick else (NUM_ROWS, 4)
-    memory = {name: in_fresh_process(measure_memory, name, num_rows) for name in ("published", "ours")}
+    memory = {
+        name: in_fresh_process(measure_memory, name, num_rows) for name in ("published", "ours")
+    }
 
     catalogue = make_catalogue()
     collator = make_collator(catalogue)
@@ -263,9 +297,13 @@ def main() -> None:
     collate = statistics.median(seconds_of(collator, rows) for _ in range(50))
 
     labelled = int((batch.labels != IGNORED).sum())
-    print(f"{num_rows} × {ROW_TOKENS} tokens, {labelled} labelled; a call of the collator takes {collate * 1e3:.2f} ms")
+    print(
+        f"{num_rows} × {ROW_TOKENS} tokens, {labelled} labelled; a call of the collator takes {collate * 1e3:.2f} ms"
+    )
     mebibytes = {name: round(peak / 2**20) for name, peak in memory.items()} | {"bare": "-"}
-    table = [[name, median[name], min(times[name]), max(times[name]), mebibytes[name]] for name in STEPS]
+    table = [
+        [name, median[name], min(times[name]), max(times[name]), mebibytes[name]] for name in STEPS
+    ]
     print_table(["step", "CPU s (median)", "least", "most", "peak MiB above the model"], table)
     figures = {
         "speedup": median["published"] / median["ours"],
@@ -278,6 +316,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}  # before torch or DeepSpeed look
+    os.environ |= {
+        "CUDA_VISIBLE_DEVICES": "",
+        "DS_ACCELERATOR": "cpu",
+    }  # before torch or DeepSpeed look
     torch.set_num_threads(1)
     main()

@@ -36,7 +36,9 @@ def make_items(num_items: int, folder: Path) -> None:
     """Write token_ids, offsets and counts of `num_items` synthetic items."""
     rng = np.random.default_rng(0)
 
-    def zipf_tokens(size, kinds=VOCABULARY - 2):  # log-uniform ranks: density 1/rank; 0 and 1 are EOS and newline
+    def zipf_tokens(
+        size, kinds=VOCABULARY - 2
+    ):  # log-uniform ranks: density 1/rank; 0 and 1 are EOS and newline
         return 2 + (np.exp(rng.random(size) * np.log(kinds)) - 1).astype(np.int32)
 
     num_series = max(num_items // 20, 1)
@@ -114,18 +116,31 @@ def flatten_plain(root) -> dict:
     while level:
         below = []
         for token, parent, node in level:
-            numbers = (token, parent, depth, node["items"], node["count"], node.get("zero", False), node.get("gain", 0.0))
+            numbers = (
+                token,
+                parent,
+                depth,
+                node["items"],
+                node["count"],
+                node.get("zero", False),
+                node.get("gain", 0.0),
+            )
             for name, value in zip(OUTPUTS, numbers, strict=True):
                 out[name].append(value)
         for number, (_, _, node) in enumerate(level, next_node - len(level)):
-            below += [(token, number, node[token]) for token in sorted(key for key in node if type(key) is int)]
+            below += [
+                (token, number, node[token])
+                for token in sorted(key for key in node if type(key) is int)
+            ]
         level, depth, next_node = below, depth + 1, next_node + len(below)
     return {name: np.array(values) for name, values in out.items()}
 
 
 def measure(side: str, folder: Path, save: bool) -> None:
     """In a fresh process: load, build once, report seconds and peak; optionally write the outputs for `compare`."""
-    token_ids, offsets, counts = (np.load(folder / f"{name}.npy") for name in ("token_ids", "offsets", "counts"))
+    token_ids, offsets, counts = (
+        np.load(folder / f"{name}.npy") for name in ("token_ids", "offsets", "counts")
+    )
     build, flatten = (build_ours, flatten_ours) if side == "ours" else (build_plain, flatten_plain)
     loaded = peak_bytes()
     start = time.perf_counter()
@@ -155,17 +170,29 @@ def tokenize(num_items: int) -> None:
     from tokenizers import ByteLevelBPETokenizer
     from transformers import PreTrainedTokenizerFast
 
-    from igd_ds.items.catalogue import Catalogue  # here, with transformers: not in the processes that measure memory
+    from igd_ds.items.catalogue import (
+        Catalogue,  # here, with transformers: not in the processes that measure memory
+    )
 
     rng = np.random.default_rng(0)
-    words = np.array(["".join(rng.choice(list("etaoinshrdlu"), rng.integers(2, 9))) for _ in range(20_000)])
+    words = np.array(
+        ["".join(rng.choice(list("etaoinshrdlu"), rng.integers(2, 9))) for _ in range(20_000)]
+    )
     ranks = (np.exp(rng.random((num_items, 7)) * np.log(len(words))) - 1).astype(int)
     titles = [" ".join(row) for row in words[ranks]]
     bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(titles[:20_000], 8_192, special_tokens=["<|endoftext|>"], show_progress=False)
+    bpe.train_from_iterator(
+        titles[:20_000], 8_192, special_tokens=["<|endoftext|>"], show_progress=False
+    )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|endoftext|>")
     train = SimpleNamespace(targets=np.zeros(1, np.int32))
-    dataset = SimpleNamespace(titles=titles, semantic_ids=None, splits={"train": train}, fingerprint="", num_items=num_items)
+    dataset = SimpleNamespace(
+        titles=titles,
+        semantic_ids=None,
+        splits={"train": train},
+        fingerprint="",
+        num_items=num_items,
+    )
     start = time.perf_counter()
     catalogue = Catalogue.build(dataset, tokenizer)
     seconds = time.perf_counter() - start
@@ -186,8 +213,12 @@ def run_step(step: str, size: int, folder: Path, save: bool) -> None:
 
 def main() -> None:
     """Run all sizes and print the table and the figures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="10 k and 100 k items only; under 50 s")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="10 k and 100 k items only; under 50 s"
+    )
     quick = parser.parse_args().quick
     sizes = [10_000, 100_000] if quick else [10_000, 100_000, 1_000_000, 5_000_000]
     rows, figures = [], {}
@@ -200,7 +231,10 @@ def main() -> None:
             row = [f"{size:,}", f"{int(ours['nodes']):,}", ours["seconds"], ours["bytes"] / 2**20]
             figures["bytes_per_node"] = ours["bytes"] / ours["nodes"]
             if size <= 10**6:
-                runs = [run_fresh(__file__, "plain", size, folder, run == 0) for run in range(1 if size == 10**6 else 3)]
+                runs = [
+                    run_fresh(__file__, "plain", size, folder, run == 0)
+                    for run in range(1 if size == 10**6 else 3)
+                ]
                 plain = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
                 run_fresh(__file__, "compare", size, folder)
                 speedup, ratio = plain["seconds"] / ours["seconds"], plain["bytes"] / ours["bytes"]
@@ -208,13 +242,36 @@ def main() -> None:
                 if size == (100_000 if quick else 10**6):
                     figures |= {f"speedup_{label}": speedup, f"memory_ratio_{label}": ratio}
             else:
-                row += ["-", "-", "-", "-"]  # by the plain trie's bytes per node it would need over 10 GiB
-                figures |= {f"seconds_{label}": ours["seconds"], f"peak_gib_{label}": ours["bytes"] / 2**30}
+                row += [
+                    "-",
+                    "-",
+                    "-",
+                    "-",
+                ]  # by the plain trie's bytes per node it would need over 10 GiB
+                figures |= {
+                    f"seconds_{label}": ours["seconds"],
+                    f"peak_gib_{label}": ours["bytes"] / 2**30,
+                }
         rows.append([*row, figures["bytes_per_node"]])
     titles = 20_000 if quick else 100_000
     text = run_fresh(__file__, "tokenize", titles, "")
-    print_table(["items", "nodes", "s", "peak MiB", "plain s", "plain MiB", "speed x", "memory x", "bytes/node"], rows)
-    print(f"tokenization, apart: {titles:,} titles ({text['tokens_per_item']:.1f} tokens each) in {text['seconds']:.2f} s")
+    print_table(
+        [
+            "items",
+            "nodes",
+            "s",
+            "peak MiB",
+            "plain s",
+            "plain MiB",
+            "speed x",
+            "memory x",
+            "bytes/node",
+        ],
+        rows,
+    )
+    print(
+        f"tokenization, apart: {titles:,} titles ({text['tokens_per_item']:.1f} tokens each) in {text['seconds']:.2f} s"
+    )
     finish("trie", figures, quick)
 
 

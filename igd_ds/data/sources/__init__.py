@@ -24,6 +24,7 @@ from igd_ds.data.sources import (
     synthetic,
     yelp,
 )
+from igd_ds.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -62,30 +63,34 @@ def find_files(name: str, inputs: Sequence[Path]) -> dict[str, list[Path]]:
     """
     kinds = SOURCES[name].files
     if inputs and not kinds:
-        raise ValueError(f"source {name} reads no files; leave out --input")
+        raise UsageError(f"source {name} reads no files; leave out --input")
     found: dict[str, list[Path]] = {role: [] for role in kinds}
     strangers = []
     for given in inputs:
         if not (given.is_file() or given.is_dir()):
-            raise ValueError(f"--input {given}: there is no such file or folder")
+            raise UsageError(f"--input {given}: there is no such file or folder")
         for path in _inside(given) if given.is_dir() else [given]:
             role = _role(kinds, path)
             if role:
                 found[role].append(path)
             elif path == given or not given.is_dir():
-                raise ValueError(_stranger(name, path))
+                raise UsageError(_stranger(name, path))
             else:
                 strangers.append(path)
     every = [path.resolve() for paths in found.values() for path in paths]
     if twice := sorted({str(path) for path in every if every.count(path) > 1}):
-        raise ValueError(f"--input names {twice[0]} twice")
+        raise UsageError(f"--input names {twice[0]} twice")
     for role, kind in kinds.items():
         if not found[role] and not kind.optional:
             told = f"; {_stranger(name, strangers[0])}" if strangers else ""
             given = ", ".join(map(str, inputs)) or "nothing"
-            raise ValueError(f"source {name} needs --input with {role} ({kind.described()}), got {given}{told}")
+            raise UsageError(
+                f"source {name} needs --input with {role} ({kind.described()}), got {given}{told}"
+            )
         if len(found[role]) > 1 and not kind.many:
-            raise ValueError(f"source {name} reads one file of {role}, found {', '.join(map(str, found[role]))}: name the one")
+            raise UsageError(
+                f"source {name} reads one file of {role}, found {', '.join(map(str, found[role]))}: name the one"
+            )
     return {role: sorted(paths) for role, paths in found.items() if paths}
 
 
@@ -94,7 +99,9 @@ def _inside(folder: Path) -> list[Path]:
     paths = [path for path in sorted([*folder.glob("*"), *folder.glob("*/*")]) if path.is_file()]
     for path in paths:
         if not path.resolve().is_relative_to(folder.resolve()):
-            raise ValueError(f"{path} is a link to {path.resolve()}, outside of --input {folder}: give that path itself")
+            raise UsageError(
+                f"{path} is a link to {path.resolve()}, outside of --input {folder}: give that path itself"
+            )
     return [path for path in paths if not path.name.startswith(".")]
 
 

@@ -17,7 +17,9 @@ from igd_ds.data.raw_files import FileKind
 
 FILES = {
     "reviews": FileKind(frozenset({"reviewerID", "asin", "unixReviewTime", "verified"})),
-    "metadata": FileKind(frozenset({"asin", "title", "category"}), names=("meta_*.json",), optional=True),
+    "metadata": FileKind(
+        frozenset({"asin", "title", "category"}), names=("meta_*.json",), optional=True
+    ),
 }
 REVIEW_COLUMNS = {"reviewerID": "VARCHAR", "asin": "VARCHAR", "unixReviewTime": "BIGINT"}
 ITEM_COLUMNS = {

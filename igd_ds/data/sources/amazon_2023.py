@@ -16,12 +16,15 @@ from pathlib import Path
 from igd_ds.data.dataset import SourceData
 from igd_ds.data.raw import RawReader
 from igd_ds.data.raw_files import FileKind, parts_in_order
+from igd_ds.errors import UsageError
 
 REVIEW_KEYS = frozenset({"user_id", "parent_asin", "timestamp"})
 FILES = {
     "reviews": FileKind(REVIEW_KEYS, optional=True),
     "ratings": FileKind(REVIEW_KEYS, header=True, optional=True, many=True),
-    "metadata": FileKind(frozenset({"parent_asin", "title", "main_category"}), names=("meta_*.jsonl",), optional=True),
+    "metadata": FileKind(
+        frozenset({"parent_asin", "title", "main_category"}), names=("meta_*.jsonl",), optional=True
+    ),
 }
 REVIEW_COLUMNS = {"user_id": "VARCHAR", "parent_asin": "VARCHAR", "timestamp": "BIGINT"}
 ITEM_COLUMNS = {
@@ -41,11 +44,15 @@ def read(raw: RawReader, files: dict[str, list[Path]]) -> SourceData:
     """Read reviews or ratings and, where given, metadata. Raises ValueError when there are both or neither."""
     if ("reviews" in files) == ("ratings" in files):
         given = ", ".join(str(path) for paths in files.values() for path in paths)
-        raise ValueError(f"source amazon-2023 needs either a file of reviews or CSVs of ratings, got {given}")
+        raise UsageError(
+            f"source amazon-2023 needs either a file of reviews or CSVs of ratings, got {given}"
+        )
     if "reviews" in files:
         raw.read_json_lines("reviews", files["reviews"], REVIEW_COLUMNS)
     else:
-        raw.read_csv("reviews", parts_in_order(files["ratings"], ".csv"), REVIEW_COLUMNS, delimiter=",")
+        raw.read_csv(
+            "reviews", parts_in_order(files["ratings"], ".csv"), REVIEW_COLUMNS, delimiter=","
+        )
     if "metadata" in files:
         raw.read_json_lines("metadata", files["metadata"], ITEM_COLUMNS)
     return raw.source_data(INTERACTIONS, ITEMS if "metadata" in files else None)

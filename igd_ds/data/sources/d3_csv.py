@@ -29,13 +29,17 @@ from igd_ds.data.dataset import ROW_SCHEMA, SPLITS, SourceData
 from igd_ds.data.raw import EARLIEST_MILLISECOND, RawReader
 from igd_ds.data.raw_files import FileKind, open_raw, sniff
 from igd_ds.data.sources.lcrec_json import ITEM_COLUMNS, add_table, item_number, read_index
+from igd_ds.errors import UsageError
 
 FILES = {name: FileKind(names=(f"{name}.csv", f"{name}/*.csv")) for name in SPLITS} | {
     "info": FileKind(names=("info.txt", "info/*.txt")),
     "index": FileKind(names=("index.json", "*.index.json"), optional=True),
 }
 ITEMS = "SELECT item, title, semantic_id, position FROM d3_item"
-INTEGER, LIST = r"\d{1,18}", r"\[ *''?\d{1,18}''?( *, *''?\d{1,18}''?)* *\]"  # '' is one quote in SQL
+INTEGER, LIST = (
+    r"\d{1,18}",
+    r"\[ *''?\d{1,18}''?( *, *''?\d{1,18}''?)* *\]",
+)  # '' is one quote in SQL
 
 
 def read(raw: RawReader, files: dict[str, list[Path]]) -> SourceData:
@@ -45,9 +49,16 @@ def read(raw: RawReader, files: dict[str, list[Path]]) -> SourceData:
     if index:
         codes = read_index(index[0])
         if without := sorted(titles.keys() - codes.keys()):
-            raise ValueError(f"{index[0]}: {len(without)} items of {info}, such as {without[0]}, have no semantic id")
+            raise UsageError(
+                f"{index[0]}: {len(without)} items of {info}, such as {without[0]}, have no semantic id"
+            )
     rows = [
-        {"item": str(item), "title": title or None, "semantic_id": codes.get(item), "position": place}
+        {
+            "item": str(item),
+            "title": title or None,
+            "semantic_id": codes.get(item),
+            "position": place,
+        }
         for place, (item, title) in enumerate(titles.items())
     ]
     add_table(raw, "d3_item", pa.Table.from_pylist(rows, ITEM_COLUMNS))
@@ -56,8 +67,12 @@ def read(raw: RawReader, files: dict[str, list[Path]]) -> SourceData:
     timed = {name: not table["timestamp"].null_count for name, table in tables.items()}
     if len(set(timed.values())) > 1:
         without = ", ".join(str(files[name][0]) for name in SPLITS if not timed[name])
-        raise ValueError(f"{without}: no column timestamp, which the other files have; take all three from one place")
-    add_table(raw, "d3_row", pa.concat_tables(table.drop_columns("history") for table in tables.values()))
+        raise UsageError(
+            f"{without}: no column timestamp, which the other files have; take all three from one place"
+        )
+    add_table(
+        raw, "d3_row", pa.concat_tables(table.drop_columns("history") for table in tables.values())
+    )
     data = raw.source_data(
         'SELECT user_id AS "user", item_id::VARCHAR AS item, "timestamp" AS "time", rowid AS position FROM d3_row',
         ITEMS,
@@ -75,20 +90,26 @@ def read_info(path: Path) -> tuple[dict[int, str], dict[int, list[str]]]:
         place = f"{path}:{number}"
         head, tab, key = line.rpartition("\t")
         if not tab:
-            raise ValueError(f"{place}: need title TAB item_id or SID TAB title TAB item_id, found {line[:60]!r}")
+            raise UsageError(
+                f"{place}: need title TAB item_id or SID TAB title TAB item_id, found {line[:60]!r}"
+            )
         item = item_number(place, key)
         if item in titles:
-            raise ValueError(f"{place}: item {item} is there twice, first on line {first_line[item]}")
+            raise UsageError(
+                f"{place}: item {item} is there twice, first on line {first_line[item]}"
+            )
         sid, tab, title = head.partition("\t")
         if with_codes is None:
             with_codes = bool(tab) and re.fullmatch(r"(<[^<>]+>)+", sid) is not None
         if with_codes and not re.fullmatch(r"(<[^<>]+>)+", sid):
-            raise ValueError(f"{place}: need a semantic id such as <a_1><b_2> first, as on the lines before, found {sid[:60]!r}")
+            raise UsageError(
+                f"{place}: need a semantic id such as <a_1><b_2> first, as on the lines before, found {sid[:60]!r}"
+            )
         if with_codes:
             codes[item] = [f"<{code}>" for code in sid[1:-1].split("><")]
         titles[item], first_line[item] = title if with_codes else head, number
     if not titles:
-        raise ValueError(f"{path}: no items")
+        raise UsageError(f"{path}: no items")
     return titles, codes
 
 
@@ -100,7 +121,7 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
         try:
             text = line.decode("utf-8").rstrip("\r")
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path}:{number}: not UTF-8: {error}") from error
+            raise UsageError(f"{path}:{number}: not UTF-8: {error}") from error
         if text:
             yield number, text
 
@@ -110,12 +131,19 @@ def read_rows(raw: RawReader, name: str, path: Path, ids: np.ndarray, info: Path
 
     `ids` int64 (N,) are the items of the file `info`. ValueError names the first row with a broken cell or an unknown item.
     """
-    columns = ["user_id", "history_item_id", "item_id"] + ["timestamp"] * ("timestamp" in sniff(path)[1])
+    columns = ["user_id", "history_item_id", "item_id"] + ["timestamp"] * (
+        "timestamp" in sniff(path)[1]
+    )
     table = f"d3_{name}"
-    raw.read_csv(table, [path], dict.fromkeys(columns, "VARCHAR"), delimiter=",", header=True, quote='"')
+    raw.read_csv(
+        table, [path], dict.fromkeys(columns, "VARCHAR"), delimiter=",", header=True, quote='"'
+    )
     wrong = (
         ["coalesce(user_id, '') = ''"]
-        + [f"NOT coalesce(regexp_full_match({column}, '{INTEGER}'), false)" for column in columns[2:]]
+        + [
+            f"NOT coalesce(regexp_full_match({column}, '{INTEGER}'), false)"
+            for column in columns[2:]
+        ]
         + [f"NOT coalesce(regexp_full_match(history_item_id, '{LIST}'), false)"]
     )
     broken = raw.connection.sql(
@@ -123,21 +151,30 @@ def read_rows(raw: RawReader, name: str, path: Path, ids: np.ndarray, info: Path
     ).fetchall()
     if broken:
         row, *cells = broken[0]
-        values = ", ".join(f"{column} {str(cell)[:60]!r}" for column, cell in zip(columns, cells, strict=True))
-        raise ValueError(f"{path}: row {row}: need a user, integers and a list such as [3, 14], found {values}")
+        values = ", ".join(
+            f"{column} {str(cell)[:60]!r}" for column, cell in zip(columns, cells, strict=True)
+        )
+        raise UsageError(
+            f"{path}: row {row}: need a user, integers and a list such as [3, 14], found {values}"
+        )
     times = '"timestamp"::BIGINT' if "timestamp" in columns else "NULL::BIGINT"
     found = raw.connection.sql(
         f'SELECT user_id, history_item_id::BIGINT[] AS history, item_id::BIGINT AS item_id, {times} AS "timestamp" FROM {table}'
     ).to_arrow_table()
     if not len(found):
-        raise ValueError(f"{path}: no rows")
+        raise UsageError(f"{path}: no rows")
     histories = found["history"].combine_chunks()
     for items, row_of in [
         (found["item_id"].to_numpy(), lambda place: place),
-        (histories.flatten().to_numpy(), lambda place: np.searchsorted(histories.offsets, place, side="right") - 1),
+        (
+            histories.flatten().to_numpy(),
+            lambda place: np.searchsorted(histories.offsets, place, side="right") - 1,
+        ),
     ]:
         if len(unknown := np.flatnonzero(~np.isin(items, ids))):
-            raise ValueError(f"{path}: row {row_of(unknown[0]) + 1}: item {items[unknown[0]]} is not in {info}")
+            raise UsageError(
+                f"{path}: row {row_of(unknown[0]) + 1}: item {items[unknown[0]]} is not in {info}"
+            )
     return found
 
 

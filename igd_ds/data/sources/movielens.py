@@ -18,6 +18,7 @@ from pathlib import Path
 from igd_ds.data.dataset import SourceData
 from igd_ds.data.raw import RawReader
 from igd_ds.data.raw_files import FileKind, open_raw
+from igd_ds.errors import UsageError
 
 RATINGS = {"u.data": "\t", "ratings.dat": "::", "ratings.csv": ","}  # file name → delimiter
 MOVIES = {"u.item": "|", "movies.dat": "::", "movies.csv": ","}
@@ -37,21 +38,35 @@ def read(raw: RawReader, files: dict[str, list[Path]]) -> SourceData:
     (ratings,), (movies,) = files["ratings"], files["movies"]
     rating_name, movie_name = (path.name.removesuffix(".gz") for path in (ratings, movies))
     if list(RATINGS).index(rating_name) != list(MOVIES).index(movie_name):
-        raise ValueError(f"{ratings} and {movies} are of different MovieLens sizes; give the two files of one folder")
+        raise UsageError(
+            f"{ratings} and {movies} are of different MovieLens sizes; give the two files of one folder"
+        )
     header, quote = rating_name == "ratings.csv", '"' if rating_name == "ratings.csv" else ""
     columns = {"userId": "VARCHAR", "movieId": "VARCHAR", "rating": "DOUBLE", "timestamp": "BIGINT"}
-    raw.read_csv("ratings", [ratings], columns, delimiter=RATINGS[rating_name], header=header, quote=quote)
+    raw.read_csv(
+        "ratings", [ratings], columns, delimiter=RATINGS[rating_name], header=header, quote=quote
+    )
     columns = {"movieId": "VARCHAR", "title": "VARCHAR"}
-    genres = f"""[genre FOR genre IN string_split(genres, '|') IF genre NOT IN ('', '{NO_GENRES}')]"""
+    genres = (
+        f"""[genre FOR genre IN string_split(genres, '|') IF genre NOT IN ('', '{NO_GENRES}')]"""
+    )
     if movie_name == "u.item":
         flags = {f"flag{place}": genre for place, genre in enumerate(GENRES.split())}
         columns |= dict.fromkeys(("release", "video", "link", *flags), "VARCHAR")
-        set_genres = ", ".join(f"CASE {flag} WHEN '1' THEN $${flags[flag]}$$ END" for flag in list(flags)[1:])
+        set_genres = ", ".join(
+            f"CASE {flag} WHEN '1' THEN $${flags[flag]}$$ END" for flag in list(flags)[1:]
+        )
         genres = f"[genre FOR genre IN [{set_genres}] IF genre IS NOT NULL]"
     else:
         columns["genres"] = "VARCHAR"
     raw.read_csv(
-        "movies", [movies], columns, delimiter=MOVIES[movie_name], header=header, encoding=encoding_of(movies), quote=quote
+        "movies",
+        [movies],
+        columns,
+        delimiter=MOVIES[movie_name],
+        header=header,
+        encoding=encoding_of(movies),
+        quote=quote,
     )
     return raw.source_data(INTERACTIONS, ITEMS.format(genres=genres), whole_catalogue=True)
 

@@ -27,6 +27,7 @@ from pathlib import Path
 from igd_ds.data.dataset import SourceData
 from igd_ds.data.raw import RawReader
 from igd_ds.data.raw_files import FileKind, parts_in_order, sniff
+from igd_ds.errors import UsageError
 
 FILES = {
     "interactions": FileKind(names=("*.inter",), many=True),
@@ -49,11 +50,15 @@ def read(raw: RawReader, files: dict[str, list[Path]]) -> SourceData:
     paths = parts_in_order(files["interactions"], ".inter")
     names = typed_header(paths[0])
     if lists := [name for name in names if name.endswith("_list")]:
-        raise ValueError(f"{paths[0]}: column {lists[0]} holds a history; give interaction files, with one item on a line")
+        raise UsageError(
+            f"{paths[0]}: column {lists[0]} holds a history; give interaction files, with one item on a line"
+        )
     user, item, time = (first_of(names, wanted) for wanted in (USER, ITEM, TIME))
     if not (user and item):
         missing = " or ".join(ITEM if user else USER)
-        raise ValueError(f"{paths[0]}: no column {missing}; the header has {', '.join(names.values())}")
+        raise UsageError(
+            f"{paths[0]}: no column {missing}; the header has {', '.join(names.values())}"
+        )
     seconds = f"try_cast(floor({quoted(time)}) AS BIGINT)" if time else "NULL::BIGINT"
     # Within a second the fraction decides the order: from here on the position says it.
     position = f"row_number() OVER (ORDER BY {quoted(time)}, rowid) - 1" if time else "rowid"
@@ -72,15 +77,19 @@ def read_items(raw: RawReader, path: Path, item_name: str) -> str:
     item, title = first_of(names, (item_name, *ITEM)), first_of(names, TITLE)
     if not (item and title):
         missing = " or ".join(TITLE if item else ITEM)
-        raise ValueError(f"{path}: no column {missing}; the header has {', '.join(names.values())}")
-    texts = {"item": item, "title": title} | {name: names[name] for name in ("brand", "description") if name in names}
+        raise UsageError(f"{path}: no column {missing}; the header has {', '.join(names.values())}")
+    texts = {"item": item, "title": title} | {
+        name: names[name] for name in ("brand", "description") if name in names
+    }
     chosen = [f"{unquoted(column)} AS {name}" for name, column in texts.items()]
     if categories := first_of(names, CATEGORIES):
         chosen.append(f"{SEQUENCE.format(unquoted(categories))} AS categories")
     if price := names.get("price"):
         chosen.append(f"try_cast({quoted(price)} AS DOUBLE) AS price")
     columns = dict.fromkeys(column for column in (*texts.values(), categories, price) if column)
-    raw.read_csv("recbole_item", [path], dict.fromkeys(columns, "VARCHAR"), delimiter="\t", header=True)
+    raw.read_csv(
+        "recbole_item", [path], dict.fromkeys(columns, "VARCHAR"), delimiter="\t", header=True
+    )
     return f"SELECT {', '.join(chosen)}, rowid AS position FROM recbole_item"
 
 
@@ -88,12 +97,12 @@ def typed_header(path: Path) -> dict[str, str]:
     """Return the header's columns, name → "name:type"; ValueError where one has no type or is there twice."""
     columns = sniff(path)[1]
     if untyped := [column for column in columns if ":" not in column]:
-        raise ValueError(
+        raise UsageError(
             f"{path}: column {untyped[0]!r} of the header has no type; atomic files say name:type, e.g. item_id:token"
         )
     names = {column.partition(":")[0]: column for column in columns}
     if len(names) < len(columns):
-        raise ValueError(f"{path}: the header names a column twice: {', '.join(columns)}")
+        raise UsageError(f"{path}: the header names a column twice: {', '.join(columns)}")
     return names
 
 

@@ -16,8 +16,12 @@ import numpy as np
 from igd_ds.data.dataset import Interactions, SourceData
 from igd_ds.data.raw import RawReader
 from igd_ds.data.raw_files import FileKind, open_raw
+from igd_ds.errors import UsageError
 
-FILES = {"items": FileKind(names=("items.jsonl",)), "sequences": FileKind(names=("sequences.jsonl",))}
+FILES = {
+    "items": FileKind(names=("items.jsonl",)),
+    "sequences": FileKind(names=("sequences.jsonl",)),
+}
 
 
 def read(raw: RawReader, files: dict[str, list[Path]]) -> SourceData:
@@ -30,7 +34,7 @@ def read(raw: RawReader, files: dict[str, list[Path]]) -> SourceData:
 def _lines(path: Path, id_key: str) -> Iterator[tuple[str, int, dict]]:
     """Yield (file:line, id, object) per line; ids are integers and unique."""
     if not path.is_file():
-        raise ValueError(f"{path} is missing")
+        raise UsageError(f"{path} is missing")
     seen: dict[int, int] = {}
     with open_raw(path) as file:
         for number, line in enumerate(file, start=1):
@@ -38,12 +42,14 @@ def _lines(path: Path, id_key: str) -> Iterator[tuple[str, int, dict]]:
             try:
                 entry = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise ValueError(f"{place}: not valid JSON: {error}") from error
+                raise UsageError(f"{place}: not valid JSON: {error}") from error
             key = entry.get(id_key) if isinstance(entry, dict) else None
             if type(key) is not int or not -(2**63) <= key < 2**63:
-                raise ValueError(f"{place}: need an object with an integer {id_key}, found {line[:80]!r}")
+                raise UsageError(
+                    f"{place}: need an object with an integer {id_key}, found {line[:80]!r}"
+                )
             if key in seen:
-                raise ValueError(f"{place}: duplicate {id_key} {key}, first on line {seen[key]}")
+                raise UsageError(f"{place}: duplicate {id_key} {key}, first on line {seen[key]}")
             seen[key] = number
             yield place, key, entry
 
@@ -53,17 +59,23 @@ def _read_items(path: Path) -> tuple[list[str | None], list[list[str]] | None]:
     for place, item, entry in _lines(path, "item_id"):
         title, codes = entry.get("title"), entry.get("semantic_id")
         if title is not None and not isinstance(title, str):
-            raise ValueError(f"{place}: title must be a string or null, found {title!r}")
-        if codes is not None and not (isinstance(codes, list) and codes and all(isinstance(c, str) and c for c in codes)):
-            raise ValueError(f"{place}: semantic_id must be a list of strings, found {codes!r}")
+            raise UsageError(f"{place}: title must be a string or null, found {title!r}")
+        if codes is not None and not (
+            isinstance(codes, list) and codes and all(isinstance(c, str) and c for c in codes)
+        ):
+            raise UsageError(f"{place}: semantic_id must be a list of strings, found {codes!r}")
         if found and (codes is None) != (next(iter(found.values()))[1] is None):
-            raise ValueError(f"{place}: item {item} {'lacks' if codes is None else 'has'} a semantic_id, unlike the lines before")
+            raise UsageError(
+                f"{place}: item {item} {'lacks' if codes is None else 'has'} a semantic_id, unlike the lines before"
+            )
         found[item] = (title, codes)
     if not found:
-        raise ValueError(f"{path}: no items")
+        raise UsageError(f"{path}: no items")
     missing = next((item for item in range(len(found)) if item not in found), None)
     if missing is not None:
-        raise ValueError(f"{path}: {len(found)} items, but no item_id {missing}: ids must be dense from 0")
+        raise UsageError(
+            f"{path}: {len(found)} items, but no item_id {missing}: ids must be dense from 0"
+        )
     titles, semantic_ids = map(list, zip(*(found[item] for item in range(len(found))), strict=True))
     return titles, None if semantic_ids[0] is None else semantic_ids
 
@@ -73,15 +85,28 @@ def _read_users(path: Path, num_items: int) -> Interactions:
     for place, user, entry in _lines(path, "user_id"):
         listed = entry.get("items")
         try:
-            items = np.asarray(listed) if isinstance(listed, list) and listed else np.empty(0, dtype=np.int64)
+            items = (
+                np.asarray(listed)
+                if isinstance(listed, list) and listed
+                else np.empty(0, dtype=np.int64)
+            )
         except ValueError:  # a ragged list
             items = np.asarray("")
-        if not isinstance(listed, list) or bool in map(type, listed) or items.ndim != 1 or items.dtype.kind != "i":
-            raise ValueError(f"{place}: items must be a list of item ids, found {str(listed)[:80]}")
+        if (
+            not isinstance(listed, list)
+            or bool in map(type, listed)
+            or items.ndim != 1
+            or items.dtype.kind != "i"
+        ):
+            raise UsageError(f"{place}: items must be a list of item ids, found {str(listed)[:80]}")
         if len(items) and (items.min() < 0 or items.max() >= num_items):
             wrong = items[(items < 0) | (items >= num_items)][0]
-            raise ValueError(f"{place}: item {wrong} of user {user} is not in items.jsonl (ids 0 to {num_items - 1})")
+            raise UsageError(
+                f"{place}: item {wrong} of user {user} is not in items.jsonl (ids 0 to {num_items - 1})"
+            )
         users.append(user)
         lengths.append(len(items))
         sequences.append(items.astype(np.int32))
-    return Interactions(np.repeat(np.asarray(users, dtype=np.int64), lengths), np.concatenate(sequences), None)
+    return Interactions(
+        np.repeat(np.asarray(users, dtype=np.int64), lengths), np.concatenate(sequences), None
+    )

@@ -19,7 +19,9 @@ from igd_ds.data.raw import RawReader
 from igd_ds.data.raw_files import FileKind
 
 FILES = {
-    "reviews": FileKind(keys=frozenset({"username", "product_id", "date"}), names=("steam_reviews.json",)),
+    "reviews": FileKind(
+        keys=frozenset({"username", "product_id", "date"}), names=("steam_reviews.json",)
+    ),
     "games": FileKind(keys=frozenset({"app_name", "id"}), names=("steam_games.json",)),
 }
 INTERACTIONS = """
@@ -34,6 +36,12 @@ GAMES = """
 def read(raw: RawReader, files: dict[str, list[Path]]) -> SourceData:
     """Read the two files. Raises ValueError naming file and line for what is not as described above."""
     texts = dict.fromkeys(("id", "app_name", "title", "developer", "publisher", "price"), "VARCHAR")
-    raw.read_json_lines("steam_reviews", files["reviews"], {"username": "VARCHAR", "product_id": "VARCHAR", "date": "DATE"})
-    raw.read_json_lines("steam_games", files["games"], texts | {"tags": "VARCHAR[]", "genres": "VARCHAR[]"})
+    raw.read_json_lines(
+        "steam_reviews",
+        files["reviews"],
+        {"username": "VARCHAR", "product_id": "VARCHAR", "date": "DATE"},
+    )
+    raw.read_json_lines(
+        "steam_games", files["games"], texts | {"tags": "VARCHAR[]", "genres": "VARCHAR[]"}
+    )
     return raw.source_data(INTERACTIONS, GAMES)

@@ -29,6 +29,7 @@ import pyarrow.compute as pc
 from igd_ds.data.dataset import Interactions, SourceData
 from igd_ds.data.raw import RawReader
 from igd_ds.data.raw_files import FileKind
+from igd_ds.errors import UsageError
 
 DEFAULT_ITEMS, DEFAULT_USERS = 600, 1500
 MIN_ITEMS = 10
@@ -91,13 +92,19 @@ def make_chain(num_items: int, seed: int) -> Chain:
     successors = np.stack([*wrapped, sequel[series]], axis=1)
     draw = is_warm / (np.arange(1, num_items + 1) + ZIPF_SHIFT)
     titles = np.asarray(_titles(series, volume, rng), dtype=object)
-    copies, originals = np.split(rng.permutation(num_items)[: 2 * int(num_items * SHARED_TITLE_SHARE)], 2)
+    copies, originals = np.split(
+        rng.permutation(num_items)[: 2 * int(num_items * SHARED_TITLE_SHARE)], 2
+    )
     titles[copies] = titles[originals]
 
     # Until here an item's number was its rank: series by series, most popular first. Ids are a random permutation of ranks.
     id_of = rng.permutation(num_items)
     rank_of = np.argsort(id_of)
-    return Chain(titles[rank_of].tolist(), id_of[successors][rank_of].astype(np.int32), (draw / draw.sum())[rank_of])
+    return Chain(
+        titles[rank_of].tolist(),
+        id_of[successors][rank_of].astype(np.int32),
+        (draw / draw.sum())[rank_of],
+    )
 
 
 def _titles(series: np.ndarray, volume: np.ndarray, rng: np.random.Generator) -> list[str]:
@@ -111,7 +118,9 @@ def _titles(series: np.ndarray, volume: np.ndarray, rng: np.random.Generator) ->
     def words(table: str, index: np.ndarray, separator: str | None = None) -> pa.Array:
         return pa.array(table.split(separator)).take(pa.array(index))
 
-    place = pc.binary_join_element_wise(words(PLACE_STARTS, (name >> 9) & 31), words(PLACE_ENDS, (name >> 4) & 31), "")
+    place = pc.binary_join_element_wise(
+        words(PLACE_STARTS, (name >> 9) & 31), words(PLACE_ENDS, (name >> 4) & 31), ""
+    )
     parts = [
         words(ADJECTIVES, name >> 19),
         " ",
@@ -137,13 +146,19 @@ FILES: dict[str, FileKind] = {}
 
 def read(raw: RawReader, files: dict[str, list[Path]]) -> SourceData:
     """Make `num_items` items and `num_users` users (0: the demo's 600 and 1500) from the request's seed. Reads no files."""
-    return make_synthetic(raw.request.num_items or DEFAULT_ITEMS, raw.request.num_users or DEFAULT_USERS, raw.request.seed)
+    return make_synthetic(
+        raw.request.num_items or DEFAULT_ITEMS,
+        raw.request.num_users or DEFAULT_USERS,
+        raw.request.seed,
+    )
 
 
 def make_synthetic(num_items: int, num_users: int, seed: int) -> SourceData:
     """Make the source."""
     if num_items < MIN_ITEMS:
-        raise ValueError(f"--num_items {num_items}: synthetic data needs at least {MIN_ITEMS} items")
+        raise UsageError(
+            f"--num_items {num_items}: synthetic data needs at least {MIN_ITEMS} items"
+        )
     chain = make_chain(num_items, seed)
     rng = np.random.default_rng([seed, 1])
     low, high = SEQUENCE_LENGTHS

@@ -20,9 +20,13 @@ from igd_ds.data.raw_files import FileKind
 
 FILES = {
     "reviews": FileKind(
-        keys=frozenset({"review_id", "user_id", "business_id", "date"}), names=("yelp_academic_dataset_review.json",)
+        keys=frozenset({"review_id", "user_id", "business_id", "date"}),
+        names=("yelp_academic_dataset_review.json",),
     ),
-    "businesses": FileKind(keys=frozenset({"business_id", "name", "categories"}), names=("yelp_academic_dataset_business.json",)),
+    "businesses": FileKind(
+        keys=frozenset({"business_id", "name", "categories"}),
+        names=("yelp_academic_dataset_business.json",),
+    ),
 }
 INTERACTIONS = """
     SELECT user_id AS "user", business_id AS item, epoch("date")::BIGINT AS "time", rowid AS position FROM yelp_reviews"""
@@ -34,7 +38,11 @@ BUSINESSES = """
 
 def read(raw: RawReader, files: dict[str, list[Path]]) -> SourceData:
     """Read the two files. Raises ValueError naming file and line for what is not as described above."""
-    raw.read_json_lines("yelp_reviews", files["reviews"], {"user_id": "VARCHAR", "business_id": "VARCHAR", "date": "TIMESTAMP"})
+    raw.read_json_lines(
+        "yelp_reviews",
+        files["reviews"],
+        {"user_id": "VARCHAR", "business_id": "VARCHAR", "date": "TIMESTAMP"},
+    )
     columns = dict.fromkeys(("business_id", "name", "city", "state", "categories"), "VARCHAR")
     raw.read_json_lines("yelp_businesses", files["businesses"], columns)
     return raw.source_data(INTERACTIONS, BUSINESSES)

@@ -1,0 +1,1 @@
+"""Settings: how they are declared, parsed and checked."""

@@ -1,0 +1,152 @@
+"""Files and folders that are whole or not there, and output folders that belong to one request.
+
+Text, JSON and tables are written to a temporary file beside the target and then renamed. Folders
+are filled under a temporary name and then renamed. What a killed process leaves is recognisable by
+its name: TARGET.tmp-PID.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from igd_ds.errors import UsageError
+
+
+def temporary_name(path: Path) -> Path:
+    """Return the name under which this process writes what shall become `path`."""
+    return path.with_name(f"{path.name}.tmp-{os.getpid()}")
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether a file or folder is the unfinished work of some process (see `temporary_name`)."""
+    return ".tmp-" in path.name
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file atomically."""
+    temporary = temporary_name(path)
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically, with sorted keys so that equal values give equal bytes."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    """Write a Parquet file atomically."""
+    temporary = temporary_name(path)
+    pq.write_table(table, temporary)
+    os.replace(temporary, path)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder to fill; when the block ends, it is renamed to `folder`.
+
+    If the block raises, the unfinished folder is removed and `folder` does not appear. The parents
+    of `folder` are made where they are missing.
+
+    Example:
+        >>> with new_folder(Path("DATASET")) as unfinished:
+        ...     write_text(unfinished / "dataset.json", "{}")
+    """
+    temporary = temporary_name(folder)
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process that had our number
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        os.rename(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def replaced_folder(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder to fill; when the block ends, it takes the place of `folder`.
+
+    The old content stays until the new one is complete. If the block raises, the old one stays.
+    """
+    old = folder.with_name(f"{folder.name}.old")
+    temporary = temporary_name(folder)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def differing(
+    old: Mapping[str, Any], new: Mapping[str, Any], but: Collection[str] = ()
+) -> list[str]:
+    """Return the keys of `new`, without those in `but`, whose value in `old` is another."""
+    return [key for key in new if key not in but and old.get(key) != new[key]]
+
+
+def is_made(folder: Path, record: str, request: Mapping[str, Any], flag: str = "--output") -> bool:
+    """Whether a complete folder is there that was made from this very request.
+
+    Args:
+        folder: a folder that `new_folder` wrote: it is complete if it exists.
+        record: name of the JSON file in it that holds the request.
+        request: what the folder shall be made from; compared after a round trip through JSON.
+        flag: the option that names the folder, for the error message.
+
+    Raises:
+        UsageError: the folder exists and was made from another request, or holds something else.
+    """
+    if not folder.exists():
+        return False
+
+    asked = json.loads(json.dumps(request))
+    path = folder / record
+    if not path.is_file():
+        raise UsageError(
+            f"{flag} {folder} exists and holds no {record}: delete it or choose another"
+        )
+    there = json.loads(path.read_text(encoding="utf-8"))
+    if changed := differing(there, asked):
+        raise UsageError(
+            f"{flag} {folder} exists and was made from another request (these differ: "
+            f"{', '.join(changed)}): delete it or choose another"
+        )
+    return True
+
+
+def claim(folder: Path, record: str, flag: str, what: str) -> bool:
+    """Make an output folder that a long task fills step by step; return whether it is claimed.
+
+    A folder is claimed from the moment its `record` lies in it, so the caller writes that first and
+    compares it where it is there already.
+
+    Args:
+        folder: made with its parents if it is missing.
+        record: name of the file that marks the claim.
+        flag: the option that names the folder, for the error message.
+        what: what the folder would hold, such as "run" or "evaluation".
+
+    Raises:
+        UsageError: the folder holds other files and no record.
+    """
+    if (folder / record).is_file():
+        return True
+    if folder.is_file():
+        raise UsageError(f"{flag} {folder} is a file: give a folder")
+    if folder.is_dir() and any(not is_temporary(path) for path in folder.iterdir()):
+        raise UsageError(f"{flag} {folder} is not empty and holds no {what}: give a new folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    return False

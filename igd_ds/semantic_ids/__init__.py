@@ -1,0 +1,1 @@
+"""Semantic IDs: embeddings of items' texts, quantizers, collisions, and codes as tokens."""

@@ -1,0 +1,1 @@
+"""Many runs: tables of runs, running them, significance tests and the report."""
