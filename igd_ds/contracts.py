@@ -1,0 +1,306 @@
+"""What the rooms of this package promise each other: small frozen dataclasses and Protocols.
+
+A room that needs a batch, an objective, a backbone or a searchable tree imports its contract here and
+never the room that implements it.
+
+Letters in shapes: B rows of a micro-batch, T tokens of a padded row, n labelled tokens, V vocabulary,
+K targets of the loss, M trie nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from igd_ds.config.model import ModelOptions, ModelSource
+    from igd_ds.items.search_trie import SearchTrie
+    from igd_ds.items.store import StoredCatalogue
+
+IGNORED = -100
+"""Label of a position that predicts nothing (torch's and transformers' convention)."""
+
+MASKED_ROW = -1
+"""Row id that only fills a batch: such a row has no labels."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A padded micro-batch, everything a training step needs looked up beforehand.
+
+    A causal LM reads `input_ids` (prompt and item, right-padded) and `labels` has the same shape. An
+    encoder-decoder reads the prompt in `input_ids`; `labels` (B, T') hold the item alone.
+
+    The n labelled tokens are counted row by row. What the loss needs of each of them lies in flat
+    arrays, in the order of the logits that `Backbone.label_logits` returns.
+
+    Example:
+        Two rows of a causal LM: prompt 7 8, item 3 1 and prompt 9, item 4 5 1 (1 is EOS, 0 is PAD).
+
+        >>> batch.input_ids.tolist(), batch.labels.tolist()
+        ([[7, 8, 3, 1], [9, 4, 5, 1]], [[-100, -100, 3, 1], [-100, 4, 5, 1]])
+        >>> batch.targets.tolist(), batch.row.tolist()
+        ([3, 1, 4, 5, 1], [0, 0, 1, 1, 1])
+    """
+
+    input_ids: torch.Tensor
+    """int64 (B, T)."""
+    attention_mask: torch.Tensor
+    """int64 (B, T), 0 on padding."""
+    labels: torch.Tensor
+    """int64, unshifted: IGNORED where nothing is predicted."""
+    targets: torch.Tensor
+    """int64 (n,), the labelled tokens."""
+    weights: torch.Tensor
+    """float32 (n, K), the token's weight in each target of the loss."""
+    zero_gain: torch.Tensor
+    """bool (n,), whether the token has zero information gain."""
+    row: torch.Tensor
+    """int64 (n,), the row of the batch it belongs to."""
+    node: torch.Tensor
+    """int64 (n,), the trie node that the token leads to, which is also the number of its edge."""
+    item_ids: torch.Tensor
+    """int64 (B,), the row's target, MASKED_ROW where the row only fills the batch."""
+    row_ids: torch.Tensor
+    """int64 (B,), the row's index in its split, MASKED_ROW where it only fills the batch."""
+    null: Batch | None = None
+    """The batch's different items behind a prompt without history, for objectives that ask for it."""
+    null_index: torch.Tensor | None = None
+    """int64 (n,), which labelled token of `null` each labelled token is."""
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch on `device`."""
+        moved = {}
+        for name in (entry.name for entry in fields(self)):
+            value = getattr(self, name)
+            if isinstance(value, Batch):
+                moved[name] = value.to(device)
+            elif value is not None:
+                moved[name] = value.to(device, non_blocking=True)
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class Logits:
+    """Logits of a batch's labelled tokens, (n, V) in the model's dtype."""
+
+    tokens: torch.Tensor
+    """Behind the row's own prompt."""
+    null: torch.Tensor | None = None
+    """Of the same tokens behind the prompt without history; None unless the objective asks for it."""
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """What a micro-batch adds to the loss of an optimizer step, L = Σ_k coefficient_k · N_k / Ω_k.
+
+    N_k is the sum of `numerators[k]`, and Ω_k of `normalisers[k]`, over all micro-batches and ranks
+    of the step (IGD Eq. 6). An empty micro-batch gives zeros that still have a graph, so that every
+    rank can run its backward pass.
+    """
+
+    numerators: torch.Tensor
+    """float32 (K,), in nats, with a graph to the logits."""
+    normalisers: torch.Tensor
+    """float32 (K,), this micro-batch's part of each Ω; equal to `Objective.normalisers(batch)`."""
+    nll: torch.Tensor
+    """float32 (n,), negative log-likelihood of each labelled token in nats, detached: for the log."""
+    statistics: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """Further named sums, each of shape () or (K,), detached. Every rank returns the same names."""
+
+
+@dataclass(frozen=True)
+class StepTotals:
+    """One optimizer step's sums over all ranks and micro-batches."""
+
+    step: int
+    """The optimizer step, counted from 0."""
+    losses: torch.Tensor
+    """float64 (K,): N_k / Ω_k."""
+    normalisers: torch.Tensor
+    """float64 (K,): Ω_k."""
+    statistics: Mapping[str, torch.Tensor]
+    """The sums of LossTerms.statistics, float64."""
+
+
+@dataclass(frozen=True)
+class ObjectiveContext:
+    """What an objective may look at beside a batch. Made once per run."""
+
+    stored: StoredCatalogue
+    """Catalogue, trie and information gain as numpy arrays."""
+    trie: SearchTrie
+    """The trie on the device that trains."""
+    dataset: str
+    """The canonical dataset's folder."""
+    total_steps: int
+    """Optimizer steps the run has at most."""
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """How a model's logits become token probabilities: what an objective trains, and a search ranks by."""
+
+    softmax: str = "full"
+    """"full": over the vocabulary. "masked": over the trie's next tokens only."""
+    temperature: float = 1.0
+    """The logits are divided by it."""
+
+
+class Objective(Protocol):
+    """What a training minimises. A row of the table in `igd_ds/objectives/__init__.py`.
+
+    An objective is made from its own options, the dataclass `Options`, whose fields are its flags. It
+    turns the logits of labelled tokens into K numerators and normalisers, and may have a state that
+    it updates after each step (it is saved with every checkpoint).
+
+    Example:
+        Plain cross-entropy, one target with weight 1 for every token:
+
+        >>> class Uniform(WeightedNLL):
+        ...     def weights(self, context):
+        ...         return np.ones((len(context.stored.catalogue.token_ids), 1), np.float32)
+    """
+
+    Options: ClassVar[type[Any]]
+    """Frozen dataclass whose fields are declared with `config.options.option`."""
+    targets: tuple[str, ...]
+    """Names of the K targets."""
+    needs_null: bool
+    """Whether `loss` needs the logits behind a prompt without history."""
+
+    def weights(self, context: ObjectiveContext) -> np.ndarray:
+        """Return one weight per catalogue token and target, float32 (tokens, K); made once per run."""
+
+    def normalisers(self, batch: Batch) -> torch.Tensor:
+        """Return this batch's part of each Ω, float64 (K,), before any forward pass."""
+
+    def coefficients(self, step: int) -> torch.Tensor:
+        """Return the factor of each target in the loss of optimizer step `step`, float32 (K,)."""
+
+    def loss(self, batch: Batch, logits: Logits, context: ObjectiveContext) -> LossTerms:
+        """Return what a micro-batch adds to the loss."""
+
+    def nll(self, batch: Batch, logits: torch.Tensor, context: ObjectiveContext) -> torch.Tensor:
+        """Return the unweighted negative log-likelihood of the labelled tokens, nats, float32 (n,)."""
+
+    def likelihood(self) -> Likelihood:
+        """Return how a model trained by this objective is to be validated and searched."""
+
+    def update(self, totals: StepTotals) -> Mapping[str, float]:
+        """Take note of a finished step; return scalars to log (tag → value), the same on every rank."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as JSON values; {} where there is none."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up a state of `state_dict`."""
+
+
+class PromptTree(Protocol):
+    """B prompts and the trees of tokens that grow behind them, read by a model.
+
+    Tokens come in *runs*: chains of tokens that go through the model together. A run hangs under the
+    last token of an earlier run; runs 0 … B − 1 are the prompts. A token sees its user's prompt, its
+    own ancestors and itself, so its log-probability equals that of a full forward pass over its path.
+
+    Example:
+        >>> logits = tree.prefill([np.array([5, 6, 7]), np.array([5, 9])])  # (2, V)
+        >>> one = torch.tensor([1])
+        >>> behind, number = tree.extend(torch.tensor([0]), one, torch.tensor([42]))  # user 0, token 42
+        >>> behind.shape, number.tolist()
+        (torch.Size([1, V]), [2])
+    """
+
+    prompt_logits: torch.Tensor
+    """Logits of the first token behind each prompt, (B, V); set by `prefill`."""
+
+    def prefill(self, prompts: Sequence[np.ndarray]) -> torch.Tensor:
+        """Start new trees: read each prompt (integer token ids) once; return `prompt_logits`."""
+
+    def extend(
+        self, parent: torch.Tensor, length: torch.Tensor, tokens: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append Q runs and send their T tokens through the model in one pass.
+
+        Args:
+            parent: (Q,) int64, the earlier run under whose last token each new run begins.
+            length: (Q,) int64, tokens per run, at least 1.
+            tokens: (T,) int64, the runs' tokens one after the other.
+
+        Returns:
+            Logits behind each token, (T, V), and the new runs' numbers, (Q,).
+        """
+
+    def retain(self, users: torch.Tensor) -> None:
+        """Free what is kept of all users but these (ascending); the others get no more tokens."""
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a backbone can do, found out before any weight is loaded."""
+
+    packed_training: bool
+    """Whether many rows can be trained as one sequence with a mask of its own."""
+    tree_search: bool
+    """Whether the search reads a prompt once for all its hypotheses. False: each hypothesis has a row
+    of the model's own KV cache, which is slower and gives the same lists."""
+    attention: tuple[str, ...]
+    """Attention kernels it can be trained with (`--attn_implementation`)."""
+    adapters: bool
+    """Whether LoRA adapters can be trained on it."""
+
+
+class Backbone(Protocol):
+    """A kind of language model: how it is checked, built, loaded, asked for logits and searched.
+
+    Example:
+        >>> backbone = backbone_of(model_config)
+        >>> backbone.capabilities(model_config).tree_search
+        True
+        >>> model = backbone.build(options, model_config, torch.float32, torch.device("cpu"))
+        >>> backbone.label_logits(model, batch).shape  # (n, V)
+    """
+
+    def capabilities(self, model_config: Any) -> Capabilities:
+        """Return what models of this configuration can do."""
+
+    def fit_model_config(
+        self, model_config: Any, options: ModelOptions, tokenizer: Any, added_ids: range
+    ) -> None:
+        """Check that configuration, options and tokenizer suit each other; complete a new model's.
+
+        Raises:
+            UsageError: what does not suit, and what to do.
+        """
+
+    def num_trained_parameters(
+        self, model_config: Any, options: ModelOptions, added_ids: range = range(0)
+    ) -> int:
+        """Return how many parameters the options train, without making any weights."""
+
+    def build(
+        self,
+        options: ModelOptions,
+        model_config: Any,
+        dtype: torch.dtype,
+        device: torch.device,
+        added_ids: range = range(0),
+        seed: int = 0,
+    ) -> torch.nn.Module:
+        """Build the model that the options describe, with random or pretrained weights."""
+
+    def load(
+        self, source: ModelSource, load_in_4bit: bool, device: torch.device
+    ) -> torch.nn.Module:
+        """Load what a training saved, for inference."""
+
+    def label_logits(self, model: Any, batch: Batch) -> torch.Tensor:
+        """Return the logits (n, V) that predict the batch's labelled tokens, in their order."""
+
+    def prompt_tree(self, model: torch.nn.Module) -> PromptTree:
+        """Return an empty tree for one batch of searches."""
