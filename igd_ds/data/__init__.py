@@ -1,1 +1,1 @@
-"""Data: sources → title hygiene → protocol → the canonical dataset folder → prompts and batches."""
+"""The data room: sources, title hygiene, protocols, the dataset folder, prompts and batches."""

@@ -1,25 +1,28 @@
-"""The canonical dataset: the folder that `igd prepare` writes and everything else reads.
+"""The canonical dataset: the folder that `igd prepare` writes and all other commands read.
 
 Letters: N items, I interactions, R rows of a split, H items in all histories of a split.
 
-    items.parquet               item_id int32 (dense from 0, ascending), title string, semantic_id list<string>, source_id string,
-                                and what the source has of METADATA_SCHEMA
-    users.parquet               user_id int64 (ascending), source_id string: the users of the rows
-    train|valid|test.parquet    user_id int64, history list<int32> (oldest first), target int32, timestamp int64 (seconds) | null
-    dataset.json                name, domain, protocol, parameters, funnel, counts, sources, files (sha256), hygiene, version
-    README.md, *.png            the data card; not part of the dataset's fingerprint
+    items.parquet               item_id int32 (dense from 0, ascending), title string,
+                                semantic_id list<string>, source_id string, and the columns of
+                                METADATA_SCHEMA that the source has
+    users.parquet               user_id int64 (ascending), source_id string; the users of the rows
+    train|valid|test.parquet    user_id int64, history list<int32> (oldest first), target int32,
+                                timestamp int64 (seconds) | null
+    dataset.json                name, domain, protocol, parameters, funnel, counts, sources,
+                                files (sha256), hygiene, version
+    README.md, *.png            the data card; the fingerprint of the dataset does not cover it
 
-`source_id` is what the source calls an item or user (an ASIN, a reviewer's id). A row's index in its file is its `row_id`. The
-folder is complete or absent, and equal inputs give equal bytes.
+A `source_id` is the name that the source gives to an item or user (an ASIN, a reviewer's id). The
+index of a row in its file is its `row_id`. A dataset folder is complete or absent, and equal inputs
+give equal bytes.
 """
 
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -28,6 +31,7 @@ import pyarrow.parquet as pq
 
 from igd_ds.data.card import write_card
 from igd_ds.errors import UsageError
+from igd_ds.folders import new_folder, write_text
 
 VERSION = 2
 SPLITS = ("train", "valid", "test")
@@ -61,17 +65,29 @@ METADATA_SCHEMA = pa.schema(
     ]
 )
 
+FunnelStep = dict[str, str | int]
+"""One step from the raw files to the rows: `step`, its text, and what it left (users, items, …)."""
+
 
 @dataclass(frozen=True)
 class Interactions:
-    """Who met what, in file order: `users` int32 or int64 (I,), `items` int32 (I,), `timestamps` int64 (I,), seconds, or None."""
+    """The events of a source in file order: which user met which item, and when.
+
+    Example:
+        User 4 meets item 0 and then item 1, a day later.
+
+        >>> Interactions(np.array([4, 4]), np.array([0, 1], np.int32), np.array([0, 86_400]))
+    """
 
     users: np.ndarray
+    """int32 or int64 (I,)."""
     items: np.ndarray
+    """int32 (I,)."""
     timestamps: np.ndarray | None
+    """int64 (I,), seconds since 1970; None if the source has no times."""
 
     def __len__(self) -> int:
-        """I."""
+        """Return the number of interactions, I."""
         return len(self.users)
 
     def take(self, index: np.ndarray) -> "Interactions":
@@ -82,73 +98,92 @@ class Interactions:
 
 @dataclass(frozen=True)
 class SourceData:
-    """What a source hands over.
+    """What a source returns: its catalogue and its interactions.
 
-    N `titles`, N `semantic_ids` (or None), interactions with item ids in [0, N). `item_names` (N,) and
-    `user_names` (U,) are string arrays with the source's ids at the place of ours; None where ours are the source's. `metadata`
-    maps item ids to a table of some columns of METADATA_SCHEMA, one row each. `funnel` says what was read and rejected. `splits`
-    are rows that the source itself made (tables of ROW_SCHEMA), for the protocol `given`.
+    Example:
+        Two items with titles; user 7 meets both, and the source has no times.
+
+        >>> events = Interactions(np.array([7, 7]), np.array([0, 1], np.int32), None)
+        >>> SourceData(["Kane & Abel", "Dune"], None, events)
     """
 
-    titles: list[str | None]
-    semantic_ids: list[list[str]] | None
+    titles: Sequence[str | None]
+    """N titles; None where an item has no title."""
+    semantic_ids: Sequence[list[str]] | None
+    """N lists of codes, or None if the source has no semantic IDs."""
     interactions: Interactions
+    """Item ids lie in [0, N)."""
     item_names: pa.Array | None = None
+    """String array (N,): the source's id of each item. None if our ids are the source's ids."""
     user_names: pa.Array | None = None
+    """String array (U,): the source's id of each user. None if our ids are the source's ids."""
     metadata: Callable[[np.ndarray], pa.Table] | None = None
-    funnel: tuple[dict, ...] = ()
-    splits: dict[str, pa.Table] | None = None
+    """Maps item ids to a table of some columns of METADATA_SCHEMA, with one row per item."""
+    funnel: tuple[FunnelStep, ...] = ()
+    """What the source read and what it rejected."""
+    splits: Mapping[str, pa.Table] | None = None
+    """Rows that the source itself made (tables of ROW_SCHEMA), for the protocol `given`."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """The rows of one split, as numpy views of memory-mapped Arrow columns.
-
-    `user_ids` int64 (R,), `history_items` int32 (H,), `history_offsets` int64 (R+1,), `targets` int32 (R,), `timestamps` int64
-    (R,) in seconds, or None. Row r's history is `history_items[history_offsets[r] : history_offsets[r+1]]`, oldest first.
-    """
+    """The rows of one split, as numpy views of memory-mapped Arrow columns."""
 
     name: str
     user_ids: np.ndarray
+    """int64 (R,)."""
     history_items: np.ndarray
+    """int32 (H,), the histories of all rows one after the other, each oldest first."""
     history_offsets: np.ndarray
+    """int64 (R + 1,): the history of row r is `history_items[offsets[r] : offsets[r + 1]]`."""
     targets: np.ndarray
+    """int32 (R,)."""
     timestamps: np.ndarray | None
+    """int64 (R,), seconds since 1970; None if the dataset has no times."""
 
     def __len__(self) -> int:
-        """R."""
+        """Return the number of rows, R."""
         return len(self.targets)
 
     def history(self, row: int) -> np.ndarray:
-        """Return a row's history, int32, oldest first."""
+        """Return the history of a row, int32, oldest first."""
         return self.history_items[self.history_offsets[row] : self.history_offsets[row + 1]]
 
 
 @dataclass(frozen=True)
 class InteractionDataset:
-    """A loaded dataset folder. `titles` (N,), `semantic_ids` (N,) or None, `splits` by name, `info` = dataset.json.
+    """A loaded dataset folder.
 
-    `fingerprint` is the sha256 over the files' hashes: two datasets with one fingerprint hold the same data.
+    Example:
+        >>> dataset = InteractionDataset.load("DATASET")
+        >>> train = dataset.splits["train"]
+        >>> dataset.titles[train.targets[0]], train.history(0)
     """
 
     folder: Path
-    info: dict
+    info: dict[str, Any]
+    """The object in dataset.json."""
     titles: list[str | None]
+    """N titles; None where an item has no title."""
     semantic_ids: list[list[str]] | None
+    """N lists of codes, or None if the dataset has no semantic IDs."""
     splits: dict[str, Split]
     fingerprint: str
+    """sha256 over the hashes of the files: datasets with equal fingerprints hold equal data."""
 
     @property
     def num_items(self) -> int:
-        """N."""
+        """Return the number of items, N."""
         return len(self.titles)
 
     @classmethod
     def load(cls, folder: str | Path) -> "InteractionDataset":
         """Read and check a dataset folder.
 
-        Raises ValueError when a file is missing or is not the one dataset.json describes, when item ids are not 0, 1, 2 …,
-        when a split is empty or when a row names an item outside the catalogue (the message names split and row).
+        Raises:
+            UsageError: a file is missing or is not the file that dataset.json describes, the item
+                ids are not 0, 1, 2 …, a split is empty, or a row names an item outside of the
+                catalogue (the message names the split and the row).
         """
         folder = Path(folder)
         info = read_info(folder)
@@ -158,7 +193,7 @@ class InteractionDataset:
 
 
 def sha256_of(path: Path) -> str:
-    """Return the sha256 (hex) of a file's bytes."""
+    """Return the sha256 (hex) of the bytes of a file."""
     digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 20))
     with open(path, "rb", buffering=0) as file:
         while read := file.readinto(buffer):
@@ -166,13 +201,20 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def fingerprint(info: dict) -> str:
+def fingerprint(info: Mapping[str, Any]) -> str:
     """Return the sha256 (hex) over the sorted file hashes of a dataset.json."""
     return hashlib.sha256("\n".join(sorted(info["files"].values())).encode()).hexdigest()
 
 
-def read_info(folder: str | Path) -> dict:
-    """Return dataset.json after checking that the folder is complete and its files are the ones described there."""
+# ---- reading
+
+
+def read_info(folder: str | Path) -> dict[str, Any]:
+    """Return dataset.json after checking that the folder is complete and its files are unchanged.
+
+    Raises:
+        UsageError: the folder is no dataset, a file is missing, or a file has another sha256.
+    """
     folder = Path(folder)
     path = folder / "dataset.json"
     if not path.is_file():
@@ -183,41 +225,49 @@ def read_info(folder: str | Path) -> dict:
         info = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UsageError(f"{path}: not valid JSON ({error}); prepare the dataset again") from error
+
     missing = INFO_KEYS - info.keys() if isinstance(info, dict) else INFO_KEYS
+    if missing:
+        found = f"it lacks {', '.join(sorted(missing))}"
+    else:
+        found = f"version {info['version']}, files {sorted(info['files'])}"
     if missing or info["version"] != VERSION or set(info["files"]) != set(FILES):
-        found = (
-            f"lacks {', '.join(sorted(missing))}"
-            if missing
-            else f"version {info['version']}, files {sorted(info['files'])}"
-        )
         raise UsageError(
-            f"{path}: {found}; need version {VERSION} and the files {', '.join(FILES)}; prepare it again"
+            f"{path}: {found}; need version {VERSION} and the files {', '.join(FILES)}; "
+            "prepare the dataset again"
         )
+
     for name, expected in info["files"].items():
         if not (folder / name).is_file():
             raise UsageError(f"{folder / name} is missing; prepare the dataset again")
-        if (found := sha256_of(folder / name)) != expected:
+        if (sha256 := sha256_of(folder / name)) != expected:
             raise UsageError(
-                f"{folder / name} is not the file that dataset.json describes (sha256 {found[:12]}…, expected {expected[:12]}…); "
-                "prepare the dataset again"
+                f"{folder / name} is not the file that dataset.json describes (sha256 "
+                f"{sha256[:12]}…, expected {expected[:12]}…); prepare the dataset again"
             )
     return info
 
 
 def read_items(folder: str | Path) -> tuple[list[str | None], list[list[str]] | None]:
-    """Return (titles, semantic IDs or None where the dataset has none), indexed by item id."""
+    """Return the titles and the semantic IDs (None if there are none), indexed by item id.
+
+    Raises:
+        UsageError: a column is missing, the ids are not dense, or only some items have a
+            semantic ID.
+    """
     path = Path(folder) / "items.parquet"
     table = pq.read_table(path)
     if missing := {"item_id", "title", "semantic_id"} - set(table.column_names):
         raise UsageError(f"{path}: no column {', '.join(sorted(missing))}")
+
     ids = table["item_id"].to_numpy()
     wrong = np.flatnonzero(ids != np.arange(len(ids)))
     if len(wrong):
         found = ids[wrong[0]]
-        reason = (
-            "a duplicate" if found in ids[: wrong[0]] else "ids must be dense from 0 and ascending"
-        )
+        twice = found in ids[: wrong[0]]
+        reason = "a duplicate" if twice else "ids must be dense from 0 and ascending"
         raise UsageError(f"{path}: row {wrong[0]} has item_id {found}: {reason}")
+
     codes = table["semantic_id"]
     if codes.null_count == len(codes):
         return table["title"].to_pylist(), None
@@ -230,84 +280,76 @@ def read_items(folder: str | Path) -> tuple[list[str | None], list[list[str]] | 
     return table["title"].to_pylist(), semantic_ids
 
 
-def item_table(
-    titles: Sequence[str | None],
-    semantic_ids: Sequence | None,
-    names: pa.Array,
-    metadata: pa.Table | None = None,
-) -> pa.Table:
-    """Return items.parquet's table; `names` (N,) are the source's ids, `metadata` N rows of some columns of METADATA_SCHEMA."""
-    try:
-        title_column = pa.array(titles, pa.string())
-    except UnicodeEncodeError as error:  # half an emoji, cut off by the source
-        raise UsageError(
-            f"title {error.object!r} is not valid Unicode; use --titles placeholder, which repairs it"
-        ) from error
-    columns = {
-        "item_id": pa.array(np.arange(len(titles), dtype=np.int32)),
-        "title": title_column,
-        "semantic_id": pa.array(semantic_ids or [None] * len(titles), pa.list_(pa.string())),
-        "source_id": names.cast(pa.string()),
+def _read_split(folder: Path, name: str, info: Mapping[str, Any], num_items: int) -> Split:
+    path = folder / f"{name}.parquet"
+    _check_schema(path)
+    table = _memory_mapped(path, info["files"][path.name])
+    _check_nulls(path, table)
+
+    lists = table["history"].chunks
+    lengths = [np.diff(chunk.offsets.to_numpy()) for chunk in lists]
+    offsets = np.zeros(len(table) + 1, dtype=np.int64)
+    np.cumsum(np.concatenate(lengths), out=offsets[1:])
+
+    split = Split(
+        name=name,
+        user_ids=_numpy(table["user_id"].chunks),
+        history_items=_numpy([chunk.flatten() for chunk in lists]),
+        history_offsets=offsets,
+        targets=_numpy(table["target"].chunks),
+        timestamps=None if table["timestamp"].null_count else _numpy(table["timestamp"].chunks),
+    )
+    _check_item_ids(path, split, num_items)
+    return split
+
+
+def _check_schema(path: Path) -> None:
+    schema = pq.read_schema(path)
+    for field in ROW_SCHEMA:
+        if field.name not in schema.names:
+            raise UsageError(f"{path}: column {field.name} must be {field.type}, found nothing")
+        found = schema.field(field.name).type
+        if found != field.type:
+            raise UsageError(f"{path}: column {field.name} must be {field.type}, found {found}")
+    if pq.read_metadata(path).num_rows == 0:
+        raise UsageError(f"{path}: the split is empty")
+
+
+def _check_nulls(path: Path, table: pa.Table) -> None:
+    histories = table["history"]
+    nulls = {
+        "user_id": table["user_id"].null_count,
+        "target": table["target"].null_count,
+        "history": histories.null_count
+        + sum(chunk.flatten().null_count for chunk in histories.chunks),
+        # A source without timestamps has a column of nulls, which is not an error.
+        "timestamp": table["timestamp"].null_count % len(table),
     }
-    return pa.table(
-        columns | ({name: metadata[name] for name in metadata.column_names} if metadata else {})
-    )
+    for column, count in nulls.items():
+        if count:
+            raise UsageError(f"{path}: column {column} holds {count} nulls")
 
 
-def user_table(splits: dict[str, pa.Table], names: pa.Array | None) -> pa.Table:
-    """Return users.parquet's table: the users of all rows with their names, `names[u]` or, with None, the number itself."""
-    users = np.unique(np.concatenate([table["user_id"].to_numpy() for table in splits.values()]))
-    column = pa.array(users)
-    return pa.table(
-        {
-            "user_id": column,
-            "source_id": column.cast(pa.string()) if names is None else names.take(column),
-        }
-    )
-
-
-def write_dataset(
-    folder: str | Path, items: pa.Table, users: pa.Table, splits: dict[str, pa.Table], info: dict
-) -> None:
-    """Write a dataset folder with its data card; it appears under its name only when complete.
-
-    `info` is dataset.json without `files` and `version`. Raises ValueError when the folder exists or a split is empty.
-    """
-    folder = Path(folder)
-    if folder.exists():
-        raise UsageError(f"{folder} exists already; delete it or choose another output")
-    empty = [name for name in SPLITS if splits[name].num_rows == 0]
-    if empty:
-        rows = ", ".join(f"{name} {splits[name].num_rows}" for name in SPLITS)
+def _check_item_ids(path: Path, split: Split, num_items: int) -> None:
+    for what, ids in [("target", split.targets), ("history", split.history_items)]:
+        if not len(ids) or (ids.min() >= 0 and ids.max() < num_items):
+            continue
+        place = int(np.flatnonzero((ids < 0) | (ids >= num_items))[0])
+        row = place
+        if what == "history":
+            row = int(np.searchsorted(split.history_offsets, place, side="right")) - 1
         raise UsageError(
-            f"empty split: {', '.join(empty)} (rows: {rows}); the source holds too few interactions for this protocol"
+            f"{path}: row {row} of split {split.name}: {what} item {ids[place]} is not in "
+            f"[0, {num_items})"
         )
-    partial = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)  # of a killed run that had our process id
-    partial.mkdir(parents=True)
-    try:
-        for name, table in zip(
-            FILES, [items, users, *(splits[name].cast(ROW_SCHEMA) for name in SPLITS)], strict=True
-        ):
-            # One row group makes one Arrow batch, and that a view instead of a copy in _read_split.
-            pq.write_table(table, partial / name, compression="zstd", row_group_size=table.num_rows)
-        info = info | {
-            "files": {name: sha256_of(partial / name) for name in FILES},
-            "version": VERSION,
-        }
-        text = json.dumps(info, indent=1, ensure_ascii=False) + "\n"
-        (partial / "dataset.json").write_text(text, encoding="utf-8")
-        write_card(partial, info, items, splits)
-        os.rename(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _memory_mapped(path: Path, digest: str) -> pa.Table:
     """Return a Parquet file as a memory-mapped Arrow table.
 
-    `datasets` converts the file to Arrow in its cache, under a lock, so ranks that start together convert it once. The cache
-    folder is named after the file's content: a file rewritten at the same path can never be read from an old cache.
+    `datasets` converts the file to Arrow in its cache, under a lock, so that ranks which start
+    together convert it once. The name of the cache folder is the sha256 of the file: a file that
+    was rewritten at the same path is never read from an old cache.
     """
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "igd_ds" / digest
     bars_were_on = not datasets.are_progress_bars_disabled()
@@ -323,55 +365,102 @@ def _memory_mapped(path: Path, digest: str) -> pa.Table:
     return table.data.table
 
 
-def _numpy(column: pa.ChunkedArray | list[pa.Array]) -> np.ndarray:
-    """Return a null-free integer column: a view where it is one chunk, else a copy."""
-    chunks = column.chunks if isinstance(column, pa.ChunkedArray) else column
-    return (
-        chunks[0].to_numpy()
-        if len(chunks) == 1
-        else np.concatenate([chunk.to_numpy() for chunk in chunks])
-    )
+def _numpy(chunks: Sequence[pa.Array]) -> np.ndarray:
+    """Return a null-free integer column: a view if it is one chunk, otherwise a copy."""
+    arrays = [chunk.to_numpy() for chunk in chunks]
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
-def _read_split(folder: Path, name: str, info: dict, num_items: int) -> Split:
-    path = folder / f"{name}.parquet"
-    schema = pq.read_schema(path)
-    for field in ROW_SCHEMA:
-        if field.name not in schema.names or schema.field(field.name).type != field.type:
-            found = schema.field(field.name).type if field.name in schema.names else "nothing"
-            raise UsageError(f"{path}: column {field.name} must be {field.type}, found {found}")
-    if pq.read_metadata(path).num_rows == 0:
-        raise UsageError(f"{path}: the split is empty")
-    table = _memory_mapped(path, info["files"][path.name])
-    lists = table["history"].chunks
-    items = [chunk.flatten() for chunk in lists]
-    for column, nulls in [
-        ("user_id", table["user_id"].null_count),
-        ("target", table["target"].null_count),
-        ("history", table["history"].null_count + sum(chunk.null_count for chunk in items)),
-        (
-            "timestamp",
-            table["timestamp"].null_count % len(table),
-        ),  # all null: a source without timestamps
-    ]:
-        if nulls:
-            raise UsageError(f"{path}: column {column} holds {nulls} nulls")
-    lengths = [np.diff(chunk.offsets.to_numpy()) for chunk in lists]
-    offsets = np.zeros(len(table) + 1, dtype=np.int64)
-    np.cumsum(np.concatenate(lengths), out=offsets[1:])
-    timestamps = None if table["timestamp"].null_count else _numpy(table["timestamp"])
-    split = Split(
-        name, _numpy(table["user_id"]), _numpy(items), offsets, _numpy(table["target"]), timestamps
-    )
-    for what, ids in [("target", split.targets), ("history", split.history_items)]:
-        if len(ids) and (ids.min() < 0 or ids.max() >= num_items):
-            place = int(np.flatnonzero((ids < 0) | (ids >= num_items))[0])
-            row = (
-                place
-                if what == "target"
-                else int(np.searchsorted(offsets, place, side="right")) - 1
-            )
-            raise UsageError(
-                f"{path}: row {row} of split {name}: {what} item {ids[place]} is not in [0, {num_items})"
-            )
-    return split
+# ---- writing
+
+
+def item_table(
+    titles: Sequence[str | None],
+    semantic_ids: Sequence[Sequence[str] | None] | None,
+    names: pa.Array,
+    metadata: pa.Table | None = None,
+) -> pa.Table:
+    """Return the table of items.parquet.
+
+    Args:
+        titles: N titles, None where an item has no title.
+        semantic_ids: N lists of codes, or None.
+        names: (N,), the source's ids.
+        metadata: N rows of some columns of METADATA_SCHEMA.
+
+    Raises:
+        UsageError: a title is not valid Unicode.
+    """
+    try:
+        title_column = pa.array(titles, pa.string())
+    except UnicodeEncodeError as error:  # the source cut a title inside of a surrogate pair
+        raise UsageError(
+            f"title {error.object!r} is not valid Unicode; use --titles placeholder, which "
+            "repairs it"
+        ) from error
+
+    codes = semantic_ids or [None] * len(titles)
+    columns = {
+        "item_id": pa.array(np.arange(len(titles), dtype=np.int32)),
+        "title": title_column,
+        "semantic_id": pa.array(codes, pa.list_(pa.string())),
+        "source_id": names.cast(pa.string()),
+    }
+    if metadata:
+        columns |= {name: metadata[name] for name in metadata.column_names}
+    return pa.table(columns)
+
+
+def user_table(splits: Mapping[str, pa.Table], names: pa.Array | None) -> pa.Table:
+    """Return the table of users.parquet: the users of all rows and their names.
+
+    The name of user u is `names[u]`; without `names` it is the number itself.
+    """
+    users = np.unique(np.concatenate([table["user_id"].to_numpy() for table in splits.values()]))
+    column = pa.array(users)
+    source_ids = column.cast(pa.string()) if names is None else names.take(column)
+    return pa.table({"user_id": column, "source_id": source_ids})
+
+
+def write_dataset(
+    folder: str | Path,
+    items: pa.Table,
+    users: pa.Table,
+    splits: Mapping[str, pa.Table],
+    info: Mapping[str, Any],
+) -> None:
+    """Write a dataset folder with its data card; the folder appears only when it is complete.
+
+    Args:
+        folder: the folder to make.
+        items: the table of `item_table`.
+        users: the table of `user_table`.
+        splits: tables that can be cast to ROW_SCHEMA, by the names of SPLITS.
+        info: dataset.json without `files` and `version`.
+
+    Raises:
+        UsageError: the folder exists, or a split is empty.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise UsageError(f"{folder} exists already; delete it or choose another output")
+    empty = [name for name in SPLITS if splits[name].num_rows == 0]
+    if empty:
+        rows = ", ".join(f"{name} {splits[name].num_rows}" for name in SPLITS)
+        raise UsageError(
+            f"empty split: {', '.join(empty)} (rows: {rows}); the source holds too few "
+            "interactions for this protocol"
+        )
+
+    tables = [items, users, *(splits[name].cast(ROW_SCHEMA) for name in SPLITS)]
+    with new_folder(folder) as unfinished:
+        for name, table in zip(FILES, tables, strict=True):
+            # One row group becomes one Arrow batch, of which `_read_split` can return views.
+            path, rows_per_group = unfinished / name, table.num_rows
+            pq.write_table(table, path, compression="zstd", row_group_size=rows_per_group)
+
+        hashes = {name: sha256_of(unfinished / name) for name in FILES}
+        complete = {**info, "files": hashes, "version": VERSION}
+        text = json.dumps(complete, indent=1, ensure_ascii=False) + "\n"
+        write_text(unfinished / "dataset.json", text)
+        write_card(unfinished, complete, items, splits)

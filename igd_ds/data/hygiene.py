@@ -1,28 +1,35 @@
-"""Title hygiene: repair what scraping did to titles, and give a name to items that have none.
+"""Title hygiene: repair what web scraping did to titles, and name the items that have no title.
 
-Steps, in this order, each counted in the report with examples:
+These steps run in this order. The report counts each step and shows examples:
 
-* `entities`: HTML entities that end in a semicolon become characters, repeatedly, for `&amp;amp;` happens. Without semicolon
-  nothing is touched: HTML would turn "Food&notes" into "Food¬es".
-* `markup`: HTML tags, left-over attributes (`class="a-size"`) and the tail of a broken tag (`" />`) go. Tags are known by
-  name, so "I <3 You" and an inch mark stay.
-* `whitespace`: tabs, newlines, runs of spaces become one space; control characters, unpaired surrogates and invisible marks
-  go. (Zero-width joiners stay: Persian, Hindi and emoji are spelled with them.)
+* `entities`: HTML entities that end in a semicolon become characters. The step repeats, because
+  `&amp;amp;` occurs. Entities without a semicolon stay: HTML would turn "Food&notes" into
+  "Food¬es".
+* `markup`: HTML tags, left-over attributes (`class="a-size"`) and the tail of a broken tag (`" />`)
+  are removed. Tags are recognised by name, so that "I <3 You" and an inch mark stay.
+* `whitespace`: tabs, newlines and runs of spaces become one space. Control characters, unpaired
+  surrogates and invisible marks are removed. Zero-width joiners stay: Persian, Hindi and emoji need
+  them.
 
-A title is *unusable* when it is null, empty after these steps, a page's style sheet or script, or nothing but the name of an
-Amazon department after a broken tag was cut off it (`Industrial & Scientific" />`). What happens to these items is a policy:
+A title is *unusable* when it is null or empty after these steps, when it is the style sheet or
+script of a page, or when only the name of an Amazon department is left after a broken tag was
+removed (`Industrial & Scientific" />`). The policy says what happens to items with such a title:
 
-* `placeholder` (default): the item gets a title of its own, "Untitled item 3f9a1c04". The item stays in histories and targets,
-  so rows, row_ids and the catalogue's ids are the same with hygiene on or off, and numbers stay comparable. Leaving the
-  broken title would merge 27 different items into one leaf. The digits are a salted hash of the item id: ids are numbered by
-  first appearance in most data, so a plain number would tell the model about order.
-* `drop`: the item and its interactions are removed before the protocol makes rows; item ids close ranks.
-* `d3`: the rule of D3's published script in place of ours, with `drop`. An item has a title, without `<span id`; `&quot;` and
-  `&amp;` become characters, spaces and then quotes are stripped at both ends; what is left has 2 characters or more and at most
-  20 words between single spaces.
-* `verbatim`: titles stay as they are, missing ones too (a catalogue of semantic IDs needs none).
+* `placeholder` (default): the item gets a title of its own, "Untitled item 3f9a1c04". The item
+  stays in histories and targets. Rows, row_ids and item ids are therefore the same with and without
+  hygiene, and metrics stay comparable. The broken title itself would merge 27 different items into
+  one trie leaf. The digits are a salted hash of the item id: the plain id would tell the model about
+  the order of the items, because most data sets number items by first appearance.
+* `drop`: the item and its interactions are removed before the protocol makes rows. The remaining
+  items are numbered anew.
+* `d3`: like `drop`, with the rule of D3's published script instead of ours. An item has a title
+  without `<span id`; `&quot;` and `&amp;` become characters; spaces and then quotes are stripped at
+  both ends; the result has at least 2 characters and at most 20 words between single spaces.
+* `verbatim`: titles stay as they are, and missing titles stay missing (a catalogue of semantic IDs
+  needs no titles).
 
-Titles that several items share stay as they are and are counted: the trie gives such items one leaf.
+Titles that several items share stay as they are, and the report counts them. The trie gives such
+items one leaf.
 """
 
 import hashlib
@@ -31,13 +38,14 @@ import html.entities
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from igd_ds.errors import UsageError
 
 POLICIES = ("placeholder", "drop", "d3", "verbatim")
 D3_MAX_WORDS = 20
 PLACEHOLDER_SALT = "igd_ds untitled item "
-MAX_UNESCAPES = 5  # deepest nesting of &amp;amp; that is followed (assumed)
+MAX_UNESCAPES = 5  # the deepest nesting of &amp;amp; that is resolved (assumed)
 NUM_EXAMPLES = 5
 
 _ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")
@@ -51,24 +59,28 @@ _ATTRIBUTE = re.compile(
 _OPEN_TAG_TAIL = re.compile(rf"<(?:{_NAMES})\s+[a-z-]+=[^<>]*$", re.IGNORECASE)
 _TAIL = re.compile(r"[\"']?\s*/>\s*$")
 _INVISIBLE = re.compile(
-    "[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff\ud800-\udfff]"
+    "[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff"
+    "\ud800-\udfff]"
 )
-# What any of the steps or _CODE needs to find something: titles without it, nearly all, are clean as they are.
+# Characters without which no step and no pattern below finds anything: most titles have none of
+# them and are clean.
 _SUSPECT = re.compile(r'[&<>"={]|[^\S ]|  |\A | \Z|' + _INVISIBLE.pattern)
 _CODE = re.compile(r"\bvar \w+ ?=|\bfunction ?\w* ?\([^()]*\) ?\{|[.#][\w-]+[^{}]*\{[^{}]*:")
-# The departments of Amazon's 2014 and 2018 releases, as their pages' broken keyword tags spell them.
+# The departments of Amazon's 2014 and 2018 releases, as the broken keyword tags of the pages spell
+# them.
 _DEPARTMENTS = re.compile(
-    r"all beauty|amazon fashion|appliances|arts, crafts & sewing|automotive|baby|beauty|books|cds & vinyl|"
-    r"cell phones & accessories|clothing, shoes & jewelry|digital music|electronics|gift cards|"
-    r"grocery & gourmet food|handmade|health & personal care|home & kitchen|industrial & scientific|kindle store|"
-    r"luxury beauty|magazine subscriptions|movies & tv|musical instruments|office products|patio, lawn & garden|"
-    r"pet supplies|prime pantry|software|sports & outdoors|tools & home improvement|toys & games|video games",
+    r"all beauty|amazon fashion|appliances|arts, crafts & sewing|automotive|baby|beauty|books|"
+    r"cds & vinyl|cell phones & accessories|clothing, shoes & jewelry|digital music|electronics|"
+    r"gift cards|grocery & gourmet food|handmade|health & personal care|home & kitchen|"
+    r"industrial & scientific|kindle store|luxury beauty|magazine subscriptions|movies & tv|"
+    r"musical instruments|office products|patio, lawn & garden|pet supplies|prime pantry|software|"
+    r"sports & outdoors|tools & home improvement|toys & games|video games",
     re.IGNORECASE,
 )
 
 
 def unescape_entities(text: str) -> str:
-    """Replace HTML entities by their characters, at most MAX_UNESCAPES levels deep."""
+    """Replace HTML entities with their characters, at most MAX_UNESCAPES levels deep."""
     for _ in range(MAX_UNESCAPES):
         replaced = _ENTITY.sub(lambda match: _character(match[0]), text)
         if replaced == text:
@@ -78,9 +90,8 @@ def unescape_entities(text: str) -> str:
 
 
 def _character(entity: str) -> str:
-    known = (
-        entity[1] == "#" or entity[1:] in html.entities.html5
-    )  # html.unescape would read "&notit;" as "¬it;"
+    # html.unescape alone would read "&notit;" as "¬it;".
+    known = entity[1] == "#" or entity[1:] in html.entities.html5
     return html.unescape(entity) if known else entity
 
 
@@ -91,7 +102,7 @@ def strip_markup(text: str) -> str:
 
 
 def collapse_whitespace(text: str) -> str:
-    """Make every run of white space one space, strip both ends, remove invisible characters."""
+    """Replace every run of white space with one space, strip both ends, remove invisible marks."""
     return " ".join(_INVISIBLE.sub("", text).split())
 
 
@@ -103,23 +114,34 @@ STEPS: dict[str, Callable[[str], str]] = {
 
 
 def clean_title(title: str | None) -> tuple[str | None, list[str]]:
-    """Return (clean title, or None where it is unusable; names of the steps that changed something)."""
+    """Return the clean title (None if it is unusable) and the names of the steps that changed it.
+
+    Example:
+        >>> clean_title("Kane &amp; Abel")
+        ('Kane & Abel', ['entities'])
+    """
     if title is None:
         return None, []
     if title and not _SUSPECT.search(title):
         return title, []
+
     changed = []
     for name, step in STEPS.items():
         cleaned = step(title)
         if cleaned != title:
             changed.append(name)
         title = cleaned
-    department = "markup" in changed and _DEPARTMENTS.fullmatch(title)
-    return (None if not title or department or _CODE.search(title) else title), changed
+
+    only_department = "markup" in changed and _DEPARTMENTS.fullmatch(title)
+    unusable = not title or only_department or _CODE.search(title)
+    return (None if unusable else title), changed
 
 
 def d3_title(title: str | None) -> tuple[str | None, list[str]]:
-    """Return (the title by D3's rule, or None where it leaves the item out; ["entities"] or ["whitespace"] where it changed)."""
+    """Return the title by D3's rule, or None if D3 drops the item, and what the rule changed.
+
+    The changes are named "entities" and "whitespace".
+    """
     if title is None or "<span id" in title:
         return None, []
     unescaped = title.replace("&quot;", '"').replace("&amp;", "&")
@@ -131,17 +153,25 @@ def d3_title(title: str | None) -> tuple[str | None, list[str]]:
 
 def clean_titles(
     titles: Sequence[str | None], policy: str = "placeholder"
-) -> tuple[list[str | None], dict]:
-    """Clean a catalogue's titles; return (titles, report).
+) -> tuple[list[str | None], dict[str, Any]]:
+    """Clean the titles of a catalogue; return the titles and a report.
 
-    With policy `placeholder` every title is usable afterwards; with `drop` and `d3` unusable ones are None and the caller removes
-    these items. The report holds, per step and for `unusable`, a count and up to NUM_EXAMPLES examples [item id, before, after].
+    With the policy `placeholder` every title is usable afterwards. With `drop` and `d3` unusable
+    titles become None, and the caller removes these items.
+
+    Returns:
+        The titles, and the report: per step and for `unusable` it holds a count and up to
+        NUM_EXAMPLES examples [item id, before, after].
+
+    Raises:
+        UsageError: the policy is unknown.
     """
     if policy not in POLICIES:
         raise UsageError(f"unknown policy {policy!r} for titles; known: {', '.join(POLICIES)}")
     if policy == "verbatim":
-        return list(titles), {"policy": policy, "items_sharing_a_title": _shared(titles)}
-    found: dict[str, list] = {name: [] for name in (*STEPS, "unusable")}
+        return list(titles), {"policy": policy, "items_sharing_a_title": _num_sharing(titles)}
+
+    found: dict[str, list[int]] = {name: [] for name in (*STEPS, "unusable")}
     cleaned: list[str | None] = []
     clean_one = d3_title if policy == "d3" else clean_title
     for item, title in enumerate(titles):
@@ -149,10 +179,12 @@ def clean_titles(
         cleaned.append(clean)
         for name in changed if clean is not None else ["unusable"]:
             found[name].append(item)
+
     if policy == "placeholder":
         for item, name in _placeholders(found["unusable"], set(cleaned)).items():
             cleaned[item] = name
-    report: dict = {"policy": policy, "items_sharing_a_title": _shared(cleaned)}
+
+    report: dict[str, Any] = {"policy": policy, "items_sharing_a_title": _num_sharing(cleaned)}
     for name, items in found.items():
         examples = [
             [item, _printable(titles[item]), _printable(cleaned[item])]
@@ -162,7 +194,8 @@ def clean_titles(
     return cleaned, report
 
 
-def _shared(titles: Sequence[str | None]) -> int:
+def _num_sharing(titles: Sequence[str | None]) -> int:
+    """Count the items whose title another item has too."""
     return sum(count for title, count in Counter(titles).items() if count > 1 and title is not None)
 
 
@@ -171,7 +204,10 @@ def _printable(title: str | None) -> str | None:
 
 
 def _placeholders(items: list[int], taken: set[str | None]) -> dict[int, str]:
-    """Return {item id: a title that no other item has}: as many hash digits as it takes, the same number for all."""
+    """Return a title for each item that no other item has.
+
+    All placeholders have the same number of hash digits: the smallest that makes them unique.
+    """
     digests = [hashlib.sha256(f"{PLACEHOLDER_SALT}{item}".encode()).hexdigest() for item in items]
     for digits in range(8, 65):
         names = [f"Untitled item {digest[:digits]}" for digest in digests]

@@ -1,13 +1,15 @@
-"""Presets: the papers' datasets, one name each, with the counts the papers print.
+"""Presets: the datasets of the papers, one name each, with the counts that the papers print.
 
-A preset fills in what the command line leaves open. What its dataset is expected to count stands beside it; `prepare_data.py`
-prints found against expected and changes nothing for it. `rows`: IGD Table 1 (train, valid, test rows); `interactions`, `users`,
-`items`: MTC Table 2.
+A preset sets the options that the command line leaves open. `igd prepare` prints the counts that it
+found next to the counts of the paper; a mismatch is not an error. The counts `train`, `valid` and
+`test` are rows from IGD Table 1; `interactions`, `users` and `items` are from MTC Table 2.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-# D3's published script: reviews of this window, its start moved back until 10,000 items are left.
+# D3's published script: the reviews of this window. The start of the window moves back until 10,000
+# items are left.
 D3_WINDOW = {"window_start": "2017-10-01", "window_end": "2018-11-01"}
 D3 = {"protocol": "d3", "k_core": 5, "max_history": 10, "min_items": 10_000, "titles": "d3"}
 LEAVE_ONE_OUT = {"protocol": "leave-one-out", "k_core": 5, "max_history": 20}
@@ -15,12 +17,16 @@ LEAVE_ONE_OUT = {"protocol": "leave-one-out", "k_core": 5, "max_history": 20}
 
 @dataclass(frozen=True)
 class Preset:
-    """`options` are flags of igd prepare, `expected` counts by name, `paper` where they are printed."""
+    """A dataset of a paper: how to make it and what it should count."""
 
     source: str
-    options: dict
+    """A name in igd_ds/data/sources/__init__.py."""
+    options: Mapping[str, str | int]
+    """Flags of `igd prepare` and their values."""
     paper: str
-    expected: dict[str, int] = field(default_factory=dict)
+    """Where the expected counts are printed."""
+    expected: Mapping[str, int] = field(default_factory=dict)
+    """The counts, by name."""
 
 
 PRESETS = {
@@ -68,7 +74,8 @@ PRESETS = {
         "MTC Table 2",
         {"interactions": 412_947, "users": 50_985, "items": 25_847},
     ),
-    # The counts are those of S3-Rec's Yelp of 2019, whose window ends with the first second of the last day.
+    # These are the counts of S3-Rec's Yelp of 2019, whose window ends with the first second of the
+    # last day.
     "yelp": Preset(
         "yelp",
         {
@@ -80,7 +87,8 @@ PRESETS = {
         "MTC Table 2",
         {"interactions": 316_354, "users": 30_431, "items": 20_033},
     ),
-    # MTC prints the raw file's counts (3,883 films are listed, 3,706 rated); its text says 5-core, which leaves fewer.
+    # MTC prints the counts of the raw file (which lists 3,883 films, of which 3,706 are rated). The
+    # text of the paper says 5-core, which leaves fewer.
     "ml-1m": Preset(
         "movielens",
         {**LEAVE_ONE_OUT, "domain": "movies"},

@@ -1,4 +1,4 @@
-"""Raw files before anything is read from them: plain or gzip, which form, which keys, what a source asks for."""
+"""Raw files before they are read: compression, form and keys, and how a source recognises them."""
 
 import ast
 import gzip
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, cast
 
 from igd_ds.errors import UsageError
 
@@ -20,102 +20,116 @@ PARTS = ("train", "valid", "test")
 
 @dataclass(frozen=True)
 class FileKind:
-    """How a source recognises one of its files: by its first line, or by a name.
+    """How a source recognises one of its files: by the keys on the first line, or by the file name.
 
-    `keys`: the JSON object or Python dict on the first line has all of these; with `header` the first line is a delimited header
-    that has them. `names`: or the file's name, ".gz" removed, matches one of these patterns; one with a slash is for the last
-    folder and the name. `many`: several files are read one after the other.
+    Example:
+        JSON lines with two keys, or any file that is called meta_….json:
+
+        >>> FileKind(frozenset({"asin", "title"}), names=("meta_*.json",), optional=True)
     """
 
     keys: frozenset[str] = frozenset()
+    """The JSON object or Python dict on the first line has all of these keys."""
     header: bool = False
+    """The first line is a delimited header instead, and `keys` are columns of it."""
     names: tuple[str, ...] = ()
+    """Patterns for the file name without ".gz"; one with a slash also matches the folder's name."""
     optional: bool = False
+    """The source works without this file."""
     many: bool = False
+    """There may be several such files; the source reads them one after the other."""
 
     def matches(self, path: Path, form: str, keys: Iterable[str]) -> bool:
-        """Whether a file with this path, and what `sniff` found in it, is of this kind."""
+        """Return whether a file is of this kind, given what `sniff` found in it."""
         name = path.name.removesuffix(".gz")
-        named = any(
-            fnmatch(f"{path.parent.name}/{name}" if "/" in pattern else name, pattern)
-            for pattern in self.names
-        )
-        return (
-            named or bool(self.keys) and self.header == (form == "text") and self.keys <= set(keys)
-        )
+        for pattern in self.names:
+            if fnmatch(f"{path.parent.name}/{name}" if "/" in pattern else name, pattern):
+                return True
+        return bool(self.keys) and self.header == (form == "text") and self.keys <= set(keys)
 
     def described(self) -> str:
-        """Say what is looked for."""
-        first = (
-            f"{'a header' if self.header else 'lines'} with {', '.join(sorted(self.keys))}"
-            if self.keys
-            else ""
-        )
-        return " or ".join(part for part in (first, " or ".join(self.names)) if part)
+        """Return a description of the file for an error message."""
+        parts = []
+        if self.keys:
+            what = "a header" if self.header else "lines"
+            parts.append(f"{what} with {', '.join(sorted(self.keys))}")
+        return " or ".join([*parts, *self.names])
 
 
 @dataclass(frozen=True)
 class RawRequest:
-    """What a source is asked for.
-
-    `inputs` are the files it reads; `seed` shuffles the ids; `num_items`, `num_users` are the size of synthetic data;
-    `max_bad_lines` is the share of lines that may be rejected.
-    """
+    """What a source is asked to read or to make."""
 
     inputs: tuple[Path, ...] = ()
+    """The files that the source reads."""
     seed: int = 0
+    """Seed of the permutation of the ids, and of synthetic data."""
     num_items: int = 0
+    """Items of synthetic data; 0 takes the source's default."""
     num_users: int = 0
+    """Users of synthetic data; 0 takes the source's default."""
     max_bad_lines: float = 0.001
+    """Share of the lines that may be rejected."""
 
 
 def parts_in_order(paths: Sequence[Path], suffix: str) -> list[Path]:
-    """Return the files of one data set in the order to read them: one, or NAME.train, NAME.valid and NAME.test with `suffix`.
+    """Return the files of one data set in reading order: one file, or its train, valid, test parts.
 
-    ValueError for anything else: two files of the same interactions would double them.
+    The parts are called NAME.train, NAME.valid and NAME.test, followed by `suffix`.
+
+    Raises:
+        UsageError: the files are something else; two files with the same interactions would count
+            each interaction twice.
     """
     if len(paths) == 1:
         return list(paths)
-    parts = [path.name.removesuffix(".gz").removesuffix(suffix).rpartition(".") for path in paths]
-    if len({name for name, _, _ in parts}) > 1 or sorted(part for *_, part in parts) != sorted(
-        PARTS
-    ):
+
+    by_part: dict[str, Path] = {}
+    names = set()
+    for path in paths:
+        name, _, part = path.name.removesuffix(".gz").removesuffix(suffix).rpartition(".")
+        names.add(name)
+        by_part[part] = path
+    if len(names) > 1 or len(by_part) < len(paths) or set(by_part) != set(PARTS):
         wanted = ", ".join(f"NAME.{part}{suffix}" for part in PARTS)
         raise UsageError(
             f"{', '.join(map(str, paths))}: need one {suffix} file, or {wanted} of one NAME"
         )
-    return [
-        path
-        for _, path in sorted(
-            zip(parts, paths, strict=True), key=lambda pair: PARTS.index(pair[0][2])
-        )
-    ]
+    return [by_part[part] for part in PARTS]
 
 
 def is_gzip(path: Path) -> bool:
-    """Whether a file is gzip, by its first two bytes, whatever its name."""
+    """Return whether a file is gzip, by its first two bytes; its name does not matter."""
     with open(path, "rb") as file:
         return file.read(2) == GZIP_MAGIC
 
 
 @contextmanager
 def open_raw(path: Path) -> Iterator[IO[bytes]]:
-    """Open a plain or gzip file for reading bytes; ValueError where the gzip is broken or cut off."""
+    """Open a plain or gzip file for reading bytes.
+
+    Raises:
+        UsageError: the gzip file is broken or cut off.
+    """
     try:
         with gzip.open(path, "rb") if is_gzip(path) else open(path, "rb") as file:
-            yield file
+            yield cast(IO[bytes], file)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UsageError(f"{path}: not a whole gzip file ({error}); download it again") from error
 
 
 def has_byte_order_mark(path: Path) -> bool:
-    """Whether a file's text starts with UTF-8's byte order mark, which strict JSON has not."""
+    """Return whether a file starts with the UTF-8 byte order mark, which strict JSON forbids."""
     with open_raw(path) as file:
         return file.read(3) == BYTE_ORDER_MARK
 
 
 def first_line(path: Path) -> bytes:
-    """Return the first line that is not blank, without white space around it; ValueError when there is none."""
+    """Return the first line that is not blank, without the white space around it.
+
+    Raises:
+        UsageError: the file holds no such line.
+    """
     with open_raw(path) as file:
         for line in file:
             if line.strip():
@@ -123,8 +137,11 @@ def first_line(path: Path) -> bytes:
     raise UsageError(f"{path}: the file is empty")
 
 
-def parse_python(line: bytes) -> dict | None:
-    """Return the dict that a line of Python source spells (literals only, nothing is run), or None if it is not one."""
+def parse_python(line: bytes) -> dict[Any, Any] | None:
+    """Return the dict that a line of Python source spells, or None if it spells none.
+
+    Only literals are read; nothing is executed.
+    """
     try:
         value = ast.literal_eval(line.decode("utf-8"))
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
@@ -132,8 +149,8 @@ def parse_python(line: bytes) -> dict | None:
     return value if isinstance(value, dict) else None
 
 
-def parse_json(line: bytes) -> dict | None:
-    """Return the JSON object on a line, or None if it is not one."""
+def parse_json(line: bytes) -> dict[str, Any] | None:
+    """Return the JSON object on a line, or None if the line holds none."""
     try:
         value = json.loads(line)
     except (ValueError, RecursionError):
@@ -142,12 +159,19 @@ def parse_json(line: bytes) -> dict | None:
 
 
 def sniff(path: Path) -> tuple[str, list[str]]:
-    """Return (form, keys) of a file's first line: form is "json", "python" or "text"; keys of the object or of the header."""
+    """Return the form and the keys of the first line of a file.
+
+    The form is "json", "python" or "text". The keys are those of the object or of the header.
+
+    Raises:
+        UsageError: the file is empty, or a broken gzip file.
+    """
     line = first_line(path)
     for form, parse in [("json", parse_json), ("python", parse_python)]:
         found = parse(line)
         if found is not None:
             return form, [str(key) for key in found]
+
     header = line.decode("utf-8", "replace").removeprefix("\ufeff")
     delimiter = next((mark for mark in ("\t", "::", "|", ",") if mark in header), ",")
     return "text", [name.strip().strip('"') for name in header.split(delimiter)]
