@@ -1,10 +1,10 @@
 """What the rooms of this package promise each other: small frozen dataclasses and Protocols.
 
-A room that needs a batch, an objective, a backbone or a searchable tree imports its contract here and
-never the room that implements it.
+A room that needs a batch, an objective, a backbone or a searchable tree imports its contract here
+and never the room that implements it.
 
-Letters in shapes: B rows of a micro-batch, T tokens of a padded row, n labelled tokens, V vocabulary,
-K targets of the loss, M trie nodes.
+Letters in shapes: B rows of a micro-batch, T tokens of a padded row, n labelled tokens, V
+vocabulary, K targets of the loss, M trie nodes.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ MASKED_ROW = -1
 class Batch:
     """A padded micro-batch, everything a training step needs looked up beforehand.
 
-    A causal LM reads `input_ids` (prompt and item, right-padded) and `labels` has the same shape. An
-    encoder-decoder reads the prompt in `input_ids`; `labels` (B, T') hold the item alone.
+    A causal LM reads `input_ids` (prompt and item, right-padded) and `labels` has the same shape.
+    An encoder-decoder reads the prompt in `input_ids`; `labels` (B, T') hold the item alone.
 
     The n labelled tokens are counted row by row. What the loss needs of each of them lies in flat
     arrays, in the order of the logits that `Backbone.label_logits` returns.
@@ -154,9 +154,9 @@ class Likelihood:
 class Objective(Protocol):
     """What a training minimises. A row of the table in `igd_ds/objectives/__init__.py`.
 
-    An objective is made from its own options, the dataclass `Options`, whose fields are its flags. It
-    turns the logits of labelled tokens into K numerators and normalisers, and may have a state that
-    it updates after each step (it is saved with every checkpoint).
+    An objective is made from its own options, the dataclass `Options`, whose fields are its flags.
+    It turns the logits of labelled tokens into K numerators and normalisers, and may have a state
+    that it updates after each step (it is saved with every checkpoint).
 
     Example:
         Plain cross-entropy, one target with weight 1 for every token:
@@ -204,9 +204,10 @@ class Objective(Protocol):
 class PromptTree(Protocol):
     """B prompts and the trees of tokens that grow behind them, read by a model.
 
-    Tokens come in *runs*: chains of tokens that go through the model together. A run hangs under the
-    last token of an earlier run; runs 0 … B − 1 are the prompts. A token sees its user's prompt, its
-    own ancestors and itself, so its log-probability equals that of a full forward pass over its path.
+    Tokens come in *runs*: chains of tokens that go through the model together. A run hangs under
+    the last token of an earlier run; runs 0 … B − 1 are the prompts. A token sees its user's
+    prompt, its own ancestors and itself, so its log-probability equals that of a full forward pass
+    over its path.
 
     Example:
         >>> logits = tree.prefill([np.array([5, 6, 7]), np.array([5, 9])])  # (2, V)

@@ -24,7 +24,9 @@ class ModelOptions:
     gradient_checkpointing: bool = option(
         "recompute activations in the backward pass to save memory", False
     )
-    max_length: int = option("tokens of prompt + target; the history is cut oldest-first to fit", 512)
+    max_length: int = option(
+        "tokens of prompt + target; the history is cut oldest-first to fit", 512
+    )
 
     lora_r: int = option("LoRA rank; 0: train all weights", 0)
     lora_alpha: int = option("LoRA scale numerator", 64)
@@ -61,7 +63,9 @@ class ModelOptions:
 class ModelSource:
     """A trained model and its dataset, and how they are loaded."""
 
-    model: str = option("RUN/model: model or adapter, tokenizer and catalogue, as train.py saves them")
+    model: str = option(
+        "RUN/model: model or adapter, tokenizer and catalogue, as train.py saves them"
+    )
     dataset: str = option("canonical dataset folder")
     dtype: str = option("model precision; auto: as saved", "auto", DTYPES)
     max_length: int = option("tokens of prompt + longest item; 0: as trained", 0)

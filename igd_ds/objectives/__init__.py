@@ -1,119 +1,102 @@
-"""Token weightings of the loss: one table, one line each.
+"""What a training minimises: one table of objectives, one line each.
 
-A weighting is K targets, functions from (StoredCatalogue, TrainConfig) to one float32 weight per catalogue token, which run
-once per catalogue and from which the collator gathers; the loss of a token that the weights multiply; and, with K > 1, what
-mixes the K losses. To add one: a function in a file of its family, a line in WEIGHTINGS, a test row in
-`tests/unit/test_weighting.py`, a row in the README.
+An objective gives every catalogue token a weight, once per run, and turns the logits of labelled
+tokens into Σ w·loss and Σ w (see `igd_ds.contracts.Objective`). Its flags are the fields of its
+`Options`.
+
+To add one: a class in a file of this folder, a line in OBJECTIVES, a test in `tests/unit/`, a row
+in the README. Most classes derive from `TokenWeighting` and define `weights` alone.
 """
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-
-import numpy as np
+import dataclasses
+import difflib
+import types
+from typing import TYPE_CHECKING, Any
 
 from igd_ds.errors import UsageError
-from igd_ds.objectives import mixing
-from igd_ds.objectives.frequency import frequency
-from igd_ds.objectives.front_greater import front_greater
-from igd_ds.objectives.gain import igd, igd_linear
-from igd_ds.objectives.losses import cft, plain, rank
-from igd_ds.objectives.position import position, uniform
+from igd_ds.objectives.cft import CFT
+from igd_ds.objectives.frequency import Frequency
+from igd_ds.objectives.front_greater import FrontGreater
+from igd_ds.objectives.gain import IGD, IGDLinear
+from igd_ds.objectives.msl import MSL
+from igd_ds.objectives.multi_target import MultiTarget
+from igd_ds.objectives.position import Position, Uniform
+from igd_ds.objectives.rank import Rank
+from igd_ds.objectives.weighted import TokenWeighting
 
-
-@dataclass(frozen=True)
-class Weighting:
-    """A row of the table."""
-
-    targets: tuple[Callable[..., np.ndarray], ...]
-    """K functions of (StoredCatalogue, TrainConfig) → float32 (T,), the weight of each catalogue token. All ranks call them."""
-    flags: tuple[str, ...] = ()
-    """TrainConfig fields that must be set."""
-    optional: tuple[str, ...] = ()
-    """TrainConfig fields that may be set; no other weighting's fields may be."""
-    token_loss: Callable = plain
-    """(logits (n, V), targets (n,), null logits (n, V) or None, config) → nats, float32 (n,)."""
-    needs_null: bool = False
-    """Whether token_loss needs the logits of the same tokens behind a prompt without history."""
-    mixing: Callable | None = None
-    """(config, total steps) → what mixes the K losses; None where K = 1."""
-
-
-MIXING_OPTIONS = (
-    "mixing",
-    "mixing_form",
-    "curriculum_c",
-    "curriculum_cT",
-    "lambda_lr",
-    "mixing_regularizer",
-)
-WEIGHTINGS = {
-    "uniform": Weighting((uniform,)),
-    "igd": Weighting((igd,), ("igd_beta",)),
-    "igd-linear": Weighting((igd_linear,), ("igd_beta",)),
-    "position": Weighting((position,), ("position_floor",)),
-    "cft": Weighting(
-        (position,), ("position_floor", "cft_lambda"), token_loss=cft, needs_null=True
-    ),
-    "rank": Weighting((uniform,), ("rank_tau",), token_loss=rank),
-    "front-greater": Weighting((front_greater,), ("item_embeddings",)),
-    "frequency": Weighting((frequency,), ("frequency_beta",)),
-    "multi-target": Weighting(
-        (front_greater, frequency, uniform),
-        ("item_embeddings", "frequency_beta"),
-        MIXING_OPTIONS,
-        mixing=mixing.build,
-    ),
-}
-
-RANGES = {  # field: (is the value allowed?, what it must do)
-    "igd_beta": (lambda value: 0 <= value <= 1, "lie in [0, 1]"),
-    "position_floor": (lambda value: 0 <= value <= 1, "lie in [0, 1]"),
-    "cft_lambda": (lambda value: 0 <= value < math.inf, "not be negative, and finite"),
-    "rank_tau": (lambda value: 0 < value < math.inf, "be positive and finite"),
-    "frequency_beta": (lambda value: 0 <= value < 1, "lie in [0, 1)"),
-    "curriculum_c": (
-        lambda value: 0 < value < math.inf,
-        "be positive and finite (no curriculum: leave it out)",
-    ),
-    "curriculum_cT": (
-        lambda value: 0 < value < math.inf,
-        "be positive and finite (no curriculum: leave it out)",
-    ),
-    "lambda_lr": (lambda value: 0 < value < math.inf, "be positive and finite"),
-    "item_embeddings": (
-        lambda value: Path(value).exists(),
-        "name an existing .npy with one row per item, or a folder that igd embed made",
-    ),
+OBJECTIVES: dict[str, type[TokenWeighting]] = {
+    "uniform": Uniform,
+    "igd": IGD,
+    "igd-linear": IGDLinear,
+    "position": Position,
+    "cft": CFT,
+    "rank": Rank,
+    "front-greater": FrontGreater,
+    "frequency": Frequency,
+    "multi-target": MultiTarget,
+    "msl": MSL,
 }
 
 
-def check_flags(config) -> None:
-    """Raise ValueError for an unknown weighting, a field it needs that is unset or out of range, or one that it does not use."""
-    if config.weighting not in WEIGHTINGS:
-        raise UsageError(f"--weighting {config.weighting}: unknown; one of {', '.join(WEIGHTINGS)}")
-    chosen = WEIGHTINGS[config.weighting]
-    for name in sorted(
-        {flag for weighting in WEIGHTINGS.values() for flag in weighting.flags + weighting.optional}
-    ):
-        value = getattr(config, name)
-        if name in chosen.flags and value is None:
-            raise UsageError(f"--weighting {config.weighting} needs --{name}")
-        if name not in chosen.flags + chosen.optional and value is not None:
-            users = ", ".join(
-                key
-                for key, weighting in WEIGHTINGS.items()
-                if name in weighting.flags + weighting.optional
-            )
+def options_of(name: str) -> tuple[dataclasses.Field[Any], ...]:
+    """Return the fields of an objective's `Options`."""
+    return dataclasses.fields(OBJECTIVES[name].Options)
+
+
+def users_of(flag: str) -> list[str]:
+    """Return the names of the objectives that have this flag."""
+    return [name for name in OBJECTIVES if flag in {field.name for field in options_of(name)}]
+
+
+def _all_options() -> type:
+    """Make a dataclass with the flags of all objectives, each optional; None: not given."""
+    entries: dict[str, tuple[str, Any, Any]] = {}
+    for field in (field for name in OBJECTIVES for field in options_of(name)):
+        help = f"{field.metadata['help']} ({', '.join(users_of(field.name))})"
+        metadata = field.metadata | {"help": help}
+        kind = field.type if isinstance(field.type, types.UnionType) else field.type | None
+        entry = dataclasses.field(default=None, metadata=metadata)
+        entries.setdefault(field.name, (field.name, kind, entry))
+    return dataclasses.make_dataclass(
+        "ObjectiveOptions", entries.values(), frozen=True, kw_only=True
+    )
+
+
+if TYPE_CHECKING:
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class ObjectiveOptions:
+        """The flags of all objectives."""
+
+else:
+    ObjectiveOptions = _all_options()
+
+
+def check_objective(name: str, settings: Any) -> Any:
+    """Return the objective's `Options` with the values in `settings`, which has all objectives' flags.
+
+    Raises:
+        UsageError: an unknown objective, a flag that it needs and lacks, a flag that it does not
+        use,
+            or a value out of its range.
+    """
+    if name not in OBJECTIVES:
+        near = difflib.get_close_matches(name, OBJECTIVES, n=1)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        raise UsageError(f"--objective {name}: unknown{hint} Known: {', '.join(OBJECTIVES)}")
+
+    own = {field.name: field for field in options_of(name)}
+    for flag in dataclasses.fields(ObjectiveOptions):
+        value = getattr(settings, flag.name)
+        if value is not None and flag.name not in own:
             raise UsageError(
-                f"--{name} {value} has no effect with --weighting {config.weighting}: drop it, or use {users}"
+                f"--{flag.name} {value} has no effect with --objective {name}: drop it, or use "
+                f"{', '.join(users_of(flag.name))}"
             )
-        if name in RANGES and value is not None and not RANGES[name][0](value):
-            raise UsageError(f"--{name} must {RANGES[name][1]}, found {value}")
-    if chosen.mixing and config.normalization != "global":
-        raise UsageError(
-            f"--weighting {config.weighting} learns from losses over the whole step: use --normalization global"
-        )
-    if chosen.mixing:
-        mixing.check_options(config)
+        is_required = flag.name in own and own[flag.name].default is dataclasses.MISSING
+        if value is None and is_required:
+            raise UsageError(f"--objective {name} needs --{flag.name}")
+
+    options = OBJECTIVES[name].Options(**{flag: getattr(settings, flag) for flag in own})
+    options.check()
+    return options

@@ -1,20 +1,52 @@
-"""Weights that look at a token's place in its item only: uniform (BIGRec, D3) and position (Pos)."""
+"""Weights that depend only on a token's place in its item:
+
+`uniform` (BIGRec, D3) and `position` (CFT).
+"""
+
+from dataclasses import dataclass
 
 import numpy as np
 
+from igd_ds.config.options import option, require
+from igd_ds.contracts import ObjectiveContext
+from igd_ds.objectives.weighted import TokenWeighting
 
-def uniform(stored, config) -> np.ndarray:
-    """Return 1 for every catalogue token, float32 (T,): plain cross-entropy."""
-    return np.ones(len(stored.catalogue.token_ids), dtype=np.float32)
+
+class Uniform(TokenWeighting):
+    """Plain cross-entropy: every token weighs 1."""
+
+    def weights(self, context: ObjectiveContext) -> np.ndarray:
+        """Return 1 for every catalogue token, float32 (tokens, 1)."""
+        return np.ones((len(context.stored.catalogue.token_ids), 1), dtype=np.float32)
 
 
-def position(stored, config) -> np.ndarray:
-    """Return weights that fall linearly from 1 at an item's first token to b at its last, float32 (T,).
+@dataclass(frozen=True, kw_only=True)
+class PositionOptions:
+    """Flags of `position`."""
 
-    w_t = 1 − (1−b)(t−1)/(m−1), t = 1 … m, m = tokens of the item with EOS; 1 if m = 1 (CFT paper; IGD App. A). b is
-    `config.position_floor`.
+    position_floor: float = option("b: weight of the last item token, in [0, 1]")
+
+    def check(self) -> None:
+        """Raise UsageError unless b lies in [0, 1]."""
+        require(self, "position_floor", lambda value: 0 <= value <= 1, "must lie in [0, 1]")
+
+
+class Position(TokenWeighting):
+    """Weights that fall linearly from 1 at an item's first token to b at its last (CFT; IGD App.
+
+    A).
     """
-    offsets = stored.catalogue.offsets
-    m = np.repeat(np.diff(offsets), np.diff(offsets))
-    t_minus_1 = np.arange(len(m)) - np.repeat(offsets[:-1], np.diff(offsets))
-    return (1 - (1 - config.position_floor) * t_minus_1 / np.maximum(m - 1, 1)).astype(np.float32)
+
+    Options = PositionOptions
+
+    def weights(self, context: ObjectiveContext) -> np.ndarray:
+        """Return w_t = 1 − (1 − b)(t − 1)/(m − 1), float32 (tokens, 1).
+
+        t = 1 … m counts the item's tokens, EOS included; w is 1 if m = 1. b is `position_floor`.
+        """
+        offsets = context.stored.catalogue.offsets
+        m = np.repeat(np.diff(offsets), np.diff(offsets))
+        t_minus_1 = np.arange(len(m)) - np.repeat(offsets[:-1], np.diff(offsets))
+
+        falling = (1 - self.options.position_floor) * t_minus_1 / np.maximum(m - 1, 1)
+        return (1 - falling).astype(np.float32)[:, None]
