@@ -1,14 +1,20 @@
-# make demo | test | setup | lint | bench — each does its own set-up on a fresh machine and works twice in a row.
+# Every target sets up what it needs on a fresh machine, and works twice in a row.
+#
+#   make demo      generated data, two trainings, evaluation, report
+#   make test      all tests that need no GPU
+#   make test-isa  the tests that must hold on any processor, under this machine's older instruction sets
+#   make lint      ruff, mypy, codespell
+#   make bench     every benchmark in its quick form
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lint bench
+.PHONY: setup demo test test-isa lint bench
 
 setup: $(STAMP)
 
-# torch first and pinned: packages that ask for a plain `torch` then find it installed.
+# torch is installed first and pinned: packages that ask for a plain `torch` then find it installed.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt torch
@@ -20,6 +26,9 @@ demo: setup
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+test-isa: setup
+	$(BIN)/python tools/other_cpus.py
 
 lint: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash tools/check.sh
