@@ -1,25 +1,24 @@
-"""Backbones: how each kind of model is built, loaded and asked for the logits of labelled positions.
+"""Backbones: how each kind of language model is checked, built, loaded, trained and searched.
 
-`causal_lm` and `tiger` are adapters: modules with the same functions, of which `adapter_of` names the one for a model.
+`backbone_of` names the backbone of a model's configuration. To add a kind of model, write a class
+that implements `igd_ds.contracts.Backbone`, and return it there.
 """
 
-from types import ModuleType
+from typing import Any
 
-from igd_ds.backbones import causal_lm
-from igd_ds.backbones import t5 as tiger
-from igd_ds.errors import UsageError
+from igd_ds.backbones.causal_lm import CausalLM
+from igd_ds.backbones.model_config import read_model_config
+from igd_ds.backbones.t5 import T5
+from igd_ds.contracts import Backbone
 
-
-def read_model_config(name: str, trust_remote_code: bool = False):
-    """Read a model's configuration from a JSON file, a folder or the hub; ValueError if there is none."""
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"no model configuration at '{name}' ({error})") from error
+__all__ = ["CausalLM", "T5", "backbone_of", "read_model_config"]
 
 
-def adapter_of(model_config) -> ModuleType:
-    """Return the module for models of this configuration: `tiger` for encoder-decoders, else `causal_lm`."""
-    return tiger if model_config.is_encoder_decoder else causal_lm
+def backbone_of(model_config: Any) -> Backbone:
+    """Return the backbone for models of this configuration: T5 for encoder-decoders, else CausalLM.
+
+    Example:
+        >>> backbone_of(read_model_config("Qwen/Qwen2.5-0.5B")).capabilities(...).tree_search
+        True
+    """
+    return T5() if model_config.is_encoder_decoder else CausalLM()

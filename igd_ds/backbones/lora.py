@@ -1,0 +1,103 @@
+"""LoRA adapters and 4-bit base weights (QLoRA), by PEFT and bitsandbytes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from igd_ds.backbones.vocabulary import resize, vocabulary_names
+from igd_ds.errors import UsageError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import BitsAndBytesConfig, PreTrainedModel
+
+    from igd_ds.config.model import ModelOptions
+
+
+def adaptable_layers(model: torch.nn.Module) -> list[tuple[int, int]]:
+    """Return (input width, output width) of every linear layer. GPT-2 calls its layers Conv1D."""
+    from transformers.pytorch_utils import Conv1D
+
+    shapes = []
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            shapes.append((module.in_features, module.out_features))
+        elif isinstance(module, Conv1D):
+            shapes.append((module.weight.shape[0], module.weight.shape[1]))
+    return shapes
+
+
+def with_lora(model: PreTrainedModel, options: ModelOptions, added_ids: range) -> PeftModel:
+    """Return the model with LoRA matrices. The rows of `added_ids` are trained fully beside them.
+
+    Raises:
+        UsageError: PEFT does not find or does not know the modules that --lora_targets names.
+    """
+    import peft
+
+    targets = options.lora_targets
+    lora = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=options.lora_r,
+        lora_alpha=options.lora_alpha,
+        lora_dropout=options.lora_dropout,
+        target_modules=targets if targets == "all-linear" else targets.split(","),
+        trainable_token_indices={name: list(added_ids) for name in vocabulary_names(model)}
+        if added_ids
+        else None,
+    )
+    if options.load_in_4bit:
+        model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+
+    try:
+        # The DeepSpeed file sets the precision of the adapter too: the optimizer keeps the fp32
+        # master copy, so PEFT must not cast the adapter to fp32.
+        return peft.get_peft_model(model, lora, autocast_adapter_dtype=False)
+    except ValueError as error:
+        raise UsageError(f"--lora_targets {targets}: {error}") from error
+
+
+def with_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
+    """Return the base model with the adapter in `folder`, including the rows of added tokens."""
+    import peft
+
+    description = json.loads((folder / "adapter_config.json").read_text())
+    rows_of = description.get("trainable_token_indices") or {}
+    if rows_of:
+        resize(model, 1 + max(max(rows) for rows in rows_of.values()))
+
+    model = peft.PeftModel.from_pretrained(model, folder)
+    for module in model.modules():
+        if isinstance(module, peft.tuners.trainable_tokens.TrainableTokensLayer):
+            # Without merging, each forward pass copies the whole weight to put the rows in.
+            module.merge()
+    return model
+
+
+def quantisation(dtype: torch.dtype) -> BitsAndBytesConfig:
+    """Return QLoRA's quantisation: NF4 with double quantisation, computing in `dtype`."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def keep_4bit_trainable(model: torch.nn.Module) -> None:
+    """Turn off a weight layout of bitsandbytes that breaks training on CPUs with avx512_bf16.
+
+    There, a forward pass in eval mode repacks the weights in place, and any training after it is
+    silently wrong.
+    """
+    import bitsandbytes
+
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
