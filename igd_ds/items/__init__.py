@@ -1,1 +1,1 @@
-"""Items as token paths: catalogue (item to tokens), trie (their prefixes), decisiveness (what a token decides), store."""
+"""Items as token paths: catalogue, trie, how decisive each token is, and storage of all three."""

@@ -1,42 +1,92 @@
-"""The catalogue: every item as a path of token ids that ends in EOS (IGD 3.1). N items, T tokens of all paths.
+"""The catalogue: every item as a path of token ids that ends in EOS (IGD 3.1).
 
-The ids are made once, here. Labels, trie, weights and decoding look them up by item, and no target is ever tokenized a
-second time: in many titles the last character and the newline merge into one token, so a second way would drift.
+Letters in shapes: N items, T tokens of all paths together.
+
+Token ids are made once, here. Labels, trie, weights and search look them up by item; no target is
+tokenized a second time. A second way would give other ids: in many titles the last character and
+the newline merge into one token.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
 
 from igd_ds.errors import UsageError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 KINDS = ("text", "semantic-id")
-TOKENIZE_CHUNK = (
-    10_000  # texts per call of the tokenizer: its Python lists of ids stay small (assumed)
-)
+
+# Texts per call of the tokenizer, which returns Python lists of ids. Assumed, not measured.
+TOKENIZE_CHUNK = 10_000
+
+Text = TypeVar("Text")
+
+
+class TargetRows(Protocol):
+    """The part of a split that a catalogue reads."""
+
+    @property
+    def targets(self) -> np.ndarray:
+        """Integers (R,): the target item of each row."""
+
+
+class ItemDataset(Protocol):
+    """The part of a dataset that a catalogue reads; `InteractionDataset` has it."""
+
+    @property
+    def titles(self) -> Sequence[str | None]:
+        """N titles; None where an item has no title."""
+
+    @property
+    def semantic_ids(self) -> Sequence[Sequence[str]] | None:
+        """N lists of codes, or None if the dataset has no semantic IDs."""
+
+    @property
+    def splits(self) -> Mapping[str, TargetRows]:
+        """The splits by name; only `train` is read."""
+
+    @property
+    def fingerprint(self) -> str:
+        """The hash of the dataset's files."""
+
+    @property
+    def num_items(self) -> int:
+        """N."""
 
 
 @dataclass(frozen=True)
 class Catalogue:
-    """Token paths and training counts of N items, and what they were made from."""
+    """Token paths and training counts of N items, and the fingerprints of what they were made from.
+
+    Example:
+        >>> catalogue = Catalogue.build(dataset, tokenizer)
+        >>> tokenizer.decode(catalogue.path(3))
+        'The Hobbit\\n<|endoftext|>'
+    """
 
     token_ids: np.ndarray
-    """int32 (T,): all paths one after the other, each with EOS as its last token and nowhere else."""
+    """int32 (T,): all paths one after the other. Each ends in EOS, which occurs nowhere else."""
     offsets: np.ndarray
-    """int64 (N+1,): item i is token_ids[offsets[i] : offsets[i+1]]."""
+    """int64 (N+1,): the path of item i is token_ids[offsets[i] : offsets[i+1]]."""
     counts: np.ndarray
-    """int64 (N,): how often item i is the target of a training row."""
+    """int64 (N,): the number of training rows whose target is item i."""
     eos_token_id: int
+    """Token id of EOS."""
     kind: str
-    """"text": the tokens of title + "\\n"; "semantic-id": one token per code."""
+    """"text": the tokens of title + "\\n". "semantic-id": one token per code."""
     tokenizer_fingerprint: str
+    """See `tokenizer_fingerprint`."""
     dataset_fingerprint: str
+    """`InteractionDataset.fingerprint`."""
 
     @property
     def num_items(self) -> int:
@@ -45,25 +95,27 @@ class Catalogue:
 
     @property
     def max_length(self) -> int:
-        """Tokens of the longest path, EOS included."""
+        """Number of tokens of the longest path, EOS included."""
         return int(np.diff(self.offsets).max())
 
     def path(self, item: int) -> np.ndarray:
-        """Tokens of an item, EOS included: an int32 view."""
+        """Return the tokens of an item, EOS included: an int32 view."""
         return self.token_ids[self.offsets[item] : self.offsets[item + 1]]
 
     @classmethod
-    def build(cls, dataset, tokenizer, kind: str | None = None) -> Catalogue:
+    def build(
+        cls, dataset: ItemDataset, tokenizer: PreTrainedTokenizerBase, kind: str | None = None
+    ) -> Catalogue:
         """Turn a dataset's items into token paths.
 
         Args:
-            dataset: has `titles`, `semantic_ids`, `splits["train"].targets`, `fingerprint`, `num_items`.
-            tokenizer: a Hugging Face tokenizer with an EOS token; a fast one tokenizes in batches.
-            kind: "text" or "semantic-id"; None takes the titles where the dataset has any.
+            dataset: its items and the targets of its training rows.
+            tokenizer: needs an EOS token. A fast tokenizer tokenizes in batches.
+            kind: a name in KINDS; None takes the titles if the dataset has any.
 
         Raises:
-            ValueError: no EOS token; a missing title or semantic ID; a code that is not exactly one token; an item whose
-                tokens hold EOS; unknown kind.
+            UsageError: the tokenizer has no EOS token, the kind is unknown, an item has no title or
+                no semantic ID, a code is not exactly one token, or an item's tokens contain EOS.
         """
         if tokenizer.eos_token_id is None:
             raise UsageError(
@@ -73,16 +125,20 @@ class Catalogue:
             kind = "text" if any(title is not None for title in dataset.titles) else "semantic-id"
         if kind not in KINDS:
             raise UsageError(f"unknown kind of items {kind!r}; known: {', '.join(KINDS)}")
+
         if kind == "text":
             tokens, lengths = _tokenize_titles(dataset.titles, tokenizer)
         else:
             tokens, lengths = _look_up_codes(dataset.semantic_ids, dataset.num_items, tokenizer)
         _check_no_eos(tokens, lengths, tokenizer, dataset, kind)
+
+        # Lay the paths out one after the other, with one EOS behind each.
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths + 1)])
         token_ids = np.full(offsets[-1], tokenizer.eos_token_id, np.int32)
         inside = np.ones(len(token_ids), bool)
         inside[offsets[1:] - 1] = False
         token_ids[inside] = tokens
+
         return cls(
             token_ids=token_ids,
             offsets=offsets,
@@ -94,11 +150,12 @@ class Catalogue:
         )
 
 
-def tokenizer_fingerprint(tokenizer) -> str:
-    """sha256 (hex) of what decides the token ids: the backend tokenizer's JSON and the EOS id.
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the sha256 (hex) of what decides the token ids: the backend's JSON and the EOS id.
 
-    Padding and truncation are left out, because a call of the tokenizer changes them, and so is the PAD token, which
-    callers set to EOS: the fingerprint is the same before and after use, and after saving and loading.
+    Padding and truncation are left out because a call of the tokenizer changes them. The PAD token
+    is left out because callers set it to EOS. So the fingerprint is the same before and after use,
+    and after saving and loading.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -111,13 +168,21 @@ def tokenizer_fingerprint(tokenizer) -> str:
 
 
 def tokenize(
-    texts: Sequence, form: Callable[[object], str], tokenizer
+    texts: Sequence[Text], form: Callable[[Text], str], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of `form(text)` for all texts, int32, one after the other, and their numbers per text, int64; no special tokens.
+    """Tokenize `form(text)` for all texts, without special tokens.
 
-    Works in chunks: as Python lists the tokens of ten million titles would take gigabytes.
+    The tokenizer is called on chunks of the texts. As Python lists, the tokens of ten million
+    titles would take gigabytes.
+
+    Returns:
+        All tokens one after the other, int32, and the number of tokens of each text, int64.
+
+    Example:
+        >>> tokens, lengths = tokenize(["Dune", "Emma"], lambda title: title + "\\n", tokenizer)
     """
-    chunks, lengths = [], []
+    chunks: list[np.ndarray] = []
+    lengths: list[int] = []
     for start in range(0, len(texts), TOKENIZE_CHUNK):
         formed = [form(text) for text in texts[start : start + TOKENIZE_CHUNK]]
         encoded = tokenizer(
@@ -128,49 +193,79 @@ def tokenize(
     return np.concatenate(chunks), np.array(lengths, np.int64)
 
 
-def _tokenize_titles(titles: list[str | None], tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of all `title + "\\n"`, int32, and their numbers per item, int64 (N,); EOS not included."""
-    if None in titles:
+def _tokenize_titles(
+    titles: Sequence[str | None], tokenizer: PreTrainedTokenizerBase
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the tokens of all `title + "\\n"`, int32, and their number per item, int64 (N,)."""
+    present = [title for title in titles if title is not None]
+    if len(present) < len(titles):
         raise UsageError(
-            f"item {titles.index(None)} has no title ({titles.count(None)} such items): "
+            f"item {titles.index(None)} has no title ({len(titles) - len(present)} such items): "
             "prepare the dataset with title hygiene on (igd prepare does it by default)"
         )
-    return tokenize(titles, lambda title: title + "\n", tokenizer)
+    return tokenize(present, lambda title: title + "\n", tokenizer)
 
 
-def _look_up_codes(semantic_ids, num_items: int, tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of all codes, int32, and their numbers per item, int64 (N,); EOS not included."""
+def _look_up_codes(
+    semantic_ids: Sequence[Sequence[str]] | None,
+    num_items: int,
+    tokenizer: PreTrainedTokenizerBase,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the tokens of all codes, int32, and their number per item, int64 (N,)."""
     if semantic_ids is None:
         raise UsageError(
-            'the dataset has no semantic IDs; take kind "text", or prepare it from a source that has them'
+            'the dataset has no semantic IDs: use kind "text", or prepare it from a source that '
+            "has them"
         )
     empty = [item for item in range(num_items) if not semantic_ids[item]]
     if empty:
         raise UsageError(
-            f"item {empty[0]} has no semantic ID ({len(empty)} such items): every item needs at least one code"
+            f"item {empty[0]} has no semantic ID ({len(empty)} such items): every item needs at "
+            "least one code"
         )
-    known = {}
+
+    known: dict[str, int] = {}
     for item, codes in enumerate(semantic_ids):
         for code in codes:
             if code not in known:
-                ids = tokenizer(code, add_special_tokens=False)["input_ids"]
-                if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
-                    found = f"{len(ids)} tokens" if len(ids) != 1 else "the unknown token"
-                    raise UsageError(
-                        f"code {code!r} of item {item} is {found}, it must be exactly one: make a tokenizer with "
-                        "igd tokenizer --semantic_ids, or add the codes to this one with igd tokenizer --add_codes_to"
-                    )
-                known[code] = ids[0]
+                known[code] = _token_of_code(code, item, tokenizer)
+
     lengths = np.array([len(codes) for codes in semantic_ids], np.int64)
     return np.fromiter((known[code] for codes in semantic_ids for code in codes), np.int32), lengths
 
 
-def _check_no_eos(tokens: np.ndarray, lengths: np.ndarray, tokenizer, dataset, kind: str) -> None:
+def _token_of_code(code: str, item: int, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the one token of a code; raise UsageError if it is not one known token."""
+    ids = tokenizer(code, add_special_tokens=False)["input_ids"]
+    if len(ids) == 1 and ids[0] != tokenizer.unk_token_id:
+        return int(ids[0])
+
+    found = "the unknown token" if len(ids) == 1 else f"{len(ids)} tokens"
+    raise UsageError(
+        f"code {code!r} of item {item} is {found}, it must be exactly one: make a tokenizer with "
+        "igd tokenizer --semantic_ids, or add the codes to this one with "
+        "igd tokenizer --add_codes_to"
+    )
+
+
+def _check_no_eos(
+    tokens: np.ndarray,
+    lengths: np.ndarray,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: ItemDataset,
+    kind: str,
+) -> None:
+    """Raise UsageError naming the first item whose tokens (without the final EOS) contain EOS."""
     at = np.flatnonzero(tokens == tokenizer.eos_token_id)
-    if at.size:
-        item = int(np.searchsorted(np.cumsum(lengths), at[0], side="right"))
-        text = dataset.titles[item] if kind == "text" else " ".join(dataset.semantic_ids[item])
-        raise UsageError(
-            f"item {item} ({text!r}) contains the EOS token {tokenizer.eos_token!r}, which may only end an item: "
-            "remove it from the item's text, or use another EOS token"
-        )
+    if not at.size:
+        return
+
+    item = int(np.searchsorted(np.cumsum(lengths), at[0], side="right"))
+    if kind == "text" or dataset.semantic_ids is None:
+        text = dataset.titles[item]
+    else:
+        text = " ".join(dataset.semantic_ids[item])
+    raise UsageError(
+        f"item {item} ({text!r}) contains the EOS token {tokenizer.eos_token!r}, which may only "
+        "end an item: remove it from the item's text, or use another EOS token"
+    )

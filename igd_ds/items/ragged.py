@@ -1,4 +1,4 @@
-"""Ragged ranges: begin[0], begin[0] + 1, … then begin[1], …, without a Python loop, for numpy and torch."""
+"""Ragged ranges without a Python loop: begin[0], begin[0] + 1, …, then begin[1], …"""
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ def ragged_arange(begin: np.ndarray, count: np.ndarray) -> np.ndarray:
 
 
 def ragged_rows(begin: torch.Tensor, count: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (row, value), each int64 (Σ count,): the ranges of `ragged_arange` and the row of each.
+    """Return (row, value), each int64 (Σ count,): the ranges of `ragged_arange` and their rows.
 
     Example:
         >>> row, value = ragged_rows(torch.tensor([5, 20]), torch.tensor([2, 3]))

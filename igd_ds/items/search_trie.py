@@ -1,47 +1,62 @@
-"""The trie as a search reads it: a few flat arrays on the search's device, in the smallest dtype that is exact."""
+"""The device view of the trie: a few flat arrays for searches and objectives."""
 
-from dataclasses import dataclass
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 
+from igd_ds.items.ragged import ragged_rows
+from igd_ds.items.trie import TokenTrie
+
 
 @dataclass(frozen=True)
 class SearchTrie:
-    """Arrays of a TokenTrie of M nodes; indexed by node, which is also its edge. 8 to 14 bytes a node, depending on the dtypes.
+    """Arrays of a TokenTrie of M nodes on one device, each in the smallest dtype that holds it.
 
-    token (M,): on the edge into the node (0 at the root). child_begin (M + 1,): children of n are child_begin[n] …
-    child_begin[n + 1] − 1. depth (M,): tokens on the path. longest (M,): tokens of the longest item under the node, which bounds
-    what an open prefix can still become. forced (M,): how many nodes below this one follow without a choice and have a
-    successor themselves: the radix view of the trie. A model that is given the node's token can be given those of the next
-    `forced` nodes in the same pass.
+    An array is indexed by node, and edge e leads into node e. The whole takes 10 to 18 bytes per
+    node, depending on the dtypes. Cast values to int64 before you index with them (`.long()`):
+    torch would take a uint8 index for a mask.
+
+    Example:
+        >>> trie = SearchTrie.build(token_trie, "cuda")
+        >>> row, child = trie.children(torch.tensor([0, 7], device="cuda"))
     """
 
     token: torch.Tensor
+    """(M,): the token on the edge into the node; 0 at the root."""
+    parent: torch.Tensor
+    """(M,): the node above; 0 at the root."""
     child_begin: torch.Tensor
+    """(M + 1,): the children of node n are child_begin[n] … child_begin[n + 1] − 1."""
     depth: torch.Tensor
+    """(M,): number of tokens on the path from the root."""
     longest: torch.Tensor
+    """(M,): number of tokens of the longest item under the node. A search bounds with it what an
+    unfinished path can still score."""
     forced: torch.Tensor
+    """(M,): how many nodes below this one follow without a choice and have a child themselves. This
+    is the radix view of the trie: a model that is given the node's token can be given the tokens of
+    the next `forced` nodes in the same pass."""
 
     @classmethod
-    def build(cls, trie, device: torch.device | str = "cpu") -> "SearchTrie":
-        """Copy what the search needs of a TokenTrie of numpy arrays to `device`."""
-        arrays = (
-            np.maximum(trie.token, 0),
-            trie.child_begin,
-            trie.depth,
-            longest_item(trie),
-            forced_run(trie),
-        )
-        return cls(*(_smallest(array).to(device) for array in arrays))
+    def build(cls, trie: TokenTrie, device: torch.device | str = "cpu") -> SearchTrie:
+        """Copy the arrays of a TokenTrie to `device`."""
+        arrays = {
+            "token": np.maximum(trie.token, 0),
+            "parent": np.maximum(trie.parent, 0),
+            "child_begin": trie.child_begin,
+            "depth": trie.depth,
+            "longest": longest_item(trie),
+            "forced": forced_run(trie),
+        }
+        return cls(**{name: _smallest(array).to(device) for name, array in arrays.items()})
 
-    def to(self, device: torch.device | str) -> "SearchTrie":
-        """Copy to another device."""
+    def to(self, device: torch.device | str) -> SearchTrie:
+        """Return a copy on another device."""
         return SearchTrie(
-            *(
-                array.to(device)
-                for array in (self.token, self.child_begin, self.depth, self.longest, self.forced)
-            )
+            **{field.name: getattr(self, field.name).to(device) for field in fields(self)}
         )
 
     @property
@@ -50,25 +65,32 @@ class SearchTrie:
         return len(self.token)
 
     def is_leaf(self, nodes: torch.Tensor) -> torch.Tensor:
-        """Whether each of `nodes` (E,) ends an item, bool (E,)."""
+        """Return whether each of `nodes` (E,) ends an item, bool (E,)."""
         return self.child_begin[nodes + 1] == self.child_begin[nodes]
 
     def children(self, nodes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the child edges of `nodes` (R,): (row in `nodes`, child node), each (E,) int64, in order of row and token."""
+        """Return the children of `nodes` (R,), in the order of `nodes` and of their tokens.
+
+        Returns:
+            The index in `nodes` of each child's parent, and the child, each int64 (E,).
+
+        Example:
+            Node 0 has the children 1 and 2, node 2 has the child 5.
+
+            >>> row, child = trie.children(torch.tensor([0, 2]))
+            >>> row.tolist(), child.tolist()
+            ([0, 0, 1], [1, 2, 5])
+        """
         begin = self.child_begin[nodes].long()
-        return ragged(begin, self.child_begin[nodes + 1] - begin)
+        return ragged_rows(begin, self.child_begin[nodes + 1] - begin)
 
 
-def ragged(begin: torch.Tensor, count: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (row, value), each (sum of counts,) int64: begin[r], begin[r] + 1, … begin[r] + count[r] − 1 of each row r."""
-    row = torch.repeat_interleave(count)
-    return row, (begin - count.cumsum(0) + count)[row] + torch.arange(len(row), device=count.device)
-
-
-def longest_item(trie) -> np.ndarray:
-    """Return the length in tokens (EOS included) of the longest item under each node, int32 (M,); one pass per level."""
+def longest_item(trie: TokenTrie) -> np.ndarray:
+    """Return the number of tokens of the longest item under each node, int32 (M,)."""
     longest = np.array(trie.depth, dtype=np.int32)
     levels = trie.level_begin()
+
+    # From the lowest level but one up to the root: the maximum over the children.
     for begin, end in zip(levels[-3::-1], levels[-2:0:-1], strict=True):
         first = np.asarray(trie.child_begin[begin : end + 1], dtype=np.int64)
         inner = np.flatnonzero(np.diff(first))
@@ -79,10 +101,12 @@ def longest_item(trie) -> np.ndarray:
     return longest
 
 
-def forced_run(trie) -> np.ndarray:
-    """Return how many nodes follow each node as only children, leaves not counted, int32 (M,); one pass per level."""
+def forced_run(trie: TokenTrie) -> np.ndarray:
+    """Return how many nodes follow each node as only children, leaves not counted, int32 (M,)."""
     forced = np.zeros(trie.num_nodes, np.int32)
     levels = trie.level_begin()
+
+    # From the lowest level but one up to the root: one more than at an only child.
     for begin, end in zip(levels[-3::-1], levels[-2:0:-1], strict=True):
         first = np.asarray(trie.child_begin[begin : end + 1])
         only = np.flatnonzero(np.diff(first) == 1)
@@ -93,7 +117,7 @@ def forced_run(trie) -> np.ndarray:
 
 
 def _smallest(array: np.ndarray) -> torch.Tensor:
-    """Copy to the smallest integer type that torch indexes with ease and that holds every value (all ≥ 0)."""
+    """Copy to the smallest integer type that torch can index with and that holds all values ≥ 0."""
     for dtype in (np.uint8, np.int16, np.int32):
         if len(array) and array.max() <= np.iinfo(dtype).max:
             return torch.from_numpy(array.astype(dtype))

@@ -1,141 +1,229 @@
-"""A catalogue on disk: `catalogue.json` and one .npy per array, which all ranks of a node map instead of copying.
+"""A catalogue on disk: `catalogue.json` and one .npy file per array.
 
-The structure and the chosen entropy's gain take about 30 bytes per trie node; other measures are made when asked for.
+All ranks of a node map the arrays instead of copying them. Trie and gain take about 30 bytes per
+trie node, the arrays over tokens 9 bytes per token.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import os
-import shutil
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from igd_ds.errors import UsageError
-from igd_ds.items.catalogue import Catalogue, tokenizer_fingerprint
-from igd_ds.items.decisiveness import ENTROPIES, gain_deciles
+from igd_ds.folders import new_folder, write_json
+from igd_ds.items.catalogue import Catalogue, ItemDataset, tokenizer_fingerprint
+from igd_ds.items.decisiveness import INFORMATION_GAIN, check_names, gain_deciles, zero_gain
 from igd_ds.items.trie import TokenTrie
 
-VERSION = 1
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+VERSION = 2
+"""Version 1 has no `zero_gain`, no `token_node` and no `decisiveness`; it can still be read."""
+
 CATALOGUE_ARRAYS = ("token_ids", "offsets", "counts")
-# item_count is the catalogue's counts: written once.
+# The trie's item_count is the catalogue's counts, which are stored once.
 TRIE_ARRAYS = tuple(field.name for field in fields(TokenTrie) if field.name != "item_count")
+TOKEN_ARRAYS = ("zero_gain", "token_node")
 SETTINGS = ("eos_token_id", "kind", "tokenizer_fingerprint", "dataset_fingerprint")
 
 
 @dataclass(frozen=True)
 class StoredCatalogue:
-    """A catalogue, its trie, and the information gain of every edge: `gain` float32 (M,), in nats, from `entropy`."""
+    """A catalogue of T tokens, its trie of M nodes, and how decisive each edge and token is.
+
+    Example:
+        >>> gain = edge_gain(trie, "information-gain", "prior")
+        >>> stored = StoredCatalogue.build(catalogue, trie, gain, "prior")
+        >>> save_catalogue(run / "catalogue", stored)
+        >>> weights = np.where(stored.zero_gain, 0.1, 1.0)  # one per catalogue token
+    """
 
     catalogue: Catalogue
+    """Token paths and training counts."""
     trie: TokenTrie
+    """The trie of the paths."""
     gain: np.ndarray
+    """float32 (M,): the measure `decisiveness` of every edge; information gain is in nats."""
+    zero_gain: np.ndarray
+    """bool (T,): whether the catalogue token has zero information gain (see
+    decisiveness.zero_gain). This is decided on training counts, whatever the measure in `gain`
+    is."""
+    token_node: np.ndarray
+    """int32 (T,): the trie node that the catalogue token leads to."""
     entropy: str
+    """The entropy behind the information gain, a name in ENTROPIES."""
+    decisiveness: str = INFORMATION_GAIN
+    """The measure in `gain`, a name in MEASURES."""
+
+    @classmethod
+    def build(
+        cls,
+        catalogue: Catalogue,
+        trie: TokenTrie,
+        gain: np.ndarray,
+        entropy: str,
+        decisiveness: str = INFORMATION_GAIN,
+    ) -> StoredCatalogue:
+        """Look up each catalogue token's node and zero-gain flag, and put everything together.
+
+        Args:
+            catalogue: token paths and training counts.
+            trie: built from them.
+            gain: `edge_gain(trie, decisiveness, entropy)`, floats (M,). It is kept as float32.
+            entropy: a name in ENTROPIES.
+            decisiveness: a name in MEASURES.
+
+        Raises:
+            UsageError: unknown `entropy` or `decisiveness`.
+        """
+        check_names(decisiveness, entropy)
+        gain32 = np.asarray(gain, np.float32)
+        # Information gain is 0 on the edges of `zero_gain` and on no others with training targets.
+        # float32 must keep that. Of other measures 0 says nothing.
+        assert decisiveness != INFORMATION_GAIN or np.array_equal(gain32 == 0, gain == 0), (
+            "an information gain underflowed to zero, which only a zero-gain token may have"
+        )
+
+        token_node = trie.path_nodes(catalogue.offsets)
+        return cls(
+            catalogue=catalogue,
+            trie=trie,
+            gain=gain32,
+            zero_gain=zero_gain(trie)[token_node],
+            token_node=token_node,
+            entropy=entropy,
+            decisiveness=decisiveness,
+        )
 
     @functools.cached_property
     def gain_deciles(self) -> np.ndarray:
-        """Borders of the deciles of non-zero gains, float32 (9,), see `decisiveness.gain_deciles`; found once per process."""
+        """float32 (9,): borders of the deciles of `gain`, see `decisiveness.gain_deciles`."""
         return gain_deciles(self.trie, self.gain)
 
 
-def save_catalogue(
-    folder, catalogue: Catalogue, trie: TokenTrie, gain: np.ndarray, entropy_name: str
-) -> None:
-    """Write a new folder, whole or not at all. `gain` (M,) is stored as float32; what is not 0 stays so.
+def save_catalogue(folder: Path | str, stored: StoredCatalogue) -> None:
+    """Write a catalogue to a new folder. The folder appears when it is complete.
 
     Raises:
-        ValueError: the folder exists; unknown entropy.
+        UsageError: the folder exists.
     """
     folder = Path(folder)
     if folder.exists():
         raise UsageError(
             f"{folder} exists: a catalogue is never overwritten, remove it or name another folder"
         )
-    if entropy_name not in ENTROPIES:
-        raise UsageError(f"unknown entropy {entropy_name!r}; known: {', '.join(ENTROPIES)}")
-    gain32 = np.asarray(gain, np.float32)
-    assert np.array_equal(gain32 == 0, gain == 0), (
-        "a gain underflowed to zero, which would make it a zero-IG token"
-    )
-    arrays = {name: getattr(catalogue, name) for name in CATALOGUE_ARRAYS}
-    arrays |= {name: getattr(trie, name) for name in TRIE_ARRAYS} | {"gain": gain32}
-    description = {"version": VERSION, "entropy": entropy_name, "num_items": catalogue.num_items}
-    description |= {"num_nodes": trie.num_nodes} | {
-        name: getattr(catalogue, name) for name in SETTINGS
+
+    arrays = {name: getattr(stored.catalogue, name) for name in CATALOGUE_ARRAYS}
+    arrays |= {name: getattr(stored.trie, name) for name in TRIE_ARRAYS}
+    arrays |= {"gain": stored.gain} | {name: getattr(stored, name) for name in TOKEN_ARRAYS}
+    description = {
+        "version": VERSION,
+        "entropy": stored.entropy,
+        "decisiveness": stored.decisiveness,
+        "num_items": stored.catalogue.num_items,
+        "num_nodes": stored.trie.num_nodes,
+        **{name: getattr(stored.catalogue, name) for name in SETTINGS},
     }
-    temporary = folder.with_name(f"{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # what a killed run left
-    temporary.mkdir(parents=True)
-    try:
+
+    with new_folder(folder) as unfinished:
         sizes = {}
         for name, array in arrays.items():
-            np.save(temporary / f"{name}.npy", array, allow_pickle=False)
-            sizes[name] = (temporary / f"{name}.npy").stat().st_size
-        text = json.dumps(description | {"bytes": sizes}, indent=2) + "\n"
-        (temporary / "catalogue.json").write_text(text, encoding="utf-8")
-        os.rename(temporary, folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+            path = unfinished / f"{name}.npy"
+            np.save(path, array, allow_pickle=False)
+            sizes[name] = path.stat().st_size
+        write_json(unfinished / "catalogue.json", description | {"bytes": sizes})
 
 
-def load_catalogue(folder, tokenizer=None, dataset=None) -> StoredCatalogue:
-    """Map a stored catalogue read-only. Given a tokenizer or a dataset, check that it was made from them.
+def load_catalogue(
+    folder: Path | str,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    dataset: ItemDataset | None = None,
+) -> StoredCatalogue:
+    """Map a stored catalogue read-only.
+
+    Args:
+        folder: what `save_catalogue` wrote, in this version or the one before.
+        tokenizer: if given, checked to be the one with which the catalogue was made.
+        dataset: if given, checked to be the one from which the catalogue was made.
 
     Raises:
-        ValueError: not a catalogue, another version, a file missing or cut off, another tokenizer or dataset.
+        UsageError: the folder is no catalogue or has another version, a file is missing or cut off,
+            or tokenizer or dataset is another one.
     """
     folder = Path(folder)
     description = _read_description(folder)
-    if tokenizer is not None and description["tokenizer_fingerprint"] != tokenizer_fingerprint(
-        tokenizer
+    if (
+        tokenizer is not None
+        and tokenizer_fingerprint(tokenizer) != description["tokenizer_fingerprint"]
     ):
         raise UsageError(
-            f"the catalogue in {folder} was made with another tokenizer, its token ids mean something else here: "
-            "give the tokenizer it was made with, or build the catalogue anew"
+            f"the catalogue in {folder} was made with another tokenizer, its token ids mean "
+            "something else here: give the tokenizer it was made with, or build it anew"
         )
     if dataset is not None and description["dataset_fingerprint"] != dataset.fingerprint:
         raise UsageError(
-            f"the catalogue in {folder} belongs to another dataset: give the dataset it was made from, or build it anew"
+            f"the catalogue in {folder} belongs to another dataset: give the dataset it was made "
+            "from, or build it anew"
         )
-    arrays = {
-        name: _map_array(folder, name, description)
-        for name in (*CATALOGUE_ARRAYS, *TRIE_ARRAYS, "gain")
-    }
+
+    arrays = {name: _map_array(folder, name, description) for name in description["bytes"]}
     catalogue = Catalogue(
-        **{name: arrays[name] for name in CATALOGUE_ARRAYS},
+        token_ids=arrays["token_ids"],
+        offsets=arrays["offsets"],
+        counts=arrays["counts"],
         **{name: description[name] for name in SETTINGS},
     )
     trie = TokenTrie(**{name: arrays[name] for name in TRIE_ARRAYS}, item_count=catalogue.counts)
-    return StoredCatalogue(catalogue, trie, arrays["gain"], description["entropy"])
+    if description["version"] == 1:
+        return StoredCatalogue.build(catalogue, trie, arrays["gain"], description["entropy"])
+    return StoredCatalogue(
+        catalogue=catalogue,
+        trie=trie,
+        gain=arrays["gain"],
+        zero_gain=arrays["zero_gain"],
+        token_node=arrays["token_node"],
+        entropy=description["entropy"],
+        decisiveness=description["decisiveness"],
+    )
 
 
-def _read_description(folder: Path) -> dict:
+def _read_description(folder: Path) -> dict[str, Any]:
+    """Return the content of catalogue.json, checked to be of a version that can be read."""
     path = folder / "catalogue.json"
     if not path.exists():
         raise UsageError(f"no catalogue in {folder}: catalogue.json is missing")
     try:
-        description = json.loads(path.read_text(encoding="utf-8"))
+        description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UsageError(f"{path} is not valid JSON ({error}): build the catalogue anew") from None
-    if description.get("version") != VERSION:
+
+    version = description.get("version")
+    if version not in (1, VERSION):
         raise UsageError(
-            f"{path} has version {description.get('version')}, this program reads {VERSION}: build it anew"
+            f"{path} has version {version}, this program reads 1 and {VERSION}: build the "
+            "catalogue anew"
         )
     return description
 
 
-def _map_array(folder: Path, name: str, description: dict) -> np.ndarray:
-    path, expected = folder / f"{name}.npy", description["bytes"][name]
-    found = path.stat().st_size if path.exists() else None
+def _map_array(folder: Path, name: str, description: dict[str, Any]) -> np.ndarray:
+    """Return a read-only memory map of one array, after a check of the file's size."""
+    path = folder / f"{name}.npy"
+    expected = description["bytes"][name]
+    if not path.exists():
+        raise UsageError(f"{path} is missing; build the catalogue anew")
+
+    found = path.stat().st_size
     if found != expected:
-        what = (
-            "is missing"
-            if found is None
-            else f"has {found:,} bytes, expected {expected:,}: it is cut off or damaged"
+        raise UsageError(
+            f"{path} has {found:,} bytes, expected {expected:,}: it is cut off or damaged; build "
+            "the catalogue anew"
         )
-        raise UsageError(f"{path} {what}; build the catalogue anew")
-    return np.load(path, mmap_mode="r", allow_pickle=False)
+    mapped: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    return mapped

@@ -1,17 +1,22 @@
 """Catalogue: titles and codes to paths, the tokenizer's fingerprint, the folder on disk."""
 
+import functools
 import json
-from types import SimpleNamespace
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from igd_ds.data.dataset import InteractionDataset, Split
+from igd_ds.errors import UsageError
 from igd_ds.items import catalogue as catalogue_module
 from igd_ds.items.catalogue import Catalogue, tokenizer_fingerprint
-from igd_ds.items.decisiveness import information_gain, zero_gain
-from igd_ds.items.store import load_catalogue, save_catalogue
+from igd_ds.items.decisiveness import MEASURES, edge_gain, information_gain, zero_gain
+from igd_ds.items.search_trie import SearchTrie
+from igd_ds.items.store import StoredCatalogue, load_catalogue, save_catalogue
 from igd_ds.items.trie import TokenTrie
 
 TITLES = ["The Hobbit", "The Hobbit (Illustrated)", "Dune", "Dune", "Emma.", "Café 2, vol. 1 (end)"]
@@ -39,13 +44,23 @@ def make_tokenizer(text="The Hobbit (Illustrated)\nDune. end)\n" * 50, codes=())
 
 
 def make_dataset(titles=None, codes=None, targets=(0, 0, 1, 3), fingerprint="dataset-1"):
-    num_items = len(titles if titles is not None else codes)
-    return SimpleNamespace(
-        titles=titles if titles is not None else [None] * num_items,
+    """A dataset in memory whose training rows have these targets and no history."""
+    rows = len(targets)
+    train = Split(
+        name="train",
+        user_ids=np.arange(rows),
+        history_items=np.empty(0, np.int32),
+        history_offsets=np.zeros(rows + 1, np.int64),
+        targets=np.array(targets, np.int32),
+        timestamps=None,
+    )
+    return InteractionDataset(
+        folder=Path("in memory"),
+        info={},
+        titles=titles if titles is not None else [None] * len(codes),
         semantic_ids=codes,
-        splits={"train": SimpleNamespace(targets=np.array(targets, np.int32))},
+        splits={"train": train},
         fingerprint=fingerprint,
-        num_items=num_items,
     )
 
 
@@ -71,9 +86,8 @@ def test_text_items_are_tokenized_whole_and_end_in_eos(tokenizer, monkeypatch):
         np.int64,
     )
     merged = tokenizer.encode("The Hobbit (Illustrated)", add_special_tokens=False)
-    assert (
-        catalogue.path(1)[: len(merged)].tolist() != merged
-    )  # the trap: ')' and newline are one token
+    # ')' and the newline are one token, so a title alone has other tokens than title and newline.
+    assert catalogue.path(1)[: len(merged)].tolist() != merged
 
 
 def test_semantic_ids_are_one_token_per_code():
@@ -90,23 +104,23 @@ def test_semantic_ids_are_one_token_per_code():
 
 
 def test_bad_items_are_named(tokenizer):
-    with pytest.raises(ValueError, match=r"item 1 has no title \(2 such items\).*hygiene"):
+    with pytest.raises(UsageError, match=r"item 1 has no title \(2 such items\).*hygiene"):
         Catalogue.build(make_dataset(["a", None, None, "b"]), tokenizer)
-    with pytest.raises(ValueError, match="item 2 .*contains the EOS token '<eos>'"):
+    with pytest.raises(UsageError, match="item 2 .*contains the EOS token '<eos>'"):
         Catalogue.build(make_dataset(["a", "b", "say <eos> now", "c"]), tokenizer)
     with pytest.raises(
-        ValueError, match=r"code '<a_1>' of item 0 is \d+ tokens.*train_tokenizer.py --semantic_ids"
+        ValueError, match=r"code '<a_1>' of item 0 is \d+ tokens.*igd tokenizer --semantic_ids"
     ):
         Catalogue.build(make_dataset(codes=CODES), tokenizer)
-    with pytest.raises(ValueError, match="item 1 has no semantic ID"):
+    with pytest.raises(UsageError, match="item 1 has no semantic ID"):
         Catalogue.build(make_dataset(codes=[["<eos>"], [], ["<eos>"], ["<eos>"]]), tokenizer)
-    with pytest.raises(ValueError, match="item 0 .*contains the EOS token"):
+    with pytest.raises(UsageError, match="item 0 .*contains the EOS token"):
         Catalogue.build(make_dataset(codes=[["<eos>"]] * 4), tokenizer)
-    with pytest.raises(ValueError, match="no semantic IDs"):
+    with pytest.raises(UsageError, match="no semantic IDs"):
         Catalogue.build(make_dataset(TITLES), tokenizer, "semantic-id")
-    with pytest.raises(ValueError, match="known: text, semantic-id"):
+    with pytest.raises(UsageError, match="known: text, semantic-id"):
         Catalogue.build(make_dataset(TITLES), tokenizer, "title")
-    with pytest.raises(ValueError, match="no EOS token"):
+    with pytest.raises(UsageError, match="no EOS token"):
         Catalogue.build(
             make_dataset(TITLES),
             PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer),
@@ -128,78 +142,140 @@ def test_fingerprint_is_stable_and_tells_tokenizers_apart(tokenizer, tmp_path):
     assert tokenizer_fingerprint(make_tokenizer("Some other text\n" * 50)) != fingerprint
 
 
+@dataclass(frozen=True)
+class Saved:
+    """A catalogue, and the folder that it was saved to."""
+
+    folder: Path
+    dataset: InteractionDataset
+    stored: StoredCatalogue
+
+
 @pytest.fixture
-def stored(tokenizer, tmp_path):
+def saved(tokenizer, tmp_path) -> Saved:
     dataset = make_dataset(TITLES)
     catalogue = Catalogue.build(dataset, tokenizer)
     trie = TokenTrie.build(catalogue.token_ids, catalogue.offsets, catalogue.counts)
-    gain = information_gain(trie)
-    save_catalogue(tmp_path / "catalogue", catalogue, trie, gain, "prior")
-    return SimpleNamespace(
-        folder=tmp_path / "catalogue", dataset=dataset, catalogue=catalogue, trie=trie, gain=gain
-    )
+    stored = StoredCatalogue.build(catalogue, trie, information_gain(trie), "prior")
+    save_catalogue(tmp_path / "catalogue", stored)
+    return Saved(tmp_path / "catalogue", dataset, stored)
 
 
-def test_store_gives_back_what_was_saved_memory_mapped(stored, tokenizer):
-    loaded = load_catalogue(stored.folder, tokenizer, stored.dataset)
+def assert_same_catalogues(loaded: StoredCatalogue, stored: StoredCatalogue) -> None:
     for name, value in vars(stored.catalogue).items():
         np.testing.assert_array_equal(getattr(loaded.catalogue, name), value, err_msg=name)
     for name, value in vars(stored.trie).items():
         np.testing.assert_array_equal(getattr(loaded.trie, name), value, err_msg=name)
         assert getattr(loaded.trie, name).dtype == value.dtype
-        assert (
-            isinstance(getattr(loaded.trie, name), np.memmap)
-            and not getattr(loaded.trie, name).flags.writeable
-        )
-    assert loaded.entropy == "prior" and loaded.gain.dtype == np.float32
-    np.testing.assert_array_equal(loaded.gain, stored.gain.astype(np.float32))
+    for name in ("gain", "zero_gain", "token_node"):
+        np.testing.assert_array_equal(getattr(loaded, name), getattr(stored, name), err_msg=name)
+        assert getattr(loaded, name).dtype == getattr(stored, name).dtype
+    assert (loaded.entropy, loaded.decisiveness) == (stored.entropy, stored.decisiveness)
+
+
+def test_zero_gain_and_node_of_every_catalogue_token(saved):
+    stored = saved.stored
+    node, zero, position = stored.token_node, zero_gain(stored.trie), 0
+    assert (node.dtype, stored.zero_gain.dtype, stored.gain.dtype) == (np.int32, bool, np.float32)
+    for item in range(stored.catalogue.num_items):
+        parent = 0
+        for token in stored.catalogue.path(item):
+            assert stored.trie.parent[node[position]] == parent
+            assert stored.trie.token[node[position]] == token
+            assert stored.zero_gain[position] == zero[node[position]]
+            parent, position = node[position], position + 1
+        assert parent == stored.trie.leaf_of_item[item]
+    assert position == len(stored.catalogue.token_ids)
+    assert 0 < stored.zero_gain.sum() < position
+
+
+def test_store_gives_back_what_was_saved_memory_mapped(saved, tokenizer):
+    loaded = load_catalogue(saved.folder, tokenizer, saved.dataset)
+    assert_same_catalogues(loaded, saved.stored)
+    arrays = [*vars(loaded.trie).values(), loaded.gain, loaded.zero_gain, loaded.token_node]
+    assert all(isinstance(array, np.memmap) and not array.flags.writeable for array in arrays)
     np.testing.assert_array_equal(loaded.gain[1:] == 0, zero_gain(loaded.trie)[1:])
-    loaded.trie.to("cpu").token.add_(1)  # tensors are copies: writing one must not touch the map
-    assert list(stored.folder.parent.iterdir()) == [stored.folder]
+    # Tensors are copies: writing to one must not touch the map.
+    SearchTrie.build(loaded.trie).token.add_(1)
+    assert list(saved.folder.parent.iterdir()) == [saved.folder]
 
 
-def test_store_refuses_what_does_not_belong(stored, tokenizer):
-    with pytest.raises(ValueError, match="another tokenizer"):
-        load_catalogue(stored.folder, make_tokenizer("Another text\n" * 9))
-    with pytest.raises(ValueError, match="another dataset"):
-        load_catalogue(stored.folder, tokenizer, make_dataset(TITLES, fingerprint="dataset-2"))
-    with pytest.raises(ValueError, match="never overwritten"):
-        save_catalogue(stored.folder, stored.catalogue, stored.trie, stored.gain, "prior")
-    with pytest.raises(ValueError, match="known: prior, conditional"):
-        save_catalogue(
-            stored.folder.with_name("b"), stored.catalogue, stored.trie, stored.gain, "shannon"
-        )
-    with pytest.raises(ValueError, match="catalogue.json is missing"):
-        load_catalogue(stored.folder.parent)
+@pytest.mark.parametrize("decisiveness", MEASURES)
+def test_the_store_takes_every_measure(saved, decisiveness):
+    stored = saved.stored
+    gain = edge_gain(stored.trie, decisiveness, "conditional")
+    other = StoredCatalogue.build(stored.catalogue, stored.trie, gain, "conditional", decisiveness)
+    np.testing.assert_array_equal(other.gain, gain.astype(np.float32))
+    np.testing.assert_array_equal(other.zero_gain, stored.zero_gain)  # decided on counts alone
+    save_catalogue(saved.folder.with_name("other"), other)
+    assert_same_catalogues(load_catalogue(saved.folder.with_name("other")), other)
 
 
-def test_store_names_a_damaged_file(stored):
-    path = stored.folder / "parent.npy"
+def test_a_catalogue_of_version_1_can_be_read(saved, tokenizer):
+    """Version 1 had neither the arrays over tokens nor the name of the measure."""
+    path = saved.folder / "catalogue.json"
+    description = json.loads(path.read_text())
+    for name in ("zero_gain", "token_node"):
+        (saved.folder / f"{name}.npy").unlink()
+        del description["bytes"][name]
+    del description["decisiveness"]
+    path.write_text(json.dumps(description | {"version": 1}))
+    assert_same_catalogues(load_catalogue(saved.folder, tokenizer, saved.dataset), saved.stored)
+
+
+def test_an_information_gain_may_not_underflow_and_other_measures_may(saved):
+    stored = saved.stored
+    gain = information_gain(stored.trie)
+    gain[np.argmax(gain > 0)] = 1e-60
+    build = functools.partial(StoredCatalogue.build, stored.catalogue, stored.trie, gain, "prior")
+    with pytest.raises(AssertionError, match="underflowed to zero"):
+        build()
+    assert build("gini").zero_gain.tolist() == stored.zero_gain.tolist()
+
+
+def test_store_refuses_what_does_not_belong(saved, tokenizer):
+    stored = saved.stored
+    with pytest.raises(UsageError, match="another tokenizer"):
+        load_catalogue(saved.folder, make_tokenizer("Another text\n" * 9))
+    with pytest.raises(UsageError, match="another dataset"):
+        load_catalogue(saved.folder, tokenizer, make_dataset(TITLES, fingerprint="dataset-2"))
+    with pytest.raises(UsageError, match="never overwritten"):
+        save_catalogue(saved.folder, stored)
+    with pytest.raises(UsageError, match="known: prior, conditional"):
+        StoredCatalogue.build(stored.catalogue, stored.trie, stored.gain, "shannon")
+    with pytest.raises(UsageError, match="unknown --decisiveness 'shannon'"):
+        StoredCatalogue.build(stored.catalogue, stored.trie, stored.gain, "prior", "shannon")
+    with pytest.raises(UsageError, match="catalogue.json is missing"):
+        load_catalogue(saved.folder.parent)
+
+
+def test_store_names_a_damaged_file(saved):
+    path = saved.folder / "parent.npy"
     whole = path.read_bytes()
     path.write_bytes(whole[:-4])
-    with pytest.raises(ValueError, match=r"parent\.npy has .* cut off"):
-        load_catalogue(stored.folder)
+    with pytest.raises(UsageError, match=r"parent\.npy has .* cut off"):
+        load_catalogue(saved.folder)
     path.unlink()
-    with pytest.raises(ValueError, match=r"parent\.npy is missing"):
-        load_catalogue(stored.folder)
+    with pytest.raises(UsageError, match=r"parent\.npy is missing"):
+        load_catalogue(saved.folder)
     path.write_bytes(whole)
-    description = stored.folder / "catalogue.json"
+    description = saved.folder / "catalogue.json"
     text = description.read_text()
     description.write_text(json.dumps(json.loads(text) | {"version": 99}))
-    with pytest.raises(ValueError, match="version 99"):
-        load_catalogue(stored.folder)
+    with pytest.raises(UsageError, match="version 99"):
+        load_catalogue(saved.folder)
     description.write_text(text[:50])
-    with pytest.raises(ValueError, match="not valid JSON"):
-        load_catalogue(stored.folder)
+    with pytest.raises(UsageError, match="not valid JSON"):
+        load_catalogue(saved.folder)
 
 
-def test_a_failed_save_leaves_nothing(stored, monkeypatch):
-    folder = stored.folder.with_name("other")
+def test_a_failed_save_leaves_nothing(saved, monkeypatch):
+    folder = saved.folder.with_name("other")
 
     def full_disk(*args, **kwargs):
         raise OSError("No space left on device")
 
     monkeypatch.setattr(np, "save", full_disk)
     with pytest.raises(OSError, match="No space"):
-        save_catalogue(folder, stored.catalogue, stored.trie, stored.gain, "prior")
-    assert list(stored.folder.parent.iterdir()) == [stored.folder]
+        save_catalogue(folder, saved.stored)
+    assert list(saved.folder.parent.iterdir()) == [saved.folder]

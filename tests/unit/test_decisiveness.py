@@ -1,4 +1,4 @@
-"""Every measure against its definition, written with plain Python over lists of items and math.fsum."""
+"""Every measure against its definition, in plain Python over lists of items, with math.fsum."""
 
 import math
 from itertools import pairwise
@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 from test_trie import CASES, EOS, brute_force, ragged
 
+from igd_ds.errors import UsageError
 from igd_ds.items import decisiveness
 from igd_ds.items.trie import TokenTrie
 
 
 class Definitions:
-    """The formulas of the papers for one catalogue; prefixes are tuples, everything is recomputed from the items."""
+    """The papers' formulas for one catalogue, from its items alone; prefixes are tuples."""
 
     def __init__(self, paths, counts):
         self.paths, self.counts = paths, [int(c) for c in counts]
@@ -54,8 +55,7 @@ class Definitions:
         return 1 - entropy / math.log(len(items))
 
     def children(self, prefix):
-        begin = [p for p in self.prefixes if len(p) == len(prefix) + 1 and p[:-1] == prefix]
-        return begin
+        return [p for p in self.prefixes if len(p) == len(prefix) + 1 and p[:-1] == prefix]
 
     def gain_ratio(self, child):
         parent = child[:-1]
@@ -65,7 +65,7 @@ class Definitions:
         return (self.conditional(parent) - self.conditional(child)) / split if split else 0.0
 
     def chi_squared(self, child):
-        """Sum of (O - E)^2 / E in exact arithmetic of floats; the limit n_v for a cold child."""
+        """Sum of (O - E)^2 / E; of a cold child its limit, n_v."""
         parent, mass = child[:-1], self.mass(child)
         if mass == 0:
             return float(self.mass(parent))
@@ -119,21 +119,53 @@ def test_entropy_and_gain(case, name):
 def test_other_measures(case):
     brute, trie = case
     expected = {
+        "information-gain": lambda c: brute.prior(c[:-1]) - brute.prior(c),
         "gini": lambda c: brute.gini(c[:-1]) - brute.gini(c),
         "gain-ratio": brute.gain_ratio,
         "chi-squared": brute.chi_squared,
         "purity": lambda c: brute.purity(c) - brute.purity(c[:-1]),
     }
     assert set(expected) == set(decisiveness.MEASURES)
-    for name, measure in decisiveness.MEASURES.items():
+    for name in decisiveness.MEASURES:
+        # Numbers of size `scale` cancel, so fp64 rounding (2e-16 a term) is relative to them.
         scale = max(1.0, float(brute.total)) if name == "chi-squared" else 1.0
-        found = measure(trie)
+        found = decisiveness.edge_gain(trie, name)
         np.testing.assert_allclose(
             found, brute.edges(expected[name]), rtol=1e-10, atol=1e-12 * scale, err_msg=name
         )
     zero = decisiveness.zero_gain(trie)
-    for name in ("gini", "gain-ratio", "chi-squared"):
-        assert np.all(decisiveness.MEASURES[name](trie)[zero] == 0.0), name
+    for name in ("information-gain", "gini", "gain-ratio", "chi-squared"):
+        assert np.all(decisiveness.edge_gain(trie, name)[zero] == 0.0), name
+
+
+def test_only_information_gain_depends_on_the_entropy(case):
+    _, trie = case
+    for name in decisiveness.MEASURES:
+        prior, conditional = (
+            decisiveness.edge_gain(trie, name, entropy) for entropy in decisiveness.ENTROPIES
+        )
+        if name == decisiveness.INFORMATION_GAIN:
+            expected = decisiveness.information_gain(trie, "conditional")
+            np.testing.assert_array_equal(conditional, expected)
+        else:
+            np.testing.assert_array_equal(conditional, prior)
+
+
+def test_what_holds_of_every_measure(case):
+    """What the decoding rules and `igd-linear` rely on (see `edge_gain`)."""
+    _, trie = case
+    cold = np.flatnonzero(trie.train_count == 0)
+    cold = cold[cold > 0]
+    for name in decisiveness.MEASURES:
+        gain = decisiveness.edge_gain(trie, name)
+        assert np.isfinite(gain).all() and gain[0] == 0.0
+        if name != "gain-ratio":  # there an unbranched parent's cold children have 0
+            for node in cold:
+                family = np.flatnonzero(trie.parent == trie.parent[node])
+                assert gain[node] >= gain[family].max() - 1e-12 * np.abs(gain[family]).max(), name
+        normalised = decisiveness.normalised_gain(trie, gain.astype(np.float32))
+        assert normalised.min() >= 0.0 and normalised.max() <= 1.0
+        assert np.all(normalised[cold] == 0.0)
 
 
 def test_mean_gain_ratio_of_a_branching_prefix_is_one(case):
@@ -168,7 +200,7 @@ def test_normalised_gain(case, cold, epsilon, name):
 
 
 def test_equal_siblings_normalise_to_zero_in_any_order():
-    """Families with the same counts in another order: equal in theory, different in the last bits, in fp64 and fp32."""
+    """Families with the same counts in another order are equal in theory, not in the last bits."""
     rng = np.random.default_rng(1)
     counts = rng.integers(1, 1000, 3000)
     shuffled = [counts, rng.permutation(counts), rng.permutation(counts)]
@@ -224,7 +256,12 @@ def test_mean_by_token(case):
 
 def test_unknown_names_list_the_known_ones():
     trie = TokenTrie.build(*ragged([[1, EOS]]), np.array([1]))
-    with pytest.raises(ValueError, match="prior, conditional"):
+    with pytest.raises(UsageError, match="prior, conditional"):
         decisiveness.entropy(trie, "shannon")
-    with pytest.raises(ValueError, match="zero, raw"):
+    with pytest.raises(UsageError, match="prior, conditional"):
+        decisiveness.edge_gain(trie, "information-gain", "shannon")
+    message = "unknown --decisiveness 'gain_ratio'; known: information-gain, gini.*'gain-ratio'"
+    with pytest.raises(UsageError, match=message):
+        decisiveness.edge_gain(trie, "gain_ratio")
+    with pytest.raises(UsageError, match="zero, raw"):
         decisiveness.normalised_gain(trie, np.zeros(2), cold="warm")

@@ -1,21 +1,23 @@
-"""The flat trie against a trie of plain dicts, on random catalogues with everything that bites."""
+"""The flat trie against a trie of plain dicts, on random catalogues with all special cases."""
 
 import numpy as np
 import pytest
 import torch
 
+from igd_ds.errors import UsageError
+from igd_ds.items.search_trie import SearchTrie
 from igd_ds.items.trie import TokenTrie
 
 EOS = 0
 
 
 def ragged(paths):
-    """token_ids int32, offsets int64 of a list of token lists."""
+    """Return token_ids (int32) and offsets (int64) of a list of token lists."""
     return np.array([t for p in paths for t in p], np.int32), np.cumsum([0, *map(len, paths)])
 
 
 def random_paths(seed, vocabulary=4, items=60):
-    """Short paths over few tokens: duplicates, deep shared prefixes, titles that are prefixes of others, one-token items."""
+    """Short paths over few tokens: equal paths, beginnings of other paths, single tokens."""
     rng = np.random.default_rng(seed)
     paths = [[*rng.integers(1, vocabulary, rng.integers(0, 7)).tolist(), EOS] for _ in range(items)]
     counts = rng.integers(0, 6, items) * (rng.random(items) < 0.7)  # cold items among them
@@ -46,7 +48,7 @@ CASES = {
 
 
 def brute_force(paths):
-    """Prefixes (as tuples) in breadth-first, lexicographic order, and the items under each."""
+    """Return prefixes (tuples) in breadth-first, lexicographic order, and the items under each."""
     items = {}
     for item, path in enumerate(paths):
         for depth in range(len(path) + 1):
@@ -82,9 +84,8 @@ def test_structure_equals_brute_force(case):
             assert list(under) == items[prefix]  # equal paths by item id
             assert all(trie.leaf_of_item[i] == n for i in under)
     levels = trie.level_begin()
-    assert [trie.depth[b] for b in levels[:-1]] == list(range(len(levels) - 1)) and levels[
-        -1
-    ] == trie.num_nodes
+    assert [trie.depth[b] for b in levels[:-1]] == list(range(len(levels) - 1))
+    assert levels[-1] == trie.num_nodes
 
 
 def test_path_nodes_follow_every_item(case):
@@ -102,24 +103,35 @@ def test_path_nodes_follow_every_item(case):
 def test_path_nodes_refuse_another_catalogue():
     token_ids, offsets = ragged([[1, 2, EOS], [3, EOS]])
     trie = TokenTrie.build(token_ids, offsets, np.ones(2, np.int64))
-    with pytest.raises(ValueError, match="different catalogues"):
+    with pytest.raises(UsageError, match="different catalogues"):
         trie.path_nodes(np.array([0, 2, 5]))
 
 
-def test_dtypes_and_torch(case):
+def test_dtypes(case):
     trie = case[2]
     expected = {"depth": np.uint16, "item_count": trie.item_count.dtype}
     expected["train_count"] = np.int64 if trie.train_count[0] >= 2**31 else np.int32
-    tensors = trie.to("cpu")
     for name, array in vars(trie).items():
         assert array.dtype == expected.get(name, np.int32), name
-        assert isinstance(getattr(tensors, name), torch.Tensor)
-        assert getattr(tensors, name).tolist() == array.tolist(), name
-    assert tensors.is_leaf.tolist() == trie.is_leaf.tolist()
+
+
+def test_the_device_view_has_the_same_nodes(case):
+    trie = case[2]
+    search_trie = SearchTrie.build(trie)
+    assert search_trie.num_nodes == trie.num_nodes
+    for name in ("token", "parent"):
+        assert getattr(search_trie, name).tolist() == np.maximum(getattr(trie, name), 0).tolist()
+    for name in ("child_begin", "depth"):
+        assert getattr(search_trie, name).tolist() == getattr(trie, name).tolist(), name
+    nodes = torch.arange(trie.num_nodes)
+    assert search_trie.is_leaf(nodes).tolist() == trie.is_leaf.tolist()
+    row, child = search_trie.children(nodes)  # all nodes but the root, in their own order
+    assert child.tolist() == list(range(1, trie.num_nodes))
+    assert row.tolist() == trie.parent[1:].tolist()
 
 
 def test_many_rounds_of_ties_sort_right():
-    """Paths that differ only late, so that the order comes from the refinement rounds."""
+    """Paths that differ late, so that several rounds of sorting decide their order."""
     rng = np.random.default_rng(0)
     paths = [[7] * 30 + rng.integers(1, 3, 12).tolist() + [EOS] for _ in range(300)]
     trie = TokenTrie.build(*ragged(paths), np.ones(300, np.int64))
@@ -140,5 +152,5 @@ def test_many_rounds_of_ties_sort_right():
     ],
 )
 def test_bad_input_is_refused(paths, counts, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UsageError, match=message):
         TokenTrie.build(*ragged(paths), np.array(counts))
