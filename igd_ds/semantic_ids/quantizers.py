@@ -1,15 +1,17 @@
-"""Semantic IDs from item embeddings: RQ-VAE, residual k-means, product quantization.
+"""Semantic IDs from item embeddings: RQ-VAE, residual k-means and product quantization.
 
-Letters in shapes: N items, D width of an embedding, L levels, K codes per level, d width of a codeword, B rows of a batch,
-n rows of a k-means sample. Codes are integers in [0, K); level l's code c is written `<a_c>` for l = 0, `<b_c>` for l = 1 …
+Letters in shapes: N items, D width of an embedding, L levels, K codes per level, d width of a
+codeword, B rows of a batch, n rows of a k-means sample. Codes are integers in [0, K). Code c of
+level l is written as the token `<a_c>` for l = 0, `<b_c>` for l = 1, and so on.
 
-RQ-VAE: Lee et al. 2022 (arXiv:2203.01941), settings of LETTER and LC-Rec; the use for item IDs: TIGER (arXiv:2305.05065).
+RQ-VAE is by Lee et al. 2022 (arXiv:2203.01941), with the settings of LETTER and LC-Rec. TIGER
+(arXiv:2305.05065) introduced its use for item IDs.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,20 +25,21 @@ from igd_ds.errors import UsageError
 from igd_ds.semantic_ids.collisions import LEVEL_LETTERS, collision_rate, use_and_perplexity
 
 CHUNK = 16_384  # rows that pass through memory at a time (assumed)
-SAMPLE_PER_CODE = 256  # k-means learns from at most so many rows per code (faiss's default)
-KMEANS_ITERATIONS = 50  # a bound; it stops when no row changes its code
-SINKHORN_ITERATIONS = 50  # LC-Rec's
-RESTART_WINDOW = (
-    100  # steps, or an epoch if that is shorter: a code without any item in it is dead (assumed)
-)
-RESTART_UNTIL = 0.9  # share of the epochs; what comes after trains undisturbed (assumed)
+SAMPLE_PER_CODE = 256  # k-means learns from at most this many rows per code (the default of faiss)
+KMEANS_ITERATIONS = 50  # an upper bound; k-means stops when no row changes its code
+SINKHORN_ITERATIONS = 50  # as in LC-Rec
+RESTART_INTERVAL = 100
+"""Optimizer steps, or an epoch if that is shorter, after which a code without any item counts as
+dead (assumed)."""
+RESTART_UNTIL = 0.9  # share of the epochs with restarts; the rest trains undisturbed (assumed)
 
 Log = Callable[[int, dict[str, float]], None]
+"""Takes a step and its scalars, named as in `runlog.TAGS`."""
 
 
 @dataclass(frozen=True)
 class QuantizerOptions:
-    """How IDs are made. From `epochs` on the fields concern RQ-VAE alone."""
+    """How codes are learned. The fields from `epochs` on concern RQ-VAE alone."""
 
     levels: int = 4
     """L (MTC: 4)."""
@@ -44,28 +47,39 @@ class QuantizerOptions:
     """K (MTC: 256)."""
     seed: int = 0
     epochs: int = 500
-    """Passes over the items; the fit says so when the error was still falling at the end."""
+    """Passes over the items. The fit warns if the error was still falling at the end."""
     learning_rate: float = 1e-3
-    """Adam's, constant (LETTER, LC-Rec)."""
+    """Of Adam, constant (LETTER, LC-Rec)."""
     batch_size: int = 1024
     hidden: tuple[int, ...] = (2048, 1024, 512, 256, 128, 64)
-    """Widths of the encoder's hidden layers; the decoder mirrors them (LC-Rec)."""
+    """Widths of the encoder's hidden layers; the decoder has them in reverse order (LC-Rec)."""
     latent: int = 32
     """d: width of the latent space and of the codewords."""
     commitment: float = 0.25
     """Weight of the commitment term."""
     sinkhorn: float = 0.0
-    """0: nearest code. Above: training assigns codes evenly within each batch by Sinkhorn with this regularisation
-    (LETTER, LC-Rec: 0.003); the final IDs are the nearest codes in any case."""
+    """0: each residual gets its nearest code. Above 0: training assigns codes evenly within each
+    batch, by Sinkhorn's algorithm with this regularisation (LETTER, LC-Rec: 0.003). The final IDs
+    are the nearest codes in both cases."""
     ema: float = 0.0
-    """0: the codebook is trained by its gradient. Above: by an exponential moving average with this decay (usual: 0.99)."""
+    """0: the codebook is trained by its gradient. Above 0: it is an exponential moving average with
+    this decay (usual: 0.99)."""
 
 
 class Quantizer(nn.Module, ABC):
-    """What all quantizers share: rows are centred and divided by one number, so that settings mean the same for any encoder.
+    """What all quantizers share: scaled rows and one codebook per level.
 
-    `mean` (D,) and `scale` () do that; scaled entries have variance 1 on average. `codebooks` (L, K, d), float32.
+    Rows are centred and divided by one number, so that settings mean the same for the embeddings of
+    any encoder. The entries of scaled rows have variance 1 on average.
+
+    Attributes:
+        mean: (D,), subtracted from each row.
+        scale: (), each row is divided by it.
+        codebooks: (L, K, d) float32.
     """
+
+    mean: torch.Tensor
+    scale: torch.Tensor
 
     def __init__(self, width: int, codeword_width: int, options: QuantizerOptions):
         super().__init__()
@@ -78,45 +92,59 @@ class Quantizer(nn.Module, ABC):
 
     @abstractmethod
     def fit(self, vectors: np.ndarray, log: Log) -> list[str]:
-        """Learn from `vectors` (N, D); return warnings."""
+        """Learn from `vectors` (N, D) and return warnings."""
 
     @abstractmethod
     def encode(self, rows: torch.Tensor) -> torch.Tensor:
-        """Codes int64 (B, L) of scaled rows (B, D): the nearest code of each level."""
+        """Return the codes int64 (B, L) of scaled rows (B, D): the nearest code of each level."""
 
     @abstractmethod
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
-        """Scaled rows (B, D) that codes (B, L) stand for."""
+        """Return the scaled rows (B, D) that codes (B, L) stand for."""
 
-    def rows(self, vectors: np.ndarray, index) -> torch.Tensor:
-        """Scaled float32 rows of `vectors` at a slice or an index array, on this quantizer's device."""
+    def rows(self, vectors: np.ndarray, index: slice | np.ndarray) -> torch.Tensor:
+        """Return scaled float32 rows of `vectors`, on this quantizer's device."""
         rows = torch.from_numpy(np.array(vectors[index], np.float32)).to(self.mean.device)
         return (rows - self.mean) / self.scale
 
     def measure_scale(self, vectors: np.ndarray) -> None:
         """Set `mean` and `scale` from all rows, in fp64 and in chunks."""
         total = np.zeros(vectors.shape[1])
-        squares = 0.0
         for chunk in _chunks(vectors):
             total += chunk.sum(0)
         mean = total / len(vectors)
+
+        squares = 0.0
         for chunk in _chunks(vectors):
             squares += float(np.square(chunk - mean).sum())
+
         self.mean.copy_(torch.from_numpy(mean))
         self.scale.fill_((squares / vectors.size) ** 0.5)
 
     def sample(self, vectors: np.ndarray, generator: torch.Generator) -> torch.Tensor:
-        """Scaled rows (n, D) for k-means: all, or a seeded sample of SAMPLE_PER_CODE per code."""
+        """Return scaled rows (n, D) for k-means: all, or a seeded sample.
+
+        A sample has SAMPLE_PER_CODE rows per code.
+        """
         limit = SAMPLE_PER_CODE * self.options.codes
         if len(vectors) <= limit:
             return self.rows(vectors, slice(None))
-        return self.rows(
-            vectors, torch.randperm(len(vectors), generator=generator)[:limit].sort().values.numpy()
-        )
+        chosen = torch.randperm(len(vectors), generator=generator)[:limit]
+        return self.rows(vectors, chosen.sort().values.numpy())
+
+    def sum_of_codewords(self, codes: torch.Tensor) -> torch.Tensor:
+        """Return the sum (B, d) of the codewords that codes (B, L) name, one per level."""
+        total = self.codebooks[0][codes[:, 0]]
+        for level in range(1, self.options.levels):
+            total = total + self.codebooks[level][codes[:, level]]
+        return total
 
 
 class ResidualKMeans(Quantizer):
-    """RQ-k-means: each level is a k-means over what the levels before it left. A row is the sum of its codewords (d = D)."""
+    """RQ-k-means: each level is a k-means over the residuals of the levels before it.
+
+    A row is the sum of its codewords, so d = D.
+    """
 
     def __init__(self, width: int, options: QuantizerOptions):
         super().__init__(width, width, options)
@@ -134,54 +162,85 @@ class ResidualKMeans(Quantizer):
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """See `Quantizer.decode`."""
-        return sum(self.codebooks[level][codes[:, level]] for level in range(self.options.levels))
+        return self.sum_of_codewords(codes)
 
 
 class ProductQuantizer(Quantizer):
-    """PQ: a row is cut into L equal segments and each has a k-means of its own (MTC 5.2.3); d = D / L."""
+    """PQ: a row is cut into L equal segments, and each has a k-means of its own (MTC 5.2.3).
+
+    A codeword is a segment, so d = D / L.
+    """
 
     def __init__(self, width: int, options: QuantizerOptions):
         super().__init__(width, width // options.levels, options)
 
     def fit(self, vectors: np.ndarray, log: Log) -> list[str]:
         """Learn the segments' codebooks on a sample of the rows."""
+        levels, num_codes = self.options.levels, self.options.codes
         self.measure_scale(vectors)
         generator = torch.Generator().manual_seed(self.options.seed)
+        segments = self.sample(vectors, generator).chunk(levels, dim=1)
+
         error = 0.0
-        for level, segment in enumerate(
-            self.sample(vectors, generator).chunk(self.options.levels, dim=1)
-        ):
-            self.codebooks.data[level] = kmeans(segment, self.options.codes, generator)
+        for level, segment in enumerate(segments):
+            self.codebooks.data[level] = kmeans(segment, num_codes, generator)
             codes = nearest(segment, self.codebooks[level])
-            error += (
-                float((segment - self.codebooks[level][codes]).square().mean())
-                / self.options.levels
-            )
-            log(level, _level_scalars(level, codes.cpu().numpy(), self.options.codes))
-        log(self.options.levels - 1, {"quantizer/reconstruction": error})
+            error += float((segment - self.codebooks[level][codes]).square().mean()) / levels
+            log(level, _level_scalars(level, codes.cpu().numpy(), num_codes))
+
+        log(levels - 1, {"quantizer/reconstruction": error})
         return []
 
     def encode(self, rows: torch.Tensor) -> torch.Tensor:
         """See `Quantizer.encode`."""
         segments = rows.chunk(self.options.levels, dim=1)
-        return torch.stack(
-            [nearest(s, book) for s, book in zip(segments, self.codebooks, strict=True)], dim=1
-        )
+        codes = [nearest(s, book) for s, book in zip(segments, self.codebooks, strict=True)]
+        return torch.stack(codes, dim=1)
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """See `Quantizer.decode`."""
-        return torch.cat(
-            [book[codes[:, level]] for level, book in enumerate(self.codebooks)], dim=1
-        )
+        segments = [book[codes[:, level]] for level, book in enumerate(self.codebooks)]
+        return torch.cat(segments, dim=1)
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """Latents (B, d) written with one codeword per level."""
+
+    codes: torch.Tensor
+    """int64 (B, L)."""
+    residuals: torch.Tensor
+    """(L, B, d), the input of each level, with gradient to the latents alone."""
+    words: torch.Tensor
+    """(L, B, d), the chosen codewords, with gradient to the codebooks alone."""
+
+
+@dataclass(frozen=True)
+class RQVAELosses:
+    """The loss of RQ-VAE and its terms, each (), and what the training step needs besides."""
+
+    loss: torch.Tensor
+    reconstruction: torch.Tensor
+    commitment: torch.Tensor
+    """Without its weight."""
+    codes: torch.Tensor
+    """int64 (B, L)."""
+    residuals: torch.Tensor
+    """(L, B, d), detached."""
 
 
 class RQVAE(Quantizer):
-    """RQ-VAE: an autoencoder whose latent (d,) is the sum of one codeword per level (Lee et al. 2022, Eq. 1-4).
+    """RQ-VAE: an autoencoder whose latent is a sum of codewords (Lee et al. 2022, Eq. 1-4).
 
-    L = |x - x'|^2 + mean over levels of |sg(r) - e|^2 + commitment · |r - sg(e)|^2, all as means over entries; r is what the
-    levels before left of the latent, e the chosen codeword, sg stops the gradient. The decoder sees the sum of the e, and
-    its gradient goes to the latent as it is (straight-through).
+    The latent (d,) is the sum of one codeword per level. The loss is |x − x'|² + mean over levels
+    of |sg(r) − e|² + commitment · |r − sg(e)|², all as means over entries. Here r is the residual
+    of the latent after the levels before, e is the chosen codeword, and sg stops the gradient. The
+    decoder sees the sum of the codewords, and its gradient goes to the latent unchanged
+    (straight-through).
     """
+
+    ema_count: torch.Tensor
+    ema_sum: torch.Tensor
 
     def __init__(self, width: int, options: QuantizerOptions):
         super().__init__(width, options.latent, options)
@@ -197,60 +256,59 @@ class RQVAE(Quantizer):
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """See `Quantizer.decode`."""
-        return self.decoder(
-            sum(self.codebooks[level][codes[:, level]] for level in range(self.options.levels))
-        )
+        rows: torch.Tensor = self.decoder(self.sum_of_codewords(codes))
+        return rows
 
-    def quantize(self, latent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Choose codes for latents (B, d).
-
-        Returns: codes int64 (B, L); residuals (L, B, d), each level's input, with gradient to `latent` alone; codewords
-        (L, B, d), with gradient to the codebooks alone.
-        """
+    def quantize(self, latent: torch.Tensor) -> Quantization:
+        """Choose one codeword per level for latents (B, d)."""
         codes, residuals, words = [], [], []
         residual = latent
         for book in self.codebooks:
             with torch.no_grad():
                 if self.options.sinkhorn:
-                    code = sinkhorn_assignment(
-                        _squared_distances(residual, book), self.options.sinkhorn
-                    )
+                    distances = _squared_distances(residual, book)
+                    code = sinkhorn_assignment(distances, self.options.sinkhorn)
                 else:
                     code = nearest(residual, book)
             word = functional.embedding(code, book)
+
             codes.append(code)
             residuals.append(residual)
             words.append(word)
             residual = residual - word.detach()
-        return torch.stack(codes, 1), torch.stack(residuals), torch.stack(words)
+        return Quantization(torch.stack(codes, 1), torch.stack(residuals), torch.stack(words))
 
-    def losses(
-        self, rows: torch.Tensor
-    ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
-        """Return the terms of the loss for scaled rows (B, D), by name, then codes (B, L) and residuals (L, B, d), detached."""
+    def losses(self, rows: torch.Tensor) -> RQVAELosses:
+        """Return the loss of scaled rows (B, D) and its terms."""
         latent = self.encoder(rows)
-        codes, residuals, words = self.quantize(latent)
-        reconstruction = self.decoder(straight_through(latent, words.sum(0)))
-        terms = {
-            "reconstruction": functional.mse_loss(reconstruction, rows),
-            "commitment": functional.mse_loss(residuals, words.detach()),
-        }
-        terms["loss"] = terms["reconstruction"] + self.options.commitment * terms["commitment"]
+        chosen = self.quantize(latent)
+        reconstructed = self.decoder(straight_through(latent, chosen.words.sum(0)))
+
+        reconstruction = functional.mse_loss(reconstructed, rows)
+        commitment = functional.mse_loss(chosen.residuals, chosen.words.detach())
+        loss = reconstruction + self.options.commitment * commitment
         if not self.options.ema:
-            terms["loss"] = terms["loss"] + functional.mse_loss(words, residuals.detach())
-        return terms, codes, residuals.detach()
+            loss = loss + functional.mse_loss(chosen.words, chosen.residuals.detach())
+        return RQVAELosses(
+            loss, reconstruction, commitment, chosen.codes, chosen.residuals.detach()
+        )
 
     def fit(self, vectors: np.ndarray, log: Log) -> list[str]:
-        """Train; the start of each level's codebook is a k-means over the untrained encoder's latents."""
+        """Train encoder, decoder and codebooks.
+
+        Each level's codebook starts from a k-means over the untrained encoder's latents.
+        """
         options = self.options
         self.measure_scale(vectors)
         generator = torch.Generator().manual_seed(options.seed)
+
         with torch.no_grad():
             sample = self.sample(vectors, generator)
             latents = torch.cat([self.encoder(chunk) for chunk in sample.split(CHUNK)])
             del sample
             residual_kmeans(latents, self.codebooks.data, generator, lambda level, values: None)
         self.ema_sum.copy_(self.codebooks)
+
         optimizer = torch.optim.Adam(
             [p for p in self.parameters() if p.requires_grad], lr=options.learning_rate
         )
@@ -262,85 +320,121 @@ class RQVAE(Quantizer):
             for level in range(options.levels):
                 values |= _level_scalars(level, codes[:, level], options.codes)
             log(epoch, values | {"quantizer/collision_rate": collision_rate(codes)})
-        return _convergence(errors)
+        return _convergence_warnings(errors)
 
     def _epoch(
-        self, vectors, optimizer, generator, restart: bool
+        self,
+        vectors: np.ndarray,
+        optimizer: torch.optim.Optimizer,
+        generator: torch.Generator,
+        restart: bool,
     ) -> tuple[dict[str, float], np.ndarray]:
-        """One pass over all rows; return scalars and the codes int32 (N, L) as they were assigned in it."""
+        """Make one pass over all rows, in random order.
+
+        Returns:
+            The epoch's scalars by tag, and the codes int32 (N, L) as they were assigned during the
+            pass.
+        """
         device, batch_size = self.mean.device, self.options.batch_size
         order = torch.randperm(len(vectors), generator=generator).numpy()
+        starts = range(0, len(order), batch_size)
+        interval = min(RESTART_INTERVAL, len(starts))
+
         codes_of_item = np.empty((len(vectors), self.options.levels), np.int32)
         used = torch.zeros(self.codebooks.shape[:2], device=device)
-        sums = dict.fromkeys(("loss", "reconstruction", "commitment"), 0.0)
+        names = ("loss", "reconstruction", "commitment")
+        sums = {name: torch.zeros((), device=device) for name in names}  # no host read in a step
         restarted = 0
-        starts = range(0, len(order), batch_size)
-        window = min(RESTART_WINDOW, len(starts))
+
         for step, start in enumerate(starts, 1):
             index = order[start : start + batch_size]
-            terms, codes, residuals = self.losses(self.rows(vectors, index))
+            losses = self.losses(self.rows(vectors, index))
             optimizer.zero_grad(set_to_none=True)
-            terms["loss"].backward()
+            losses.loss.backward()
             optimizer.step()
             if self.options.ema:
-                self._move_averages(codes, residuals)
-            used += _counts(codes, self.options.codes)
-            if restart and step % window == 0:
-                restarted += self.restart_dead(used == 0, residuals, optimizer, generator)
+                self._move_averages(losses.codes, losses.residuals)
+
+            used += _counts(losses.codes, self.options.codes)
+            if restart and step % interval == 0:
+                restarted += self.restart_dead(used == 0, losses.residuals, optimizer, generator)
                 used.zero_()
-            codes_of_item[index] = codes.cpu().numpy()
-            for name in sums:
-                sums[name] = sums[name] + terms[name].detach() * len(
-                    index
-                )  # on the device: no wait for it each step
+
+            codes_of_item[index] = losses.codes.cpu().numpy()
+            for name in names:
+                sums[name] += getattr(losses, name).detach() * len(index)
+
         values = {f"quantizer/{name}": float(value) / len(order) for name, value in sums.items()}
         return values | {"quantizer/restarted": float(restarted)}, codes_of_item
 
     def _move_averages(self, codes: torch.Tensor, residuals: torch.Tensor) -> None:
-        """Move each codeword towards the mean of the residuals assigned to it (van den Oord et al. 2017, appendix A.1)."""
+        """Move each codeword towards the mean of the residuals that were assigned to it.
+
+        The method is by van den Oord et al. 2017, appendix A.1.
+
+        Args:
+            codes: int64 (B, L).
+            residuals: (L, B, d).
+        """
         decay = self.options.ema
         chosen = functional.one_hot(codes.T, self.options.codes).to(residuals.dtype)  # (L, B, K)
         self.ema_count.lerp_(chosen.sum(1), 1 - decay)
         self.ema_sum.lerp_(chosen.transpose(1, 2) @ residuals, 1 - decay)
-        # Between visits count and sum shrink alike and the codeword stays; the bound keeps a long dead one from 0 / 0.
+
+        # While a code gets no residual, count and sum shrink alike and the codeword stays. The
+        # lower bound prevents 0 / 0 for a code that has been dead for long.
         self.codebooks.data = self.ema_sum / self.ema_count.clamp_min(1e-12)[..., None]
 
     def restart_dead(
-        self, dead: torch.Tensor, residuals: torch.Tensor, optimizer, generator: torch.Generator
+        self,
+        dead: torch.Tensor,
+        residuals: torch.Tensor,
+        optimizer: torch.optim.Optimizer,
+        generator: torch.Generator,
     ) -> int:
-        """Move the codes where `dead` (L, K) bool is set to random rows of the level's `residuals` (L, B, d); return how many.
+        """Move dead codes to random residuals of their level, and return how many there were.
 
-        Adam forgets what it gathered for them, and so does the moving average.
+        The moments that Adam gathered for them, and their moving averages, are reset.
+
+        Args:
+            dead: bool (L, K).
+            residuals: (L, B, d).
+            optimizer: the optimizer that trains the codebooks.
+            generator: source of the random choices.
         """
         state = optimizer.state.get(self.codebooks, {})
-        for level, codes in enumerate(dead.cpu()):
-            codes = codes.nonzero()[:, 0]
+        for level, dead_codes in enumerate(dead.cpu()):
+            codes = dead_codes.nonzero()[:, 0]
             picked = torch.randint(residuals.shape[1], (len(codes),), generator=generator)
             at = codes.to(dead.device)
             words = residuals[level][picked.to(dead.device)]
+
             self.codebooks.data[level, at] = words
-            self.ema_sum[level, at], self.ema_count[level, at] = words, 1.0
+            self.ema_sum[level, at] = words
+            self.ema_count[level, at] = 1.0
             for name in ("exp_avg", "exp_avg_sq"):
                 if name in state:
                     state[name][level, at] = 0.0
         return int(dead.sum())
 
 
-QUANTIZERS: dict[str, type[Quantizer]] = {
+QUANTIZERS: dict[str, Callable[[int, QuantizerOptions], Quantizer]] = {
     "rq-vae": RQVAE,
     "rq-kmeans": ResidualKMeans,
     "pq": ProductQuantizer,
 }
-"""Ways from embeddings to codes; a new one is a class and a line here."""
+"""Name → quantizer, made from (D, options). A new quantizer is a class and a line here."""
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """`codes` int32 (N, L), before collisions are resolved; the fitted quantizer, and what the fit has to say."""
+    """A fitted quantizer and the codes it gives to all items."""
 
     codes: np.ndarray
+    """int32 (N, L), before collisions are resolved."""
     reconstruction_error: float
-    """Sum of squared errors over sum of squared distances to the mean: 0 is exact, 1 no better than the mean."""
+    """Sum of squared errors over sum of squared distances to the mean. 0 is exact; 1 is no better
+    than the mean."""
     quantizer: Quantizer
     warnings: list[str]
 
@@ -351,10 +445,17 @@ def fit(name: str, vectors: np.ndarray, options: QuantizerOptions, log: Log) -> 
     Args:
         name: a key of QUANTIZERS.
         vectors: (N, D) float, finite and not all equal; may be a memory map.
-        log: takes (step, scalars named in runlog.TAGS); a step is an epoch for RQ-VAE, a level for the others.
+        options: how codes are learned.
+        log: is called with a step and its scalars. A step is an epoch for RQ-VAE, a level for the
+            others.
 
     Raises:
-        ValueError: see `check_options`.
+        UsageError: see `check_options`.
+
+    Example:
+        >>> options = QuantizerOptions(levels=3, codes=64)
+        >>> fit("rq-kmeans", vectors, options, lambda step, values: None).codes.shape
+        (N, 3)
     """
     check_options(name, options, *vectors.shape)
     device = distributed.device()
@@ -362,6 +463,7 @@ def fit(name: str, vectors: np.ndarray, options: QuantizerOptions, log: Log) -> 
         torch.manual_seed(options.seed)
         quantizer = QUANTIZERS[name](vectors.shape[1], options).to(device)
         warnings = quantizer.fit(vectors, log)
+
     codes = np.empty((len(vectors), options.levels), np.int32)
     error = 0.0
     with torch.no_grad():
@@ -374,9 +476,15 @@ def fit(name: str, vectors: np.ndarray, options: QuantizerOptions, log: Log) -> 
 
 
 def check_options(name: str, options: QuantizerOptions, num_items: int, width: int) -> None:
-    """Raise ValueError for options that cannot work for N items of width D, naming the flag and what to do."""
+    """Check that a quantizer with these options can work for N items of width D.
+
+    Raises:
+        UsageError: it cannot; the message names the flag and what to do.
+    """
     if name not in QUANTIZERS:
         raise UsageError(f"--quantizer {name}: unknown; known: {', '.join(QUANTIZERS)}")
+
+    # Sizes of the codebooks.
     if not 1 <= options.levels <= len(LEVEL_LETTERS):
         raise UsageError(
             f"--levels {options.levels}: must be 1 to {len(LEVEL_LETTERS)}, a letter each"
@@ -385,35 +493,39 @@ def check_options(name: str, options: QuantizerOptions, num_items: int, width: i
         raise UsageError(f"--codes {options.codes}: must be at least 2")
     if num_items < options.codes:
         raise UsageError(
-            f"--codes {options.codes}: a codebook larger than the data, which has {num_items} items; give at most {num_items}"
+            f"--codes {options.codes}: a codebook larger than the data, which has {num_items} "
+            f"items; give at most {num_items}"
         )
     if name == "pq" and width % options.levels:
         raise UsageError(
-            f"--quantizer pq: {options.levels} equal segments do not divide an embedding of {width} entries; "
-            "choose --levels that does"
+            f"--quantizer pq: {options.levels} equal segments do not divide an embedding of "
+            f"{width} entries; choose --levels that does"
         )
-    for flag, value, least in [
-        ("epochs", options.epochs, 1),
-        ("batch_size", options.batch_size, 1),
-        ("latent", options.latent, 1),
+
+    # Training of RQ-VAE.
+    for flag, value in [
+        ("epochs", options.epochs),
+        ("batch_size", options.batch_size),
+        ("latent", options.latent),
     ]:
-        if value < least:
-            raise UsageError(f"--{flag} {value}: must be at least {least}")
+        if value < 1:
+            raise UsageError(f"--{flag} {value}: must be at least 1")
     if options.learning_rate <= 0:
-        raise UsageError(f"--lr {options.learning_rate}: must be above 0")
+        raise UsageError(f"--learning_rate {options.learning_rate}: must be above 0")
     if not 0 <= options.ema < 1:
         raise UsageError(f"--ema {options.ema}: a decay, 0 (off) or below 1, e.g. 0.99")
     if options.sinkhorn < 0 or options.commitment < 0:
         raise UsageError(
-            f"--sinkhorn {options.sinkhorn}, --commitment {options.commitment}: must not be negative"
+            f"--sinkhorn {options.sinkhorn}, --commitment {options.commitment}: must not be "
+            "negative"
         )
 
 
 def kmeans(rows: torch.Tensor, num_codes: int, generator: torch.Generator) -> torch.Tensor:
-    """Lloyd's algorithm from a k-means++ start: centroids (K, D) of rows (n, D).
+    """Return the centroids (K, D) of rows (n, D), by Lloyd's algorithm from a k-means++ start.
 
-    A cluster that runs empty takes the row that lies farthest from its centroid. With fewer different rows than codes,
-    some centroids coincide and stay unused.
+    A cluster that runs empty takes the row that lies farthest from its centroid. If there are fewer
+    different rows than codes, some centroids coincide and stay unused.
     """
     centroids = _plus_plus(rows, num_codes, generator)
     codes = None
@@ -421,41 +533,58 @@ def kmeans(rows: torch.Tensor, num_codes: int, generator: torch.Generator) -> to
         before, codes = codes, nearest(rows, centroids)
         if before is not None and torch.equal(before, codes):
             break
-        sums, counts = torch.zeros_like(centroids), torch.zeros(num_codes, device=rows.device)
+
+        # A product with the one-hot codes sums in the same order on every device; scattered
+        # additions on a GPU would not.
+        sums = torch.zeros_like(centroids)
+        counts = torch.zeros(num_codes, device=rows.device)
         for part, code in zip(rows.split(CHUNK), codes.split(CHUNK), strict=True):
-            # A product with the one-hot codes: unlike scattered additions it sums in the same order on a GPU too.
             chosen = functional.one_hot(code, num_codes).to(rows.dtype)
             sums += chosen.T @ part
             counts += chosen.sum(0)
+
         empty = (counts == 0).nonzero()[:, 0]
         if len(empty):
             distance = (rows - centroids[codes]).square().sum(1)
-            sums[empty] = rows[distance.argsort(descending=True, stable=True)[: len(empty)]]
+            farthest = distance.argsort(descending=True, stable=True)
+            sums[empty] = rows[farthest[: len(empty)]]
         centroids = sums / counts.clamp_min(1)[:, None]
     return centroids
 
 
 def _plus_plus(rows: torch.Tensor, num_codes: int, generator: torch.Generator) -> torch.Tensor:
-    """k-means++ (Arthur and Vassilvitskii 2007): each start is a row, drawn by its squared distance to the ones before."""
+    """Return the first centroids (K, D) for k-means (k-means++, Arthur and Vassilvitskii 2007).
+
+    Each is a row, drawn with a probability proportional to its squared distance to the nearest of
+    the centroids before.
+    """
     norms = rows.square().sum(1)
     chosen = [int(torch.randint(len(rows), (), generator=generator))]
     distance = torch.full_like(norms, torch.inf)
     while len(chosen) < num_codes:
         latest = rows[chosen[-1]]
-        distance = torch.minimum(
-            distance, (norms - 2 * (rows @ latest) + latest.square().sum()).clamp_min(0)
-        )
+        to_latest = (norms - 2 * (rows @ latest) + latest.square().sum()).clamp_min(0)
+        distance = torch.minimum(distance, to_latest)
         distance[chosen[-1]] = 0
-        running = distance.cumsum(0, dtype=torch.float64)
-        at = torch.rand((), generator=generator, dtype=torch.float64).to(rows.device) * running[-1]
-        chosen.append(min(int(torch.searchsorted(running, at, right=True)), len(rows) - 1))
+
+        cumulative = distance.cumsum(0, dtype=torch.float64)
+        drawn = torch.rand((), generator=generator, dtype=torch.float64).to(rows.device)
+        at = int(torch.searchsorted(cumulative, drawn * cumulative[-1], right=True))
+        chosen.append(min(at, len(rows) - 1))
     return rows[chosen]
 
 
 def residual_kmeans(
     rows: torch.Tensor, codebooks: torch.Tensor, generator: torch.Generator, log: Log
 ) -> None:
-    """Fill `codebooks` (L, K, D) in place: level l is the k-means of what the levels before it left of rows (n, D)."""
+    """Fill `codebooks` in place: each level is a k-means over the residuals of the levels before.
+
+    Args:
+        rows: (n, D).
+        codebooks: (L, K, D), filled in place.
+        generator: source of the random starts.
+        log: is called with each level's number and scalars.
+    """
     for level in range(len(codebooks)):
         codebooks[level] = kmeans(rows, codebooks.shape[1], generator)
         codes = nearest(rows, codebooks[level])
@@ -465,12 +594,20 @@ def residual_kmeans(
 
 
 def nearest(rows: torch.Tensor, book: torch.Tensor) -> torch.Tensor:
-    """Index int64 (B,) of the nearest codeword of `book` (K, d) to each of `rows` (B, d); the lowest of equals."""
+    """Return the index int64 (B,) of the codeword nearest to each row; of equals, the lowest.
+
+    Args:
+        rows: (B, d).
+        book: (K, d), the codewords.
+    """
     return torch.cat([_squared_distances(part, book).argmin(1) for part in rows.split(CHUNK)])
 
 
 def nearest_residual(rows: torch.Tensor, codebooks: torch.Tensor) -> torch.Tensor:
-    """Codes int64 (B, L): per level the codeword nearest to what the levels before it left of rows (B, d)."""
+    """Return the codes int64 (B, L) of rows (B, d).
+
+    Each level's code is the codeword nearest to the residual of the levels before.
+    """
     codes = []
     for book in codebooks:
         codes.append(nearest(rows, book))
@@ -479,20 +616,27 @@ def nearest_residual(rows: torch.Tensor, codebooks: torch.Tensor) -> torch.Tenso
 
 
 def _squared_distances(rows: torch.Tensor, book: torch.Tensor) -> torch.Tensor:
-    """|r - e|^2 - |r|^2, (B, K): what is missing is the same for all codes of a row."""
+    """Return |r − e|² − |r|², (B, K). The missing |r|² is the same for all codes of a row."""
     return torch.addmm(book.square().sum(1), rows, book.T, alpha=-2)
 
 
 def sinkhorn_assignment(distances: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """Codes int64 (B,) that use all K codes about evenly: argmax of the entropic transport plan between rows and codes.
+    """Return codes int64 (B,) that use all K codes about evenly.
 
-    Distances (B, K) up to a constant per row. They are taken relative to half the largest spread of a row (LC-Rec: half
-    their range), so `epsilon` does not depend on the latents' size: 0.003 there. In fp64.
+    A row's code is the largest entry of its row in the entropic transport plan between rows and
+    codes. The plan is computed in fp64.
+
+    Args:
+        distances: (B, K), up to a constant per row. They are divided by half the largest spread of
+            a row (LC-Rec: by half their range), so that `epsilon` does not depend on the size of
+            the latents.
+        epsilon: strength of the regularisation (LC-Rec: 0.003).
     """
     cost = distances.double()
     cost = cost - cost.amin(1, keepdim=True)
     half_range = cost.max().clamp_min(1e-12) / 2
     plan = torch.exp(-cost / (half_range * epsilon)).clamp_min(1e-300)
+
     for _ in range(SINKHORN_ITERATIONS):
         plan = plan / plan.sum(0, keepdim=True)
         plan = plan / plan.sum(1, keepdim=True)
@@ -500,12 +644,16 @@ def sinkhorn_assignment(distances: torch.Tensor, epsilon: float) -> torch.Tensor
 
 
 def straight_through(latent: torch.Tensor, quantized: torch.Tensor) -> torch.Tensor:
-    """`quantized` in the forward pass; in the backward pass the gradient goes to `latent` unchanged."""
+    """Return `quantized`; in the backward pass, its gradient goes to `latent` unchanged."""
     return latent + (quantized - latent).detach()
 
 
 def _mlp(widths: Sequence[int]) -> nn.Sequential:
-    """Linear layers with ReLU between them. He's start keeps the variance through the layers: torch's own would lose it."""
+    """Return linear layers with ReLU between them.
+
+    He initialisation keeps the variance of the activations through the layers; torch's default does
+    not.
+    """
     layers: list[nn.Module] = []
     for before, after in zip(widths, widths[1:], strict=False):
         linear = nn.Linear(before, after)
@@ -516,33 +664,38 @@ def _mlp(widths: Sequence[int]) -> nn.Sequential:
 
 
 def _counts(codes: torch.Tensor, num_codes: int) -> torch.Tensor:
-    """How many rows of codes (B, L) have each code: (L, K)."""
+    """Return how many rows of codes (B, L) have each code, (L, K)."""
     counts = torch.zeros(codes.shape[1], num_codes, device=codes.device)
-    return counts.scatter_add_(
-        1, codes.T, torch.ones_like(codes.T, dtype=counts.dtype)
-    )  # integers: any order is exact
+    ones = torch.ones_like(codes.T, dtype=counts.dtype)
+    return counts.scatter_add_(1, codes.T, ones)  # sums of whole numbers are exact in any order
 
 
-def _chunks(vectors: np.ndarray):
+def _chunks(vectors: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield the rows in fp64, CHUNK at a time."""
     for start in range(0, len(vectors), CHUNK):
         yield np.asarray(vectors[start : start + CHUNK], np.float64)
 
 
-def _convergence(errors: list[float]) -> list[str]:
-    """Warn when the last twentieth of the epochs is more than 1 % better than the one before it."""
-    window = max(len(errors) // 20, 1)
-    before, last = (
-        float(np.mean(errors[-2 * window : -window] or 1.0)),
-        float(np.mean(errors[-window:])),
-    )
+def _convergence_warnings(errors: Sequence[float]) -> list[str]:
+    """Return a warning if the last twentieth of the epochs is over 1 % better than the one before.
+
+    With a single epoch its error is compared with 1, the error of the mean.
+    """
+    span = max(len(errors) // 20, 1)
+    last = float(np.mean(errors[-span:]))
+    earlier = errors[-2 * span : -span]
+    before = float(np.mean(earlier)) if earlier else 1.0
+
     if last < 0.99 * before:
         return [
-            f"RQ-VAE's reconstruction error was still falling at the end ({before:.4f}, then {last:.4f}): raise --epochs"
+            f"RQ-VAE's reconstruction error was still falling at the end ({before:.4f}, then "
+            f"{last:.4f}): raise --epochs"
         ]
     return []
 
 
 def _level_scalars(level: int, codes: np.ndarray, num_codes: int) -> dict[str, float]:
+    """Return the share of used codes and the perplexity of one level, by tag."""
     letter = LEVEL_LETTERS[level]
     share, perplexity = use_and_perplexity(codes, num_codes)
     return {f"quantizer/use_{letter}": share, f"quantizer/perplexity_{letter}": perplexity}
