@@ -1,1 +1,1 @@
-"""The subcommands of `igd`, one file each: flags, checks, and a call of the room that does the work."""
+"""The subcommands of `igd`, one file each: flags, checks and a call of the room that works."""

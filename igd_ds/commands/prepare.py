@@ -1,18 +1,23 @@
-"""Make a canonical dataset: raw files → titles → protocol → DATASET/ (see igd_ds/data/dataset.py).
+"""igd prepare: make a canonical dataset from raw files (see igd_ds/data/dataset.py).
 
-    igd prepare --preset games --input Video_Games_5.json.gz meta_Video_Games.json.gz --output DATASET
+    igd prepare --source synthetic --protocol leave-one-out --output DATASET
     igd prepare --source sequences --input FOLDER --protocol leave-one-out --output DATASET
-    igd prepare --source amazon-2018 --help      # which files, from which page, how large
+    igd prepare --preset games --input Video_Games_5.json.gz meta_Video_Games.json.gz \
+--output DATASET
+    igd prepare --source amazon-2018 --help      # which files it reads, from which page, how large
 
-Equal inputs and options give equal bytes. Run again on a finished output with the same request, it does nothing; with another
-request it refuses. Nothing is ever overwritten.
+Equal inputs and options give equal bytes. If the output is complete and was made from the same
+request, the command does nothing; if it was made from another request, the command refuses. It
+never overwrites anything.
 """
 
 import argparse
+import errno
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 from igd_ds.data.hygiene import POLICIES
 from igd_ds.data.prepare import DatasetRequest, prepare
@@ -21,8 +26,8 @@ from igd_ds.data.protocols import COLD, DEFAULTS, DUPLICATES, PROTOCOLS, Protoco
 from igd_ds.data.sources import SOURCES
 from igd_ds.errors import UsageError
 
-# What neither flags, nor a preset, nor the protocol's defaults set.
-LAST_DEFAULTS = {
+# The values of options that neither a flag, nor a preset, nor the protocol's defaults set.
+LAST_DEFAULTS: dict[str, str | int | None] = {
     "domain": "items",
     "min_items": 10_000,
     "window_start": None,
@@ -32,22 +37,53 @@ LAST_DEFAULTS = {
     "cold_users": "keep",
     "titles": POLICIES[0],
 }
+LEAST = {
+    "max_history": 0,
+    "k_core": 0,
+    "min_items": 1,
+    "num_users": 0,
+    "num_items": 0,
+    "seed": 0,
+}
+# Errors of the operating system that the user can repair, and how.
+REMEDIES = {
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: "check the path",
+    errno.EISDIR: "give a file",
+    errno.EACCES: "change its permissions, or choose another path",
+    errno.EPERM: "change its permissions, or choose another path",
+    errno.EROFS: "choose another --output",
+    errno.ENAMETOOLONG: "choose a shorter path",
+    errno.ENOSPC: "make room on the disk of --output, or choose another --output",
+    errno.EDQUOT: "make room on the disk of --output, or choose another --output",
+    errno.EIO: "check the disk",
+}
 
 
 def make_parser(about: str) -> argparse.ArgumentParser:
-    """Return the parser; `about` ends its help."""
+    """Return the parser of the command line; its help ends with `about`."""
     parser = argparse.ArgumentParser(
-        description="Make a canonical dataset folder.",
+        prog="igd prepare",
+        description="Make a canonical dataset folder from raw files.",
         epilog=about,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    _add_input_flags(parser)
+    _add_protocol_flags(parser)
+    _add_other_flags(parser)
+    return parser
+
+
+def _add_input_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--preset",
         choices=PRESETS,
-        help="a paper's dataset: source, protocol and options; flags go before it",
+        help="dataset of a paper: sets source, protocol and options; flags override it",
     )
     parser.add_argument(
-        "--source", choices=SOURCES, help="with --help: which files it reads, from which page"
+        "--source",
+        choices=SOURCES,
+        help="kind of raw files; with --help: which files it reads, from which page",
     )
     parser.add_argument(
         "--input",
@@ -55,137 +91,164 @@ def make_parser(about: str) -> argparse.ArgumentParser:
         type=Path,
         default=[],
         metavar="PATH",
-        help="files, or folders to find them in",
+        help="the files, or folders that hold them",
     )
     parser.add_argument(
-        "--protocol", choices=PROTOCOLS, help="given: rows that the source brings (d3-csv)"
+        "--output", required=True, type=Path, metavar="DATASET", help="the folder to make"
     )
+    parser.add_argument("--name", help="name of the dataset (default: the name of --output)")
     parser.add_argument(
-        "--output", required=True, type=Path, metavar="DATASET", help="folder to make"
+        "--domain", help="plural noun for the items in prompts, such as books (default: items)"
     )
-    parser.add_argument("--name", help="the dataset's name (default: the output folder's)")
+
+
+def _add_protocol_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--domain", help="plural noun for the items in prompts, e.g. books (default: items)"
+        "--protocol",
+        choices=PROTOCOLS,
+        help="how interactions become rows; given: the source has rows already (d3-csv)",
     )
     parser.add_argument(
         "--max_history",
         type=int,
-        help="items per history, the last ones; 0 all (leave-one-out 20, d3 10, given as they are)",
+        help="newest items that a history keeps; 0 keeps all (default: leave-one-out 20, d3 10, "
+        "given 0)",
     )
     parser.add_argument(
         "--k_core",
         type=int,
-        help="least interactions per user and item; 0 keeps all (leave-one-out 0, d3 5)",
+        help="least interactions of every user and item; 0 keeps all (default: leave-one-out 0, "
+        "d3 5)",
     )
     parser.add_argument(
         "--from",
         dest="window_start",
         metavar="DATE",
-        help="first day, UTC, of what is used; d3 moves it back a year at a time",
+        help="first day (UTC) of the time window; d3 may move it back, a year at a time",
     )
     parser.add_argument(
         "--to",
         dest="window_end",
         metavar="DATE",
-        help="end: the first second of this day is the last used",
+        help="end of the time window: the first second of this day (UTC) is the last one used",
     )
     parser.add_argument(
-        "--min_items", type=int, help="d3: items the time window must hold (default: 10000)"
+        "--min_items", type=int, help="d3: items that the time window must hold (default: 10000)"
     )
     parser.add_argument(
         "--duplicates",
         choices=DUPLICATES,
-        help="exact: equal user, item and second once; first: an item once per user (default: keep)",
+        help="exact: drop repeats of the same user, item and second; first: keep the first "
+        "interaction of each user with an item (default: keep)",
     )
     parser.add_argument(
         "--cold_items",
         choices=COLD,
-        help="drop: no valid or test row whose target is no training target",
+        help="drop: leave out valid and test rows whose target is no training target "
+        "(default: keep)",
     )
     parser.add_argument(
         "--cold_users",
         choices=COLD,
-        help="drop: no valid or test row of a user without training row",
+        help="drop: leave out valid and test rows of users without a training row (default: keep)",
     )
+
+
+def _add_other_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--titles",
         choices=POLICIES,
-        help="repair and missing titles: igd_ds/data/hygiene.py (default: placeholder)",
+        help="repair of titles, and items without one: see igd_ds/data/hygiene.py "
+        "(default: placeholder)",
     )
     parser.add_argument(
         "--max_bad_lines",
         type=float,
         default=0.001,
-        help="share of broken lines to pass over (default: 0.001)",
+        help="share of the lines that may be broken (default: 0.001)",
     )
     parser.add_argument(
         "--num_users",
         type=int,
         default=0,
-        help="keep a seeded sample of users, all items stay; synthetic: make N",
+        help="keep a seeded sample of this many users, and all items; synthetic: make this many "
+        "(default: 0, all)",
     )
-    parser.add_argument("--num_items", type=int, default=0, help="synthetic: items to make")
     parser.add_argument(
-        "--seed", type=int, default=0, help="of the ids, the user sample and synthetic data"
+        "--num_items", type=int, default=0, help="synthetic: make this many items (default: 600)"
     )
-    return parser
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="seed of the ids, the user sample and synthetic data (default: 0)",
+    )
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the command line; open options take the preset's value, then the protocol's."""
+    """Parse the command line and fill in the open options.
+
+    An option takes the value of its flag, of the preset, of the protocol's defaults or of
+    LAST_DEFAULTS: the first of these that there is.
+
+    Raises:
+        UsageError: a flag is missing, or its value cannot work.
+    """
+    # The help depends on the source, so the source is looked up before the full parser is made.
     chosen = argparse.ArgumentParser(add_help=False)
     chosen.add_argument("--source")
     chosen.add_argument("--preset")
     known, _ = chosen.parse_known_args(argv)
     source = PRESETS[known.preset].source if known.preset in PRESETS else known.source
     about = SOURCES[source].about if source in SOURCES else f"sources: {', '.join(SOURCES)}"
-    parser = make_parser(about)
-    args = parser.parse_args(argv)
-    preset = PRESETS.get(args.preset)
-    if preset and args.source not in (None, preset.source):
-        parser.error(
-            f"--preset {args.preset} is made of source {preset.source}, not of --source {args.source}"
-        )
-    args.source = preset.source if preset else args.source
-    args.protocol = args.protocol or (preset.options["protocol"] if preset else None)
-    for option in ("source", "protocol"):
-        if getattr(args, option) is None:
-            parser.error(f"--{option} is missing, or a --preset")
-    if args.min_items is not None and args.protocol != "d3":
-        parser.error(
-            f"--min_items {args.min_items} is for --protocol d3: no other moves its window"
-        )
-    for option, value in {
-        **LAST_DEFAULTS,
-        **DEFAULTS[args.protocol],
-        **(preset.options if preset else {}),
-    }.items():
+    args = make_parser(about).parse_args(argv)
+
+    _choose_source_and_protocol(args)
+    defaults = LAST_DEFAULTS | DEFAULTS[args.protocol]
+    if args.preset:
+        defaults |= PRESETS[args.preset].options
+    for option, value in defaults.items():
         if getattr(args, option) is None:
             setattr(args, option, value)
     args.name = args.name or args.output.resolve().name
-    for option, least in [
-        ("max_history", 0),
-        ("k_core", 0),
-        ("min_items", 1),
-        ("num_users", 0),
-        ("num_items", 0),
-        ("seed", 0),
-    ]:
-        if not least <= getattr(args, option) < 2**31:
-            parser.error(
-                f"--{option} {getattr(args, option)}: must be at least {least}, and below 2^31"
-            )
-    if args.num_items and args.source != "synthetic":
-        parser.error(
-            "--num_items is for synthetic data; the other sources take every item of their files"
-        )
-    if not 0 <= args.max_bad_lines < 1:
-        parser.error(f"--max_bad_lines {args.max_bad_lines}: a share, from 0 to below 1")
+    _check_ranges(args)
     return args
 
 
+def _choose_source_and_protocol(args: argparse.Namespace) -> None:
+    preset = PRESETS.get(args.preset)
+    if preset and args.source not in (None, preset.source):
+        raise UsageError(
+            f"--preset {args.preset} is made of source {preset.source}, not of --source "
+            f"{args.source}"
+        )
+    if preset:
+        args.source = preset.source
+        args.protocol = args.protocol or preset.options["protocol"]
+    for option in ("source", "protocol"):
+        if getattr(args, option) is None:
+            raise UsageError(f"--{option} is missing: give it, or a --preset")
+    if args.min_items is not None and args.protocol != "d3":
+        raise UsageError(
+            f"--min_items {args.min_items} is for --protocol d3: no other protocol moves its window"
+        )
+
+
+def _check_ranges(args: argparse.Namespace) -> None:
+    for option, least in LEAST.items():
+        value = getattr(args, option)
+        if not least <= value < 2**31:
+            raise UsageError(f"--{option} {value}: must be at least {least}, and below 2^31")
+    if args.num_items and args.source != "synthetic":
+        raise UsageError(
+            "--num_items is for synthetic data; the other sources take every item of their files"
+        )
+    if not 0 <= args.max_bad_lines < 1:
+        raise UsageError(f"--max_bad_lines {args.max_bad_lines}: a share, from 0 to below 1")
+
+
 def seconds(day: str | None, flag: str) -> int | None:
-    """Return the first second of a date like 2017-10-01, UTC."""
+    """Return the first second of a date such as 2017-10-01 (UTC), in seconds since 1970."""
     if day is None:
         return None
     try:
@@ -195,7 +258,7 @@ def seconds(day: str | None, flag: str) -> int | None:
 
 
 def request(args: argparse.Namespace) -> DatasetRequest:
-    """Return what the arguments ask for."""
+    """Return the dataset that the parsed arguments ask for."""
     options = ProtocolOptions(
         max_history=args.max_history,
         k_core=args.k_core,
@@ -207,55 +270,56 @@ def request(args: argparse.Namespace) -> DatasetRequest:
         num_users=args.num_users,
         seed=args.seed,
     )
-    same = (
-        "source",
-        "protocol",
-        "output",
-        "name",
-        "domain",
-        "titles",
-        "num_items",
-        "max_bad_lines",
-        "preset",
-    )
-    expected = PRESETS[args.preset].expected if args.preset else {}
     return DatasetRequest(
+        source=args.source,
         inputs=args.input,
+        protocol=args.protocol,
         options=options,
-        expected=expected,
-        **{key: getattr(args, key) for key in same},
+        output=args.output,
+        name=args.name,
+        domain=args.domain,
+        titles=args.titles,
+        num_items=args.num_items,
+        max_bad_lines=args.max_bad_lines,
+        preset=args.preset,
+        expected=PRESETS[args.preset].expected if args.preset else {},
     )
 
 
-def print_summary(info: dict, output: Path) -> None:
-    """Print the funnel, the hygiene report and, for a preset, what was found beside what the paper prints."""
+def print_summary(info: Mapping[str, Any], output: Path) -> None:
+    """Print the funnel, the report on titles and, for a preset, the counts next to the paper's."""
     for step in info["funnel"]:
-        print(
-            f"{step['step']:60s}  "
-            + "  ".join(f"{key} {number:,}" for key, number in step.items() if key != "step")
-        )
+        counts = [f"{key} {number:,}" for key, number in step.items() if key != "step"]
+        print(f"{step['step']:60s}  {'  '.join(counts)}")
+
     for step, found in info["hygiene"].items():
-        print(
-            f"titles      {step}: "
-            + (f"{found['count']:,}" if isinstance(found, dict) else str(found))
-        )
+        shown = f"{found['count']:,}" if isinstance(found, dict) else str(found)
+        print(f"titles      {step}: {shown}")
+
     for key, (expected, found) in info["expected"].items():
         paper = PRESETS[info["parameters"]["preset"]].paper
         gap = found - expected
         print(
-            f"expected    {key} {expected:,} ({paper}), found {found:,}: {gap:+,} ({gap / expected:+.2%})"
+            f"expected    {key} {expected:,} ({paper}), found {found:,}: {gap:+,} "
+            f"({gap / expected:+.2%})"
         )
     print(f"dataset     {output}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return the exit status."""
+    """Make the dataset, or find that it is made already; return the exit code.
+
+    Raises:
+        UsageError: bad flags, bad input files, or a file or disk that cannot be read or written.
+    """
     args = parse(argv)
     try:
         info = prepare(request(args))
-    except (ValueError, OSError) as error:
-        print(f"prepare_data.py: error: {error}", file=sys.stderr)
-        return 2
+    except OSError as error:
+        if error.errno not in REMEDIES:
+            raise
+        place = error.filename or args.output
+        raise UsageError(f"{place}: {error.strerror}; {REMEDIES[error.errno]}") from error
     print_summary(info, args.output)
     return 0
 

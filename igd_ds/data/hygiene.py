@@ -18,8 +18,8 @@ removed (`Industrial & Scientific" />`). The policy says what happens to items w
 * `placeholder` (default): the item gets a title of its own, "Untitled item 3f9a1c04". The item
   stays in histories and targets. Rows, row_ids and item ids are therefore the same with and without
   hygiene, and metrics stay comparable. The broken title itself would merge 27 different items into
-  one trie leaf. The digits are a salted hash of the item id: the plain id would tell the model about
-  the order of the items, because most data sets number items by first appearance.
+  one trie leaf. The digits are a salted hash of the item id. The plain id would tell the model the
+  order of the items, because most data sets number items by first appearance.
 * `drop`: the item and its interactions are removed before the protocol makes rows. The remaining
   items are numbered anew.
 * `d3`: like `drop`, with the rule of D3's published script instead of ours. An item has a title

@@ -1,25 +1,36 @@
 """Prompts: a template and a user's history become token ids.
 
-A prompt is prefix + item + separator + item + … + suffix. Each of these segments is tokenized once, on its own, and the ids are
-joined; the target's ids come from the catalogue. So no string is tokenized twice, and prompt and target can never drift apart.
+A prompt is prefix + item + separator + item + … + suffix. Each of these segments is tokenized once,
+on its own, and the ids are joined. The ids of the target come from the catalogue. No string is
+tokenized twice, so the prompt and the target cannot disagree about the tokens of an item.
 """
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
+from transformers import PreTrainedTokenizerBase
 
+from igd_ds.data.dataset import InteractionDataset, Split
 from igd_ds.errors import UsageError
 from igd_ds.items.catalogue import tokenize
 
 TEMPLATE_FOLDER = Path(__file__).parent / "templates"
-NO_HISTORY = "unknown"  # stands in the history's place in CFT's null prompt, as published
+NO_HISTORY = "unknown"  # replaces the history in CFT's null prompt, as published
 
 
 @dataclass(frozen=True)
 class Template:
-    """The four texts of a prompt; `{domain}` may stand in prefix and suffix, `{item}` must stand in item."""
+    """The four texts of a prompt.
+
+    `{domain}` may occur in `prefix` and `suffix`; `{item}` must occur in `item`.
+
+    Example:
+        >>> Template.load("short").item
+        '{item}'
+    """
 
     prefix: str
     item: str
@@ -28,23 +39,33 @@ class Template:
 
     @classmethod
     def load(cls, name: str) -> "Template":
-        """Read a template by its name in `igd_ds/data/templates` or by the path of a YAML file; ValueError if it is not one."""
+        """Read a template by its name in `igd_ds/data/templates`, or by the path of a YAML file.
+
+        Raises:
+            UsageError: there is no such template, or the file is not one.
+        """
         path = Path(name) if name.endswith((".yaml", ".yml")) else TEMPLATE_FOLDER / f"{name}.yaml"
         if not path.is_file():
             known = ", ".join(sorted(p.stem for p in TEMPLATE_FOLDER.glob("*.yaml")))
             raise UsageError(
-                f"--prompt: no template '{name}'; known names: {known}; or give the path of a .yaml file"
+                f"--prompt: no template '{name}'; known names: {known}; or give the path of a "
+                ".yaml file"
             )
-        return cls.from_dict(yaml.safe_load(path.read_text()), str(path))
+        return cls.from_dict(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
 
     @classmethod
-    def from_dict(cls, values: dict, source: str) -> "Template":
-        """Build a template from its four keys; `source` is named in the ValueError."""
+    def from_dict(cls, values: Any, source: str) -> "Template":
+        """Build a template from parsed YAML or JSON.
+
+        Raises:
+            UsageError: the value is not a dict of exactly the four texts; the message names
+                `source`.
+        """
         keys = ["prefix", "item", "separator", "suffix"]
         if (
             not isinstance(values, dict)
-            or sorted(values) != sorted(keys)
-            or not all(isinstance(v, str) for v in values.values())
+            or set(values) != set(keys)
+            or not all(isinstance(text, str) for text in values.values())
         ):
             raise UsageError(f"{source}: a prompt template has exactly the texts {', '.join(keys)}")
         if "{item}" not in values["item"]:
@@ -60,107 +81,152 @@ class Template:
 class PromptBuilder:
     """Token ids of every segment of a template over one dataset.
 
-    `item_tokens` int32 (S,) holds all items' segments one after the other, item i's at `item_offsets[i] : item_offsets[i+1]`
-    (int64, (N+1,)). `budget` is the longest prompt allowed, in tokens; `begin` starts with BOS where the tokenizer adds one.
-    `null` is the whole prompt with NO_HISTORY for an item: one unknown token where the tokenizer has no words.
+    Example:
+        >>> prompts = PromptBuilder.build(Template.load("short"), tokenizer, dataset, "text", 512)
+        >>> prompts.encode(dataset.splits["test"].history(0))  # int32, at most 512 ids
     """
 
     begin: np.ndarray
+    """int32: the prefix, after BOS if the tokenizer adds one."""
     separator: np.ndarray
+    """int32."""
     end: np.ndarray
+    """int32: the suffix."""
     item_tokens: np.ndarray
+    """int32 (S,): the segments of all items, one after the other."""
     item_offsets: np.ndarray
+    """int64 (N + 1,): the segment of item i is `item_tokens[offsets[i] : offsets[i + 1]]`."""
     budget: int
+    """The longest prompt that is allowed, in tokens."""
     null: np.ndarray
+    """int32: the whole prompt with NO_HISTORY as its only item. A tokenizer without words gives one
+    unknown token instead."""
 
     @classmethod
     def build(
-        cls, template: Template, tokenizer, dataset, kind: str, budget: int
+        cls,
+        template: Template,
+        tokenizer: PreTrainedTokenizerBase,
+        dataset: InteractionDataset,
+        kind: str,
+        budget: int,
     ) -> "PromptBuilder":
-        """Tokenize a template's segments.
+        """Tokenize the segments of a template.
+
+        Args:
+            template: the four texts.
+            tokenizer: a Hugging Face tokenizer.
+            dataset: its items and its domain are used.
+            kind: "text" puts titles into the prompt, "semantic-id" puts codes.
+            budget: the longest prompt that is allowed, in tokens.
 
         Raises:
-            ValueError: one item with the frame around it exceeds `budget` tokens, or the tokenizer knows nothing of a segment.
+            UsageError: one item and the frame around it exceed `budget` tokens, or the tokenizer
+                has no token for a segment of the template.
         """
         unknown = tokenizer.unk_token_id
 
-        def ids(text: str, may_be_unknown: bool = False) -> np.ndarray:
-            found = tokenizer(text, add_special_tokens=False)["input_ids"]
-            if set(found) == {unknown} and not may_be_unknown:
-                raise UsageError(
-                    f"--prompt: the tokenizer has no token for the template's {text[:60]!r}; with codes alone take --prompt codes"
-                )
-            return np.array(found, dtype=np.int32)
+        def ids(text: str) -> np.ndarray:
+            return np.array(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int32)
 
+        def known_ids(text: str) -> np.ndarray:
+            found = ids(text)
+            if set(found.tolist()) == {unknown}:
+                raise UsageError(
+                    f"--prompt: the tokenizer has no token for the template's {text[:60]!r}; with "
+                    "codes alone take --prompt codes"
+                )
+            return found
+
+        # The frame: what stands before, between, behind and around the items.
         domain = dataset.info["domain"]
-        # What the tokenizer puts before a text is BOS; what it may put behind (EOS) has no place before the target.
-        with_special = tokenizer("a")["input_ids"]
-        bos = (
-            [tokenizer.bos_token_id]
-            if with_special and with_special[0] == tokenizer.bos_token_id
-            else []
-        )
-        texts = (
-            dataset.titles if kind == "text" else ["".join(codes) for codes in dataset.semantic_ids]
-        )
+        known_ids(template.item.replace("{item}", ""))
+        prefix = known_ids(template.prefix.replace("{domain}", domain))
+        begin = np.concatenate([_bos(tokenizer), prefix])
+        separator = known_ids(template.separator)
+        end = known_ids(template.suffix.replace("{domain}", domain))
+
+        # The items.
+        texts = _item_texts(dataset, kind)
         item_tokens, lengths = tokenize(
             texts, lambda text: template.item.replace("{item}", text), tokenizer
         )
-        ids(template.item.replace("{item}", ""))  # the frame around an item has to be known too
-        nothing = ids(template.item.replace("{item}", NO_HISTORY), may_be_unknown=True)
-        if not len(nothing):  # the tokenizer passes over what it does not know
-            nothing = np.array(
-                [tokenizer.pad_token_id if unknown is None else unknown], dtype=np.int32
+
+        # The prompt without history.
+        nothing = ids(template.item.replace("{item}", NO_HISTORY))
+        if not len(nothing):  # the tokenizer skips what it does not know
+            filler = tokenizer.pad_token_id if unknown is None else unknown
+            nothing = np.array([filler], dtype=np.int32)
+
+        longest = int(np.argmax(lengths))
+        needed = len(begin) + len(end) + int(lengths[longest])
+        if needed > budget:
+            raise UsageError(
+                f"--max_length leaves {budget} tokens for the prompt, but the template with item "
+                f"{longest} ({texts[longest][:60]!r}…, {lengths[longest]} tokens) alone takes "
+                f"{needed}: raise --max_length or drop the item"
             )
-        begin = np.concatenate(
-            [np.array(bos, dtype=np.int32), ids(template.prefix.replace("{domain}", domain))]
-        )
-        end = ids(template.suffix.replace("{domain}", domain))
-        builder = cls(
+        return cls(
             begin=begin,
-            separator=ids(template.separator),
+            separator=separator,
             end=end,
             item_tokens=item_tokens,
             item_offsets=np.concatenate([[0], np.cumsum(lengths)]),
             budget=budget,
             null=np.concatenate([begin, nothing, end]),
         )
-        longest = int(np.argmax(lengths))
-        needed = len(builder.begin) + len(builder.end) + int(lengths[longest])
-        if needed > budget:
-            raise UsageError(
-                f"--max_length leaves {budget} tokens for the prompt, but the template with item {longest} "
-                f"({texts[longest][:60]!r}…, {lengths[longest]} tokens) alone takes {needed}: raise --max_length or drop the item"
-            )
-        return builder
 
     def num_kept(self, history: np.ndarray) -> int:
-        """Return how many of the newest items of `history` (item ids, oldest first) fit the budget."""
+        """Return how many of the newest items of a history (item ids, oldest first) fit."""
         costs = self.item_offsets[history + 1] - self.item_offsets[history] + len(self.separator)
         room = self.budget - len(self.begin) - len(self.end) + len(self.separator)
         return int(np.searchsorted(np.cumsum(costs[::-1]), room, side="right"))
 
     def encode(self, history: np.ndarray) -> np.ndarray:
-        """Return the prompt's token ids, int32, at most `budget` long; whole items are dropped from the oldest on to fit."""
+        """Return the token ids of a prompt, int32, at most `budget` long.
+
+        If the history (item ids, oldest first) does not fit, whole items are dropped from its old
+        end.
+        """
         parts = [self.begin]
-        for item in history[len(history) - self.num_kept(history) :]:
-            parts += [
-                self.item_tokens[self.item_offsets[item] : self.item_offsets[item + 1]],
-                self.separator,
-            ]
-        if len(parts) > 1:
-            parts.pop()
+        for place, item in enumerate(history[len(history) - self.num_kept(history) :]):
+            if place:
+                parts.append(self.separator)
+            parts.append(self.item_tokens[self.item_offsets[item] : self.item_offsets[item + 1]])
         return np.concatenate([*parts, self.end])
 
-    def lengths(self, split) -> np.ndarray:
-        """Return the prompt length in tokens of every row of a split, int64 (R,), without building the prompts.
+    def lengths(self, split: Split) -> np.ndarray:
+        """Return the prompt length of every row in tokens, int64 (R,), without building prompts.
 
-        Exact for rows that fit the budget; a row that must be cut is given the budget (an upper bound, for grouping only).
+        The length is exact for rows that fit the budget. For a row that must be cut, the result is
+        the budget: an upper bound, good enough to group rows by length.
         """
         costs = np.diff(self.item_offsets)[split.history_items] + len(self.separator)
         totals = np.concatenate([[0], np.cumsum(costs)])
         history = totals[split.history_offsets[1:]] - totals[split.history_offsets[:-1]]
-        return np.minimum(
-            len(self.begin) + len(self.end) + history - len(self.separator) * (history > 0),
-            self.budget,
-        )
+
+        frame = len(self.begin) + len(self.end)
+        surplus = len(self.separator) * (history > 0)  # there is none behind the last item
+        return np.minimum(frame + history - surplus, self.budget)
+
+
+def _bos(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """Return the BOS id, int32 (1,), if the tokenizer puts BOS before a text; otherwise (0,).
+
+    What the tokenizer may put behind a text (EOS) has no place before the target.
+    """
+    with_special = tokenizer("a")["input_ids"]
+    has_bos = bool(with_special) and with_special[0] == tokenizer.bos_token_id
+    return np.array([tokenizer.bos_token_id] if has_bos else [], dtype=np.int32)
+
+
+def _item_texts(dataset: InteractionDataset, kind: str) -> list[str]:
+    """Return the text of each item: its title, or its codes one after the other."""
+    if kind == "text":
+        titles = [title for title in dataset.titles if title is not None]
+        if len(titles) < dataset.num_items:
+            raise UsageError("some items have no title: prepare the dataset with --titles")
+        return titles
+    if dataset.semantic_ids is None:
+        raise UsageError("the dataset has no semantic IDs: make them with igd ids")
+    return ["".join(codes) for codes in dataset.semantic_ids]
