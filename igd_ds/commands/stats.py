@@ -1,17 +1,20 @@
-"""Statistics of a catalogue and its trie: Table 1 of both papers, and what decides how a run can go.
+"""Print statistics of a catalogue and its trie: Table 1 of IGD and of MTC, and more.
 
-    igd stats --dataset DATASET --tokenizer PATH [--json] [--kind text|semantic-id] [--entropy prior|conditional]
+    igd stats --dataset DATASET --tokenizer PATH [--json] [--item_kind text|semantic-id]
+        [--entropy prior|conditional]
 
-Every key of the `--json` object is explained in `KEYS`; the table prints the same.
+`KEYS` explains every key of the --json object. The table prints the same values with their meaning.
 """
 
 import argparse
 import json
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from igd_ds import distributed
-from igd_ds.backbones.causal_lm import load_tokenizer
+from igd_ds.backbones.tokenizer import load_tokenizer
 from igd_ds.data.dataset import InteractionDataset
 from igd_ds.items.catalogue import KINDS, Catalogue
 from igd_ds.items.decisiveness import (
@@ -33,62 +36,78 @@ KEYS = {
     "valid_rows": "validation rows",
     "test_rows": "test rows",
     "target_tokens": "tokens of all training targets, EOS included",
-    "zero_ig_tokens": "of these, tokens that drop no training mass (IG = 0)",
+    "zero_ig_tokens": "target tokens that rule out no training target (IG = 0)",
     "zero_ig_share": "zero_ig_tokens / target_tokens (IGD Table 1)",
     "forced_tokens": "target tokens whose prefix has one continuation in the catalogue",
     "forced_share": "forced_tokens / target_tokens",
     "negative_ig_tokens": "target tokens that raise the entropy (`conditional` only)",
-    "catalogue_tokens": "tokens of all items, each once, EOS included",
-    "catalogue_zero_ig_tokens": "of these, tokens with IG = 0",
+    "catalogue_tokens": "tokens of all items, each item once, EOS included",
+    "catalogue_zero_ig_tokens": "catalogue tokens with IG = 0",
     "catalogue_zero_ig_share": "catalogue_zero_ig_tokens / catalogue_tokens",
-    "catalogue_forced_share": "forced tokens / catalogue_tokens",
-    "entropy": "definition of the entropy behind the next two",
+    "catalogue_forced_share": "forced catalogue tokens / catalogue_tokens",
+    "entropy": "definition of the entropy in root_entropy and mean_ig",
     "root_entropy": "entropy before the first token, nats",
     "mean_ig": "mean information gain of a target token, nats",
     "nodes": "trie nodes, root included",
     "mean_length": "mean tokens of an item",
     "median_length": "median tokens of an item",
-    "max_length": "tokens of the longest item = depth of the trie",
+    "max_length": "tokens of the longest item, which is the depth of the trie",
     "root_children": "different first tokens",
     "branching_nodes": "prefixes with two or more continuations",
-    "mean_branching": "their mean number of continuations",
+    "mean_branching": "mean number of continuations of the branching nodes",
     "duplicate_paths": "token paths that belong to more than one item",
-    "duplicate_items": "items on such a path",
-    "cold_items": "items that are no training row's target",
+    "duplicate_items": "items on a duplicate path",
+    "cold_items": "items that are the target of no training row",
     "cold_item_share": "cold_items / items",
     "test_unseen_share": "test rows whose target is a cold item",
     "test_unseen_anywhere_share": "test rows whose target is in no training history either",
-    "filtering_ratio": "share of the items left that token 1, 2, ... rules out, mean over edges (MTC Table 1); no EOS-only level",
-    "token_purity_gain": "quantiles 0.5, 0.9, 0.99, 1 over tokens of the mean purity gain (MTC Figure 1)",
+    "filtering_ratio": "share of the remaining items that token 1, 2, … rules out, mean over edges "
+    "(MTC Table 1); a level of EOS alone is left out",
+    "token_purity_gain": "quantiles 0.5, 0.9, 0.99 and 1, over tokens, of the mean purity gain "
+    "(MTC Figure 1)",
 }
 
 
 def catalogue_statistics(
-    dataset, catalogue: Catalogue, trie: TokenTrie, entropy_name: str = "prior"
-) -> dict:
-    """All of `KEYS`. A token of the training set is an edge met `train_count` times, one of the catalogue `num_items` times.
+    dataset: InteractionDataset, catalogue: Catalogue, trie: TokenTrie, entropy_name: str = "prior"
+) -> dict[str, Any]:
+    """Return all of `KEYS` as JSON values.
+
+    A token of the training set is an edge of the trie, which counts `train_count` times. A token of
+    the catalogue is an edge that counts `num_items` times.
 
     Args:
-        dataset: has `info["name"]`, and `splits` with `targets`, `history_items` and a length.
-        entropy_name: "prior" or "conditional"; only entropies and gains depend on it, zero-IG does not.
+        dataset: the dataset of the catalogue.
+        catalogue: the items as token paths.
+        trie: the trie of these paths.
+        entropy_name: "prior" or "conditional". Only entropies and gains depend on it; which tokens
+            have zero gain does not.
     """
     train, test = dataset.splits["train"], dataset.splits["test"]
-    in_training, in_catalogue = (
-        trie.train_count[1:].astype(np.int64),
-        trie.num_items[1:].astype(np.int64),
-    )
+
+    # Tokens, as edges with their numbers of occurrences.
+    in_training = trie.train_count[1:].astype(np.int64)
+    in_catalogue = trie.num_items[1:].astype(np.int64)
+    target_tokens, catalogue_tokens = int(in_training.sum()), len(catalogue.token_ids)
+    children = np.diff(trie.child_begin)
+    branching = children[children > 1]
+    forced = (children == 1)[trie.parent[1:]]
     zero = zero_gain(trie)[1:]
     gain = information_gain(trie, entropy_name)[1:]
-    children = np.diff(trie.child_begin)
-    forced = (children == 1)[trie.parent[1:]]
+
+    # Items.
     lengths = np.diff(catalogue.offsets)
+    items_on_path = trie.num_items[trie.is_leaf]
     cold = catalogue.counts == 0
-    anywhere = np.zeros(catalogue.num_items, bool)
-    anywhere[train.targets] = anywhere[train.history_items] = True
-    shared = trie.num_items[trie.is_leaf]
+    in_a_row = np.zeros(catalogue.num_items, bool)
+    in_a_row[train.targets] = True
+    in_a_row[train.history_items] = True
+
+    # Levels and tokens of semantic IDs.
     level_begin = trie.level_begin()[1:]
     code_levels = ~np.logical_and.reduceat(trie.is_leaf, level_begin[:-1])
-    target_tokens, catalogue_tokens = int(in_training.sum()), len(catalogue.token_ids)
+    purity_gain_of_token = mean_by_token(trie, purity_gain(trie))[1]
+
     numbers = {
         "dataset": dataset.info["name"],
         "kind": catalogue.kind,
@@ -114,18 +133,16 @@ def catalogue_statistics(
         "median_length": np.median(lengths),
         "max_length": catalogue.max_length,
         "root_children": children[0],
-        "branching_nodes": np.count_nonzero(children > 1),
-        "mean_branching": children[children > 1].mean() if np.any(children > 1) else 0.0,
-        "duplicate_paths": np.count_nonzero(shared > 1),
-        "duplicate_items": shared[shared > 1].sum(),
+        "branching_nodes": len(branching),
+        "mean_branching": branching.mean() if len(branching) else 0.0,
+        "duplicate_paths": np.count_nonzero(items_on_path > 1),
+        "duplicate_items": items_on_path[items_on_path > 1].sum(),
         "cold_items": np.count_nonzero(cold),
         "cold_item_share": cold.mean(),
         "test_unseen_share": cold[test.targets].mean(),
-        "test_unseen_anywhere_share": np.mean(~anywhere[test.targets]),
+        "test_unseen_anywhere_share": np.mean(~in_a_row[test.targets]),
         "filtering_ratio": filtering_ratio(trie)[code_levels],
-        "token_purity_gain": np.quantile(
-            mean_by_token(trie, purity_gain(trie))[1], [0.5, 0.9, 0.99, 1.0]
-        ),
+        "token_purity_gain": np.quantile(purity_gain_of_token, [0.5, 0.9, 0.99, 1.0]),
     }
     return {
         key: value.tolist() if isinstance(value, np.generic | np.ndarray) else value
@@ -133,41 +150,37 @@ def catalogue_statistics(
     }
 
 
-def print_table(statistics: dict) -> None:
+def shown(key: str, value: Any) -> str:
+    """Return a value of `catalogue_statistics` as the table prints it."""
+    if isinstance(value, list):
+        first = " ".join(f"{number:.4f}" for number in value[:4])
+        return first + (" ..." if len(value) > 4 else "")
+    if key.endswith("_share"):
+        return f"{value:.2%}"
+    if isinstance(value, float):
+        return f"{value:,.4g}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return str(value)
+
+
+def print_table(statistics: Mapping[str, Any]) -> None:
     """Print key, value and meaning, one line each."""
     for key, value in statistics.items():
-        if isinstance(value, list):
-            shown = " ".join(f"{number:.4f}" for number in value[:4]) + (
-                " ..." if len(value) > 4 else ""
-            )
-        elif key.endswith("_share"):
-            shown = f"{value:.2%}"
-        else:
-            shown = (
-                f"{value:,.4g}"
-                if isinstance(value, float)
-                else f"{value:,}"
-                if isinstance(value, int)
-                else str(value)
-            )
-        print(f"{key:<28}{shown:>31}  {KEYS[key]}")
+        print(f"{key:<28}{shown(key, value):>31}  {KEYS[key]}")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Parse, build the catalogue and its trie, print."""
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
-        prog="igd stats", description="Statistics of a catalogue and its trie."
+        prog="igd stats", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--dataset", required=True, help="canonical dataset folder")
+    parser.add_argument("--tokenizer", required=True, help="tokenizer folder or name on the hub")
     parser.add_argument(
-        "--dataset",
-        required=True,
-        help="canonical dataset folder (igd prepare makes one)",
-    )
-    parser.add_argument("--tokenizer", required=True, help="tokenizer folder or hub name")
-    parser.add_argument(
-        "--kind",
+        "--item_kind",
         choices=KINDS,
-        help="titles or codes, where a dataset has both; default: titles if any",
+        help="what items are written as: titles or codes (default: titles if the dataset has any)",
     )
     parser.add_argument(
         "--entropy", choices=ENTROPIES, default="prior", help="definition of the entropy"
@@ -175,12 +188,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object instead of the table"
     )
-    arguments = parser.parse_args(argv)
-    dataset = InteractionDataset.load(arguments.dataset)
-    catalogue = Catalogue.build(dataset, load_tokenizer(arguments.tokenizer), arguments.kind)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return the exit code.
+
+    Raises:
+        UsageError: there is no such dataset or tokenizer, or they do not fit.
+    """
+    args = parse(argv)
+    dataset = InteractionDataset.load(args.dataset)
+    catalogue = Catalogue.build(dataset, load_tokenizer(args.tokenizer), args.item_kind)
     trie = TokenTrie.build(catalogue.token_ids, catalogue.offsets, catalogue.counts)
-    statistics = catalogue_statistics(dataset, catalogue, trie, arguments.entropy)
-    if arguments.json:
+
+    statistics = catalogue_statistics(dataset, catalogue, trie, args.entropy)
+    if args.json:
         print(json.dumps(statistics))
     else:
         print_table(statistics)
