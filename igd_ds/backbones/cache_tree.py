@@ -9,7 +9,6 @@ tokens of a row behind its prompt, V vocabulary.
 
 from __future__ import annotations
 
-import inspect
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from igd_ds import distributed
+from igd_ds.backbones.capabilities import forward_arguments
 from igd_ds.backbones.prompt_tree import check_prompts
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class CachePromptTree:
         self.model: Any = model
         self.device: torch.device = model.device
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.accepted = set(inspect.signature(base.forward).parameters)
+        self.accepted = forward_arguments(base)
         self.may_reuse = type(base).__module__.startswith("transformers.models.") and not getattr(
             base, "_is_stateful", False
         )
@@ -154,7 +154,7 @@ class CachePromptTree:
         return torch.cat([self.prompt_logits[:0], *logits_of_runs]), numbers
 
     def _batches(self, first: int, lengths: list[int]) -> list[Rows]:
-        """Group the runs from number `first` on by the lengths of prompt and path, and bound each group."""
+        """Group the runs from number `first` on by the lengths of prompt and path; bound each group."""
         groups: dict[tuple[int, int], list[int]] = defaultdict(list)
         for run in range(len(lengths)):
             prompt = self.prompts[self.run_user[first + run]]
@@ -195,10 +195,8 @@ class CachePromptTree:
         """
         ids = torch.tensor(rows, device=self.device)
         begin = past.get_seq_length() if past is not None else 0
-        positions = torch.arange(begin, begin + ids.shape[1], device=self.device)
         arguments: dict[str, Any] = {
             "attention_mask": ids.new_ones((len(ids), begin + ids.shape[1])),
-            "position_ids": positions.expand(len(ids), -1),
             "past_key_values": past,
             "use_cache": self.may_reuse,
             "logits_to_keep": keep,

@@ -70,11 +70,15 @@ def capabilities_of(model_config: PreTrainedConfig) -> Capabilities:
 
 
 def attention_kernels(model_class: type[PreTrainedModel]) -> tuple[str, ...]:
-    """Return the values of --attn_implementation that a class of transformers can be trained with."""
+    """Return the values of --attn_implementation that models of this class can be trained with."""
     kernels = ["eager"]
     if getattr(model_class, "_supports_sdpa", False):
         kernels.insert(0, "sdpa")
-    if getattr(model_class, "_supports_flash_attn", False):
+    # Models with attention sinks list the flash kernels that have them.
+    listed = getattr(model_class, "_compatible_flash_implementations", None)
+    if getattr(model_class, "_supports_flash_attn", False) and (
+        listed is None or "flash_attention_2" in listed
+    ):
         kernels.append("flash_attention_2")
     return tuple(kernels)
 
@@ -91,8 +95,8 @@ def model_without_weights(model_config: PreTrainedConfig) -> PreTrainedModel:
     comes_with_code = type(config).__module__.startswith("transformers_modules.")
     if type(config) not in mapping and not comes_with_code:
         raise UsageError(
-            f"transformers has no causal LM for models of type '{config.model_type}': name a causal "
-            "LM or a T5"
+            f"transformers has no causal LM for models of type '{config.model_type}': name a "
+            "causal LM or a T5"
         )
 
     with torch.device("meta"):
@@ -101,6 +105,15 @@ def model_without_weights(model_config: PreTrainedConfig) -> PreTrainedModel:
         # The class itself, not from_config: that one would partition the weights under ZeRO-3.
         model_class = mapping[type(config)]
         return (model_class[0] if isinstance(model_class, tuple) else model_class)(config)
+
+
+def forward_arguments(model: torch.nn.Module) -> set[str]:
+    """Return the names of the arguments that a model takes, also through an engine and PEFT."""
+    while isinstance(getattr(model, "module", None), torch.nn.Module):
+        model = model.module  # DeepSpeed's engine
+    if hasattr(model, "get_base_model"):
+        model = model.get_base_model()
+    return set(inspect.signature(model.forward).parameters)
 
 
 @dataclass
@@ -188,10 +201,17 @@ def _why_not(model: PreTrainedModel) -> str:
         return "it has a recurrent state"
     if kinds is not None and not set(kinds) <= WINDOW_OF_LAYER.keys():
         return f"layers of kind {sorted(set(kinds) - WINDOW_OF_LAYER.keys())}"
-    if "position_ids" not in inspect.signature(model.forward).parameters:
+    if "position_ids" not in forward_arguments(model):
         return "positions cannot be given to it"
-    if any(isinstance(module, torch.nn.Conv1d) for module in model.modules()):
-        return "tokens are mixed outside of attention"
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Conv1d):
+            return "tokens are mixed outside of attention"
+        if (
+            isinstance(module, torch.nn.Embedding)
+            and "position" in name
+            and module.padding_idx is not None
+        ):
+            return "its positions do not begin at 0"  # RoBERTa's begin behind the padding token's
 
     recording, cache = Recording(), RecordingCache()
     try:
@@ -202,16 +222,25 @@ def _why_not(model: PreTrainedModel) -> str:
     num_layers = config.num_hidden_layers
     if sorted(cache.updated) != list(range(num_layers)) or len(recording.windows) != num_layers:
         return f"{len(recording.windows)} attentions in {num_layers} layers"
-    if kinds is not None and [window is not None for window in recording.windows] != [
-        WINDOW_OF_LAYER[kind] for kind in kinds
-    ]:
-        return "windows that differ from layer_types"
+    if [window is not None for window in recording.windows] != _has_window(config):
+        return "its attention layers do not say which windows they have"
     return ""
+
+
+def _has_window(config: PreTrainedConfig) -> list[bool]:
+    """Return whether each layer has a sliding window, as the configuration says."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        return [WINDOW_OF_LAYER[kind] for kind in kinds]
+    is_used = getattr(config, "use_sliding_window", True)
+    has_window = is_used and getattr(config, "sliding_window", None) is not None
+    return [has_window] * config.num_hidden_layers
 
 
 def _record_pass(model: PreTrainedModel, recording: Recording, cache: RecordingCache) -> None:
     """Send three tokens through a model on the meta device."""
     model.config._attn_implementation = RECORDER
+    model.config.pad_token_id = None  # or some models look for padding among the tokens
     if model._can_set_experts_implementation():
         model.set_experts_implementation("batched_mm")  # the one without data-dependent shapes
     for module in model.modules():

@@ -126,8 +126,8 @@ class CausalLM:
         for name in vocabulary.vocabulary_names(model):
             if name.rpartition(".")[2] in options.lora_targets.split(","):
                 raise UsageError(
-                    f"--lora_targets {options.lora_targets}: the rows of added tokens in {name} are "
-                    "trained fully; leave it out"
+                    f"--lora_targets {options.lora_targets}: the rows of added tokens in {name} "
+                    "are trained fully; leave it out"
                 )
         if model.get_output_embeddings().bias is not None:
             raise UsageError(
@@ -221,16 +221,21 @@ class CausalLM:
     def label_logits(self, model: Any, batch: Batch) -> torch.Tensor:
         """Return the logits (n, V) that predict the n labelled tokens, row by row.
 
-        Logits of other positions are never made. Training calls this with the engine around the
-        model. With no labelled token at all, n is 0 and the graph is still there.
+        Logits of other positions are not made, unless the model's class makes all of them (xLSTM).
+        Training calls this with the engine around the model. With no labelled token at all, n is 0
+        and the graph is still there.
         """
+        from igd_ds.backbones.capabilities import forward_arguments
+
+        keep = predicting_positions(batch.labels)
+        selects = "logits_to_keep" in forward_arguments(model)
         logits: torch.Tensor = model(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
-            logits_to_keep=predicting_positions(batch.labels),
             use_cache=False,
+            **({"logits_to_keep": keep} if selects else {}),
         ).logits
-        return logits
+        return logits if selects else logits[keep]
 
     def prompt_tree(self, model: PreTrainedModel) -> PromptTree:
         """Return an empty tree for one batch of searches.
@@ -277,8 +282,8 @@ def load_weights(
     model, report = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **settings)
     if text is not whole and report["missing_keys"]:
         raise UsageError(
-            f"'{name}' is a multimodal checkpoint without weights for {min(report['missing_keys'])} "
-            "of its text model: save the text model alone and name that"
+            f"'{name}' is a multimodal checkpoint without weights for "
+            f"{min(report['missing_keys'])} of its text model: save the text model alone and name that"
         )
     if load_in_4bit:
         lora.keep_4bit_trainable(model)

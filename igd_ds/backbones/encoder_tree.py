@@ -1,4 +1,4 @@
-"""The tree of tokens over a T5: the encoder reads each history once, the decoder's tokens are a tree.
+"""The tree of tokens over a T5: the encoder reads a history once, the decoder grows the tree.
 
 Letters in shapes: B users, P prompt tokens, T tokens of one pass, S slots (cached tokens) of a
 user, R the most tokens that one user has in a pass, H heads, V vocabulary.
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class EncoderPromptTree(CausalPromptTree):
-    """The trees of decoder tokens behind B prompts, over a T5. It implements `contracts.PromptTree`.
+    """The trees of decoder tokens behind B prompts of a T5. It implements `contracts.PromptTree`.
 
     Encoder output and cross-attention keys are kept once per user. For the tree, a prompt is the
     decoder's start token. T5 derives its position bias from places in the cache, which are no
@@ -44,7 +44,7 @@ class EncoderPromptTree(CausalPromptTree):
 
     @torch.no_grad()
     def prefill(self, prompts: Sequence[np.ndarray]) -> torch.Tensor:
-        """Encode each prompt (integer token ids, (P,)) once; return the first token's logits, (B, V).
+        """Encode each prompt (integer token ids, (P,)) once; return the first logits, (B, V).
 
         Raises:
             UsageError: a prompt has no tokens.
@@ -65,7 +65,7 @@ class EncoderPromptTree(CausalPromptTree):
         return self.prompt_logits
 
     def _encode(self, prompts: Sequence[np.ndarray], lengths: list[int]) -> None:
-        """Run the encoder over the right-padded prompts and start an empty cross-attention cache."""
+        """Run the encoder over right-padded prompts and start an empty cross-attention cache."""
         ids = torch.zeros((len(prompts), max(lengths)), dtype=torch.int64)
         for row, prompt in zip(ids, prompts, strict=True):
             row[: len(prompt)] = torch.from_numpy(np.asarray(prompt, np.int64))
@@ -95,7 +95,7 @@ class EncoderPromptTree(CausalPromptTree):
         return logits
 
     def _bias(self, step: TreePass) -> torch.Tensor:
-        """Return T5's relative position bias by depth in the tree, (B, H, R, S), −∞ where masked."""
+        """Return T5's position bias by depth in the tree, (B, H, R, S), −∞ where masked."""
         assert step.mask is not None and self.slot_position is not None
         query = self.slot_position.new_zeros((len(self.used), step.num_places))
         query[step.column, step.place] = step.position

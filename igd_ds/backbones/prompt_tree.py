@@ -1,4 +1,4 @@
-"""One prompt, many hypotheses: each user's prompt is cached once, the searched tokens are a tree behind it.
+"""One prompt, many hypotheses: a prompt is cached once, the searched tokens are a tree behind it.
 
 Letters in shapes: B users, P prompt tokens, Q runs, T tokens of one pass, S slots (cached tokens)
 of a user, L longest path, R the most tokens that one user has in a pass, V vocabulary.
@@ -135,7 +135,7 @@ class CausalPromptTree:
     def _append(
         self, parent: torch.Tensor, length: torch.Tensor, num_tokens: int
     ) -> tuple[TreePass, torch.Tensor]:
-        """Give T new tokens their slots and positions; return the pass and the new runs' numbers."""
+        """Give T new tokens slots and positions; return their pass and the new runs' numbers."""
         run, offset = ragged_rows(torch.zeros_like(length), length)
         column = self.column_of_user[self.run_user[parent]][run]
 

@@ -51,12 +51,13 @@ class T5:
             )
         if options.lora_r:
             raise UsageError(
-                f"--lora_r adapts causal LMs, and '{name}' is a T5: leave it out to train all weights"
+                f"--lora_r adapts causal LMs, and '{name}' is a T5: leave it out to train all "
+                "weights"
             )
         if options.attn_implementation not in can.attention:
             raise UsageError(
-                f"--attn_implementation {options.attn_implementation} has no position bias, which T5 "
-                f"needs: give {' or '.join(can.attention)}"
+                f"--attn_implementation {options.attn_implementation} has no position bias, which "
+                f"T5 needs: give {' or '.join(can.attention)}"
             )
 
         if options.model_config:

@@ -1,4 +1,4 @@
-"""Tokenizers: loading them with clear errors, and the tokens that one has beyond the model's own."""
+"""Tokenizers: loading them, and the tokens that one has beyond the model's own."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
     # model's type that knows only special tokens.
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         raise UsageError(
-            f"no tokenizer at '{name}': there are weights, but no files of a tokenizer; name one in "
-            "--tokenizer"
+            f"no tokenizer at '{name}': there are weights, but no files of a tokenizer; name one "
+            "in --tokenizer"
         )
     if tokenizer.eos_token_id is None:
         raise UsageError(f"the tokenizer at '{name}' has no EOS token: every item must end in one")
@@ -86,8 +86,8 @@ def added_token_ids(
     first = max(own.values()) + 1
     if added != list(range(first, first + len(added))):
         raise UsageError(
-            f"--tokenizer has {len(added)} tokens more than {model_name}'s own, with ids {added[0]} "
-            f"to {added[-1]}, not from {first} on without a gap: add tokens with igd tokenizer "
+            f"--tokenizer has {len(added)} tokens more than {model_name}'s own, with ids "
+            f"{added[0]} to {added[-1]}, not from {first} on without a gap: add tokens with igd tokenizer "
             "--add_codes_to"
         )
     return range(first, first + len(added))

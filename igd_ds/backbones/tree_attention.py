@@ -41,7 +41,7 @@ class TreePass:
     num_places: int
     """R."""
     reach: int
-    """No two tokens of a user are this many positions apart, so a window of `reach` hides nothing."""
+    """Tokens of a user are less than this many positions apart: a window of `reach` hides nothing."""
     mask: torch.Tensor | None
     """bool (B, 1, R, S), whether a token sees a slot; None in the prompt pass, which is causal."""
     slot_position: torch.Tensor | None = None
@@ -78,7 +78,7 @@ class TreePass:
         return ones.tril()
 
     def _within(self, window: int) -> torch.Tensor:
-        """Return which slots are less than `window` positions before each token, bool (B or 1, 1, R, S)."""
+        """Return which slots are less than `window` positions before, bool (B or 1, 1, R, S)."""
         if self.slot_position is None:
             places = torch.arange(self.num_places, device=self.place.device)
             slots = torch.arange(self.num_slots, device=self.place.device)
@@ -242,7 +242,7 @@ class TreeCache(Cache):
         return layer[:, : step.num_slots].transpose(1, 2)
 
     def get_seq_length(self, *_: object) -> int:
-        """Return 0. Transformers asks, and nothing depends on it: positions are given to the model."""
+        """Return 0: positions are given to the model, so nothing depends on the answer."""
         return 0
 
     def retain(self, columns: torch.Tensor) -> None:

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ROW_NOISE = 0.1
-"""Noise of new rows, as a share of the old rows' standard deviation. It tells the new rows apart and
-keeps them near the mean (an assumption: no paper names a value)."""
+"""Noise of new rows, as a share of the old rows' standard deviation. It tells the new rows apart
+and keeps them near the mean (an assumption: no paper names a value)."""
 
 
 def vocabulary_names(model: PreTrainedModel) -> tuple[str, str]:
@@ -25,7 +25,7 @@ def vocabulary_names(model: PreTrainedModel) -> tuple[str, str]:
 
 
 def vocabulary_weights(model: PreTrainedModel) -> list[torch.nn.Parameter]:
-    """Return the parameters with a row per token, (V, D) or (V,). Tied parameters are listed once."""
+    """Return the parameters with a row per token, (V, D) or (V,); tied ones once."""
     modules = (model.get_input_embeddings(), model.get_output_embeddings())
     weights = (weight for module in modules for weight in module.parameters(recurse=False))
     return list({id(weight): weight for weight in weights}.values())
@@ -37,7 +37,7 @@ def num_row_parameters(model: PreTrainedModel, num_rows: int) -> int:
 
 
 def resize(model: PreTrainedModel, num_rows: int) -> None:
-    """Give every vocabulary weight at least `num_rows` rows. The caller sets the values of new rows."""
+    """Give vocabulary weights at least `num_rows` rows. The caller sets the values of new rows."""
     # transformers does all its work under ZeRO-3 even where the number of rows stays the same:
     # afterwards the weights are whole on all ranks, which the callers need.
     model.resize_token_embeddings(
