@@ -1,14 +1,16 @@
-"""Fixtures of all tests. Real data and reference outputs live outside the repository; tests that need them skip with a reason."""
+"""Fixtures of all tests.
+
+Real data and reference outputs are not in the repository; tests that need them skip with a reason.
+"""
 
 import os
 from pathlib import Path
 
-# Before torch is imported anywhere: ranks are forked from this process, and thread pools do not survive a fork.
+# These must be set before torch is imported. Ranks are forked from this process: thread pools do
+# not survive a fork, and asking whether there is a GPU must not start CUDA before it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = (
-    "1"  # asking whether there is a GPU must not start CUDA before the forks
-)
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 
 import pytest  # noqa: E402
 
@@ -17,10 +19,15 @@ REPOSITORY = Path(__file__).parents[1]
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """Folder with the real data and golden outputs: $IGD_DS_SHARED, or `shared` beside the repository. In CI it must be there."""
+    """Return the folder with the real data and golden outputs.
+
+    It is $IGD_DS_SHARED, or `shared` beside the repository. In CI it must be there.
+    """
     folder = Path(os.environ.get("IGD_DS_SHARED", REPOSITORY.parent / "shared"))
     if not (folder / "golden").is_dir():
-        message = f"real data not found at {folder}; set IGD_DS_SHARED to the folder that holds data/ and golden/"
+        message = (
+            f"no real data at {folder}; set IGD_DS_SHARED to the folder with data/ and golden/"
+        )
         if os.environ.get("CI"):
             pytest.fail(message)
         pytest.skip(message)
