@@ -1,6 +1,7 @@
 """The command `igd`: one entry for everything a user runs. `igd SUB --help` explains a subcommand.
 
-The launchers start the same mains: `deepspeed igd_ds/train.py …`, `deepspeed --module igd_ds.train …`,
+The launchers start the same mains: `deepspeed igd_ds/train.py …`, `deepspeed --module igd_ds.train
+    …`,
 `torchrun -m igd_ds.train …`, `srun python -m igd_ds.train …`, `mpirun python -m igd_ds.train …`.
 """
 
@@ -12,7 +13,8 @@ from collections.abc import Sequence
 from igd_ds import distributed
 from igd_ds.errors import UsageError
 
-# Subcommand: (module with a `main`, what it does). Modules are imported only when their subcommand runs.
+# Subcommand: (module with a `main`, what it does). Modules are imported only when their subcommand
+# runs.
 COMMANDS = {
     "prepare": ("igd_ds.commands.prepare", "raw files to a canonical dataset"),
     "tokenizer": ("igd_ds.commands.tokenizer", "train a tokenizer, or add codes to one"),

@@ -212,7 +212,8 @@ class PromptTree(Protocol):
     Example:
         >>> logits = tree.prefill([np.array([5, 6, 7]), np.array([5, 9])])  # (2, V)
         >>> one = torch.tensor([1])
-        >>> behind, number = tree.extend(torch.tensor([0]), one, torch.tensor([42]))  # user 0, token 42
+        >>> behind, number = tree.extend(torch.tensor([0]), one, torch.tensor([42]))  # user 0,
+        token 42
         >>> behind.shape, number.tolist()
         (torch.Size([1, V]), [2])
     """
@@ -248,8 +249,8 @@ class Capabilities:
     packed_training: bool
     """Whether many rows can be trained as one sequence with a mask of its own."""
     tree_search: bool
-    """Whether the search reads a prompt once for all its hypotheses. False: each hypothesis has a row
-    of the model's own KV cache, which is slower and gives the same lists."""
+    """Whether the search reads a prompt once for all its hypotheses. False: each hypothesis has a
+    row of the model's own KV cache, which is slower and gives the same lists."""
     attention: tuple[str, ...]
     """Attention kernels it can be trained with (`--attn_implementation`)."""
     adapters: bool

@@ -73,7 +73,8 @@ else:
 
 
 def check_objective(name: str, settings: Any) -> Any:
-    """Return the objective's `Options` with the values in `settings`, which has all objectives' flags.
+    """Return the objective's `Options` with the values in `settings`, which has all objectives'
+    flags.
 
     Raises:
         UsageError: an unknown objective, a flag that it needs and lacks, a flag that it does not

@@ -3,8 +3,6 @@
 import math
 from dataclasses import dataclass
 
-import torch
-
 from igd_ds.config.options import option, require
 from igd_ds.contracts import Batch, Logits, LossTerms, ObjectiveContext
 from igd_ds.objectives.position import Position, PositionOptions
@@ -24,7 +22,8 @@ class CFTOptions(PositionOptions):
 
 
 class CFT(Position):
-    """Position weights on CE(f) + λ·CE(f − f₀), f₀ the logits behind a prompt without history (CFT).
+    """Position weights on CE(f) + λ·CE(f − f₀), f₀ the logits behind a prompt without history
+    (CFT).
 
     As published, the gradient of the second term flows through f₀ too.
     """

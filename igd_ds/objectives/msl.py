@@ -1,4 +1,5 @@
-"""Masked softmax loss (MSL): the softmax runs over the trie's next tokens instead of the vocabulary.
+"""Masked softmax loss (MSL): the softmax runs over the trie's next tokens instead of the
+vocabulary.
 
 With the softmax masked to the children of the current trie node, a model's token probabilities
 multiply to a probability distribution over the catalogue, and a forced token has probability 1. At
@@ -54,7 +55,8 @@ class MSLOptions:
 
 
 class MSL(TokenWeighting):
-    """τ·(log Σ_{c ∈ C} exp(f_c/τ) − f_y/τ), C the children of the trie node before the target (MSL).
+    """τ·(log Σ_{c ∈ C} exp(f_c/τ) − f_y/τ), C the children of the trie node before the target
+    (MSL).
 
     Tokens whose node has one child have loss 0 and leave the mean. With `igd_beta`, tokens that
     branch without information gain (all their siblings are cold) weigh β.
@@ -143,7 +145,8 @@ def masked_nll(
 def first_token_statistics(
     batch: Batch, logits: torch.Tensor, trie: SearchTrie
 ) -> dict[str, torch.Tensor]:
-    """Return sums over the items' first tokens that the adaptive temperature needs, float64 scalars.
+    """Return sums over the items' first tokens that the adaptive temperature needs, float64
+    scalars.
 
     `targets` and `target_sum`: number and Σ of the targets' logits. `legal`, `legal_sum`,
     `legal_squares`: number, Σ and Σ of squares of all legal logits. `first_tokens`: targets × first

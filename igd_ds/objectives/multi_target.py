@@ -35,8 +35,8 @@ SCHEDULES = {
     "fg-ce": ((0.0, (1, 0, 0)), (0.5, (0, 0, 1)), (1.0, (0, 0, 1))),
     "fg-ce-fr": ((0.0, (1, 0, 0)), (0.5, (0, 0, 1)), (1.0, (0, 1, 0))),
 }
-"""Name: (share of the run, α' of TARGETS), linear in between. The order of the targets is that of MTC
-Table 4 (5.2.2); the break points are our choice."""
+"""Name: (share of the run, α' of TARGETS), linear in between. The order of the targets is that of
+MTC Table 4 (5.2.2); the break points are our choice."""
 
 LEARNED_ONLY = ("mixing_form", "curriculum_c", "curriculum_cT", "lambda_lr", "mixing_regularizer")
 
@@ -90,6 +90,7 @@ class MultiTarget(TokenWeighting):
 
     Options = MultiTargetOptions
     targets = TARGETS
+    needs_global = True
     tags: ClassVar[Mapping[str, str]] = {
         f"train/alpha_{name}": f"share of target {name} in the loss, 0 to 1 (MTC Figure 5)"
         for name in TARGETS
@@ -229,7 +230,8 @@ class LogitMixture(LearnedMixture):
 def scaled_nll(
     logits: torch.Tensor, targets: torch.Tensor, alpha: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return −log softmax(α_j f)[target] and its derivative by α_j, both float32 (n, K) (MTC 4.2.1).
+    """Return −log softmax(α_j f)[target] and its derivative by α_j, both float32 (n, K) (MTC
+    4.2.1).
 
     The derivative, Σ_v softmax(α_j f)_v f_v − f_target, comes without a graph: summed over all
     ranks it is exact, whatever loss scale or partitioning the engine's backward pass has.

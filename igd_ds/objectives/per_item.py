@@ -4,7 +4,8 @@ import numpy as np
 
 
 def sum_to_length(raw: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """Scale weights so that those of an item's own tokens sum to their number; EOS gets 1 (MTC 4.1).
+    """Scale weights so that those of an item's own tokens sum to their number; EOS gets 1 (MTC
+    4.1).
 
     The loss then keeps the scale of plain cross-entropy. An item whose own weights are all 0 gets 1
     everywhere, because nothing sets its tokens apart.

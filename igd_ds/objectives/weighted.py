@@ -71,7 +71,8 @@ class TokenWeighting(ABC):
     Options: ClassVar[type[Any]] = NoOptions
     targets: tuple[str, ...] = ("loss",)
     needs_null: bool = False
-    softmax: ClassVar[str] = "full"
+    needs_global: ClassVar[bool] = False
+    """Whether it learns from losses over the whole step, which `--normalization per_batch` lacks."""
     tags: ClassVar[Mapping[str, str]] = {}
     """Scalars that `update` returns: tag → meaning and unit."""
 
@@ -112,5 +113,5 @@ class TokenWeighting(ABC):
         """Return {}: the objective has no state."""
         return {}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up a state of `state_dict`."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027  the usual case
+        """Do nothing: the objective has no state."""

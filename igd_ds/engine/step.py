@@ -1,0 +1,198 @@
+"""One optimizer step with exact global normalisation, whatever the loss.
+
+Letters in shapes: K targets of the loss.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+
+from igd_ds import distributed
+from igd_ds.contracts import LossTerms, StepTotals
+
+EMPTY_WEIGHT = 1e-12
+"""Used as Ω when a micro-batch has zero total weight; its loss is then exactly 0."""
+
+B = TypeVar("B", contravariant=True)
+
+
+class StepLoss(Protocol[B]):
+    """The loss of an optimizer step, L = Σ_k coefficient_k · N_k / Ω_k, over micro-batches of type B."""
+
+    def normalisers(self, batch: B) -> torch.Tensor:
+        """Return the batch's part of each Ω, float64 (K,), on the CPU, before any forward pass."""
+
+    def coefficients(self, step: int) -> torch.Tensor:
+        """Return the factor of each target at optimizer step `step`, float32 (K,)."""
+
+    def terms(self, engine: Any, batch: B) -> LossTerms:
+        """Run the forward pass and return what the micro-batch adds to the loss."""
+
+    def update(self, totals: StepTotals) -> Mapping[str, float]:
+        """Take note of a finished step; return scalars to log."""
+
+
+@dataclass(frozen=True)
+class StepSums:
+    """Sums over some optimizer steps, all ranks and micro-batches; two of them can be added."""
+
+    steps: int = 0
+    """Steps that made an update."""
+    objective: float = 0.0
+    """Σ over steps of the optimised loss."""
+    numerators: np.ndarray = field(default_factory=lambda: np.zeros(1))
+    """float64 (K,): Σ of N_k."""
+    normalisers: np.ndarray = field(default_factory=lambda: np.zeros(1))
+    """float64 (K,): Σ of Ω_k."""
+    statistics: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Named sums of LossTerms.statistics, float64."""
+    scalars: Mapping[str, float] = field(default_factory=dict)
+    """Σ over steps of what `StepLoss.update` returned."""
+
+    def __add__(self, other: StepSums) -> StepSums:
+        """Return the sums over the steps of both."""
+        return StepSums(
+            self.steps + other.steps,
+            self.objective + other.objective,
+            self.numerators + other.numerators,
+            self.normalisers + other.normalisers,
+            _added(self.statistics, other.statistics),
+            _added(self.scalars, other.scalars),
+        )
+
+
+def _added(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the sums by name; a name that one of them lacks counts as 0 there."""
+    return {name: first.get(name, 0.0) + second.get(name, 0.0) for name in {**first, **second}}
+
+
+def optimizer_step(
+    engine: Any,
+    window: Sequence[B],
+    loss: StepLoss[B],
+    step: int,
+    normalization: str = "global",
+    stop: bool = False,
+) -> tuple[StepSums, bool]:
+    """Make one optimizer step over a window of micro-batches, one per accumulation step.
+
+    The normalisers Ω are summed over all ranks and micro-batches before the first backward pass, so
+    the gradient does not depend on how rows are dealt (IGD Eq. 6).
+
+    Args:
+        engine: DeepSpeed engine.
+        window: this rank's micro-batches, on the CPU.
+        loss: what is minimised.
+        step: the optimizer step, counted from 0.
+        normalization: "global", or "per_batch" for the published code's mean of micro-batch means.
+        stop: whether this rank was asked to stop.
+
+    Returns:
+        The step's sums, the same on every rank, and whether any rank was asked to stop.
+
+    Raises:
+        FloatingPointError: on every rank, before the update if the loss is not finite anywhere, and
+            after it if the gradient is not finite.
+    """
+    device, world = distributed.device(), distributed.world_size()
+
+    # Agree on Ω and on whether to stop, in one collective.
+    own = torch.stack([loss.normalisers(batch) for batch in window]).sum(0)
+    agreed = torch.cat([own, own.new_tensor([float(stop)])]).to(device)
+    *omega, stopped = distributed.all_reduce_sum(agreed).tolist()
+    if not any(omega):
+        distributed.say(
+            f"warning: step {step + 1}: all target tokens have weight 0 (Ω = 0); no update"
+        )
+        nothing = np.zeros(len(omega))
+        return StepSums(0, 0.0, nothing, nothing), stopped > 0
+
+    # Where a target has no weight its numerator is 0 too.
+    divisor = torch.tensor([o or 1.0 for o in omega], device=device)
+    coefficients = loss.coefficients(step).to(device)
+    total = None
+    for index, batch in enumerate(window):
+        terms = loss.terms(engine, batch)
+        if normalization == "global":
+            losses = terms.numerators * (world / divisor)  # the engine averages over ranks
+        else:
+            per_batch = terms.normalisers.clamp_min(EMPTY_WEIGHT) * len(window)
+            losses = terms.numerators / per_batch
+        engine.backward((coefficients * losses).sum(), scale_wrt_gas=False)
+
+        sums = _flat(terms)
+        total = sums if total is None else total + sums
+        if index == len(window) - 1:
+            distributed.all_reduce_sum(total)
+            _check_loss(total, step)
+        engine.step()
+
+    _check_gradient(engine, step)
+    assert total is not None, "a window has at least one micro-batch"
+    return _finished(total, terms, divisor, coefficients, loss, step), stopped > 0
+
+
+def _flat(terms: LossTerms) -> torch.Tensor:
+    """Return numerators, normalisers and statistics as one float64 vector, for one collective."""
+    parts = [terms.numerators.detach(), terms.normalisers]
+    parts += [terms.statistics[name] for name in sorted(terms.statistics)]
+    return torch.cat([part.double().reshape(-1) for part in parts])
+
+
+def _unflat(
+    flat: torch.Tensor, like: LossTerms
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Undo `_flat`."""
+    names = sorted(like.statistics)
+    shapes = [like.numerators.shape, like.normalisers.shape]
+    shapes += [like.statistics[name].shape for name in names]
+    parts = flat.split([shape.numel() for shape in shapes])
+    numerators, normalisers, *rest = (
+        part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)
+    )
+    return numerators, normalisers, dict(zip(names, rest, strict=True))
+
+
+def _check_loss(total: torch.Tensor, step: int) -> None:
+    if not torch.isfinite(total).all():
+        raise FloatingPointError(
+            f"step {step + 1}: the loss is not finite; no weight was updated. Lower --learning_rate, "
+            "or look at the data of this step"
+        )
+
+
+def _check_gradient(engine: Any, step: int) -> None:
+    # With fp16 the engine skips such a step itself.
+    if not engine.fp16_enabled() and not math.isfinite(engine.get_global_grad_norm() or 0.0):
+        raise FloatingPointError(
+            f"step {step + 1}: the gradient is not finite; the last checkpoint is still good, see "
+            "--resume"
+        )
+
+
+def _finished(
+    total: torch.Tensor,
+    like: LossTerms,
+    divisor: torch.Tensor,
+    coefficients: torch.Tensor,
+    loss: StepLoss[Any],
+    step: int,
+) -> StepSums:
+    """Tell the loss about the step's totals and return the step's sums."""
+    numerators, normalisers, statistics = _unflat(total, like)
+    losses = numerators / divisor
+    scalars = loss.update(StepTotals(step, losses, normalisers, statistics))
+    return StepSums(
+        steps=1,
+        objective=float((coefficients * losses).sum()),
+        numerators=numerators.cpu().numpy(),
+        normalisers=normalisers.cpu().numpy(),
+        statistics={name: value.cpu().numpy() for name, value in statistics.items()},
+        scalars=scalars,
+    )

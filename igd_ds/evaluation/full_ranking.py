@@ -1,0 +1,191 @@
+"""Rank the whole catalogue with a model that scores items, and write what every evaluation leaves.
+
+Letters in shapes: R rows, K length of a list, N items, L leaves of the trie.
+"""
+
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+import igd_ds
+from igd_ds import distributed
+from igd_ds.baseline_config import BaselineConfig
+from igd_ds.baselines.leaves import Leaves
+from igd_ds.baselines.sequences import Chains
+from igd_ds.data.batches import sample_rows
+from igd_ds.data.dataset import Split
+from igd_ds.errors import UsageError
+from igd_ds.evaluation import metrics
+from igd_ds.evaluation.results import LIST_SCHEMA, Ranked, write_results
+from igd_ds.folders import write_json
+from igd_ds.items.ragged import ragged_arange
+from igd_ds.items.trie import TokenTrie
+
+
+@dataclass(frozen=True)
+class Ranker:
+    """Ranks all items for rows of a split. Every method must be called on all ranks.
+
+    Batches are the same on any number of ranks and are dealt in turn; all ranks make equally many,
+    because under ZeRO-3 each is a collective.
+    """
+
+    model: Any
+    """Has `log_probabilities(histories, places)` → (rows, N)."""
+    leaves: Leaves
+    batch_size: int
+    """Rows ranked at once."""
+
+    def rank(
+        self, split: Split, rows: np.ndarray, length: int, scores: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the best leaves of the catalogue for rows (R,), and their log-probabilities.
+
+        Args:
+            split: the rows' split.
+            rows: int64 (R,).
+            length: K; the lists are shorter if the catalogue has fewer leaves.
+            scores: array (rows of the split, N) that takes up the items' probabilities.
+
+        Returns:
+            Trie nodes int64 and nats float32, each (R, K), on every rank.
+        """
+        device, length = distributed.device(), min(length, len(self.leaves.nodes))
+        leaves = torch.zeros((len(rows), length), dtype=torch.int64, device=device)
+        log_p = torch.zeros((len(rows), length), dtype=torch.float32, device=device)
+        num_batches = -(-len(rows) // self.batch_size)
+        rank, world = distributed.rank(), distributed.world_size()
+        was_training = self.model.training
+
+        self.model.eval()
+        for number in range(rank, -(-num_batches // world) * world, world):
+            # A rank without a batch of its own repeats the last one, and drops the result.
+            begin = min(number, num_batches - 1) * self.batch_size
+            place = slice(begin, begin + self.batch_size)
+            chains = Chains.of_rows(split, rows[place])
+            batch = chains.collate(np.arange(len(rows[place]))).to(device)
+            of_items = self.model.log_probabilities(batch.histories, batch.places)
+            if number < num_batches:
+                values, columns = self.leaves.log_probabilities(of_items).topk(length)
+                leaves[place] = columns
+                log_p[place] = values.float()
+                if scores is not None:
+                    scores[rows[place]] = of_items.exp().float().cpu().numpy()
+        self.model.train(was_training)
+
+        # Each row was ranked on one rank and is 0 on the others.
+        columns_of_rows = distributed.all_reduce_sum(leaves).cpu().numpy()
+        return self.leaves.nodes[columns_of_rows], distributed.all_reduce_sum(log_p).cpu().numpy()
+
+    def ndcg(self, trie: TokenTrie, split: Split, rows: np.ndarray, cutoff: int) -> float:
+        """Return NDCG@cutoff (token match) of the lists for rows (R,)."""
+        leaves, _ = self.rank(split, rows, cutoff)
+        target = trie.leaf_of_item[split.targets[rows]]
+        sums = metrics.ranking_sums(metrics.items_ahead(leaves, target), [cutoff])
+        return sums[f"ndcg@{cutoff}"] / len(rows)
+
+
+def is_evaluated(run: Path, name: str, config: BaselineConfig) -> bool:
+    """Whether a split's evaluation is there, with the scores if they are asked for."""
+    folder = run / "eval" / name
+    has_scores = not config.save_scores or (folder / "scores.npy").is_file()
+    return (folder / "metrics.json").is_file() and has_scores
+
+
+def evaluate(ranker: Ranker, ranked: Ranked, output: Path, config: BaselineConfig) -> None:
+    """Rank the catalogue for the rows of `ranked` and write `output`, on all ranks.
+
+    Raises:
+        UsageError: --save_scores, and the disk is too small for the scores.
+    """
+    split, rows, num_items = ranked.split, ranked.rows, ranked.dataset.num_items
+    distributed.on_main(lambda: output.mkdir(parents=True, exist_ok=True))
+
+    # Scores are filled into a mapped file by all ranks.
+    scores, unfinished = None, output / "scores.tmp.npy"
+    if config.save_scores:
+        distributed.on_main(lambda: new_scores(unfinished, (len(split), num_items)))
+        scores = np.load(unfinished, mmap_mode="r+")
+
+    began = time.perf_counter()
+    leaves, log_p = ranker.rank(split, rows, config.num_beams, scores)
+    seconds = time.perf_counter() - began  # all ranks are done now
+    if scores is not None:
+        scores.flush()
+        distributed.barrier()
+
+    timing = {
+        "world_size": distributed.world_size(),
+        "rows_searched": len(rows),
+        "rows_already_there": 0,
+        "rows_per_second": len(rows) / seconds,
+        "alphas": 1,
+    }
+    settings = {
+        "split": split.name,
+        "search": "full ranking",
+        "num_beams": config.num_beams,
+        "length_penalty": 0.0,
+        "num_rows": config.num_rows,
+        "seed": config.rows_seed,
+        "dataset": ranked.dataset.info["name"],
+    }
+
+    def write() -> None:
+        if scores is not None:
+            os.replace(unfinished, output / "scores.npy")
+        request = {"dataset": ranked.dataset.fingerprint, "version": igd_ds.__version__}
+        write_json(output / "request.json", settings | request)
+        lists = list_table(ranked, leaves, log_p)
+        write_results(output, ranked, settings, [(0.0, lists, None)], timing)
+
+    distributed.on_main(write)
+
+
+def rows_to_rank(split: Split, config: BaselineConfig) -> np.ndarray:
+    """Return the rows of a split that the configuration evaluates, int64 (R,) ascending."""
+    return sample_rows(len(split), config.num_rows, config.rows_seed)
+
+
+def new_scores(path: Path, shape: tuple[int, int]) -> None:
+    """Make a .npy file of zeros, float32; rows that are not sampled take no space on the disk.
+
+    Raises:
+        UsageError: the disk is too small.
+    """
+    path.unlink(missing_ok=True)  # left by a killed evaluation
+    needed, free = 4 * shape[0] * shape[1], shutil.disk_usage(path.parent).free
+    if needed > free:
+        raise UsageError(
+            f"--save_scores: {path.parent} has {free / 2**30:.1f} GiB free, the scores take "
+            f"{needed / 2**30:.1f}"
+        )
+    np.lib.format.open_memmap(path, "w+", np.float32, shape)
+
+
+def list_table(ranked: Ranked, leaves: np.ndarray, log_p: np.ndarray) -> pa.Table:
+    """Return lists (R, K) in LIST_SCHEMA, sorted by row and rank."""
+    (num_rows, length), trie, flat = leaves.shape, ranked.stored.trie, leaves.ravel()
+    number = trie.num_items[flat].astype(np.int64)
+    items = trie.item_order[ragged_arange(trie.first_item[flat], number)]
+    ends = pa.array(np.append(0, number.cumsum()), pa.int32())
+    row_ids = np.repeat(ranked.rows, length)
+
+    columns = {
+        "row_id": row_ids,
+        "user_id": ranked.split.user_ids[row_ids],
+        "alpha": np.zeros(len(flat)),
+        "rank": np.tile(np.arange(1, length + 1), num_rows),
+        "leaf_id": flat,
+        "item_ids": pa.ListArray.from_arrays(ends, pa.array(items)),
+        "score": log_p.ravel(),
+        "certified": np.ones(len(flat), bool),  # every item was scored
+    }
+    return pa.table(columns, schema=LIST_SCHEMA)

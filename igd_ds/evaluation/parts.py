@@ -1,0 +1,217 @@
+"""The lists of an evaluation on their way from batches to metrics.json.
+
+Letters in shapes: B rows of a batch.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+
+import igd_ds
+from igd_ds.backbones.saved import base_of
+from igd_ds.data.dataset import Split, sha256_of
+from igd_ds.data.per_row import ItemLists
+from igd_ds.errors import UsageError
+from igd_ds.eval_config import EvalConfig
+from igd_ds.evaluation.recommender import Recommender
+from igd_ds.evaluation.results import LIST_SCHEMA, Ranked, write_results
+from igd_ds.folders import claim, differing, write_json
+from igd_ds.search.engine import SearchResult
+from igd_ds.search.filters import ItemFilter
+from igd_ds.search.frontier import PerUser
+
+PART_SCHEMA = LIST_SCHEMA.append(pa.field("by_beam", pa.bool_()))
+"""by_beam: the line belongs to the list that an exact search started from."""
+
+# What the lists depend on. Not the number of ranks, and not the paths of model and data: those are
+# recognised by their content.
+REQUEST = (
+    "split", "alpha", "search", "num_beams", "decoding_rule", "length_penalty", "softmax",
+    "temperature", "popularity_prior", "guidance_weight", "pass_positions", "row_positions",
+    "batch_size", "num_rows", "seed", "dtype",
+)  # fmt: skip
+REQUEST_FILES = ("guidance", "item_filter")
+
+
+@dataclass(frozen=True)
+class RankingTask:
+    """What an evaluation works on."""
+
+    recommender: Recommender
+    split: Split
+    rows: np.ndarray
+    """int64, ascending: the rows to rank for."""
+    item_lists: ItemLists | None
+    """Items that rows may or may not get."""
+    guidance: tuple[np.ndarray, float] | None
+    """A second scorer's item probabilities, (rows of the split, items), and their weight."""
+
+    def per_user(self, rows: np.ndarray) -> PerUser:
+        """Return the item filter and the guidance of a batch of rows (B,)."""
+        labels = [f"row {row} of {self.split.name}" for row in rows]
+        lists = self.item_lists.of(rows) if self.item_lists else {}
+        guidance = (self.guidance[0][rows], self.guidance[1]) if self.guidance else None
+        return self.recommender.per_user(labels, guidance=guidance, **lists)
+
+
+def batches_of(rows: np.ndarray, batch_size: int) -> list[np.ndarray]:
+    """Cut `rows` into batches: the same ones on any number of ranks."""
+    return [rows[begin : begin + batch_size] for begin in range(0, len(rows), batch_size)]
+
+
+def request_of(config: EvalConfig, task: RankingTask) -> dict[str, Any]:
+    """Return everything that the lists depend on, as JSON values."""
+    recommender, model = task.recommender, Path(config.model)
+    scoring = recommender.scoring(config.scoring_options())
+    files = sorted(path for path in model.rglob("*") if path.is_file())
+    request = {name: getattr(config, name) for name in REQUEST}
+    for name in REQUEST_FILES:
+        path = getattr(config, name)
+        request[name] = sha256_of(path) if path else None
+    return request | {
+        "alpha": list(config.alpha),
+        "softmax": "masked" if scoring.masked_softmax else "full",
+        "temperature": scoring.temperature,
+        "max_length": recommender.max_length,
+        "dataset": recommender.dataset.fingerprint,
+        "model": {str(path.relative_to(model)): sha256_of(path) for path in files},
+        "base_model": base_of(config),
+        "version": igd_ds.__version__,
+    }
+
+
+def claim_output_folder(output: Path, config: EvalConfig, task: RankingTask) -> bool:
+    """Make the output folder ready; return whether its evaluation is finished already. Rank 0 only.
+
+    Raises:
+        UsageError: the folder holds another evaluation or anything else, or --alpha_from is an
+            evaluation of another model.
+    """
+    request = request_of(config, task)
+    if config.alpha_from:
+        chosen_by = json.loads((Path(config.alpha_from) / "request.json").read_text())
+        same = {key: request[key] for key in ("model", "base_model", "dataset")}
+        if changed := differing(chosen_by, same):
+            raise UsageError(
+                f"--alpha_from {config.alpha_from} evaluated something else; these differ: "
+                f"{', '.join(changed)}"
+            )
+
+    saved = output / "request.json"
+    if claim(output, saved.name, "--output_dir", "evaluation"):
+        if changed := differing(json.loads(saved.read_text()), request):
+            raise UsageError(
+                f"--output_dir {output} belongs to another evaluation; these differ: "
+                f"{', '.join(changed)}"
+            )
+    write_json(saved, request)
+
+    finished = (output / "metrics.json").is_file()
+    if finished:
+        # A kill between the last two steps of `finish` leaves the parts.
+        shutil.rmtree(output / "parts", ignore_errors=True)
+    else:
+        (output / "parts").mkdir(exist_ok=True)
+    return finished
+
+
+def part_table(
+    task: RankingTask,
+    rows: np.ndarray,
+    alphas: Sequence[float],
+    found: SearchResult,
+    allowed: ItemFilter | None,
+) -> pa.Table:
+    """Return all lists of `rows` (B,): one line per listed leaf, with the items that the row may
+    get.
+
+    The search's counts, summed over the rows, are the table's metadata.
+    """
+    final = found.leaves, found.scores, found.certified
+    tables = [_lists_table(task, rows, alphas, *final, allowed)]
+    if found.beam_leaves is not None:
+        assert found.beam_scores is not None, "the beam's leaves come with their scores"
+        unproven = torch.zeros_like(found.certified)
+        beam = found.beam_leaves, found.beam_scores, unproven
+        tables.append(_lists_table(task, rows, alphas, *beam, allowed, by_beam=True))
+
+    counts = {name: int(values.sum()) for name, values in found.counts.items()}
+    return pa.concat_tables(tables).replace_schema_metadata({"counts": json.dumps(counts)})
+
+
+def _lists_table(
+    task: RankingTask,
+    rows: np.ndarray,
+    alphas: Sequence[float],
+    leaves: torch.Tensor,
+    scores: torch.Tensor,
+    certified: torch.Tensor,
+    allowed: ItemFilter | None,
+    by_beam: bool = False,
+) -> pa.Table:
+    """Return lists of shape (values of α, B, K) in PART_SCHEMA; `certified` is (values of α, B)."""
+    leaf, score = leaves.cpu().numpy(), scores.cpu().numpy()
+    grid, row, place = np.nonzero(leaf >= 0)
+    listed = leaf[grid, row, place]
+    items, count = task.recommender.items_under(listed, row, allowed)
+    ends = pa.array(np.concatenate([[0], count.cumsum()]), pa.int32())
+
+    columns = {
+        "row_id": rows[row],
+        "user_id": task.split.user_ids[rows[row]],
+        "alpha": np.array(alphas)[grid],
+        "rank": place + 1,
+        "leaf_id": listed,
+        "item_ids": pa.ListArray.from_arrays(ends, pa.array(items)),
+        "score": score[grid, row, place],
+        "certified": place < certified.cpu().numpy()[grid, row],
+        "by_beam": np.full(len(row), by_beam),
+    }
+    return pa.table(columns, schema=PART_SCHEMA)
+
+
+def finish(config: EvalConfig, task: RankingTask, output: Path, timing: dict[str, Any]) -> None:
+    """Gather all lists by row, write predictions and metrics, remove the parts. Rank 0 only.
+
+    metrics.json comes last: with it the evaluation is complete.
+    """
+    parts = sorted((output / "parts").glob("batch-*.parquet"))
+    table = pa.concat_tables(pq.read_table(path) for path in parts).replace_schema_metadata()
+    counts = [json.loads(pq.read_schema(path).metadata[b"counts"]) for path in parts]
+
+    recommender = task.recommender
+    request = json.loads((output / "request.json").read_text())
+    settings = {name: request[name] for name in (*REQUEST, *REQUEST_FILES)}
+    settings["dataset"] = recommender.dataset.info["name"]
+    settings["search_per_row"] = {
+        name: sum(part[name] for part in counts) / len(task.rows) for name in counts[0]
+    }
+
+    def lists_by_alpha() -> Iterator[tuple[float, pa.Table, pa.Table | None]]:
+        for alpha in config.alpha:
+            both = table.filter(pc.equal(table["alpha"], alpha))
+            both = both.sort_by([("row_id", "ascending"), ("rank", "ascending")])
+            lists = both.filter(pc.invert(both["by_beam"])).select(LIST_SCHEMA.names)
+            yield alpha, lists, both.filter(both["by_beam"]) if config.search == "exact" else None
+
+    run = Path(config.model).resolve().parent
+    ranked = Ranked(
+        recommender.stored,
+        recommender.dataset,
+        task.split,
+        task.rows,
+        config.num_beams,
+        run if (run / "config.yaml").is_file() else None,
+    )
+    chosen_alpha = max(config.alpha) if config.alpha_from else None
+    write_results(output, ranked, settings, lists_by_alpha(), timing, chosen_alpha)
+    shutil.rmtree(output / "parts")

@@ -1,0 +1,277 @@
+"""The training loop: steps, validation, checkpoints, stop signals, timing, resume, the log.
+
+An entry gives it a `Training`: the batches, the loss of a step, and a validation. Everything a
+resumed run needs is the number of the step (batches, dropout and negatives follow from it) and the
+LoopState.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+from tqdm import tqdm
+
+from igd_ds import distributed
+from igd_ds.config.training import LoopOptions
+from igd_ds.distributed import say
+from igd_ds.engine.checkpoint import load_checkpoint, save_checkpoint, update_state
+from igd_ds.engine.step import StepLoss, StepSums, optimizer_step
+from igd_ds.errors import EXIT_REQUEUE
+from igd_ds.folders import write_json
+from igd_ds.runlog import RunLog, peak_memory_gib
+
+# Large primes: seeds of neighbouring steps and ranks do not meet.
+SEED_OF_STEP, SEED_OF_RANK = 1_000_003, 7_919
+
+
+@dataclass
+class LoopState:
+    """Where a training stands; saved with every checkpoint."""
+
+    step: int = 0
+    """Optimizer steps made."""
+    validated: int = 0
+    """Step of the last validation."""
+    best: float | None = None
+    """Best value of the validation metric."""
+    best_step: int | None = None
+    """Step of the best validation."""
+    stale: int = 0
+    """Validations since the best one."""
+    seconds: float = 0.0
+    """Training time so far, validations and saving included."""
+    dataset: str = ""
+    """Fingerprint of the dataset."""
+    objective: dict[str, Any] = field(default_factory=dict)
+    """The objective's own state."""
+
+    def note_validation(self, value: float, lower_is_better: bool) -> bool:
+        """Take note of a validation at the present step; return whether it is the best so far."""
+        if self.best is None:
+            improved = True
+        else:
+            improved = value < self.best if lower_is_better else value > self.best
+
+        self.validated = self.step
+        self.stale = 0 if improved else self.stale + 1
+        if improved:
+            self.best = value
+            self.best_step = self.step
+        return improved
+
+
+class Training(Protocol):
+    """What an entry gives the loop.
+
+    Example:
+        `igd_ds/train.py` and `igd_ds/baseline.py` are the two implementations.
+    """
+
+    loss: StepLoss[Any]
+    """What a step minimises."""
+    normalization: str
+    """See `optimizer_step`."""
+    validation_metric: str
+    """What early stopping watches; `validate` returns it as `valid/METRIC`."""
+    lower_is_better: bool
+    """Whether a smaller value of the metric is better."""
+    steps_per_epoch: int
+    total_steps: int
+    """Optimizer steps the run has at most."""
+    tags: Mapping[str, str]
+    """Tags of its own, beside runlog.TAGS: tag → meaning and unit."""
+
+    def windows(self, first: int) -> Iterator[list[Any]]:
+        """Yield this rank's micro-batches of optimizer steps `first`, `first` + 1, …"""
+
+    def values(self, sums: StepSums, seconds: float) -> dict[str, float]:
+        """Return the log's scalars of some steps, which took `seconds`."""
+
+    def validate(self, engine: Any) -> dict[str, float]:
+        """Return the validation's scalars; all ranks call it."""
+
+    def save(self, engine: Any) -> None:
+        """Save the present weights as RUN/model; all ranks call it."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the objective's state, for the checkpoint."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up a state of `state_dict`."""
+
+
+class StopRequest:
+    """Notes USR1 and TERM, so that the loop can save before it ends."""
+
+    def __init__(self) -> None:
+        self.received = False
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = True
+
+
+class Stopwatch:
+    """Seconds since the last lap, without what happens in `paused()`."""
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do not count the time of the block."""
+        stopped = time.perf_counter()
+        yield
+        self._began += time.perf_counter() - stopped
+
+    def lap(self) -> float:
+        """Return the seconds since the last call and start again."""
+        now = time.perf_counter()
+        seconds, self._began = now - self._began, now
+        return seconds
+
+
+def step_seed(seed: int, step: int) -> int:
+    """Return the seed of this rank's dropout and negatives in a step; a resumed run has the same."""
+    return seed + SEED_OF_STEP * step + SEED_OF_RANK * distributed.rank()
+
+
+def resume(
+    engine: Any, training: Training, run: Path, tag: str | None, dataset: str, lora: bool
+) -> LoopState:
+    """Return the state to begin with: that of checkpoint `tag`, which is loaded, or a new one."""
+    if tag is None:
+        return LoopState(dataset=dataset)
+    state = LoopState(**load_checkpoint(engine, run / "checkpoints", tag, lora))
+    training.load_state_dict(state.objective)
+    say(f"resumed {run} from {tag}")
+    return state
+
+
+def fit(
+    engine: Any,
+    training: Training,
+    options: LoopOptions,
+    run: Path,
+    state: LoopState,
+    stop: StopRequest,
+    lora: bool = False,
+) -> int:
+    """Train until the last step, early stopping or a signal; the best model is left in RUN/model.
+
+    Returns:
+        The exit code: 0, or EXIT_REQUEUE if a signal stopped the training after its state was saved.
+    """
+    total = training.total_steps
+    every = options.validate_every or training.steps_per_epoch
+    log = RunLog(run, distributed.is_main(), resume_step=state.step, tags=training.tags)
+    windows = training.windows(state.step)
+    bar = progress_bar(total, state.step)
+    watch, sums = Stopwatch(), StepSums()
+    started = time.perf_counter() - state.seconds
+
+    def is_due(interval: int) -> bool:
+        return state.step % interval == 0 or state.step == total
+
+    while True:
+        # Validate. The checkpoint of this step is written already, so a run that is stopped within
+        # its validation resumes with it.
+        if state.step > state.validated and is_due(every):
+            with watch.paused():
+                validate(engine, training, state, log)
+                state.seconds = time.perf_counter() - started
+                update_state(run / "checkpoints", dataclasses.asdict(state))
+        is_stale = bool(options.patience) and state.stale >= options.patience
+        if is_stale or state.step == total:
+            break
+
+        # Make one optimizer step.
+        torch.manual_seed(step_seed(options.seed, state.step))
+        learning_rate = engine.get_lr()[0]
+        window = next(windows)
+        step_sums, stopped = optimizer_step(
+            engine, window, training.loss, state.step, training.normalization, stop.received
+        )
+        sums += step_sums
+        state.step += 1
+        state.seconds = time.perf_counter() - started
+        bar.update()
+
+        # Log.
+        if is_due(options.log_every):
+            values = training.values(sums, watch.lap())
+            values["train/learning_rate"] = learning_rate
+            values["train/epoch"] = state.step / training.steps_per_epoch
+            values["train/grad_norm"] = float(engine.get_global_grad_norm() or 0.0)
+            values["speed/memory_gib"] = peak_memory_gib()
+            log.log(state.step, values)
+            bar.set_postfix(loss=f"{values['train/loss']:.4f}", refresh=False)
+            sums = StepSums()
+
+        # Save.
+        save_due = bool(options.save_every) and state.step % options.save_every == 0
+        if stopped or save_due or is_due(every):
+            with watch.paused():
+                state.objective = training.state_dict()
+                checkpoints, keep = run / "checkpoints", options.keep_checkpoints
+                save_checkpoint(engine, checkpoints, dataclasses.asdict(state), keep, lora)
+        if stopped:
+            log.close()
+            say(f"stopped by a signal after step {state.step}; saved. Go on with --resume auto")
+            return EXIT_REQUEUE
+
+    bar.close()
+    if is_stale:
+        say(
+            f"validation has not improved {options.patience} time(s): stopped early at step "
+            f"{state.step}"
+        )
+    finish(training.validation_metric, options, run, state, log)
+    return 0
+
+
+def progress_bar(total: int, done: int) -> tqdm[Any]:
+    """Return a bar of optimizer steps; it is shown on rank 0."""
+    hidden = not distributed.is_main()
+    return tqdm(total=total, initial=done, disable=hidden, unit="step", mininterval=1.0)
+
+
+def validate(engine: Any, training: Training, state: LoopState, log: RunLog) -> None:
+    """Measure the validation metric, and keep the model if it is the best so far."""
+    values = training.validate(engine)
+    log.log(state.step, values)
+    value = values[f"valid/{training.validation_metric}"]
+    if not math.isfinite(value):
+        raise FloatingPointError(
+            f"step {state.step}: validation gives {value}; lower --learning_rate"
+        )
+
+    improved = state.note_validation(value, training.lower_is_better)
+    shown = ", ".join(f"{tag} {v:.4f}" for tag, v in values.items() if "gain" not in tag)
+    say(f"step {state.step}: {shown}" + (" (best so far)" if improved else ""))
+    if improved:
+        training.save(engine)
+
+
+def finish(metric: str, options: LoopOptions, run: Path, state: LoopState, log: RunLog) -> None:
+    """Record that the training is finished: summary.json is what makes it so."""
+    assert state.best is not None, "the last step is validated"
+    log.hparams(dataclasses.asdict(options), {"best_validation": state.best})
+    log.close()
+    summary = {"validation_metric": metric, **dataclasses.asdict(state)}
+    distributed.on_main(lambda: write_json(run / "summary.json", summary))
+    say(
+        f"done: best {metric} {state.best:.4f} at step {state.best_step}; model in {run / 'model'}\n"
+        f"watch it: tensorboard --logdir {run}"
+    )

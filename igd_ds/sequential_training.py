@@ -1,0 +1,214 @@
+"""What the loop trains for `igd baseline`: users' sequences, a loss over items, and a validation.
+
+Letters in shapes: S sequences, n targets of a micro-batch.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from igd_ds import distributed
+from igd_ds.baseline_config import BaselineConfig
+from igd_ds.baselines.leaves import Leaves, build_catalogue
+from igd_ds.baselines.sequences import Chains, SequenceBatch
+from igd_ds.baselines.sequential import CONFIG_FILE, COUNTED, LOSSES, SEQUENTIAL, Negatives
+from igd_ds.contracts import LossTerms, StepTotals
+from igd_ds.data.batches import (
+    deal,
+    epoch_batches,
+    refuse_empty,
+    sample_rows,
+    steps_per_epoch,
+)
+from igd_ds.data.dataset import InteractionDataset
+from igd_ds.engine.export import save_model
+from igd_ds.engine.step import StepSums
+from igd_ds.errors import UsageError
+from igd_ds.evaluation.full_ranking import Ranker
+from igd_ds.folders import write_json
+from igd_ds.items.store import StoredCatalogue
+
+NEGATIVES_POWER = 0.75
+"""Shared negatives are drawn in proportion to the training count to this power: `sample_alpha` of
+GRU4Rec's published code."""
+
+VALIDATION_METRIC = "ndcg@10"
+
+
+@dataclass(frozen=True)
+class BaselineData:
+    """What a baseline works on, built once."""
+
+    dataset: InteractionDataset
+    stored: StoredCatalogue
+    leaves: Leaves
+    """The catalogue's different items, as columns of scores."""
+    train: Chains
+    """The training rows as sequences."""
+    negatives: Negatives
+
+    @classmethod
+    def build(cls, config: BaselineConfig) -> "BaselineData":
+        """Load and check the data, chain the training rows, and number the catalogue's items.
+
+        Raises:
+            UsageError: a row to rank has an empty history, an item has no name of the kind asked
+                for, or there are fewer items than negatives to draw.
+        """
+        dataset = InteractionDataset.load(config.dataset)
+        to_rank = {("valid", config.validation_rows, config.seed)}
+        to_rank |= {(name, config.num_rows, config.rows_seed) for name in config.splits}
+        for name, number, seed in sorted(to_rank):
+            split = dataset.splits[name]
+            refuse_empty(split, sample_rows(len(split), number, seed))
+
+        stored = build_catalogue(dataset, config.item_kind)
+        device = distributed.device()
+        counts = torch.from_numpy(stored.catalogue.counts).to(device, torch.float32)
+        negatives = _negatives(config, counts**NEGATIVES_POWER)
+        train = Chains.build(dataset.splits["train"])
+        return cls(dataset, stored, Leaves.build(stored.trie, device), train, negatives)
+
+    def model_form(self, config: BaselineConfig) -> dict[str, Any]:
+        """Return what makes a trained recommender's form: sizes of the dataset and its settings."""
+        splits = self.dataset.splits.values()
+        longest = max(int(np.diff(split.history_offsets).max()) for split in splits)
+        form = {name: getattr(config, name) for name in SEQUENTIAL[config.recommender].form}
+        return {"num_items": self.dataset.num_items, "max_history": longest} | form
+
+    def build_model(self, config: BaselineConfig) -> Any:
+        """Return the recommender: with its counts, or with the same random weights on every rank."""
+        if not config.is_trained:
+            split = self.train.split
+            last = split.history_items[split.history_offsets[1:] - 1]
+            counted = COUNTED[config.recommender]
+            return counted.count(last, split.targets, self.dataset.num_items, config.seed)
+        torch.manual_seed(config.seed)
+        return SEQUENTIAL[config.recommender].model(**self.model_form(config))
+
+    def write_description(self, folder: Path, config: BaselineConfig) -> None:
+        """Put beside the weights what `load_model` needs."""
+        description = {
+            "recommender": config.recommender,
+            "form": self.model_form(config) if config.is_trained else {},
+            "dataset": self.dataset.fingerprint,
+        }
+        write_json(folder / CONFIG_FILE, description)
+
+
+def _negatives(config: BaselineConfig, weights: torch.Tensor) -> Negatives:
+    """Return what draws the negatives that the loss asks for."""
+    most = {"bpr-max": int((weights > 0).sum()), "bce": len(weights) - 1}.get(config.loss, 0)
+    number = config.num_negatives or 0
+    if number > most:
+        raise UsageError(
+            f"--num_negatives {number} of --loss {config.loss}: the training rows hold {most} items to "
+            "draw from"
+        )
+    return Negatives(weights, number)
+
+
+@dataclass(frozen=True)
+class SequenceLoss:
+    """The mean loss over the targets of a step (engine.step.StepLoss)."""
+
+    name: str
+    """A name in LOSSES."""
+    negatives: Negatives
+
+    def normalisers(self, batch: SequenceBatch) -> torch.Tensor:
+        """Return the number of targets, float64 (1,)."""
+        return torch.tensor([len(batch.targets)], dtype=torch.float64)
+
+    def coefficients(self, step: int) -> torch.Tensor:
+        """Return 1: there is one loss."""
+        return torch.ones(1)
+
+    def terms(self, engine: Any, batch: SequenceBatch) -> LossTerms:
+        """Run the forward pass and return Σ loss and the number of targets."""
+        batch = batch.to(distributed.device())
+        score = partial(engine, batch.histories, batch.places)
+        losses = LOSSES[self.name].function(score, batch.targets, self.negatives)
+        num_targets = losses.new_tensor([len(batch.targets)], dtype=torch.float32)
+        return LossTerms(losses.sum()[None], num_targets, losses.detach())
+
+    def update(self, totals: StepTotals) -> Mapping[str, float]:
+        """Do nothing: the loss has no state."""
+        return {}
+
+
+class SequentialTraining:
+    """One training of a sequential recommender (loop.Training)."""
+
+    normalization = "global"
+    validation_metric = VALIDATION_METRIC
+    lower_is_better = False
+    tags: Mapping[str, str] = {}
+
+    def __init__(self, config: BaselineConfig, run: Path, data: BaselineData, micro_batch: int):
+        self.config, self.run, self.data, self.micro_batch = config, run, data, micro_batch
+        self.loss = SequenceLoss(config.loss, data.negatives)
+        self.steps_per_epoch = steps_per_epoch(len(data.train), config.global_batch_size)
+        self.total_steps = config.epochs * self.steps_per_epoch
+        if config.max_steps:
+            self.total_steps = min(self.total_steps, config.max_steps)
+
+    def windows(self, first: int) -> Iterator[list[SequenceBatch]]:
+        """Yield this rank's micro-batches of steps `first`, `first` + 1, …
+
+        They follow from the step's number alone.
+        """
+        config, chains = self.config, self.data.train
+        rank, world = distributed.rank(), distributed.world_size()
+        for step in count(first):
+            if step == first or step % self.steps_per_epoch == 0:
+                order = epoch_batches(
+                    chains.lengths,
+                    config.global_batch_size,
+                    config.seed,
+                    step // self.steps_per_epoch,
+                    group=True,
+                )
+            sequences = order[step % self.steps_per_epoch]
+            yield [chains.collate(part) for part in deal(sequences, rank, world, self.micro_batch)]
+
+    def values(self, sums: StepSums, seconds: float) -> dict[str, float]:
+        """Return the mean loss over the logged steps' targets, and the targets per second."""
+        loss, num_targets = float(sums.numerators[0]), float(sums.normalisers[0])
+        return {
+            "train/loss": loss / num_targets if num_targets else 0.0,
+            "speed/rows_per_second": num_targets / seconds,
+        }
+
+    def validate(self, engine: Any) -> dict[str, float]:
+        """Return NDCG@10 of the full ranking."""
+        return validate(engine.module, self.config, self.data)
+
+    def save(self, engine: Any) -> None:
+        """Save RUN/model: weights and description."""
+
+        def describe(folder: Path) -> None:
+            self.data.write_description(folder, self.config)
+
+        save_model(engine, self.run / "model", lora=False, extras=describe)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return {}: the loss has no state."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Do nothing: the loss has no state."""
+
+
+def validate(model: Any, config: BaselineConfig, data: BaselineData) -> dict[str, float]:
+    """Return NDCG@10 of a full ranking of the validation rows; all ranks call it."""
+    split = data.dataset.splits["valid"]
+    rows = sample_rows(len(split), config.validation_rows, config.seed)
+    ranker = Ranker(model, data.leaves, config.batch_size)
+    return {f"valid/{VALIDATION_METRIC}": ranker.ndcg(data.stored.trie, split, rows, 10)}

@@ -1,0 +1,66 @@
+"""The settings of `igd train`."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from igd_ds.config.model import ModelOptions
+from igd_ds.config.options import option
+from igd_ds.config.training import LoopOptions
+from igd_ds.errors import UsageError
+from igd_ds.items.decisiveness import ENTROPIES, MEASURES
+from igd_ds.objectives import OBJECTIVES, ObjectiveOptions, check_objective
+
+ITEM_KINDS = ("auto", "text", "semantic-id")
+VALIDATION_METRICS = ("nll", "ndcg@10")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(ObjectiveOptions, ModelOptions, LoopOptions):
+    """One training of a generative recommender: model, loop, objective with its flags, and these."""
+
+    prompt: str = option("prompt template: a name in igd_ds/data/templates or a YAML file", "short")
+    item_kind: str = option(
+        "what items are written as; auto: titles where the dataset has them", "auto", ITEM_KINDS
+    )
+    objective: str = option(
+        f"what the training minimises: {', '.join(OBJECTIVES)}", "igd", former="weighting"
+    )
+    decisiveness: str = option(
+        "measure of how much a token decides, for igd-linear and for α",
+        "information-gain",
+        MEASURES,
+    )
+    entropy: str = option("entropy definition behind the information gain", "prior", ENTROPIES)
+    normalization: str = option(
+        "Ω over the whole optimizer step, or per micro-batch as the reference code does",
+        "global",
+        ("global", "per_batch"),
+    )
+    length_grouping: bool = option(
+        "batch rows of similar length (less padding; batch composition differs)", True
+    )
+    validation_metric: str = option(
+        "what early stopping watches: unweighted NLL per item, or NDCG@10 of a beam search",
+        "nll",
+        VALIDATION_METRICS,
+    )
+
+    def check(self) -> None:
+        """Raise UsageError for values no run can use; checks that need files come later."""
+        ModelOptions.check(self)
+        LoopOptions.check(self)
+        self.objective_options()
+        if OBJECTIVES[self.objective].needs_global and self.normalization != "global":
+            raise UsageError(
+                f"--objective {self.objective} learns from losses over the whole step: use "
+                "--normalization global"
+            )
+
+    def objective_options(self) -> Any:
+        """Return the `Options` of the chosen objective.
+
+        Raises:
+            UsageError: an unknown objective, a flag that it lacks or does not use, a value out of
+                range.
+        """
+        return check_objective(self.objective, self)
