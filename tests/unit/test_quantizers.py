@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from igd_ds.errors import UsageError
 from igd_ds.runlog import TAGS
-from igd_ds.semantic_ids import collisions as semantic_ids
-from igd_ds.semantic_ids import quantizers
+from igd_ds.semantic_ids import collisions, quantizers
 from igd_ds.semantic_ids.collisions import resolve_collisions
 from igd_ds.semantic_ids.quantizers import RQVAE, QuantizerOptions, fit, kmeans
 
@@ -131,17 +131,18 @@ def test_each_loss_term_reaches_its_own_parameters():
     model = RQVAE(8, SMALL)
     torch.nn.init.normal_(model.codebooks)
     rows = torch.randn(20, 8)
-    terms, codes, residuals = model.losses(rows)
+    found = model.losses(rows)
+    codes, residuals = found.codes, found.residuals
     words = torch.stack([model.codebooks[level][codes[:, level]] for level in range(3)])
     torch.testing.assert_close(residuals[0], model.encoder(rows))
     torch.testing.assert_close(residuals[2], model.encoder(rows) - words[0] - words[1])
     error = ((residuals - words) ** 2).mean()
-    torch.testing.assert_close(terms["commitment"], error)
+    torch.testing.assert_close(found.commitment, error)
     torch.testing.assert_close(
-        terms["reconstruction"], ((model.decoder(words.sum(0)) - rows) ** 2).mean()
+        found.reconstruction, ((model.decoder(words.sum(0)) - rows) ** 2).mean()
     )
-    torch.testing.assert_close(terms["loss"], terms["reconstruction"] + 1.25 * error)
-    terms["loss"].backward()
+    torch.testing.assert_close(found.loss, found.reconstruction + 1.25 * error)
+    found.loss.backward()
     chosen = torch.nn.functional.one_hot(codes.T, 8).float()
     pull = (
         2 / residuals.numel() * chosen.transpose(1, 2) @ (words - residuals)
@@ -172,7 +173,7 @@ def test_dead_codes_are_restarted_and_only_those():
     model = RQVAE(8, SMALL)
     torch.nn.init.normal_(model.codebooks)
     optimizer = torch.optim.Adam(model.parameters())
-    model.losses(torch.randn(20, 8))[0]["loss"].backward()
+    model.losses(torch.randn(20, 8)).loss.backward()
     optimizer.step()
     before = model.codebooks.detach().clone()
     dead = torch.zeros(3, 8, dtype=torch.bool)
@@ -199,7 +200,7 @@ def test_a_dead_codebook_comes_back_in_training(monkeypatch):
 
     monkeypatch.setattr(quantizers, "residual_kmeans", far_away)
     result = fit("rq-vae", clusters(), SMALL, silent)
-    assert all(semantic_ids.use_and_perplexity(level, 8)[0] > 0.5 for level in result.codes.T)
+    assert all(collisions.use_and_perplexity(level, 8)[0] > 0.5 for level in result.codes.T)
 
 
 @pytest.mark.parametrize(
@@ -214,8 +215,8 @@ def test_rq_vae_learns_and_uses_its_codes(changes):
         lambda step, values: steps.append((step, values)),
     )
     assert result.reconstruction_error < 0.5  # 1 is the best constant
-    assert all(semantic_ids.use_and_perplexity(level, 8)[0] > 0.5 for level in result.codes.T)
-    assert semantic_ids.collapse_warnings(result.codes, [8] * 3) == []
+    assert all(collisions.use_and_perplexity(level, 8)[0] > 0.5 for level in result.codes.T)
+    assert collisions.collapse_warnings(result.codes, [8] * 3) == []
     assert [step for step, _ in steps] == list(range(40)) and set(steps[0][1]) <= set(TAGS)
     assert (
         steps[-1][1]["quantizer/loss"] < steps[0][1]["quantizer/loss"]
@@ -241,11 +242,12 @@ def test_the_seed_decides(name):
     assert (first.max(0) < 8).all()
 
 
-def test_an_unfinished_training_says_so():
+def test_an_unfinished_training_gives_a_warning():
     assert (
         "raise --epochs" in fit("rq-vae", clusters(), replace(SMALL, epochs=2), silent).warnings[0]
     )
-    assert quantizers._convergence([1.0] * 40) == [] and quantizers._convergence([0.5]) != []
+    assert quantizers._convergence_warnings([1.0] * 40) == []
+    assert quantizers._convergence_warnings([0.5]) != []
 
 
 def test_sinkhorn_balances():
@@ -278,13 +280,13 @@ def test_sinkhorn_balances():
         ),
         ("rq-vae", {"codes": 1}, "--codes 1: must be at least 2"),
         ("rq-vae", {"epochs": 0}, "--epochs 0: must be at least 1"),
-        ("rq-vae", {"learning_rate": 0.0}, "--lr 0.0"),
+        ("rq-vae", {"learning_rate": 0.0}, "--learning_rate 0.0"),
         ("rq-vae", {"ema": 1.0}, "--ema 1.0: a decay"),
         ("rq-vae", {"sinkhorn": -1.0}, "--sinkhorn -1.0"),
     ],
 )
 def test_bad_options(name, changes, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UsageError, match=message):
         fit(name, clusters(), replace(SMALL, **changes), silent)
 
 
@@ -337,7 +339,7 @@ def test_reassign_is_random():
 
 
 def test_reassign_prefers_to_move_what_collides():
-    """A prefix with five items and four last codes: one of the duplicates leaves, no item that has its ID alone."""
+    """A prefix has five items and four last codes: one of the two duplicates leaves."""
     codes = np.array([[0, 0], [0, 0], [0, 1], [0, 2], [0, 3], [1, 0]])
     for seed in range(10):
         unique = resolve_collisions(codes, [2, 4], "reassign", seed)
@@ -356,12 +358,12 @@ def test_extra_numbers_the_items_of_a_group():
 
 
 def test_collisions_that_cannot_be_resolved():
-    with pytest.raises(ValueError, match="10 items, but only 9 different IDs"):
+    with pytest.raises(UsageError, match="10 items, but only 9 different IDs"):
         resolve_collisions(np.zeros((10, 2), int), [3, 3], "reassign", 0)
-    with pytest.raises(ValueError, match="no letter is left"):
+    with pytest.raises(UsageError, match="no letter is left"):
         resolve_collisions(np.zeros((2, 26), int), [2] * 26, "extra", 0)
     with pytest.raises(
-        ValueError, match="--collisions drop: unknown; known: reassign, extra, keep"
+        UsageError, match="--collisions drop: unknown; known: reassign, extra, keep"
     ):
         resolve_collisions(np.zeros((2, 2), int), [2, 2], "drop", 0)
 
@@ -374,8 +376,8 @@ def test_measures_against_brute_force():
     codes, sizes = random.integers(0, 3, (40, 3)), [3, 4, 3]
     counts = random.integers(0, 5, 40)
     paths = list(map(tuple, codes.tolist()))
-    assert semantic_ids.collision_rate(codes) == pytest.approx(1 - len(set(paths)) / 40)
-    share, perplexity = semantic_ids.use_and_perplexity(codes[:, 1], 4)
+    assert collisions.collision_rate(codes) == pytest.approx(1 - len(set(paths)) / 40)
+    share, perplexity = collisions.use_and_perplexity(codes[:, 1], 4)
     p = np.array(list(Counter(codes[:, 1].tolist()).values())) / 40
     assert share == 3 / 4 and perplexity == pytest.approx(np.prod(p**-p))
 
@@ -388,25 +390,25 @@ def test_measures_against_brute_force():
             else 1 + sum(x * np.log(x) for x in q if x > 0) / np.log(len(under))
         )
 
-    measures = semantic_ids.trie_measures(codes, sizes, counts)
+    measures = collisions.trie_measures(codes, sizes, counts)
     for level in range(3):
         edges = sorted({path[: level + 1] for path in paths})
         size = Counter(path[: level + 1] for path in paths), Counter(path[:level] for path in paths)
-        assert measures["filtering_ratio"][level] == pytest.approx(
+        assert measures.filtering_ratio[level] == pytest.approx(
             np.mean([1 - size[0][e] / size[1][e[:-1]] for e in edges])
         )
         gains = {edge: purity(edge) - purity(edge[:-1]) for edge in edges}
-        assert measures["purity_gain"][level] == pytest.approx(np.mean(list(gains.values())))
-        by_token = measures["purity_gain_by_token"][level]
+        assert measures.purity_gain[level] == pytest.approx(np.mean(list(gains.values())))
+        by_token = measures.purity_gain_by_token[level]
         assert len(by_token) == sizes[level]
         for code, found in enumerate(by_token):
             expected = [gain for edge, gain in gains.items() if edge[-1] == code]
             assert found == (pytest.approx(np.mean(expected), abs=1e-6) if expected else None)
 
 
-def test_a_collapsed_codebook_is_said():
+def test_a_collapsed_codebook_gives_a_warning():
     codes = np.stack([np.zeros(1000, int), np.arange(1000) % 256, np.arange(1000) % 12], axis=1)
-    warnings = semantic_ids.collapse_warnings(codes, [256] * 3)
+    warnings = collisions.collapse_warnings(codes, [256] * 3)
     assert (
         len(warnings) == 2
         and "level a has collapsed: 0.4% of 256 codes used, perplexity 1.0" in warnings[0]
@@ -415,4 +417,4 @@ def test_a_collapsed_codebook_is_said():
     skewed = np.where(np.arange(1000) < 970, 0, np.arange(1000) % 30)[
         :, None
     ]  # uses enough codes, but hardly
-    assert "level a" in semantic_ids.collapse_warnings(skewed, [256])[0]
+    assert "level a" in collisions.collapse_warnings(skewed, [256])[0]

