@@ -1,1 +1,1 @@
-"""Search for the best items of the catalogue: the tree cache, the beam search, the scoring rules, the logits processor."""
+"""Searches for a user's best catalogue items: beam and exact search, scores, item filters."""

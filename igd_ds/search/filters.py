@@ -1,10 +1,14 @@
-"""What a user may be shown and what a second scorer thinks of it, for any trie node: `ItemFilter` and `Guidance`.
+"""Item filters and guidance by a second scorer, for any node of the trie.
 
-The items under a node are neighbours in the trie's item order, so both are questions about a range of positions, answered for
-the edges that a search looks at; no trie is rebuilt and no catalogue walked.
+The items under a node are neighbours in the trie's item order, so both are questions about a range
+of positions in that order. They are answered for the edges that a search looks at. No trie is
+rebuilt and the catalogue is not walked.
 
-Letters in shapes: B users of a batch, N items, M trie nodes, E edges in question, n entries in all lists of a batch.
+Letters in shapes: B users of a batch, N items, M trie nodes, E edges, n entries in all lists of a
+batch.
 """
+
+from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,85 +19,107 @@ import torch
 from igd_ds.errors import UsageError
 from igd_ds.items.trie import TokenTrie
 
-# Guidance counts mass in units of 2^-61 of a user's total: sums up to 2^62 fit an int64 with room for rounding up N items.
+# Guidance counts mass in units of 2^-61 of a user's total. Sums up to 2^62 fit an int64, with room
+# for rounding up the masses of N items.
 MASS_UNITS = 2.0**61
+
+ItemLists = Sequence[Iterable[int] | None]
+"""One list of item ids per user, or None for a user without a list."""
 
 
 @dataclass(frozen=True)
 class ItemRanges:
-    """Where a trie's items lie in `item_order`: those under node n at first_item[n] … first_item[n] + num_items[n] − 1."""
+    """Where a trie's items lie in `item_order`.
+
+    The items under node n are those at first_item[n] … first_item[n] + num_items[n] − 1.
+    """
 
     first_item: torch.Tensor
     """int32 (M,) on the search's device."""
     num_items: torch.Tensor
-    """int32 (M,) on the search's device, items that share a leaf each counted."""
+    """int32 (M,) on the search's device; each item of a shared leaf is counted."""
     position: torch.Tensor
     """int32 (N,) on the search's device: an item's place in `item_order`."""
 
     @classmethod
-    def build(cls, trie: TokenTrie, device: torch.device | str = "cpu") -> "ItemRanges":
-        """Copy what is needed of a TokenTrie of numpy arrays to `device`: 8 bytes per node and 4 per item, once per run."""
+    def build(cls, trie: TokenTrie, device: torch.device | str = "cpu") -> ItemRanges:
+        """Copy what is needed of a TokenTrie to `device`: 8 bytes per node and 4 bytes per item."""
         position = np.empty(len(trie.item_order), np.int32)
         position[trie.item_order] = np.arange(len(position), dtype=np.int32)
-        # np.array copies: a tensor over a read-only memory map would be undefined to write.
+        # np.array copies: writing to a tensor over a read-only memory map would be undefined.
         arrays = (np.array(trie.first_item), np.array(trie.num_items), position)
         return cls(*(torch.from_numpy(array).to(device) for array in arrays))
 
 
 @dataclass(frozen=True)
 class ItemFilter:
-    """Which items each user of a batch may get: a search passes only nodes with an allowed item below them.
+    """The items that each user of a batch may get.
 
-    Costs O(E log n) a question and 8 bytes per list entry, however large the catalogue is.
+    A search passes only nodes with an allowed item below them. A question costs O(E log n), and a
+    list entry takes 8 bytes, however large the catalogue is.
+
+    Example:
+        >>> ranges = ItemRanges.build(stored.trie)
+        >>> item_filter = ItemFilter.build(ranges, num_users=2, allow=[None, [3, 8]], deny=[[5],
+        []])
+        >>> item_filter.allows_items(torch.tensor([0, 1]), torch.tensor([5, 8])).tolist()
+        [False, True]
     """
 
     ranges: ItemRanges
     """Of the searched trie."""
     keys: torch.Tensor
-    """int64 (n + 1,), ascending, each once: user·N + position of the listed items, and a last one larger than any."""
+    """int64 (n + 1,): user·N + position of each listed item, ascending and without duplicates, and
+    a last key that is larger than all of them."""
     allow: torch.Tensor
-    """bool (B,): the user's listed items are the allowed ones; otherwise they are the denied ones."""
+    """bool (B,): whether the user's listed items are the allowed items; else they are denied."""
 
     @classmethod
     def build(
         cls,
         ranges: ItemRanges,
         num_users: int,
-        allow: Sequence[Iterable[int] | None] | None = None,
-        deny: Sequence[Iterable[int] | None] | None = None,
-        labels: Sequence | None = None,
-    ) -> "ItemFilter":
-        """Take in one allow list and one deny list per user.
+        allow: ItemLists | None = None,
+        deny: ItemLists | None = None,
+        labels: Sequence[str] | None = None,
+    ) -> ItemFilter:
+        """Make the filter of one allow list and one deny list per user.
+
+        Lists may be in any order and hold an item twice.
 
         Args:
             ranges: of the searched trie.
             num_users: B.
-            allow: per user the only item ids to choose from, or None for all items; None: all items for everybody.
-            deny: per user the item ids to leave out, or None for none; it wins where both lists have an item.
-            labels: what the caller calls the users, for error messages.
-
-        Lists may be in any order and repeat themselves.
+            allow: the only item ids that each user may get, None for a user without limits. None
+                instead of a sequence: no user has limits.
+            deny: the item ids that each user may not get, or None. An item in both lists is denied.
+            labels: the caller's names for the users, for error messages.
 
         Raises:
-            ValueError: not one entry per user, something that is no item id, or a user who is left without any item.
+            UsageError: there is not one entry per user, an entry is no item id, or a user is left
+                without any item.
         """
         num_items, device = len(ranges.position), ranges.position.device
-        allowed, denied = (
-            _lists(*named, num_users, num_items, labels)
-            for named in (("allow", allow), ("deny", deny))
-        )
-        listed, is_allow = [], []
+        allowed = _checked_lists("allow", allow, num_users, num_items, labels)
+        denied = _checked_lists("deny", deny, num_users, num_items, labels)
+
+        # One list per user: the allowed items without the denied ones, or the denied items.
+        listed: list[np.ndarray] = []
+        is_allow: list[bool] = []
         for user, (only, without) in enumerate(zip(allowed, denied, strict=True)):
-            items = without if only is None else np.setdiff1d(only, without, assume_unique=True)
+            items = np.empty(0, np.int64) if without is None else without
+            if only is not None:
+                items = np.setdiff1d(only, items, assume_unique=True)
             listed.append(items)
             is_allow.append(only is not None)
             if len(items) == (num_items if only is None else 0):
                 raise UsageError(
-                    f"{_who(user, labels)}: the item filter leaves nothing of the {num_items} items; loosen it"
+                    f"{_name(user, labels)}: the item filter leaves nothing of the {num_items} "
+                    "items; loosen it"
                 )
-        owner = torch.from_numpy(
-            np.repeat(np.arange(num_users), [len(items) for items in listed])
-        ).to(device)
+
+        counts = [len(items) for items in listed]
+        owner = torch.from_numpy(np.repeat(np.arange(num_users), counts)).to(device)
         item = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *listed])).to(device)
         keys = (owner * num_items + ranges.position[item]).sort().values
         end = keys.new_full((1,), torch.iinfo(torch.int64).max)
@@ -102,7 +128,9 @@ class ItemFilter:
         )
 
     def allows(self, user: torch.Tensor, node: torch.Tensor) -> torch.Tensor:
-        """Return whether an item that the user may get lies under the node (a shared leaf: any of its items), bool (E,).
+        """Return whether an item that the user may get lies under the node, bool (E,).
+
+        A shared leaf is allowed if any of its items is.
 
         Args:
             user: int64 (E,), places in the batch.
@@ -111,18 +139,28 @@ class ItemFilter:
         return self._any_allowed(user, self.ranges.first_item[node], self.ranges.num_items[node])
 
     def allows_items(self, user: torch.Tensor, item: torch.Tensor) -> torch.Tensor:
-        """Return whether the user may get the item, bool (E,): `user` int64 (E,), `item` (E,). It cuts a leaf's items."""
+        """Return whether the user may get the item, bool (E,).
+
+        It tells the items of a shared leaf apart.
+
+        Args:
+            user: int64 (E,), places in the batch.
+            item: integers (E,).
+        """
         position = self.ranges.position[item]
         return self._any_allowed(user, position, torch.ones_like(position))
 
     def _any_allowed(
         self, user: torch.Tensor, first: torch.Tensor, count: torch.Tensor
     ) -> torch.Tensor:
-        """Whether one of the user's positions first … first + count − 1 is allowed; all (E,), count ≥ 1."""
+        """Return whether one of the user's positions first … first + count − 1 is allowed, (E,)."""
         begin = user * len(self.ranges.position) + first
         allow = self.allow[user]
-        # Keys are different integers, so from the first key ≥ begin on, the key `count − 1` further lies inside the range only if
-        # every position is listed: all denied. And the first key itself lies inside if any position is listed: one allowed.
+
+        # The keys are different integers. Consider the first key ≥ begin. If the user's list
+        # denies, the key `count − 1` places further lies inside the range only if every position is
+        # listed: all are denied. If the list allows, the first key itself lies inside if any is
+        # listed.
         entry = torch.searchsorted(self.keys, begin) + (count - 1).where(~allow, 0)
         inside = self.keys[entry.clamp(max=len(self.keys) - 1)] < begin + count
         return inside == allow
@@ -130,62 +168,71 @@ class ItemFilter:
 
 @dataclass(frozen=True)
 class Guidance:
-    """A second scorer's say, after D3: each edge adds weight · ln (q-mass under the child / q-mass under its parent).
+    """Item probabilities of a second scorer, added to the scores with a weight (after D3).
 
-    q is any sequential recommender's item probabilities, or non-negative scores; only their proportions count. Along a path the
-    increments add up to weight · ln of the leaf's share (the items of a shared leaf together). A child never has more mass than
-    its parent, so no increment is positive and the exact search's bound holds. A token that leaves only items with q = 0 gets
-    −inf, unless the weight is 0: the guide forbids those items.
+    Each edge adds weight · ln (q-mass under the child / q-mass under its parent). q holds any
+    sequential recommender's item probabilities, or non-negative scores; only their proportions
+    count. Along a path the increments add up to weight · ln of the leaf's share (the items of a
+    shared leaf together).
+
+    A child never has more mass than its parent, so no increment is positive and the bound of the
+    exact search holds. A token that leaves only items with q = 0 gets −inf, unless the weight is 0:
+    such items cannot be listed.
     """
 
     ranges: ItemRanges
     """Of the searched trie."""
     mass: torch.Tensor
-    """int64 (B, N + 1): units of mass before each position of `item_order`, and all of them last."""
+    """int64 (B, N + 1): units of mass before each position of `item_order`; the last column is all
+    mass."""
     weight: float
-    """Mixing weight ≥ 0; 0: no guidance."""
+    """Guidance weight ≥ 0; 0: no guidance."""
 
     @classmethod
     def build(
-        cls, ranges: ItemRanges, q, weight: float, labels: Sequence | None = None
-    ) -> "Guidance":
+        cls,
+        ranges: ItemRanges,
+        q: np.ndarray | torch.Tensor,
+        weight: float,
+        labels: Sequence[str] | None = None,
+    ) -> Guidance:
         """Sum up each user's masses in the trie's item order, as integers: 8·B·N bytes.
 
-        Differences of float sums would forbid items below 1e-16 of the total, and could exceed the parent's where a GPU sums in
-        blocks. Integers add up exactly, in any order; an item with q > 0 has at least one unit, 4e-19 of the total.
+        Differences of float sums would lose items below 1e-16 of the total, and could exceed the
+        parent's difference on a GPU, which sums in blocks. Integers add up exactly, in any order.
+        An item with q > 0 has at least one unit, which is 4e-19 of the total.
 
         Args:
             ranges: of the searched trie.
-            q: tensor or array of floats (B, N), column i for item i; ≥ 0.
-            weight: mixing weight ≥ 0.
-            labels: what the caller calls the users, for error messages.
+            q: floats (B, N), at least 0; column i belongs to item i.
+            weight: guidance weight ≥ 0.
+            labels: the caller's names for the users, for error messages.
 
         Raises:
-            ValueError: a negative or infinite weight, a wrong shape, a user with negative, NaN or infinite values or zeros alone.
+            UsageError: a negative or infinite weight, a wrong shape, or a user whose values are
+                negative, NaN, infinite or all zero.
         """
         num_items, device = len(ranges.position), ranges.position.device
         if not 0 <= weight < np.inf:
             raise UsageError(f"--guidance_weight must not be negative, and finite, found {weight}")
         if len(q.shape) != 2 or q.shape[1] != num_items:
             raise UsageError(
-                f"--guidance takes one row per user of {num_items} item scores, found shape {tuple(q.shape)}"
+                f"--guidance takes one row per user of {num_items} item scores, found shape "
+                f"{tuple(q.shape)}"
             )
+
+        # One user at a time, because each row is copied to fp64.
         place = ranges.position.long() + 1
         mass = torch.zeros((len(q), num_items + 1), dtype=torch.int64, device=device)
-        for user in range(len(q)):  # row by row: fp64 copies of one row at a time
-            row = (
-                q[user]
-                if isinstance(q, torch.Tensor)
-                else torch.from_numpy(np.array(q[user], dtype=np.float64))
-            )
-            row = row.to(device, torch.float64)
+        for user in range(len(q)):
+            row = _row(q, user).to(device, torch.float64)
             total = row.sum()
             if not (row >= 0).all() or not total.isfinite():
                 raise UsageError(
-                    f"{_who(user, labels)}: --guidance has negative, NaN or infinite scores"
+                    f"{_name(user, labels)}: --guidance has negative, NaN or infinite scores"
                 )
             if total == 0:
-                raise UsageError(f"{_who(user, labels)}: --guidance gives every item a score of 0")
+                raise UsageError(f"{_name(user, labels)}: --guidance gives every item a score of 0")
             mass[user, place] = (row / total * MASS_UNITS).ceil().long()
             mass[user] = mass[user].cumsum(0)
         return cls(ranges, mass, weight)
@@ -193,53 +240,70 @@ class Guidance:
     def increments(
         self, user: torch.Tensor, parent: torch.Tensor, child: torch.Tensor
     ) -> torch.Tensor:
-        """Return what the guide adds to the scores of edges, in nats, float32 (E,), ≤ 0.
+        """Return what the guidance adds to the scores of edges, in nats, float32 (E,), at most 0.
 
         Args:
             user: int64 (E,), places in the batch.
             parent: int64 (E,), nodes.
             child: int64 (E,), a child of each.
         """
-        # A parent without mass has children without: 0 / 1 makes them −inf rather than NaN.
+        # The children of a parent without mass have none either: 0 / 1 gives them −inf, not NaN.
         share = self._mass_under(user, child) / self._mass_under(user, parent).clamp(min=1)
         return torch.xlogy(self.weight, share).float()  # 0 · ln 0 = 0
 
     def _mass_under(self, user: torch.Tensor, node: torch.Tensor) -> torch.Tensor:
-        """Units of the user's mass under the node, float64 (E,)."""
+        """Return the units of the user's mass under the node, float64 (E,)."""
         first = self.ranges.first_item[node].long()
-        return (
-            self.mass[user, first + self.ranges.num_items[node]] - self.mass[user, first]
-        ).double()
+        end = first + self.ranges.num_items[node]
+        return (self.mass[user, end] - self.mass[user, first]).double()
 
 
-def _lists(name: str, lists, num_users: int, num_items: int, labels) -> list[np.ndarray | None]:
-    """Return each user's item ids, int64, ascending, each once; an absent allow list is None, an absent deny list empty."""
+def _row(q: np.ndarray | torch.Tensor, user: int) -> torch.Tensor:
+    """Return one row of q as a tensor."""
+    if isinstance(q, torch.Tensor):
+        return q[user]
+    return torch.from_numpy(np.array(q[user], dtype=np.float64))
+
+
+def _checked_lists(
+    name: str,
+    lists: ItemLists | None,
+    num_users: int,
+    num_items: int,
+    labels: Sequence[str] | None,
+) -> list[np.ndarray | None]:
+    """Return each user's item ids, int64, ascending and without duplicates; None without a list."""
     if lists is None:
-        lists = [None] * num_users
+        return [None] * num_users
     if len(lists) != num_users:
         raise UsageError(
-            f"one {name} list (or None) per user is needed: found {len(lists)} for {num_users} users"
+            f"one {name} list (or None) per user is needed: found {len(lists)} for {num_users} "
+            "users"
         )
-    checked = []
-    for user, ids in enumerate(lists):
-        if ids is None:
-            checked.append(None if name == "allow" else np.empty(0, np.int64))
-            continue
-        found = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids))
-        if found.ndim != 1 or (found.size and found.dtype.kind not in "iu"):
-            raise UsageError(
-                f"{_who(user, labels)}: the {name} list must be a flat list of item ids, whole numbers"
-            )
-        items = np.unique(found).astype(np.int64)
-        unknown = items[(items < 0) | (items >= num_items)]
-        if unknown.size:
-            known = f"ids are 0 to {num_items - 1}"
-            raise UsageError(
-                f"{_who(user, labels)}: item {unknown[0]} of the {name} list is not in the catalogue; {known}"
-            )
-        checked.append(items)
-    return checked
+    return [
+        None if ids is None else _checked_ids(name, ids, num_items, _name(user, labels))
+        for user, ids in enumerate(lists)
+    ]
 
 
-def _who(user: int, labels: Sequence | None) -> str:
+def _checked_ids(name: str, ids: Iterable[int], num_items: int, user: str) -> np.ndarray:
+    """Return item ids, int64, ascending and without duplicates; raise UsageError naming `user`."""
+    found = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids))
+    if found.ndim != 1 or (found.size and found.dtype.kind not in "iu"):
+        raise UsageError(
+            f"{user}: the {name} list must be a flat list of item ids, which are whole numbers"
+        )
+
+    items = np.unique(found).astype(np.int64)
+    unknown = items[(items < 0) | (items >= num_items)]
+    if unknown.size:
+        raise UsageError(
+            f"{user}: item {unknown[0]} of the {name} list is not in the catalogue; ids are 0 to "
+            f"{num_items - 1}"
+        )
+    return items
+
+
+def _name(user: int, labels: Sequence[str] | None) -> str:
+    """Return how error messages call a user."""
     return f"user {user} of the batch" + ("" if labels is None else f" ({labels[user]})")

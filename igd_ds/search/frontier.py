@@ -1,44 +1,55 @@
-"""What a batch's searches know so far: the trie nodes whose next-token log-probabilities the model has given, per user.
+"""The frontier of a batch: the trie nodes that the model has read so far, and the edges below them.
 
-Every search of a batch (each user at each α, and the exact search after the beam) reads and grows this one tree, so no model row
-is ever computed twice.
+All searches of a batch (each user at each α, and the exact search after the beam search) read and
+extend the same frontier, so no token is sent through the model twice for one user.
 
-Letters in shapes: B users, D expanded rows, E edges below them, Q wanted edges, T tokens of a pass, V vocabulary.
+Letters in shapes: B users, X expanded nodes, E edges, Q edges to expand, T tokens of a pass,
+V vocabulary.
 """
+
+from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
 
 import torch
 
+from igd_ds.contracts import PromptTree
 from igd_ds.errors import UsageError
-from igd_ds.items.search_trie import SearchTrie, ragged
+from igd_ds.items.ragged import ragged_rows
+from igd_ds.items.search_trie import SearchTrie
 from igd_ds.search.filters import Guidance, ItemFilter
 from igd_ds.search.scoring import Scoring
 
-# Forced tokens sent ahead of need: more save passes and cost positions, for beams that die on the way (measured: docs/search.md).
+# Forced tokens that are sent before they are needed. More of them save passes, and cost positions
+# for hypotheses that do not get that far (measured: docs/search.md).
 LOOKAHEAD = 12
-BLOCK = (
-    2**20
-)  # logits per block of the softmax: 4 MiB of fp32, which malloc keeps where 16 MiB go back to the system (measured)
+
+# Logits per block of the softmax: 4 MiB of fp32. malloc keeps such blocks for the next use and
+# gives blocks of 16 MiB back to the system (measured).
+BLOCK = 2**20
 
 
 @dataclass(frozen=True)
 class PerUser:
-    """What differs between the users of a batch besides their prompts: which items they may get, and a second scorer.
+    """What differs between the users of a batch besides their prompts.
 
-    With both, the guide should give nothing to items that the filter leaves out: a beam would follow their mass.
+    If both are given, the guidance should give nothing to items that the filter leaves out. Else
+    hypotheses would follow the mass of these items.
     """
 
     item_filter: ItemFilter | None = None
+    """The items that each user may get."""
     guidance: Guidance | None = None
+    """A second scorer's probabilities."""
 
 
-class Growing:
-    """A one-dimensional tensor that is appended to; its memory doubles when it is full."""
+class GrowableArray:
+    """A one-dimensional tensor to which values are appended; its memory doubles when it is full."""
 
-    def __init__(self, dtype: torch.dtype, device):
-        self.memory, self.size = torch.empty(1024, dtype=dtype, device=device), 0
+    def __init__(self, dtype: torch.dtype, device: torch.device):
+        self.memory = torch.empty(1024, dtype=dtype, device=device)
+        self.size = 0
 
     def append(self, values: torch.Tensor) -> None:
         """Add `values` (n,) at the end."""
@@ -52,89 +63,164 @@ class Growing:
 
     @property
     def values(self) -> torch.Tensor:
-        """A view of what is there."""
+        """A view of the values so far."""
         return self.memory[: self.size]
 
 
-class ExpandedTree:
-    """Rows (expanded trie nodes of a user) and the edges to their children, as growing flat arrays.
+class Frontier:
+    """Expanded nodes and the edges below them, as growable flat arrays.
 
-    Row d: `node`, `user`, `run` (of the prompt tree), its edges first_edge[d] … first_edge[d] + num_edges[d] − 1. Edge e:
-    `child` node, `logprob` (float32, nats), `owner` row, and `row`, the row of the child or −1 while that is not expanded.
-    Children that the user may not get are left out. Edges 0 … B − 1 lead into the roots.
+    A trie node of one user is *expanded* when the model has given the logits behind it. Expanded
+    node x has the arrays `node` (in the trie), `user`, `run` (of the prompt tree), `first_edge` and
+    `num_edges`: its edges are first_edge[x] … first_edge[x] + num_edges[x] − 1.
+
+    Edge e has `child` (the trie node that it leads to), `logprob` (float32, nats), `bonus`
+    (float32, nats: what prior and guidance add), `above` (the expanded node at which it begins) and
+    `below` (the expanded node that it leads to, or −1 while its child is not expanded). Edges to
+    items that the user may not get are left out. Edges 0 … B − 1 lead to the users' roots.
+
+    Args:
+        tree: a prefilled prompt tree of B users.
+        trie: the catalogue's trie on the tree's device.
+        scoring: how a path is scored, on the same device.
+        per_user: item filter and guidance of the users.
+
+    Attributes:
+        passes: int64 (B,), passes through the model in which the user had tokens; the prompt's pass
+            is not counted.
+        positions: int64 (B,), tokens of the user in these passes.
     """
 
-    def __init__(self, tree, trie: SearchTrie, scoring: Scoring, per_user: PerUser):
+    def __init__(self, tree: PromptTree, trie: SearchTrie, scoring: Scoring, per_user: PerUser):
         self.tree, self.trie, self.scoring, self.per_user = tree, trie, scoring, per_user
-        device = tree.prompt_logits.device
-        num_users = len(tree.prompt_logits)
-        self.node, self.user, self.run, self.first_edge, self.num_edges = (
-            Growing(torch.int64, device) for _ in range(5)
-        )
-        self.child, self.owner, self.row = (Growing(torch.int32, device) for _ in range(3))
-        self.logprob, self.bonus = (Growing(torch.float32, device) for _ in range(2))
-        # n^p of every length: one table, so that a score is the same wherever it is computed, to the bit.
+        num_users, device = len(tree.prompt_logits), tree.prompt_logits.device
+
+        self.node = GrowableArray(torch.int64, device)
+        self.user = GrowableArray(torch.int64, device)
+        self.run = GrowableArray(torch.int64, device)
+        self.first_edge = GrowableArray(torch.int64, device)
+        self.num_edges = GrowableArray(torch.int64, device)
+
+        self.child = GrowableArray(torch.int32, device)
+        self.above = GrowableArray(torch.int32, device)
+        self.below = GrowableArray(torch.int32, device)
+        self.logprob = GrowableArray(torch.float32, device)
+        self.bonus = GrowableArray(torch.float32, device)
+
+        # n^p of every length comes from one table, so that a score is the same to the bit wherever
+        # it is computed.
         lengths = torch.arange(int(trie.longest[0]) + 1, dtype=torch.float64)
         self.length_power = (lengths**scoring.length_penalty).float().to(device)
-        self.passes, self.positions = (
-            torch.zeros(num_users, dtype=torch.int64, device=device) for _ in range(2)
-        )
+        self.passes = torch.zeros(num_users, dtype=torch.int64, device=device)
+        self.positions = torch.zeros(num_users, dtype=torch.int64, device=device)
+
+        # The users' roots are expanded: the prompts have been read.
         users = torch.arange(num_users, device=device)
         nothing = torch.zeros(num_users, device=device)
         self._append_edges(torch.zeros_like(users), users, nothing, nothing)
-        self._append_rows(torch.zeros_like(users), users, users, tree.prompt_logits)
-        self.row.values[users] = users.int()
+        self._append_expanded(torch.zeros_like(users), users, users, tree.prompt_logits)
+        self.below.values[users] = users.int()
 
-    def children(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (index in `rows`, edge), each (E,) int64, of all edges below `rows` (R,), in order of row and token."""
-        return ragged(self.first_edge.values[rows], self.num_edges.values[rows])
+    def is_expanded(self, edges: torch.Tensor) -> torch.Tensor:
+        """Return whether the child of each edge is expanded, bool, of the shape of `edges`."""
+        return self.below.values[edges] >= 0
+
+    def children(self, edges: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the edges that begin where `edges` (R,) end; all of these must be expanded.
+
+        Returns:
+            The index in `edges` of each, and the edge, each int64 (E,), in order of index and
+            token.
+        """
+        expanded = self.below.values[edges].long()
+        return ragged_rows(self.first_edge.values[expanded], self.num_edges.values[expanded])
+
+    def node_below(self, edges: torch.Tensor) -> torch.Tensor:
+        """Return the trie node that each edge leads to, int64, of the shape of `edges`."""
+        return self.child.values[edges].long()
 
     def expand(self, edges: torch.Tensor, pass_positions: int) -> None:
-        """Send the children of `edges` (Q,) and their forced runs through the model, as many as `pass_positions` tokens allow.
+        """Send the children of `edges` and their forced tokens through the model, in one pass.
 
-        What does not fit is left unexpanded: earlier edges go first. With Q = 0 an idle pass is made.
+        Edges for which `pass_positions` tokens are not enough stay unexpanded; earlier edges go
+        first. Without edges the model makes an idle pass.
+
+        Args:
+            edges: int64 (Q,), whose children are not expanded.
+            pass_positions: the most tokens of the pass.
         """
-        child = self.child.values[edges].long()
+        # A run is a child and up to LOOKAHEAD forced tokens below it. Take as many as fit.
+        child = self.node_below(edges)
         length = (1 + self.trie.forced[child].long().clamp(max=LOOKAHEAD)).clamp(max=pass_positions)
         fits = length.cumsum(0) <= pass_positions
         edges, child, length = edges[fits], child[fits], length[fits]
-        run, _ = ragged(torch.zeros_like(length), length)
-        first = length.cumsum(0) - length
-        node = torch.empty_like(run)
-        for step in range(int(length.max()) if len(length) else 0):
-            going = length > step
-            child, first, length = child[going], first[going], length[going]
-            node[first + step] = child
-            child = self.trie.child_begin[child].long()
-        owner = self.owner.values[edges].long()
-        parent = self.run.values[owner]
+        run, node = self._run_nodes(child, length)
+
+        above = self.above.values[edges].long()
         lengths = torch.bincount(run, minlength=len(edges))
-        logits, number = self.tree.extend(parent, lengths, self.trie.token[node].long())
+        logits, number = self.tree.extend(
+            self.run.values[above], lengths, self.trie.token[node].long()
+        )
         if not len(edges):
             return
-        user = self.user.values[owner]
+
+        user = self.user.values[above]
         self.passes[user.unique()] += 1
         self.positions += torch.bincount(
             user, weights=lengths.double(), minlength=len(self.positions)
         ).long()
-        first_row, first = self.node.size, lengths.cumsum(0) - lengths
-        self.row.values[edges] = (first_row + first).int()
-        self._append_rows(node, user[run], number[run], logits)
+
+        # Add the expanded nodes, and note at each edge that leads to one of them which it is.
+        begin, first = self.node.size, lengths.cumsum(0) - lengths
+        self.below.values[edges] = (begin + first).int()
+        self._append_expanded(node, user[run], number[run], logits)
         inside = torch.ones_like(run, dtype=torch.bool)
-        inside[first + lengths - 1] = False
-        rows = first_row + inside.nonzero()[:, 0]
-        self.row.values[self.first_edge.values[rows]] = (rows + 1).int()
+        inside[first + lengths - 1] = False  # the edges below the last node of a run are open
+        expanded = begin + inside.nonzero()[:, 0]
+        self.below.values[self.first_edge.values[expanded]] = (expanded + 1).int()
 
     def per_length(self, score: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
         """Return S / n^p, float32, of scores and lengths (any integer type) of one shape."""
         return score / self.length_power[length.long()]
 
     def increments(self, edges: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """Return w_d·log p and what prior and guidance add, float32 (E,), of `edges` with these `weights` (E,) (IGD Eq. 8)."""
+        """Return w_d·log p and what prior and guidance add, float32 (E,) (IGD Eq. 8).
+
+        Args:
+            edges: int64 (E,).
+            weights: float32 (E,), w_d of each.
+        """
         return weights * self.logprob.values[edges] + self.bonus.values[edges]
 
-    def _append_rows(self, node, user, run, logits) -> None:
-        """Add rows with their edges; logits (D, V) of the token behind each."""
+    def _run_nodes(
+        self, child: torch.Tensor, length: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the run and the trie node of each of T tokens, int64 (T,).
+
+        Args:
+            child: int64 (Q,), the first node of each run; the others are only children below it.
+            length: int64 (Q,), tokens per run.
+        """
+        run, _ = ragged_rows(torch.zeros_like(length), length)
+        node = torch.empty_like(run)
+        first = length.cumsum(0) - length
+        for step in range(int(length.max()) if len(length) else 0):
+            going = length > step
+            child, first, length = child[going], first[going], length[going]
+            node[first + step] = child
+            child = self.trie.child_begin[child].long()
+        return run, node
+
+    def _append_expanded(
+        self, node: torch.Tensor, user: torch.Tensor, run: torch.Tensor, logits: torch.Tensor
+    ) -> None:
+        """Add expanded nodes and the edges below them.
+
+        Args:
+            node, user, run: int64 (X,).
+            logits: (X, V), behind the node's token.
+        """
+        # The children that the user may get, with their log-probabilities.
         row, child = self.trie.children(node)
         if self.per_user.item_filter is not None:
             allowed = self.per_user.item_filter.allows(user[row], child)
@@ -144,18 +230,17 @@ class ExpandedTree:
             raise UsageError(
                 "the model's logits are NaN or infinite: check its weights, or run it in float32"
             )
+
+        # What prior and guidance add; a child without guidance mass is no candidate.
         bonus = torch.zeros_like(logprob)
         if self.scoring.prior is not None:
             bonus += self.scoring.prior[child]
         if self.per_user.guidance is not None:
             bonus += self.per_user.guidance.increments(user[row], node[row], child)
             possible = bonus > -torch.inf
-            row, child, logprob, bonus = (
-                row[possible],
-                child[possible],
-                logprob[possible],
-                bonus[possible],
-            )
+            row, child = row[possible], child[possible]
+            logprob, bonus = logprob[possible], bonus[possible]
+
         count = torch.bincount(row, minlength=len(node))
         self.first_edge.append(self.child.size + count.cumsum(0) - count)
         self.num_edges.append(count)
@@ -164,34 +249,63 @@ class ExpandedTree:
         self.user.append(user)
         self.run.append(run)
 
-    def _append_edges(self, child, owner, logprob, bonus) -> None:
+    def _append_edges(
+        self, child: torch.Tensor, above: torch.Tensor, logprob: torch.Tensor, bonus: torch.Tensor
+    ) -> None:
+        """Add edges whose children are not expanded; all arguments (E,)."""
         self.child.append(child)
-        self.owner.append(owner)
-        self.row.append(torch.full_like(child, -1))
+        self.above.append(above)
+        self.below.append(torch.full_like(child, -1))
         self.logprob.append(logprob)
         self.bonus.append(bonus)
 
-    def _logprob(self, logits, row, token) -> torch.Tensor:
-        """Return log p, float32 (E,), of `token` (E,) behind `row` (E,), over the full vocabulary or the row's tokens alone."""
-        temperature = self.scoring.temperature
-        if self.scoring.masked_softmax:
-            wanted = logits[row, token].float() / temperature
-            highest = wanted.new_full((len(logits),), -torch.inf).scatter_reduce(
-                0, row, wanted, "amax"
-            )
-            mass = wanted.new_zeros(len(logits)).scatter_add(0, row, (wanted - highest[row]).exp())
-            return wanted - highest[row] - mass.log()[row]
-        # log_softmax rather than logit − logsumexp: one fused pass, and rounded like Hugging Face's scores. In blocks of rows
-        # whose memory is used again: fresh memory for all rows at once costs more than the arithmetic.
-        rows = max(1, BLOCK // logits.shape[1])
-        cuts = torch.searchsorted(
-            row, torch.arange(0, len(logits) + rows, rows, device=row.device)
-        ).tolist()
-        logprob = []
-        for number, (begin, end) in enumerate(itertools.pairwise(cuts)):
-            block = logits[number * rows : (number + 1) * rows]
-            if temperature != 1:
-                block = block.float() / temperature
-            block = torch.log_softmax(block, dim=-1, dtype=torch.float32)
-            logprob.append(block[row[begin:end] - number * rows, token[begin:end]])
-        return torch.cat(logprob)
+    def _logprob(
+        self, logits: torch.Tensor, row: torch.Tensor, token: torch.Tensor
+    ) -> torch.Tensor:
+        """Return log p of `token` (E,) behind row `row` (E,) of `logits` (X, V), float32 (E,)."""
+        softmax = masked_logprob if self.scoring.masked_softmax else full_logprob
+        return softmax(logits, row, token, self.scoring.temperature)
+
+
+def full_logprob(
+    logits: torch.Tensor, row: torch.Tensor, token: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """Return log softmax(logits / T) over the vocabulary, at (row, token), float32 (E,).
+
+    It works on blocks of rows whose memory is used again: fresh memory for all rows at once costs
+    more than the arithmetic. It calls log_softmax instead of computing logit − logsumexp: one fused
+    pass, rounded like Hugging Face's scores.
+
+    Args:
+        logits: (X, V), in the model's dtype.
+        row: int64 (E,), ascending.
+        token: int64 (E,).
+        temperature: T.
+    """
+    rows = max(1, BLOCK // logits.shape[1])
+    cuts = torch.searchsorted(
+        row, torch.arange(0, len(logits) + rows, rows, device=row.device)
+    ).tolist()
+
+    logprob = []
+    for number, (begin, end) in enumerate(itertools.pairwise(cuts)):
+        block = logits[number * rows : (number + 1) * rows]
+        if temperature != 1:
+            block = block.float() / temperature
+        block = torch.log_softmax(block, dim=-1, dtype=torch.float32)
+        logprob.append(block[row[begin:end] - number * rows, token[begin:end]])
+    return torch.cat(logprob)
+
+
+def masked_logprob(
+    logits: torch.Tensor, row: torch.Tensor, token: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """Return log softmax(logits / T) over the tokens of each row alone, float32 (E,) (MSL).
+
+    The arguments are those of `full_logprob`.
+    """
+    wanted = logits[row, token].float() / temperature
+    highest = wanted.new_full((len(logits),), -torch.inf)
+    highest = highest.scatter_reduce(0, row, wanted, "amax")
+    mass = wanted.new_zeros(len(logits)).scatter_add(0, row, (wanted - highest[row]).exp())
+    return wanted - highest[row] - mass.log()[row]

@@ -1,53 +1,72 @@
-"""How a path is scored: the table `DECODING_RULES`, weights of log-probabilities (IGD Eq. 8, 9), penalties and priors.
+"""How a path is scored: weights of log-probabilities (IGD Eq. 8, 9), length penalty and prior.
 
-Letters in shapes: M trie nodes (edge e is its child node e, entry 0 of an array over edges means nothing), E candidate edges.
+Letters in shapes: M trie nodes, E candidate edges. An edge is numbered like its child node, so an
+array over edges is (M,) and its entry 0 has no meaning.
 """
 
+from __future__ import annotations
+
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from igd_ds.config.search import ScoringOptions
+from igd_ds.contracts import Likelihood
 from igd_ds.errors import UsageError
 from igd_ds.items.decisiveness import normalised_gain
 from igd_ds.items.trie import TokenTrie
 
-SOFTMAXES = ("full", "masked")
-# Training targets that the popularity prior grants every item, so that cold ones keep a share. Assumed: Laplace's rule.
+SOFTMAXES = ("auto", "full", "masked")
+
+# Training targets that the popularity prior grants every item, so that cold items keep a share.
+# Assumed: Laplace's rule.
 SMOOTHING = 1.0
 
 
-def per_node(trie, gain: np.ndarray) -> np.ndarray:
-    """Min-max over the siblings that training has seen; cold siblings get 0, as do siblings that all gain the same (Eq. 8)."""
+def per_node(trie: TokenTrie, gain: np.ndarray) -> np.ndarray:
+    """Return ĨG: min-max over the siblings that have training targets (IGD Eq. 8).
+
+    Cold siblings get 0. So do siblings that all gain the same.
+    """
     return normalised_gain(trie, gain, cold="zero")
 
 
-def raw(trie, gain: np.ndarray) -> np.ndarray:
-    """Min-max over all siblings. A cold child has the largest gain of all, so α favours cold branches: for comparison only."""
+def raw(trie: TokenTrie, gain: np.ndarray) -> np.ndarray:
+    """Return ĨG: min-max over all siblings.
+
+    A cold child has the largest gain of all, so α favours cold branches. For comparison only.
+    """
     return normalised_gain(trie, gain, cold="raw")
 
 
-def reference(trie, gain: np.ndarray) -> np.ndarray:
-    """As `per-node` with the published code's 1e-7 in the denominator, which shrinks ĨG where siblings differ by as little."""
+def reference(trie: TokenTrie, gain: np.ndarray) -> np.ndarray:
+    """Return ĨG as `per_node`, with the published code's 1e-7 in the denominator.
+
+    It shrinks ĨG where siblings differ by as little as 1e-7.
+    """
     return normalised_gain(trie, gain, cold="zero", epsilon=1e-7)
 
 
-def pooled(trie, gain: np.ndarray) -> np.ndarray:
-    """Gains in nats, NaN on cold edges; the search takes min and max over all children of a step's live beams (Eq. 8)."""
+def pooled(trie: TokenTrie, gain: np.ndarray) -> np.ndarray:
+    """Return the gains themselves, NaN on cold edges.
+
+    The search then takes min and max over all children of a step's live hypotheses (IGD Eq. 8).
+    """
     return np.where(trie.train_count > 0, gain, np.nan)
 
 
 @dataclass(frozen=True)
 class DecodingRule:
-    """How ĨG comes about. edge_gain: function(trie, gain (M,) in nats) -> float (M,).
-
-    It returns ĨG in [0, 1], or, where `per_step`, what each step of a search normalises over its own candidates.
-    """
+    """How the normalised gain ĨG of an edge comes about."""
 
     edge_gain: Callable[[TokenTrie, np.ndarray], np.ndarray]
+    """Function (trie, gain (M,)) → float (M,): ĨG in [0, 1], or, if `per_step`, gains that each
+    step of a search normalises over its own candidates."""
     per_step: bool = False
+    """Whether ĨG depends on the step's candidates."""
 
 
 DECODING_RULES = {
@@ -58,36 +77,41 @@ DECODING_RULES = {
 }
 
 
-def edge_weights(trie, gain: np.ndarray, rule: str, alpha: float) -> np.ndarray:
-    """Return w_d = 1 − α·ĨG of every trie edge (Eq. 9).
+def edge_weights(trie: TokenTrie, gain: np.ndarray, rule: str, alpha: float) -> np.ndarray:
+    """Return w_d = 1 − α·ĨG of every trie edge, float32 (M,) in [0, 1] (IGD Eq. 9).
 
     Args:
-        trie: TokenTrie with M nodes; edge e is its child node e, entry 0 is unused.
-        gain: information gain per edge in nats, (M,).
-        rule: name in DECODING_RULES, of a rule that gives every edge one weight.
-        alpha: α in [0, 1]; 0 gives plain beam search (all weights 1).
-
-    Returns:
-        float32 (M,), each in [0, 1].
+        trie: the catalogue's trie, M nodes.
+        gain: a measure of decisiveness per edge, (M,).
+        rule: a name in DECODING_RULES, of a rule that gives every edge one weight.
+        alpha: α in [0, 1]; 0 gives plain beam search (all weights are 1).
 
     Raises:
-        ValueError: unknown rule, `pooled`, or α outside [0, 1].
+        UsageError: an unknown rule, `pooled`, or an α outside [0, 1].
+
+    Example:
+        >>> weights = edge_weights(stored.trie, stored.gain, "per-node", alpha=0.2)
     """
     if _rule(rule).per_step:
         raise UsageError(
-            f"decoding rule '{rule}' has no weight per edge, it depends on the beams of a step: use 'per-node'"
+            f"decoding rule '{rule}' has no weight per edge, it depends on the hypotheses of a "
+            "step: use 'per-node'"
         )
-    _check_alpha(alpha)
+    ScoringOptions(alpha=(alpha,)).check()
     if alpha == 0:
         return np.ones(len(gain), np.float32)
     return (1 - alpha * DECODING_RULES[rule].edge_gain(trie, gain)).astype(np.float32)
 
 
 def popularity_logshare(trie: TokenTrie) -> np.ndarray:
-    """Return log of each child's share of its parent's smoothed training targets, float64 (M,), ≤ 0; 0 at the root.
+    """Return the log of each child's share of its parent's smoothed training targets.
 
-    ln (n_c + s·items_c) / (n_v + s·items_v), s = SMOOTHING targets per item. Shares of siblings add up to 1 and shares along a
-    path multiply to the leaf's share of all targets: a popularity prior over items, split over their tokens.
+    ln (n_c + s·items_c) / (n_v + s·items_v), with s = SMOOTHING targets per item. The shares of
+    siblings add up to 1. The shares along a path multiply to the leaf's share of all targets: this
+    is a popularity prior over items, split over their tokens.
+
+    Returns:
+        float64 (M,), at most 0; 0 at the root.
     """
     mass = trie.train_count + SMOOTHING * trie.num_items
     share = np.zeros(trie.num_nodes)
@@ -96,97 +120,108 @@ def popularity_logshare(trie: TokenTrie) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class ScoringOptions:
-    """What a user chooses about scores; the evaluator's settings of the same names."""
-
-    decoding_rule: str = "per-node"
-    """How gains are normalised: a name in DECODING_RULES."""
-    alpha: Sequence[float] = (0.0,)
-    """Values of α in [0, 1], each once, all decoded from one prefill; 0 is plain beam search (Eq. 9)."""
-    length_penalty: float = 0.0
-    """p ≥ 0 in S / n^p, n tokens with EOS: 0 as D3, 1 as BIGRec."""
-    softmax: str = "full"
-    """What log p is normalised over: the "full" vocabulary, or the trie's children alone, "masked" (MSL)."""
-    temperature: float = 1.0
-    """T > 0 in log softmax(logits / T)."""
-    popularity_prior: float = 0.0
-    """γ ≥ 0, times `popularity_logshare`, is added to the scores; 0: no prior."""
-
-
-@dataclass(frozen=True)
 class Scoring:
-    """All about scores that is the same for every user of a run: S(y_≤t) = S(y_<t) + w_d·log p(y_t) + prior; final S / n^p.
+    """The part of a path's score that is the same for all users of an evaluation.
 
-    No increment is positive, so S never rises along a path, whatever the options.
+    S(y_≤t) = S(y_<t) + w_d·log p(y_t) + prior. The final score is S / n^p for n tokens with EOS. No
+    increment is positive, so S never rises along a path, whatever the options.
     """
 
     name: str
     """Name of the decoding rule."""
     gain: torch.Tensor
-    """float32 (M,) on the search's device: ĨG in [0, 1]; with `pooled` the gain in nats, NaN on cold edges."""
+    """float32 (M,) on the search's device: ĨG in [0, 1]. With `pooled` it is the gain itself, NaN
+    on cold edges."""
     pooled: bool
-    """ĨG depends on the step's beams: weights come from `pooled_weights`, not from `weights`."""
+    """Whether ĨG depends on the step's hypotheses: weights come from `pooled_weights`, not from
+    `weights`."""
     alphas: tuple[float, ...]
-    """Values of α, each in [0, 1], none twice."""
+    """Values of α, each in [0, 1] and given once."""
     length_penalty: float
     """p ≥ 0."""
     masked_softmax: bool
-    """log p is over the children of the beam's node in place of the vocabulary."""
+    """Whether log p is normalised over the children of the hypothesis' node instead of the
+    vocabulary."""
     temperature: float
     """T > 0: log p = log softmax(logits / T)."""
     prior: torch.Tensor | None
-    """float32 (M,), ≤ 0, in nats: what the popularity prior adds on each edge; None without one."""
+    """float32 (M,), at most 0, in nats: what the popularity prior adds on each edge, or None."""
 
     @classmethod
     def build(
-        cls, trie: TokenTrie, gain: np.ndarray, options, device: torch.device | str = "cpu"
-    ) -> "Scoring":
+        cls,
+        trie: TokenTrie,
+        gain: np.ndarray,
+        options: ScoringOptions,
+        device: torch.device | str = "cpu",
+        likelihood: Likelihood = Likelihood(),  # noqa: B008
+    ) -> Scoring:
         """Check the options and lay out what they mean for every edge.
 
         Args:
-            trie: TokenTrie of M nodes (numpy arrays).
-            gain: information gain per edge in nats, (M,).
-            options: ScoringOptions, or anything with its attributes, such as EvalConfig.
-            device: where the search runs.
+            trie: the catalogue's trie, M nodes.
+            gain: a measure of decisiveness per edge, (M,).
+            options: what the user asks for.
+            device: where the search takes place.
+            likelihood: how the model was trained; the softmax "auto" and the temperature None take
+                their values from it.
 
         Raises:
-            ValueError: an option that is unknown or out of its range, by the name of its flag.
+            UsageError: an option that is unknown or out of its range.
+
+        Example:
+            >>> options = ScoringOptions(alpha=(0.0, 0.2))
+            >>> scoring = Scoring.build(stored.trie, stored.gain, options, "cuda")
         """
-        _check_options(options)
+        options.check()
         rule = _rule(options.decoding_rule)
-        prior = (
-            options.popularity_prior * popularity_logshare(trie)
-            if options.popularity_prior
-            else None
-        )
+        if options.softmax not in SOFTMAXES:
+            raise UsageError(
+                f"unknown --softmax '{options.softmax}': known are {', '.join(SOFTMAXES)}"
+            )
+        softmax = likelihood.softmax if options.softmax == "auto" else options.softmax
+        temperature = options.temperature
+        if temperature is None:
+            temperature = likelihood.temperature
+
+        prior = None
+        if options.popularity_prior:
+            prior = _on_device(options.popularity_prior * popularity_logshare(trie), device)
+
         return cls(
             name=options.decoding_rule,
             gain=_on_device(rule.edge_gain(trie, gain), device),
             pooled=rule.per_step,
             alphas=tuple(float(alpha) for alpha in options.alpha),
             length_penalty=float(options.length_penalty),
-            masked_softmax=options.softmax == "masked",
-            temperature=options.temperature,
-            prior=None if prior is None else _on_device(prior, device),
+            masked_softmax=softmax == "masked",
+            temperature=float(temperature),
+            prior=prior,
         )
 
     def weights(self, alpha: torch.Tensor, child: torch.Tensor) -> torch.Tensor:
-        """Return w_d = 1 − α·ĨG in [0, 1] (Eq. 9), float32 (E,), of edges `child` (E,) under `alpha`, float32 (E,)."""
-        assert not self.pooled, "pooled weights need the step's beams: pooled_weights"
-        return 1 - alpha * self.gain[child]
-
-    def pooled_weights(
-        self, alpha: torch.Tensor, child: torch.Tensor, lane: torch.Tensor, num_lanes: int
-    ) -> torch.Tensor:
-        """Return w_d = 1 − α·ĨG, ĨG min-max normalised over the warm edges of the same lane: rule `pooled`.
-
-        Cold edges weigh 1, and so do all edges of a lane whose gains are equal within fp32 rounding.
+        """Return w_d = 1 − α·ĨG in [0, 1], float32 (E,) (IGD Eq. 9).
 
         Args:
             alpha: float32 (E,).
-            child: int64 (E,), all children of all live beams.
-            lane: int64 (E,) in [0, num_lanes): edges of one search, that is of one user and one α, share a lane.
-            num_lanes: lanes there are; one may have no edge.
+            child: int64 (E,), the edges' child nodes.
+        """
+        assert not self.pooled, "pooled weights depend on the step's hypotheses: pooled_weights"
+        return 1 - alpha * self.gain[child]
+
+    def pooled_weights(
+        self, alpha: torch.Tensor, child: torch.Tensor, pair: torch.Tensor, num_pairs: int
+    ) -> torch.Tensor:
+        """Return w_d = 1 − α·ĨG with ĨG min-max normalised over each pair's warm edges.
+
+        A pair is one user at one α. Cold edges weigh 1. So do all edges of a pair whose gains are
+        equal within fp32 rounding.
+
+        Args:
+            alpha: float32 (E,).
+            child: int64 (E,), all children of all live hypotheses.
+            pair: int64 (E,) in [0, num_pairs), the pair to which each edge belongs.
+            num_pairs: how many pairs there are; a pair may have no edge.
 
         Returns:
             float32 (E,), each in [0, 1].
@@ -194,30 +229,30 @@ class Scoring:
         assert self.pooled, f"rule '{self.name}' gives every edge one weight: weights"
         gain = self.gain[child]
         warm = ~gain.isnan()
-        low = gain.new_full((num_lanes,), torch.inf).scatter_reduce(
-            0, lane, gain.where(warm, torch.inf), "amin"
-        )
-        high = gain.new_full((num_lanes,), -torch.inf).scatter_reduce(
-            0, lane, gain.where(warm, -torch.inf), "amax"
-        )
-        # As in `normalised_gain`: gains that rounding alone tells apart are equal, or min-max would blow the noise up.
-        tolerance = (
-            2 * torch.finfo(torch.float32).eps * torch.maximum(low.abs(), high.abs()) + 1e-13
-        )
+
+        low = gain.new_full((num_pairs,), torch.inf)
+        low = low.scatter_reduce(0, pair, gain.where(warm, torch.inf), "amin")
+        high = gain.new_full((num_pairs,), -torch.inf)
+        high = high.scatter_reduce(0, pair, gain.where(warm, -torch.inf), "amax")
+
+        # Gains that differ by rounding alone count as equal, as in `normalised_gain`. Min-max would
+        # blow the noise up to the full range.
+        largest = torch.maximum(low.abs(), high.abs())
+        tolerance = 2 * torch.finfo(torch.float32).eps * largest + 1e-13
         differ = high - low > tolerance
-        normalised = (gain - low[lane]) / (high - low)[lane]
-        return 1 - alpha * normalised.where(warm & differ[lane], 0.0)
+        normalised = (gain - low[pair]) / (high - low)[pair]
+        return 1 - alpha * normalised.where(warm & differ[pair], 0.0)
 
     def refuse_exact(self) -> None:
-        """Raise ValueError, by name, for a rule under which no prefix can be bounded on its own."""
+        """Raise UsageError if the decoding rule gives an unfinished path no bound of its own."""
         if self.pooled:
             raise UsageError(
-                f"--decoding_rule {self.name} depends on which beams are alive, so an exact search has nothing to prove: "
-                f"use --search beam, or a rule per node"
+                f"--decoding_rule {self.name} depends on which beams are alive, so an exact search "
+                "has no bounds with which to prove anything: use --search beam, or a rule per node"
             )
 
 
-def _on_device(values: np.ndarray, device) -> torch.Tensor:
+def _on_device(values: np.ndarray, device: torch.device | str) -> torch.Tensor:
     return torch.from_numpy(values.astype(np.float32)).to(device)
 
 
@@ -229,26 +264,3 @@ def _rule(name: str) -> DecodingRule:
             f"unknown --decoding_rule '{name}': known are {', '.join(DECODING_RULES)}.{hint}"
         )
     return DECODING_RULES[name]
-
-
-def _check_alpha(alpha: float) -> None:
-    if not 0 <= alpha <= 1:
-        raise UsageError(f"--alpha must lie in [0, 1], found {alpha}")
-
-
-def _check_options(options) -> None:
-    for alpha in options.alpha:
-        _check_alpha(alpha)
-    if not options.alpha or len(set(options.alpha)) != len(options.alpha):
-        raise UsageError(
-            f"--alpha needs at least one value and none twice, found {list(options.alpha)}"
-        )
-    if options.softmax not in SOFTMAXES:
-        raise UsageError(f"unknown --softmax '{options.softmax}': known are {', '.join(SOFTMAXES)}")
-    if not 0 < options.temperature < np.inf:
-        raise UsageError(f"--temperature must be positive and finite, found {options.temperature}")
-    for name in ("length_penalty", "popularity_prior"):
-        if not 0 <= getattr(options, name) < np.inf:
-            raise UsageError(
-                f"--{name} must not be negative, and finite, found {getattr(options, name)}"
-            )
