@@ -25,7 +25,7 @@ COMMANDS = {
     "train": ("igd_ds.train", "train a generative recommender"),
     "baseline": ("igd_ds.baseline", "train and evaluate a sequential baseline"),
     "eval": ("igd_ds.eval", "rank the whole catalogue and measure the lists"),
-    "sweep": ("igd_ds.studies.sweep", "a table of trainings and evaluations"),
+    "sweep": ("igd_ds.commands.sweep", "a table of trainings and evaluations"),
     "report": ("igd_ds.commands.report", "tables and figures of finished runs"),
 }
 

@@ -1,62 +1,73 @@
-"""Make the report of some runs: both papers' tables and figures with statistics, as one page, Markdown, CSV, LaTeX, PNG and SVG.
+"""Make the report of some runs: tables, figures and significance tests of both papers.
 
-    igd report runs/demo -o runs/demo-report
-    igd report runs/demo --baseline SASRec -o …   # held against SASRec in place of uniform
-    igd report REPORT/data -o REPORT2    # the same report again, from the numbers that a report keeps
+    igd report runs/demo --output runs/demo-report
+    igd report runs/demo --baseline SASRec --output …   # compare with SASRec instead of uniform
+    igd report REPORT/data --output REPORT2             # the same report from its stored numbers
 
-The main results are printed too. Runs that are not whole are listed with the reason and left out of every mean.
+The report is one page, and the same as Markdown, CSV, LaTeX, PNG and SVG. The main results are also
+printed. Incomplete runs are listed with the reason and are left out of every mean.
 """
 
 import argparse
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from igd_ds import distributed
 from igd_ds.errors import UsageError
-from igd_ds.studies.report.folders import read_runs
 from igd_ds.studies.report.pages import check_folder, left_out, render
-from igd_ds.studies.report.study import BASELINE, Study, load
+from igd_ds.studies.report.runs import read_runs
+from igd_ds.studies.report.study import REFERENCE, Study, load
 
 
-def read(folders: list[Path], examples: int) -> tuple[Study, bool]:
-    """Return the study of some folders, and whether it was stored; ValueError for a stored one among others."""
+def read(folders: Sequence[Path], examples: int) -> tuple[Study, bool]:
+    """Return the study of some folders, and whether it was read from a report.
+
+    Raises:
+        UsageError: the stored study of a report is given together with other folders.
+    """
     stored = [folder for folder in folders if (folder / "study.json").is_file()]
     if stored and len(folders) > 1:
         raise UsageError(
-            f"{stored[0]} is the stored study of a report: give it alone, or the runs that it is made of"
+            f"{stored[0]} is the stored study of a report: give it alone, or give the runs that it "
+            "was made of"
         )
     return (load(folders[0]), True) if stored else (read_runs(folders, examples), False)
 
 
-def against(study: Study, baseline: str | None) -> Study:
-    """Return the study with the baseline that it is to be held against; ValueError for a method that it has not."""
+def compared_with(study: Study, method: str | None) -> Study:
+    """Return the study with `method` as its reference; None keeps the one that it has.
+
+    Raises:
+        UsageError: the study has no run of this method.
+    """
+    if method is None:
+        return study
     known = list(dict.fromkeys(run.method for run in study.runs if run.method))
-    if baseline is not None and baseline not in known:
-        raise UsageError(
-            f"--baseline: no run is a '{baseline}'; these methods are there: {', '.join(known)}"
-        )
-    return replace(study, baseline=baseline or study.baseline)
+    if method not in known:
+        raise UsageError(f"--baseline: no run is a '{method}'; the methods are: {', '.join(known)}")
+    return replace(study, reference=method)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Read, write, say what is where and what was left out."""
-    argv = sys.argv[1:] if argv is None else argv
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="igd report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "runs",
         nargs="+",
         type=Path,
-        help="sweeps, run folders, folders of those; or the folder data of a report",
+        help="sweeps, run folders, folders of run folders, or the folder data of a report",
     )
     parser.add_argument(
         "-o",
         "--output",
         required=True,
         type=Path,
-        help="folder of the report: new, empty, or a report to replace",
+        help="folder of the report: new, empty, or a report that is replaced",
     )
     parser.add_argument(
         "--examples",
@@ -67,31 +78,40 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--baseline",
         metavar="METHOD",
-        help=f"what methods are held against, as the report calls it; default: {BASELINE}",
+        help="method that the others are compared with, by its name in the report; "
+        f"default: {REFERENCE}",
     )
     parser.add_argument(
         "--command",
         default="",
-        help="line that makes runs and report, printed in it; default: this one",
+        help="command line that makes runs and report, shown in it; default: this one",
     )
-    arguments = parser.parse_args(argv)
-    try:
-        check_folder(arguments.output)
-        study, is_stored = read(arguments.runs, arguments.examples)
-        study = against(study, arguments.baseline)
-        command = arguments.command or ("" if is_stored else shlex.join(["igd", "report", *argv]))
-        tables, figures = render(study, arguments.output, command)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Read the runs, write the report and print the main results; return the exit code.
+
+    Raises:
+        UsageError: bad input.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = parser().parse_args(argv)
+
+    check_folder(arguments.output)
+    study, is_stored = read(arguments.runs, arguments.examples)
+    study = compared_with(study, arguments.baseline)
+    command = arguments.command or ("" if is_stored else shlex.join(["igd", "report", *argv]))
+    tables, figures = render(study, arguments.output, command)
+
     for table in tables:
         if table.name.startswith("main-"):
             print(table.plain())
     for run in left_out(study):
-        print(f"not whole: {run.name} ({run.state}){': ' * bool(run.note)}{run.note}")
+        print(f"incomplete: {run.name} ({run.state}){f': {run.note}' if run.note else ''}")
     print(f"{len(tables)} tables and {len(figures)} figures: {arguments.output / 'index.html'}")
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    distributed.run(main)

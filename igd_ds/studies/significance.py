@@ -1,41 +1,61 @@
-"""What a difference between two methods is worth: mean ± sd over seeds, Mann–Whitney U over seeds, bootstrap over users, Holm.
+"""Statistics of a difference between two methods.
 
-Letters in shapes: R rows, U users.
+Means and standard deviations over seeds, the Mann–Whitney U test over seeds, the paired bootstrap
+over users, and Holm's correction. Letters in shapes: R rows, U users.
 """
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import scipy.stats
 
 from igd_ds.studies.report.study import METRIC, Run, Study
+from igd_ds.studies.rounding import mean_sd, on_grid
 
 LEVEL = 0.05
 RESAMPLES = 9999
-PERMUTATIONS = 99_999  # of seeds; all of them up to 9 against 9
-CUTOFF = 10  # of the NDCG that is tested, as METRIC says
+PERMUTATIONS = 99_999
+"""Permutations of the seeds in the U test; up to 9 against 9 seeds these are all of them."""
+CUTOFF = 10
+"""The k of the NDCG@k that is tested, as METRIC says."""
+
+
+class Bootstrap(NamedTuple):
+    """The 95 % interval of a difference of means, and the two-sided p."""
+
+    low: float
+    high: float
+    p: float
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A method against the baseline of its dataset and backbone: NDCG@10 on test at `Run.alpha`, over the seeds both have.
+    """A method compared with the reference of its dataset and backbone.
 
-    `relative` is the improvement of the mean. `seeds_p` is of Mann–Whitney's U over seeds, `seeds_smallest_p` the smallest one
-    that so few seeds can give. `low`, `high` and `users_p` are of the paired bootstrap over users: the difference's 95 % interval
-    and p; None where the rows' ranks are not known or of one user. `*_holm` are corrected over the comparisons of one dataset.
+    The figure is NDCG@10 on test at `Run.alpha`, over the seeds that both methods have.
+
+    Attributes:
+        relative: improvement of the mean over the reference, 0.1 for 10 %.
+        seeds_p: p of the Mann–Whitney U test over seeds.
+        seeds_smallest_p: the smallest p that so few seeds can give.
+        low, high, users_p: interval and p of the paired bootstrap over users; None where the ranks
+            of the rows are unknown or all rows belong to one user.
+        seeds_holm, users_holm: the p values corrected over the comparisons of one dataset.
     """
 
     dataset: str
     backbone: str
     method: str
-    baseline: str
+    reference: str
     seeds: list[int]
     mean: float
-    sd: float
-    baseline_mean: float
-    baseline_sd: float
+    sd: float | None
+    reference_mean: float
+    reference_sd: float | None
     relative: float | None
     seeds_p: float
     seeds_smallest_p: float
@@ -47,126 +67,173 @@ class Comparison:
 
     @property
     def significant(self) -> bool:
-        """Whether the corrected p of the bootstrap over users is below LEVEL: what a table's star says."""
+        """Whether the corrected p of the bootstrap is below LEVEL; tables mark it with a star."""
         return self.users_holm is not None and self.users_holm < LEVEL
 
 
-def mean_sd(values: list[float]) -> tuple[float, float | None]:
-    """Return mean and sample standard deviation (n − 1); None for the latter of a single value."""
-    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
+def relative(value: float, reference: float) -> float | None:
+    """Return value / reference − 1, or None where the reference is 0."""
+    return value / reference - 1 if reference else None
 
 
-def relative(value: float, baseline: float) -> float | None:
-    """Return value / baseline − 1, None where the baseline is 0."""
-    return value / baseline - 1 if baseline else None
+def mann_whitney(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:
+    """Return the two-sided p of the Mann–Whitney U test, and the smallest p of such samples.
 
-
-def mann_whitney(first: list[float], second: list[float]) -> tuple[float, float]:
-    """Return the two-sided p of Mann–Whitney's U, and the smallest p that samples of these sizes can give.
-
-    Exact, ties included: over all ways to deal the ranks, up to PERMUTATIONS. Three against three give 0.1 at best.
+    The test is exact, ties included: it goes through all ways to distribute the ranks, up to
+    PERMUTATIONS of them. Three against three values give 0.1 at best.
     """
     ranks = scipy.stats.rankdata([*first, *second])
-    p = scipy.stats.permutation_test(
-        (ranks[: len(first)], ranks[len(first) :]), lambda first, second, axis: first.sum(axis), permutation_type="independent",
-        vectorized=True, n_resamples=PERMUTATIONS, rng=np.random.default_rng(0),
-    ).pvalue  # fmt: skip
-    return float(p), 2 / math.comb(len(ranks), len(first))
+    tested = scipy.stats.permutation_test(
+        (ranks[: len(first)], ranks[len(first) :]),
+        lambda first, second, axis: first.sum(axis),
+        permutation_type="independent",
+        vectorized=True,
+        n_resamples=PERMUTATIONS,
+        rng=np.random.default_rng(0),
+    )
+    return float(tested.pvalue), 2 / math.comb(len(ranks), len(first))
 
 
-def bootstrap_over_users(
-    difference: np.ndarray, user: np.ndarray
-) -> tuple[float, float, float] | None:
-    """Return (low, high, p) of the mean of `difference` (R,): the 95 % percentile interval and a two-sided p.
+def bootstrap_over_users(difference: np.ndarray, user: np.ndarray) -> Bootstrap | None:
+    """Return interval and p of the mean of `difference`, from resamples of the users.
 
-    Users are resampled, each with all its rows, as a user's rows are not independent. p is twice the share of resamples on the
-    other side of 0, at least 2 / (RESAMPLES + 1). Seeded: equal input gives equal numbers. None of a single user, who tells
-    nothing about others.
+    A user is resampled with all rows, because the rows of a user are not independent. p is twice
+    the share of resamples on the other side of 0, and at least 2 / (RESAMPLES + 1). The random
+    numbers are seeded. The differences are rounded to 2⁻³², which makes their sums exact: equal
+    input gives equal numbers on every CPU, and a resample without a difference counts as 0.
+
+    Args:
+        difference: (R,) float64, between −1 and 1.
+        user: (R,) the user of each row.
+
+    Returns:
+        The percentile interval and p; None if all rows belong to one user.
     """
     users, index = np.unique(user, return_inverse=True)
     if len(users) < 2:
         return None
-    total, count = np.bincount(index, difference), np.bincount(index).astype(float)
+    difference = on_grid(difference)
     if not difference.any():
-        return 0.0, 0.0, 1.0
+        return Bootstrap(0.0, 0.0, 1.0)
+
+    total, count = np.bincount(index, difference), np.bincount(index).astype(float)
     found = scipy.stats.bootstrap(
-        (total, count), lambda total, count, axis: total.sum(axis) / count.sum(axis), n_resamples=RESAMPLES, paired=True,
-        vectorized=True, method="percentile", batch=500, rng=np.random.default_rng(0),
-    )  # fmt: skip
+        (total, count),
+        lambda total, count, axis: total.sum(axis) / count.sum(axis),
+        n_resamples=RESAMPLES,
+        paired=True,
+        vectorized=True,
+        method="percentile",
+        batch=500,
+        rng=np.random.default_rng(0),
+    )
+
     means = found.bootstrap_distribution
     other_side = 1 + min(np.sum(means <= 0), np.sum(means >= 0))
-    return (
-        float(found.confidence_interval.low),
-        float(found.confidence_interval.high),
-        float(min(1, 2 * other_side / (RESAMPLES + 1))),
+    interval = found.confidence_interval
+    return Bootstrap(
+        float(interval.low), float(interval.high), float(min(1, 2 * other_side / (RESAMPLES + 1)))
     )
 
 
-def holm(p: list[float]) -> list[float]:
-    """Return Holm's step-down correction: the k-th smallest of m p times m − k + 1, at least the one before it, at most 1."""
+def holm(p: Sequence[float]) -> list[float]:
+    """Return Holm's step-down correction of some p values, in their order.
+
+    The k-th smallest of m values is multiplied by m − k + 1; the result is at least the one before
+    it and at most 1.
+
+    Example:
+        >>> holm([0.01, 0.04])
+        [0.02, 0.04]
+    """
     order = np.argsort(p, kind="stable")
     corrected = np.maximum.accumulate(np.asarray(p, dtype=float)[order] * np.arange(len(p), 0, -1))
-    return np.minimum(corrected, 1)[np.argsort(order, kind="stable")].tolist()
+    restored: list[float] = np.minimum(corrected, 1)[np.argsort(order, kind="stable")].tolist()
+    return restored
 
 
 def ndcg(rank: np.ndarray) -> np.ndarray:
-    """Return each row's NDCG@10 (R,) from its target's rank, 0 where it is not listed."""
+    """Return the NDCG@10 of each row (R,) from its target's rank; 0 where it is not listed."""
     listed = (rank > 0) & (rank <= CUTOFF)
     return np.where(listed, 1 / np.log2(np.where(listed, rank, 1) + 1), 0.0)
 
 
 @functools.lru_cache(maxsize=64)  # tables and figures ask for the same ones
 def compare(study: Study, dataset: str) -> list[Comparison]:
-    """Return each tested method of a dataset against the study's baseline on the same rows and seeds, corrected over all of them.
+    """Compare each tested method of a dataset with the study's reference on the same rows and seeds.
 
-    The baseline is of the method's own backbone, or a recommender that does not generate. A method with one seed in common with
-    it is left out: there is no test of one run against one.
+    The reference is the one of the method's own backbone, or a baseline. A method that has only one
+    seed in common with it is left out, because one run cannot be tested against one. The p values
+    are corrected over all comparisons of the dataset.
     """
-    found, tested = (
-        [],
-        [run for run in study.runs if (run.dataset, run.state) == (dataset, "finished")],
-    )
+    found: list[Comparison] = []
+    tested = [run for run in study.runs if (run.dataset, run.state) == (dataset, "finished")]
+    users = study.rows.get(dataset, {}).get("test", {}).get("user")
+
     for backbone in dict.fromkeys(run.backbone for run in tested if not run.is_baseline):
         comparable = [run for run in tested if run.is_baseline or run.backbone == backbone]
-        baseline = {run.seed: run for run in comparable if run.method == study.baseline}
-        by_method = {}
+        reference = {run.seed: run for run in comparable if run.method == study.reference}
+        by_method: dict[str, dict[int, Run]] = {}
         for run in comparable:
-            if not run.is_baseline and run.method != study.baseline:
+            if not run.is_baseline and run.method != study.reference:
                 by_method.setdefault(run.method, {})[run.seed] = run
         for by_seed in by_method.values():
-            seeds = sorted(by_seed.keys() & baseline.keys())
+            seeds = sorted(by_seed.keys() & reference.keys())
             if len(seeds) > 1:
-                users = study.rows.get(dataset, {}).get("test", {}).get("user")
-                found.append(
-                    compare_runs([by_seed[s] for s in seeds], [baseline[s] for s in seeds], users)
-                )
-    seeds = holm([c.seeds_p for c in found])
-    users = iter(holm([c.users_p for c in found if c.users_p is not None]))
+                pairs = [by_seed[seed] for seed in seeds], [reference[seed] for seed in seeds]
+                found.append(compare_runs(*pairs, users))
+
+    seeds_holm = holm([c.seeds_p for c in found])
+    users_holm = iter(holm([c.users_p for c in found if c.users_p is not None]))
     return [
-        replace(c, seeds_holm=p, users_holm=None if c.users_p is None else next(users))
-        for c, p in zip(found, seeds, strict=True)
+        replace(c, seeds_holm=p, users_holm=None if c.users_p is None else next(users_holm))
+        for c, p in zip(found, seeds_holm, strict=True)
     ]
 
 
-def compare_runs(runs: list[Run], baseline: list[Run], users: np.ndarray | None) -> Comparison:
-    """Return the comparison of one method's runs with the baseline's of the same seeds; `users` (R,) are those of the rows."""
-    values, others = (
-        [run.test["alpha"][run.alpha]["token_match"][METRIC] for run in side]
-        for side in (runs, baseline)
-    )
-    (mean, sd), (baseline_mean, baseline_sd) = mean_sd(values), mean_sd(others)
-    low, high, users_p = None, None, None
-    if users is not None and all("test" in run.ranks for run in (*runs, *baseline)):
-        by_row = [
-            np.mean([ndcg(run.ranks["test"][1]) for run in side], axis=0)
-            for side in (runs, baseline)
-        ]
-        low, high, users_p = bootstrap_over_users(by_row[0] - by_row[1], users) or (
-            None,
-            None,
-            None,
-        )
+def compare_runs(
+    runs: Sequence[Run], reference: Sequence[Run], users: np.ndarray | None
+) -> Comparison:
+    """Compare the runs of one method with the reference's runs of the same seeds.
+
+    Args:
+        runs: the method's runs.
+        reference: the reference's runs, in the same order of seeds.
+        users: (R,) the user of each row of test; None where they are unknown.
+    """
+    values, others = tested_figures(runs), tested_figures(reference)
+    (mean, sd), (reference_mean, reference_sd) = mean_sd(values), mean_sd(others)
+    seeds_p, seeds_smallest_p = mann_whitney(values, others)
+
+    bootstrap = None
+    if users is not None and all("test" in run.ranks for run in (*runs, *reference)):
+        bootstrap = bootstrap_over_users(mean_by_row(runs) - mean_by_row(reference), users)
+
     return Comparison(
-        runs[0].dataset, runs[0].backbone, runs[0].method, baseline[0].method, [run.seed for run in runs], mean, sd,
-        baseline_mean, baseline_sd, relative(mean, baseline_mean), *mann_whitney(values, others), low, high, users_p,
-    )  # fmt: skip
+        dataset=runs[0].dataset,
+        backbone=runs[0].backbone,
+        method=runs[0].method,
+        reference=reference[0].method,
+        seeds=[run.seed for run in runs],
+        mean=mean,
+        sd=sd,
+        reference_mean=reference_mean,
+        reference_sd=reference_sd,
+        relative=relative(mean, reference_mean),
+        seeds_p=seeds_p,
+        seeds_smallest_p=seeds_smallest_p,
+        low=bootstrap.low if bootstrap else None,
+        high=bootstrap.high if bootstrap else None,
+        users_p=bootstrap.p if bootstrap else None,
+    )
+
+
+def tested_figures(runs: Sequence[Run]) -> list[float]:
+    """Return METRIC on test of each run, at the α that the run is reported at."""
+    return [run.test["alpha"][run.alpha]["token_match"][METRIC] for run in runs if run.test]
+
+
+def mean_by_row(runs: Sequence[Run]) -> np.ndarray:
+    """Return the NDCG@10 of each test row (R,), float64, as a mean over the runs."""
+    mean: np.ndarray = np.mean([ndcg(run.ranks["test"].rank) for run in runs], axis=0)
+    return mean

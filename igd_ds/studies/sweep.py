@@ -1,24 +1,15 @@
-"""Run a table of trainings and evaluations, and choose among them by the papers' rule: β on validation, then α, test once.
+"""Runs the rows of a sweep's table and keeps track of them.
 
-    igd sweep TABLE --output RUNS [--jobs N | --gpus N] [--launcher "torchrun --standalone --nproc_per_node 2"]
-    igd sweep TABLE --output RUNS --list       # every row's state; of failed rows the error
-    igd sweep TABLE --output RUNS --retry      # failed rows again
+Stage 1 of a row trains it and ranks the validation rows over the table's grid of α. Stage 2 ranks
+the test rows, only for the rows that validation chose, at α = 0 and at the α that was best on
+validation. `sweep_table` expands the table and makes the choice.
 
-Stage 1 of a row trains it and ranks the validation rows over the table's grid of α. Of the rows that the table lets validation
-choose from (`select`), the group with the best mean NDCG@10 over its seeds at α = 0 is chosen, once all of them have finished: a
-failed candidate holds up the choice until it is run again (--retry) or the table marks it `run: false`, which leaves it out and
-on record. Stage 2 ranks the test rows, for chosen rows alone, at α = 0 and the α that was best on validation.
-
-Started again, it skips what is finished and resumes what was interrupted. TERM, INT and USR1 reach the running rows, which save;
-the exit code is then 85. Else it is 0 if every row is finished, 1 if not, 2 for bad input. Rows go under any launcher that stops
-with its ranks: python (the default, one rank), torchrun, mpirun, srun; slurm/sweep.sbatch runs them as an array.
-
-RUNS/NAME/ are the run folders, RUNS/logs/NAME.log all that a row printed, RUNS/logs/NAME.json what its last attempt came to.
-RUNS/sweep.json, for the report, is a snapshot of these: any number of nodes may work on one table, each on rows of its own.
-How a table is written: igd_ds/studies/sweep_table.py; tables: tools/sweeps/.
+RUNS/NAME/ are the run folders. RUNS/logs/NAME.log holds everything that a row printed, and
+RUNS/logs/NAME.json the result of its last attempt. RUNS/sweep.json is a snapshot of all rows for
+the report. The state of a row is always read from its own files, so any number of nodes may work on
+one table, each on rows of its own.
 """
 
-import argparse
 import contextlib
 import hashlib
 import json
@@ -27,64 +18,99 @@ import os
 import queue
 import re
 import shlex
-import shutil
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import psutil
 import yaml
 
-from igd_ds.distributed import EXIT_REQUEUE
-from igd_ds.errors import UsageError
-from igd_ds.folders import write_json
-from igd_ds.runlog import FREE_ON_RESUME
+from igd_ds.config.options import current_names
+from igd_ds.errors import EXIT_REQUEUE, UsageError
+from igd_ds.folders import is_temporary, write_json
+from igd_ds.run_folder import FREE_ON_RESUME
+from igd_ds.studies.report.study import labels
 from igd_ds.studies.sweep_table import (
     EVALUATIONS_OWN,
     METRIC,
     Row,
+    Settings,
     Table,
     filled,
-    read_table,
     resolved,
 )
 
-HEARTBEAT, SILENCE = (
-    60,
-    600,
-)  # seconds: how often a running row's file is touched; after how many without it counts as dead
-ENTRIES = Path(__file__).resolve().parents[1] / "igd_ds"
-# Stopped by a signal; or hit by USR1 while still loading, which just ends them (the last: as srun reports it).
+HEARTBEAT = 60
+"""Seconds between two updates of a running row's file."""
+SILENCE = 600
+"""Seconds without an update after which a row on another node counts as dead."""
+ENTRIES = Path(__file__).resolve().parents[1]
+"""Folder of train.py, eval.py and baseline.py."""
 STOPPED = (EXIT_REQUEUE, -signal.SIGUSR1, 128 + signal.SIGUSR1)
-REQUEST_FILES = ("guidance", "item_filter")  # settings of eval.py that name files
+"""Exit codes of a stopped row: saved; ended by USR1 while loading; the same as srun reports it."""
+REQUEST_FILES = ("guidance", "item_filter")
+"""Settings of eval.py that name files."""
 ERROR_LINE = re.compile(r"(\[rank\d+\]: )?(error: |[\w.]*(Error|Exception): )")
 LAUNCHER_ERROR = ("ChildFailedError", "CalledProcessError")
 
 
 @dataclass(frozen=True)
 class Status:
-    """What became of a row: see `survey`."""
+    """The state of a row, see `survey`.
+
+    Attributes:
+        state: finished, waiting, running, failed or not run.
+        error: why it failed.
+        score: METRIC on validation at α = 0; None without a validation.
+        chosen: whether validation chose its group; None while that is undecided.
+    """
 
     state: str
     error: str | None = None
-    score: float | None = None  # NDCG@10 on validation at α = 0
+    score: float | None = None
     chosen: bool | None = None
 
 
-def survey(table: Table, runs: Path) -> dict[str, Status]:
-    """Return the status of every row by name, as the run folders and the rows' own files tell it.
+@dataclass(frozen=True)
+class Attempt:
+    """The last attempt to run a row.
 
-    finished: validated and not chosen, or tested. waiting: not begun, interrupted, or its family is undecided. not run: so the
-    table says. running and failed: in either stage.
+    `state` is running (with host, pid and start time of its process), failed (with its error), or
+    idle.
+    """
+
+    state: str = "idle"
+    host: str = ""
+    pid: int = 0
+    started: float = 0.0
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command of a row: `words` are an entry script and its flags.
+
+    `done` is the file that exists once the command has finished.
+    """
+
+    done: Path
+    words: list[str]
+
+
+def survey(table: Table, runs: Path) -> dict[str, Status]:
+    """Return the status of every row by name, read from the run folders and the rows' own files.
+
+    A row is finished if it was validated and not chosen, or tested. It is waiting if it has not
+    begun, was interrupted, or its family is undecided. Rows that the table excludes are not run.
     """
     scores = {row.name: validation_score(runs / row.name) for row in table.to_run}
     chosen = table.choose(scores)
@@ -97,121 +123,130 @@ def survey(table: Table, runs: Path) -> dict[str, Status]:
 
 
 def _status(row: Row, runs: Path, score: float | None, chosen: bool | None) -> Status:
+    """Return the status of a row that is run."""
+    if score is not None:
+        is_tested = all(step.done.is_file() for step in steps(row, runs, 2))
+        if chosen is False or (chosen and is_tested):
+            return Status("finished", None, score, chosen)
+
     attempt = last_attempt(runs, row)
-    state, error = "waiting", None
-    if score is not None and (
-        chosen is False or (chosen and all(done.is_file() for done, _ in steps(row, runs, 2)))
-    ):
-        state = "finished"
-    elif attempt["state"] == "running" and is_alive(attempt, attempt_file(runs, row)):
-        state = "running"
-    elif attempt["state"] == "failed":
-        state, error = "failed", attempt["error"]
-    elif score is None and (path := runs / row.name / "eval" / "valid" / "metrics.json").is_file():
-        advice = f"remove {runs / row.name} to train it again, or mark the row `run: false`"
-        state, error = "failed", f"{path} has no {METRIC} at α = 0 that is a number: {advice}"
-    return Status(state, error, score, chosen)
+    if attempt.state == "running" and is_alive(attempt, attempt_file(runs, row)):
+        return Status("running", None, score, chosen)
+    if attempt.state == "failed":
+        return Status("failed", attempt.error, score, chosen)
+
+    path = runs / row.name / "eval" / "valid" / "metrics.json"
+    if score is None and path.is_file():
+        error = (
+            f"{path} has no {METRIC} at α = 0 that is a number: remove {runs / row.name} to train "
+            "it again, or mark the row `run: false`"
+        )
+        return Status("failed", error, score, chosen)
+    return Status("waiting", None, score, chosen)
 
 
 def validation_score(run: Path) -> float | None:
-    """Return the METRIC of a finished validation at α = 0; None if the run has none, or none that is a number."""
+    """Return METRIC of a finished validation at α = 0; None where it is missing or not finite."""
     path = run / "eval" / "valid" / "metrics.json"
     if not (path.is_file() and (run / "summary.json").is_file()):
         return None
     try:
-        value = json.loads(path.read_text())["alpha"]["0.0"]["token_match"][METRIC]
-    except (ValueError, KeyError, TypeError):  # torn, or an older version's
+        results = json.loads(path.read_text(encoding="utf-8"))
+        value: float = results["alpha"]["0.0"]["token_match"][METRIC]
+    except (ValueError, KeyError, TypeError):  # damaged, or written by an older version
         return None
     return value if math.isfinite(value) else None
 
 
 def attempt_file(runs: Path, row: Row) -> Path:
-    """Return the file that tells what a row's last attempt came to."""
+    """Return the file that records a row's last attempt."""
     return runs / "logs" / f"{row.name}.json"
 
 
-def last_attempt(runs: Path, row: Row) -> dict:
-    """Return what the row's last attempt came to: state running (with its process), failed (with its error) or idle."""
+def last_attempt(runs: Path, row: Row) -> Attempt:
+    """Return the last attempt of a row; idle if there was none."""
     path = attempt_file(runs, row)
-    return json.loads(path.read_text()) if path.is_file() else {"state": "idle"}
+    return Attempt(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else Attempt()
 
 
-def is_alive(attempt: dict, path: Path) -> bool:
-    """Return whether the process of an attempt still runs: on another node, whether its sweep has touched the file lately."""
-    if attempt["host"] != socket.gethostname():
+def is_alive(attempt: Attempt, path: Path) -> bool:
+    """Return whether the process of an attempt still runs.
+
+    On another node, it counts as alive if its sweep has updated the file `path` lately.
+    """
+    if attempt.host != socket.gethostname():
         return time.time() - path.stat().st_mtime < SILENCE
     try:
-        process = psutil.Process(attempt["pid"])
-        return (
-            process.create_time() == attempt["started"] and process.status() != psutil.STATUS_ZOMBIE
-        )
+        process = psutil.Process(attempt.pid)
+        is_same = process.create_time() == attempt.started
+        return is_same and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
 
 
 def runs_here(runs: Path, row: Row) -> int | None:
-    """Return the process of a row's attempt that is running on this machine, None where there is none."""
+    """Return the process that runs a row on this machine; None where there is none."""
     attempt = last_attempt(runs, row)
-    here = attempt["state"] == "running" and attempt["host"] == socket.gethostname()
-    return attempt["pid"] if here and is_alive(attempt, attempt_file(runs, row)) else None
+    here = attempt.state == "running" and attempt.host == socket.gethostname()
+    return attempt.pid if here and is_alive(attempt, attempt_file(runs, row)) else None
 
 
-def steps(row: Row, runs: Path, stage: int) -> list[tuple[Path, list[str]]]:
-    """Return a stage's commands, each with the file that exists once it is done.
+def steps(row: Row, runs: Path, stage: int) -> list[Step]:
+    """Return the commands of a stage.
 
-    Stage 1: train, rank the validation rows. Stage 2: rank the test rows, and by exact search where the table asks for it.
+    Stage 1 trains and ranks the validation rows. Stage 2 ranks the test rows, also by exact search
+    where the table asks for it.
     """
     run = runs / row.name
     valid, test, exact = (run / "eval" / name for name in ("valid", "test", "test-exact"))
-    own = {"resume": "auto", "output_dir": run}
-    ranking = {"model": run / "model", "dataset": row.settings["dataset"]}
+    training = row.settings | {"resume": "auto", "output_dir": run}
     if row.is_baseline:
-        folder, splits = [(valid, ["valid"]), (test, ["test"])][stage - 1]
-        return [
-            (
-                folder / "metrics.json",
-                ["baseline.py", *flags(row.settings | own | {"splits": splits})],
-            )
-        ]
+        folder, split = (valid, "valid") if stage == 1 else (test, "test")
+        words = ["baseline.py", *flags(training | {"splits": [split]})]
+        return [Step(folder / "metrics.json", words)]
+
+    ranking: Settings = {"model": run / "model", "dataset": row.settings["dataset"]}
     if stage == 1:
-        evaluation = (
-            filled(row.evaluation, "split", "valid")
-            | ranking
-            | {"split": "valid", "output_dir": valid}
-        )
+        ranking |= {"split": "valid", "output_dir": valid}
+        evaluation = filled(row.evaluation, "split", "valid") | ranking
         return [
-            (run / "summary.json", ["train.py", *flags(row.settings | own)]),
-            (valid / "metrics.json", ["eval.py", *flags(evaluation)]),
+            Step(run / "summary.json", ["train.py", *flags(training)]),
+            Step(valid / "metrics.json", ["eval.py", *flags(evaluation)]),
         ]
+
     ranking |= {"split": "test", "alpha": None, "alpha_from": valid}
-    evaluations = [(test, row.evaluation), *([(exact, row.exact)] if row.exact is not None else [])]
-    return [
-        (
-            folder / "metrics.json",
-            [
-                "eval.py",
-                *flags(filled(settings, "split", "test") | ranking | {"output_dir": folder}),
-            ],
-        )
-        for folder, settings in evaluations
-    ]
+    evaluations = [(test, row.evaluation)]
+    if row.exact is not None:
+        evaluations.append((exact, row.exact))
+    found = []
+    for folder, settings in evaluations:
+        settings = filled(settings, "split", "test") | ranking | {"output_dir": folder}
+        found.append(Step(folder / "metrics.json", ["eval.py", *flags(settings)]))
+    return found
 
 
-def flags(settings: dict) -> list[str]:
-    """Write settings as command-line flags; None: left out."""
+def flags(settings: Mapping[str, Any]) -> list[str]:
+    """Return settings as command-line flags, without those that are None.
+
+    Example:
+        >>> flags({"epochs": 2, "alpha": [0, 0.1], "resume": None, "length_grouping": False})
+        ['--epochs', '2', '--alpha', '0', '0.1', '--no-length_grouping']
+    """
     words = []
     for name, value in settings.items():
         if isinstance(value, bool):
             words.append(f"--{name}" if value else f"--no-{name}")
         elif value is not None:
-            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+            values = value if isinstance(value, list | tuple) else [value]
+            words += [f"--{name}", *map(str, values)]
     return words
 
 
 def last_error(text: str, code: int) -> str:
-    """Return the line of an attempt's output that says best why it ended with `code`: the last error, else the last line.
+    """Return the line of an attempt's output that best explains why it ended with `code`.
 
-    The error that a launcher adds to that of its ranks does not count.
+    This is the last error, or the last line where there is no error. Errors that a launcher adds to
+    those of its ranks are ignored.
     """
     lines = [line.strip() for line in re.split(r"[\r\n]+", text) if line.strip()]
     if code < 0:
@@ -221,191 +256,247 @@ def last_error(text: str, code: int) -> str:
         for line in lines
         if ERROR_LINE.match(line) and not any(name in line for name in LAUNCHER_ERROR)
     ]
-    return (errors or lines or [f"exit code {code}, without a word"])[-1]
+    return (errors or lines or [f"exit code {code}, no output"])[-1]
 
 
 def check_folder(table: Table, runs: Path) -> None:
-    """Raise ValueError if RUNS holds another sweep, rows with other settings, or a test that validation would not choose now."""
-    # Listed before the snapshot is looked for: another task of an array may be writing it now, before any row's folder.
-    present = [path.name for path in runs.iterdir()] if runs.exists() else []
+    """Check that RUNS belongs to the table.
+
+    Raises:
+        UsageError: RUNS holds another sweep or other files, a row was run with other settings, or a
+            row was tested that validation would not choose now.
+    """
+    # List the folder before looking for the snapshot: another task of an array may be writing the
+    # snapshot now, before any row has a folder.
+    present = [path for path in runs.iterdir()] if runs.exists() else []
     snapshot = runs / "sweep.json"
     if snapshot.is_file():
-        if (name := json.loads(snapshot.read_text())["name"]) != table.name:
+        name = json.loads(snapshot.read_text(encoding="utf-8"))["name"]
+        if name != table.name:
             raise UsageError(
-                f"--output {runs} holds the sweep '{name}', {table.path} is '{table.name}': give another folder"
+                f"--output {runs} holds the sweep '{name}', {table.path} is '{table.name}': give "
+                "another folder"
             )
-    elif any(name != "logs" and ".tmp-" not in name for name in present):
+    elif any(path.name != "logs" and not is_temporary(path) for path in present):
         raise UsageError(f"--output {runs} is not empty and holds no sweep; give a new folder")
+
     for row in table.to_run:
         if changed := changed_settings(row, runs / row.name):
             raise UsageError(
                 f"{row.name} was run with other settings, these differ: {', '.join(changed)}; "
                 f"undo it, or remove {runs / row.name}"
             )
+    _check_tested(table, runs)
+
+
+def _check_tested(table: Table, runs: Path) -> None:
+    """Raise UsageError if a row was tested that validation would not choose now."""
     statuses = survey(table, runs)
     for name in sorted(path.parents[1].name for path in runs.glob("*/eval/test")):
         if name not in statuses or statuses[name].state == "not run":
-            why = f"{table.path} has now no such row to run"
+            why = f"{table.path} now has no such row to run"
         elif not statuses[name].chosen:
-            why = f"with the candidates that {table.path} has now validation has not chosen it"
+            why = f"validation does not choose it among the candidates of {table.path} now"
         else:
             continue
         raise UsageError(
-            f"{name} was tested already, but {why}: test is touched once; undo it, or give a new folder"
+            f"{name} was tested already, but {why}; test rows may be used only once: undo the "
+            "change, or give a new folder"
         )
 
 
 def changed_settings(row: Row, run: Path) -> list[str]:
-    """Return the names of settings that a run folder was made with and that are others in the table now."""
-    changed = set()
+    """Return the names of settings that differ between a run folder and the table."""
+    changed: set[str] = set()
     if (path := run / "config.yaml").is_file():
-        saved, defaults = (
-            yaml.safe_load(path.read_text()),
-            type(row.config),
-        )  # settings newer than the run had their defaults
-        now = {
-            name: value for name, value in asdict(row.config).items() if name not in FREE_ON_RESUME
-        }
-        changed |= {
-            name
-            for name, value in now.items()
-            if saved.get(name, getattr(defaults, name, None)) != value
-        }
-    for folder, block in (("valid", "evaluation"), ("test", "evaluation"), ("test-exact", "exact")):
-        path, evaluation = run / "eval" / folder / "request.json", getattr(row, block)
-        if (
-            not row.is_baseline and evaluation is not None and path.is_file()
-        ):  # a baseline's are in its config.yaml
-            changed |= {
-                f"{block}.{name}"
-                for name in changed_request(row, evaluation, json.loads(path.read_text()))
-            }
+        cls = type(row.config)
+        saved = current_names(cls, yaml.safe_load(path.read_text(encoding="utf-8")))
+        for name, value in asdict(row.config).items():
+            # A setting that is newer than the run had its default.
+            before = saved.get(name, getattr(cls, name, None))
+            if name not in FREE_ON_RESUME and plain(before) != plain(value):
+                changed.add(name)
+
+    if row.is_baseline:  # the settings of its evaluations are in its config.yaml
+        return sorted(changed)
+    for folder, block, evaluation in (
+        ("valid", "evaluation", row.evaluation),
+        ("test", "evaluation", row.evaluation),
+        ("test-exact", "exact", row.exact),
+    ):
+        path = run / "eval" / folder / "request.json"
+        if evaluation is not None and path.is_file():
+            request = json.loads(path.read_text(encoding="utf-8"))
+            changed |= {f"{block}.{name}" for name in changed_request(row, evaluation, request)}
     return sorted(changed)
 
 
-def changed_request(row: Row, evaluation: dict, request: dict) -> set[str]:
-    """Return the names of settings that the request.json of an evaluation has and the table has otherwise.
+def changed_request(row: Row, evaluation: Settings, request: Mapping[str, Any]) -> set[str]:
+    """Return the names of settings that differ between an evaluation's request.json and the table.
 
-    Of files it has the hashes: what counts is whether there is one. α of a test is what validation chose.
+    The request holds hashes of files; here it only matters whether there is a file. The α of a test
+    is what validation chose, so it is not compared.
     """
     now = resolved(evaluation)
-    now |= {"max_length": now["max_length"] or row.config.max_length}  # 0: as trained
-    ignored = (
-        EVALUATIONS_OWN | {"base_model"} | ({"alpha"} if request["split"] == "test" else set())
-    )
-    before, now = (
-        {k: bool(v) if k in REQUEST_FILES else v for k, v in values.items()}
-        for values in (request, now)
-    )
-    return {name for name in before.keys() & now.keys() - ignored if before[name] != now[name]}
+    trained = getattr(row.config, "max_length", 0)
+    now["max_length"] = now["max_length"] or trained  # 0: as in training
+    ignored = EVALUATIONS_OWN | {"base_model"}
+    if request["split"] == "test":
+        ignored = ignored | {"alpha"}
+
+    changed = set()
+    for name in request.keys() & now.keys() - ignored:
+        before, after = request[name], now[name]
+        if name in REQUEST_FILES:
+            before, after = bool(before), bool(after)
+        if plain(before) != plain(after):
+            changed.add(name)
+    return changed
+
+
+def plain(value: Any) -> Any:
+    """Return a setting as files store it: a tuple as a list."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def write_snapshot(table: Table, runs: Path) -> None:
     """Write RUNS/sweep.json: every row with its state, for the report."""
-    from igd_ds.studies.report.study import labels
-
-    statuses, methods, rows = survey(table, runs), {}, []
-    for block in {
-        (row.dataset, row.backbone) for row in table.rows
-    }:  # labels tell rows of one block apart
+    statuses = survey(table, runs)
+    methods: dict[str, str] = {}
+    for block in {(row.dataset, row.backbone) for row in table.rows}:
+        # Labels tell the rows of one block apart.
         members = [row for row in table.rows if (row.dataset, row.backbone) == block]
-        methods |= zip(
-            [row.name for row in members],
-            labels([asdict(row.config) for row in members]),
-            strict=True,
-        )
+        named = labels([asdict(row.config) for row in members])
+        methods |= {row.name: method for row, method in zip(members, named, strict=True)}
+
+    rows = []
     for row in table.rows:
         status = statuses[row.name]
-        described = {
-            key: getattr(row, key)
-            for key in ("name", "group", "dataset", "backbone", "seed", "settings")
-        }
-        described["family"] = hashlib.sha256(repr(row.family).encode()).hexdigest()[
-            :8
-        ]  # the same however the table grows
-        described |= {
-            "method": methods[row.name],
-            "state": status.state,
-            "error": status.error,
-            "chosen": status.chosen,
-        }
-        rows.append(described)
-    select = {"metric": METRIC, "over": table.select}
+        rows.append(
+            {
+                "name": row.name,
+                "group": row.group,
+                "dataset": row.dataset,
+                "backbone": row.backbone,
+                "seed": row.seed,
+                "settings": row.settings,
+                # The hash stays the same when the table grows.
+                "family": hashlib.sha256(repr(row.family).encode()).hexdigest()[:8],
+                "method": methods[row.name],
+                "state": status.state,
+                "error": status.error,
+                "chosen": status.chosen,
+            }
+        )
     sweep = {
         "version": 1,
         "name": table.name,
         "table": table.path,
         "budget": table.budget,
-        "select": select,
+        "select": {"metric": METRIC, "over": table.select},
         "rows": rows,
     }
     write_json(runs / "sweep.json", sweep)
 
 
 class Runner:
-    """Runs rows of a table, some at a time, and passes the signals that it gets on to them.
+    """Runs rows of a table, several at a time, and forwards the signals that it receives.
 
     Args:
-        launcher: words before the script's name.
-        devices: one entry for each row that may run at a time: the GPU it sees, None: all there are.
+        table: the table.
+        runs: folder of the sweep.
+        launcher: the words before the script's name.
+        devices: one entry for each row that may run at a time: the GPU that the row sees; None: all.
+        say: called with one line for every event.
     """
 
     def __init__(
-        self, table: Table, runs: Path, launcher: list[str], devices: Sequence[str | None] = (None,)
-    ):
-        self.table, self.runs, self.launcher = table, runs, launcher
-        self.devices = queue.SimpleQueue()
+        self,
+        table: Table,
+        runs: Path,
+        launcher: Sequence[str],
+        devices: Sequence[str | None] = (None,),
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self.table, self.runs, self.launcher, self.say = table, runs, launcher, say
+        self.devices: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         for device in devices:
             self.devices.put(device)
         self.jobs = len(devices)
         self.lock = threading.Lock()  # one snapshot at a time
-        self.children = set()
-        self.signal = None
-        self.stopped = False  # whether some row was stopped by a signal, ours or the scheduler's
+        self.children: set[subprocess.Popen[bytes]] = set()
+        self.signal: signal.Signals | None = None  # the last signal received
+        self.stopped = False  # whether a signal stopped a row, ours or the scheduler's
 
-    def handle(self, number: int, _) -> None:
-        """Pass a signal on; INT as TERM, for which a training saves."""
-        self.signal, self.stopped = signal.SIGTERM if number == signal.SIGINT else number, True
+    def handle(self, number: int, frame: FrameType | None = None) -> None:
+        """Forward a signal to all running rows; INT as TERM, on which a training saves."""
+        received = signal.Signals(number)
+        self.signal = signal.SIGTERM if received == signal.SIGINT else received
+        self.stopped = True
         for child in list(self.children):
-            self.forward(child)
+            self.forward(child, self.signal)
 
-    def forward(self, child: subprocess.Popen) -> None:
-        """Send the signal to all processes of a row."""
-        with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
-            os.killpg(child.pid, self.signal)
+    @staticmethod
+    def forward(child: "subprocess.Popen[bytes]", number: signal.Signals) -> None:
+        """Send a signal to all processes of a row."""
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            os.killpg(child.pid, number)
 
-    def run(self, rows: list[Row], stage: int) -> None:
-        """Run a stage of `rows`, as many at a time as there are devices; a failed one does not stop the others."""
+    def run(self, rows: Iterable[Row], stage: int) -> None:
+        """Run a stage of `rows`, as many at a time as there are devices.
+
+        A row that fails does not stop the others.
+        """
         with ThreadPoolExecutor(self.jobs) as pool:
             list(pool.map(lambda row: self.run_row(row, stage), rows))
 
     def run_row(self, row: Row, stage: int) -> None:
-        """Run those of a row's commands that are not done, until one fails or a signal stops it.
+        """Run the commands of a row that are not done, until one fails or a signal stops it.
 
-        Not if another sweep on this machine has begun the row in the meantime.
+        The row is skipped if another sweep on this machine runs it already.
         """
         device = self.devices.get()
         try:
             if process := runs_here(self.runs, row):
-                print(f"{row.name}: running already, as process {process}", flush=True)
+                self.say(f"{row.name}: running already, as process {process}")
                 return
-            for done, command in steps(row, self.runs, stage):
-                if self.signal is not None or not (
-                    done.is_file() or self.execute(row, done, command, device)
-                ):
+            for step in steps(row, self.runs, stage):
+                if self.signal is not None:
+                    break
+                if not step.done.is_file() and not self.execute(row, step, device):
                     break
         finally:
             self.devices.put(device)
 
-    def execute(self, row: Row, done: Path, command: list[str], device: str | None) -> bool:
-        """Run one command, its output in the row's log; record what it came to and return whether it is done."""
-        words = [*self.launcher, str(ENTRIES / command[0]), *command[1:]]
+    def execute(self, row: Row, step: Step, device: str | None) -> bool:
+        """Run one command with its output in the row's log; return whether it is done.
+
+        The result is recorded in the row's file.
+        """
+        script = step.words[0]
+        code, text = self._run_logged(row, step, device)
+        is_done = code == 0 and step.done.is_file()
+        if is_done:
+            self.record(row, Attempt("idle"))
+        elif code in STOPPED or (code and self.signal is not None):
+            self.stopped = True
+            self.record(row, Attempt("idle"))
+            self.say(f"{row.name}: stopped; the next start of the sweep resumes it")
+        else:
+            error = f"{script} returned 0 but did not write {step.done}"
+            if code:
+                error = last_error(text, code)
+            self.record(row, Attempt("failed", error=error))
+            self.say(f"{row.name}: failed: {error} (whole output: {self.log_file(row)})")
+        return is_done
+
+    def _run_logged(self, row: Row, step: Step, device: str | None) -> tuple[int, str]:
+        """Run one command; return its exit code and its output."""
+        words = [*self.launcher, str(ENTRIES / step.words[0]), *step.words[1:]]
         environment = os.environ | ({} if device is None else {"CUDA_VISIBLE_DEVICES": device})
-        path = attempt_file(self.runs, row).with_suffix(".log")
-        with open(path, "a+", encoding="utf-8", errors="replace") as log:
-            log.write(
-                f"\n# {datetime.now().isoformat(timespec='seconds')}, {socket.gethostname()}\n$ {shlex.join(words)}\n"
-            )
+        with open(self.log_file(row), "a+", encoding="utf-8", errors="replace") as log:
+            now = datetime.now().isoformat(timespec="seconds")
+            log.write(f"\n# {now}, {socket.gethostname()}\n$ {shlex.join(words)}\n")
             log.flush()
             begin = log.tell()
             child = subprocess.Popen(
@@ -416,150 +507,79 @@ class Runner:
                 env=environment,
                 start_new_session=True,
             )
+
+            # A signal may have arrived while the child was being started.
             self.children.add(child)
-            if self.signal is not None:  # it came while the child was being made
-                self.forward(child)
+            if self.signal is not None:
+                self.forward(child, self.signal)
             started = psutil.Process(child.pid).create_time()
-            self.record(row, "running", host=socket.gethostname(), pid=child.pid, started=started)
-            print(f"{row.name}: {command[0]} …", flush=True)
-            code = None
-            while code is None:
-                try:
-                    code = child.wait(HEARTBEAT)
-                except subprocess.TimeoutExpired:
-                    os.utime(attempt_file(self.runs, row))
+            self.record(row, Attempt("running", socket.gethostname(), child.pid, started))
+            self.say(f"{row.name}: {step.words[0]} …")
+
+            code = self._wait(row, child)
             self.children.remove(child)
             log.seek(begin)
-            text = log.read()
-        if code == 0 and done.is_file():
-            self.record(row, "idle")
-        elif code in STOPPED or (code and self.signal is not None):
-            self.stopped = True
-            self.record(row, "idle")
-            print(f"{row.name}: stopped; goes on when the sweep is started again", flush=True)
-        else:
-            error = (
-                last_error(text, code) if code else f"{command[0]} ended well but left no {done}"
-            )
-            self.record(row, "failed", error=error)
-            print(f"{row.name}: failed: {error} (all of it: {path})", flush=True)
-        return code == 0 and done.is_file()
+            return code, log.read()
 
-    def record(self, row: Row, state: str, **more) -> None:
-        """Write what the row's attempt has come to, then the snapshot of all rows."""
-        write_json(attempt_file(self.runs, row), {"state": state, **more})
+    def _wait(self, row: Row, child: "subprocess.Popen[bytes]") -> int:
+        """Wait for a row's process and update the row's file meanwhile; return the exit code."""
+        while True:
+            try:
+                return child.wait(HEARTBEAT)
+            except subprocess.TimeoutExpired:
+                os.utime(attempt_file(self.runs, row))
+
+    def log_file(self, row: Row) -> Path:
+        """Return the file that holds everything a row printed."""
+        return attempt_file(self.runs, row).with_suffix(".log")
+
+    def record(self, row: Row, attempt: Attempt) -> None:
+        """Write the row's attempt, then the snapshot of all rows."""
+        write_json(attempt_file(self.runs, row), asdict(attempt))
         with self.lock:
             write_snapshot(self.table, self.runs)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a sweep, or a part of it; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "table", metavar="TABLE", help="YAML file; how it is written: igd_ds/studies/sweep_table.py"
-    )
-    parser.add_argument(
-        "--output", type=Path, metavar="RUNS", help="folder of the sweep: one run folder per row"
-    )
-    parser.add_argument(
-        "--launcher",
-        default=sys.executable,
-        help="what starts train.py and eval.py (default: python, one rank)",
-    )
-    parser.add_argument("--retry", action="store_true", help="run failed rows again")
-    parallel = parser.add_mutually_exclusive_group()
-    parallel.add_argument(
-        "--jobs", type=int, default=1, metavar="N", help="rows to run at a time (default: 1)"
-    )
-    parallel.add_argument(
-        "--gpus", type=int, metavar="N", help="the same, each row on a GPU of its own"
-    )
-    part = parser.add_mutually_exclusive_group()
-    part.add_argument("--list", action="store_true", help="print every row's state, run nothing")
-    part.add_argument(
-        "--count",
-        action="store_true",
-        help="print how many rows are to run, for the size of a SLURM array",
-    )
-    part.add_argument(
-        "--row",
-        type=int,
-        metavar="I",
-        help="stage 1 of one row: train, rank the validation rows; counts from 0",
-    )
-    part.add_argument(
-        "--test_row",
-        type=int,
-        metavar="I",
-        help="stage 2 of one row: rank the test rows, if validation chose it",
-    )
-    args = parser.parse_args(argv)
-    if args.output is None and not args.count:
-        parser.error("--output is required")
-    try:
-        table = read_table(args.table)
-        if args.count:
-            print(len(table.to_run))
-            return 0
-        check_folder(table, args.output)
-        if args.list:
-            show(table, args.output)
-            return 0
-        launcher = shlex.split(args.launcher)
-        if not launcher or shutil.which(launcher[0]) is None:
-            raise UsageError(f"--launcher '{args.launcher}': there is no such program")
-        runner = Runner(table, args.output, launcher, devices(args))
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, runner.handle)
-        (args.output / "logs").mkdir(parents=True, exist_ok=True)
-        if args.row is None and args.test_row is None:
-            done = run_all(runner, args.retry)
-        else:
-            done = run_one(
-                runner,
-                args.retry,
-                *((args.row, 1) if args.test_row is None else (args.test_row, 2)),
-            )
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return EXIT_REQUEUE if runner.stopped else int(not done)
-
-
-def devices(args: argparse.Namespace) -> list[str | None]:
-    """Return, for each row that may run at a time, the GPU that it gets; None: no GPU of its own."""
-    if (args.jobs if args.gpus is None else args.gpus) < 1:
-        raise UsageError("--jobs and --gpus must be at least 1")
-    if args.gpus is None:
-        return [None] * args.jobs
-    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    if visible and args.gpus > len(visible):
-        raise UsageError(f"--gpus {args.gpus}, but CUDA_VISIBLE_DEVICES names {len(visible)}")
-    return (visible or [str(index) for index in range(args.gpus)])[: args.gpus]
-
-
 def run_all(runner: Runner, retry: bool) -> bool:
-    """Run stage 1 of all rows, then stage 2 of those that validation chose; returns whether every row is finished."""
+    """Run stage 1 of all rows, then stage 2 of the rows that validation chose.
+
+    Args:
+        runner: runs the rows.
+        retry: whether failed rows are run again.
+
+    Returns:
+        Whether every row is finished.
+    """
     table, runs = runner.table, runner.runs
     wanted = ("waiting", "failed") if retry else ("waiting",)
     statuses = survey(table, runs)
     due = [row for row in table.to_run if statuses[row.name].state in wanted]
     for row in due:
         row.check_inputs()
+
     write_snapshot(table, runs)
     runner.run([row for row in due if statuses[row.name].score is None], 1)
     statuses = survey(table, runs)
-    runner.run(
-        [row for row in due if statuses[row.name].chosen and statuses[row.name].state in wanted], 2
-    )
-    show(table, runs)
+    chosen = [row for row in due if statuses[row.name].chosen]
+    runner.run([row for row in chosen if statuses[row.name].state in wanted], 2)
     return all(status.state in ("finished", "not run") for status in survey(table, runs).values())
 
 
 def run_one(runner: Runner, retry: bool, index: int, stage: int) -> bool:
-    """Run a stage of one row; returns whether it is done, or, in stage 2, nothing is to do."""
+    """Run a stage of one row.
+
+    Args:
+        runner: runs the row.
+        retry: whether it is run again if it failed before.
+        index: number of the row among those to run, from 0.
+        stage: 1 or 2.
+
+    Returns:
+        Whether the stage is done; also True if stage 2 has nothing to do.
+
+    Raises:
+        UsageError: no such row, it is running or failed before, or validation cannot choose yet.
+    """
     table, runs = runner.table, runner.runs
     if not 0 <= index < len(table.to_run):
         raise UsageError(
@@ -567,48 +587,27 @@ def run_one(runner: Runner, retry: bool, index: int, stage: int) -> bool:
         )
     row = table.to_run[index]
     row.check_inputs()
-    write_snapshot(
-        table, runs
-    )  # before the row has a folder: other tasks of the array may be looking for it
+
+    # The snapshot must exist before the row's folder: other tasks of the array may look for it.
+    write_snapshot(table, runs)
     if process := runs_here(runs, row):
         raise UsageError(f"{row.name} is running already, as process {process}")
-    status = survey(table, runs)[row.name]
+    statuses = survey(table, runs)
+    status = statuses[row.name]
     if status.state == "failed" and not retry:
         raise UsageError(f"{row.name} failed before ({status.error}); --retry runs it again")
+
     if stage == 2 and status.chosen is None:
-        names = [other.name for other in table.to_run if other.family == row.family]
-        left = [
-            name
-            for name, other in survey(table, runs).items()
-            if name in names and other.score is None
-        ]
+        family = [other.name for other in table.to_run if other.family == row.family]
+        missing = [name for name in family if statuses[name].score is None]
         raise UsageError(
-            f"{row.name}: validation cannot choose before all candidates have finished; missing: {', '.join(left)}"
+            f"{row.name}: validation cannot choose before all candidates have finished; missing: "
+            f"{', '.join(missing)}"
         )
     if stage == 2 and not status.chosen:
-        print(f"{row.name}: validation did not choose it; nothing to do")
+        runner.say(f"{row.name}: validation did not choose it; nothing to do")
         return True
+
     runner.run([row], stage)
     status = survey(table, runs)[row.name]
     return status.score is not None if stage == 1 else status.state == "finished"
-
-
-def show(table: Table, runs: Path) -> None:
-    """Print every row: its number for --row, state, validation score, whether it was chosen, name, error. Renews the snapshot."""
-    statuses = survey(table, runs)
-    if (runs / "logs").is_dir():
-        write_snapshot(table, runs)
-    numbers = {row.name: str(number) for number, row in enumerate(table.to_run)}
-    print(f"row  state     valid   chosen  name   ({METRIC} on validation at α = 0)")
-    for name, status in statuses.items():
-        score = "" if status.score is None else f"{status.score:.4f}"
-        error = f": {status.error}" if status.error else ""
-        print(
-            f"{numbers.get(name, ''):>4} {status.state:9} {score:7} {'*' if status.chosen else ' ':7} {name}{error}"
-        )
-    counts = Counter(status.state for status in statuses.values())
-    print(", ".join(f"{count} {state}" for state, count in sorted(counts.items())))
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

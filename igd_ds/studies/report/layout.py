@@ -1,60 +1,92 @@
-"""Tables and the forms they are written in: plain text, Markdown, CSV with every digit, LaTeX with booktabs."""
+"""A table and the forms that it is written in: plain text, Markdown, CSV, and LaTeX with booktabs."""
 
 import csv
 import io
 import re
 from dataclasses import dataclass, field
+from decimal import ROUND_HALF_UP, Decimal, localcontext
+
+from igd_ds.studies.rounding import significant
+
+Value = float | int | str | None
 
 MISSING = "–"
 LATEX = {
-    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
-    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
-    "α": r"$\alpha$", "β": r"$\beta$", "γ": r"$\gamma$", "λ": r"$\lambda$", "τ": r"$\tau$", "±": r"$\pm$", "×": r"$\times$",
-    "≤": r"$\leq$", "≥": r"$\geq$", "−": r"$-$", "→": r"$\to$", "↑": r"$\uparrow$", "↓": r"$\downarrow$", "–": "--",
-    "…": r"\dots{}",
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
+    "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+    "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
+    "α": r"$\alpha$", "β": r"$\beta$", "γ": r"$\gamma$", "λ": r"$\lambda$", "τ": r"$\tau$",
+    "±": r"$\pm$", "×": r"$\times$", "≤": r"$\leq$", "≥": r"$\geq$", "−": r"$-$",
+    "→": r"$\to$", "↑": r"$\uparrow$", "↓": r"$\downarrow$", "–": "--", "…": r"\dots{}",
 }  # fmt: skip
 MARKDOWN = re.compile(r"([\\`*_|<>\[\]])")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A value as it is shown and, for CSV, in full.
+    """A value of a table and how it is shown.
 
-    `form` formats a number. `sd` is the standard deviation over seeds, None where there is one seed. `mark` is "best" (bold),
-    "second" (underlined) or empty; `star` says that a test found a difference.
+    Floats are rounded to six significant digits (`significant`) when the cell is made. Everything
+    that is shown, compared or written is the rounded number, so that a table comes out the same on
+    every CPU.
+
+    Attributes:
+        value: number or text; None where there is no value.
+        sd: standard deviation over seeds; None where there is one seed.
+        form: format of a number.
+        mark: "best" (bold), "second" (underlined) or empty.
+        star: whether a significance test found a difference.
     """
 
-    value: float | int | str | None
+    value: Value
     sd: float | None = None
     form: str = ".4f"
     mark: str = ""
     star: bool = False
 
+    def __post_init__(self) -> None:
+        if isinstance(self.value, float):
+            object.__setattr__(self, "value", significant(self.value))
+        if self.sd is not None:
+            object.__setattr__(self, "sd", significant(self.sd))
+
     @property
     def text(self) -> str:
-        """What is shown, without marks of a language."""
+        """The value as it is shown, without the markup of a language."""
         if self.value is None:
             return MISSING
         if isinstance(self.value, str):
             return self.value
-        spread = "" if self.sd is None else f" ± {self.sd:{self.form}}"
-        return f"{self.value:{self.form}}{spread}{' *' if self.star else ''}"
+        spread = "" if self.sd is None else f" ± {formatted(self.sd, self.form)}"
+        return f"{formatted(self.value, self.form)}{spread}{' *' if self.star else ''}"
+
+    @property
+    def number(self) -> float | None:
+        """The value where it is a float, such as a metric; None for counts, text and gaps."""
+        return self.value if isinstance(self.value, float) else None
+
+
+Row = list[Cell]
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table: `name` names its files; `columns` heads the cells of each row; `notes` stand below it."""
+    """A table of a report.
+
+    `name` names its files, `columns` are the headings of the cells of each row, and `notes` stand
+    below the table.
+    """
 
     name: str
     title: str
     caption: str
     columns: list[str]
-    rows: list[list[Cell]]
+    rows: list[Row]
     notes: list[str] = field(default_factory=list)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         assert all(len(row) == len(self.columns) for row in self.rows), (
-            f"{self.name}: a row of another length than the columns"
+            f"{self.name}: the length of a row differs from the number of columns"
         )
 
     def markdown(self) -> str:
@@ -64,11 +96,12 @@ class Table:
         lines += [
             [wrap[cell.mark].format(in_markdown(cell.text)) for cell in row] for row in self.rows
         ]
+
         table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        notes = "".join(f"\n* {in_markdown(note)}" for note in self.notes)
-        return f"### {in_markdown(self.title)}\n\n{in_markdown(self.caption)}\n\n{table}\n" + (
-            notes and f"{notes}\n"
-        )
+        text = f"### {in_markdown(self.title)}\n\n{in_markdown(self.caption)}\n\n{table}\n"
+        if self.notes:
+            text += "".join(f"\n* {in_markdown(note)}" for note in self.notes) + "\n"
+        return text
 
     def plain(self) -> str:
         """Return title and cells in aligned columns, for a terminal."""
@@ -81,7 +114,10 @@ class Table:
         return "\n".join([self.title, *rows]) + "\n"
 
     def csv(self) -> str:
-        """Return the values with every digit; a column with standard deviations is followed by one of them."""
+        """Return the values with six significant digits.
+
+        A column with standard deviations is followed by a column of these, named `COLUMN sd`.
+        """
         spread = [any(row[i].sd is not None for row in self.rows) for i in range(len(self.columns))]
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
@@ -92,15 +128,19 @@ class Table:
                 for name in [column, f"{column} sd"][: 1 + spread[i]]
             ]
         )
+
         for row in self.rows:
             values = [[cell.value, cell.sd][: 1 + spread[i]] for i, cell in enumerate(row)]
             writer.writerow(["" if value is None else value for pair in values for value in pair])
         return text.getvalue()
 
     def latex(self) -> str:
-        """Return a table environment for the package booktabs; the first columns of text are left-aligned, numbers right."""
+        """Return a table environment for the package booktabs.
+
+        Columns of text are left-aligned, columns of numbers right-aligned.
+        """
         wrap = {"": "{}", "best": r"\textbf{{{}}}", "second": r"\underline{{{}}}"}
-        text = [
+        is_text = [
             all(row[i].value is None or isinstance(row[i].value, str) for row in self.rows)
             for i in range(len(self.columns))
         ]
@@ -109,18 +149,45 @@ class Table:
             " & ".join(wrap[cell.mark].format(in_latex(cell.text)) for cell in row) + r" \\"
             for row in self.rows
         ]
-        return "\n".join([
-            r"\begin{table}", r"\centering", rf"\caption{{{in_latex(' '.join([self.title + '.', self.caption, *self.notes]))}}}",
-            rf"\label{{tab:{self.name}}}", rf"\begin{{tabular}}{{{''.join('l' if t else 'r' for t in text)}}}", r"\toprule",
-            *lines, r"\bottomrule", r"\end{tabular}", r"\end{table}", "",
-        ])  # fmt: skip
+
+        caption = in_latex(" ".join([self.title + ".", self.caption, *self.notes]))
+        alignment = "".join("l" if text else "r" for text in is_text)
+        return "\n".join(
+            [
+                r"\begin{table}",
+                r"\centering",
+                rf"\caption{{{caption}}}",
+                rf"\label{{tab:{self.name}}}",
+                rf"\begin{{tabular}}{{{alignment}}}",
+                r"\toprule",
+                *lines,
+                r"\bottomrule",
+                r"\end{tabular}",
+                r"\end{table}",
+                "",
+            ]
+        )
+
+
+def formatted(number: float, form: str) -> str:
+    """Return a number as text; in a form with decimals, halves are rounded away from 0.
+
+    Example:
+        >>> formatted(0.0375, ".3f")  # the float is slightly below 0.0375
+        '0.038'
+    """
+    if isinstance(number, int) or form[-1] not in "f%":
+        return f"{number:{form}}"
+    with localcontext() as context:
+        context.rounding = ROUND_HALF_UP
+        return f"{Decimal(repr(number)):{form}}"
 
 
 def in_markdown(text: str) -> str:
-    """Return a text whose characters mean nothing to Markdown."""
+    """Return a text with Markdown's special characters escaped, on one line."""
     return MARKDOWN.sub(r"\\\1", " ".join(text.split()))
 
 
 def in_latex(text: str) -> str:
-    """Return a text whose characters mean nothing to LaTeX."""
+    """Return a text with LaTeX's special characters escaped, on one line."""
     return "".join(LATEX.get(character, character) for character in " ".join(text.split()))

@@ -1,8 +1,10 @@
-"""A `Study` → a report: one page that needs nothing beside it, the same as Markdown, and every table and figure as files.
+"""Writes a report: one self-contained page, the same as Markdown, and all tables and figures.
 
-    index.html README.md tables/NAME.{csv,md,tex} figures/NAME.{png,svg} data/{study.json,ranks.parquet}
+    index.html  README.md  tables/NAME.{csv,md,tex}  figures/NAME.{png,svg}
+    data/{study.json,ranks.parquet}
 
-Equal studies give equal bytes: nothing of the day or the machine that writes enters.
+Equal studies give equal bytes, on every day and every CPU. The exception is the compression of the
+PNG files, see `figures`.
 """
 
 import os
@@ -14,6 +16,7 @@ from pathlib import Path
 
 from igd_ds.data.card import escape
 from igd_ds.errors import UsageError
+from igd_ds.folders import temporary_name, write_text
 from igd_ds.studies.report.figures import Figure, all_figures
 from igd_ds.studies.report.layout import Table
 from igd_ds.studies.report.study import NOT_BEGUN, Run, Study, load, save
@@ -21,43 +24,44 @@ from igd_ds.studies.report.tables import all_tables, cost
 
 ENTRIES = {"index.html", "README.md", "tables", "figures", "data"}
 WRITERS = {"csv": Table.csv, "md": Table.markdown, "tex": Table.latex}
-LONG = 60  # characters from which a column of text is broken into lines
-STATES = {
-    "no test": "validated only"
-}  # a run's state, where the word alone would not be understood
+LONG = 60
+"""A column of text with more characters than this is broken into lines."""
+STATES = {"no test": "validated only"}
+"""How the summary names a state of a run, where it is not the state itself."""
 
 
 def render(study: Study, folder: Path, command: str = "") -> tuple[list[Table], list[Figure]]:
-    """Write the report and the study it is made of; returns its tables and figures.
+    """Write the report and the study that it is made of; return its tables and figures.
 
-    It is made in a folder beside; then what `folder` held is renamed aside, the new one put in its place and the old one deleted.
-    A kill between the two renames leaves the old one as FOLDER.old-PROCESS.
+    The report is made in a temporary folder. Then the old content of `folder` is renamed, the new
+    report takes its place, and the old content is deleted. If the process is killed between the two
+    renames, the old report is left as FOLDER.old-PROCESS.
 
     Args:
         study: what to report.
-        folder: new, empty, or a report, which is replaced.
-        command: the line that makes the report, which the study keeps; empty: the one it has kept.
+        folder: a new or empty folder, or a report, which is replaced.
+        command: the command line that makes the report, stored with the study; if it is empty, the
+            stored one stays.
 
     Raises:
-        ValueError: the folder holds something else.
+        UsageError: the folder holds something else.
     """
-    folder = Path(folder).resolve()
+    folder = folder.resolve()
     check_folder(folder)
     if command:
         study = replace(study, environment=study.environment | {"command": command})
-    temporary, old = (
-        folder.with_name(f"{folder.name}.{name}-{os.getpid()}") for name in ("tmp", "old")
-    )
+
+    temporary, old = temporary_name(folder), folder.with_name(f"{folder.name}.old-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
+        # The study is read back, so that a report from stored data has the same bytes.
         save(study, temporary / "data")
-        study = load(temporary / "data")  # so that a report from stored data has the same bytes
+        study = load(temporary / "data")
         tables, figures = all_tables(study), all_figures(study)
         drawings = write_files(temporary, tables, figures)
-        (temporary / "index.html").write_text(
-            page(study, tables, figures, drawings), encoding="utf-8"
-        )
-        (temporary / "README.md").write_text(markdown(study, tables, figures), encoding="utf-8")
+        write_text(temporary / "index.html", page(study, tables, figures, drawings))
+        write_text(temporary / "README.md", markdown(study, tables, figures))
+
         if folder.exists():
             os.replace(folder, old)
         os.replace(temporary, folder)
@@ -68,25 +72,30 @@ def render(study: Study, folder: Path, command: str = "") -> tuple[list[Table], 
 
 
 def check_folder(folder: Path) -> None:
-    """Raise ValueError if a report must not be written to `folder`: what is there would be lost."""
+    """Check that a report may be written to `folder`.
+
+    Raises:
+        UsageError: the folder holds something that is not a report and that would be lost.
+    """
     if folder.is_file():
-        raise UsageError(f"-o {folder} is a file; give a folder")
+        raise UsageError(f"--output {folder} is a file; give a folder")
     there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if there and (there - ENTRIES or not (folder / "data" / "study.json").is_file()):
         shown = ", ".join(sorted(there - ENTRIES or there)[:5])
         raise UsageError(
-            f"-o {folder} is not empty and holds no report, but {shown}; give a new folder"
+            f"--output {folder} is not empty and holds no report, but {shown}; give a new folder"
         )
 
 
 def write_files(folder: Path, tables: list[Table], figures: list[Figure]) -> dict[str, str]:
-    """Write tables/ and figures/; returns the figures' SVG by name."""
-    drawings = {}
+    """Write tables/ and figures/; return the SVG of each figure by its name."""
     for name in ("tables", "figures"):
         (folder / name).mkdir(parents=True)
     for table in tables:
         for kind, write in WRITERS.items():
-            (folder / "tables" / f"{table.name}.{kind}").write_text(write(table), encoding="utf-8")
+            write_text(folder / "tables" / f"{table.name}.{kind}", write(table))
+
+    drawings = {}
     for figure in figures:
         for kind in ("png", "svg"):
             drawn = figure.render(kind)
@@ -96,12 +105,12 @@ def write_files(folder: Path, tables: list[Table], figures: list[Figure]) -> dic
 
 
 def left_out(study: Study) -> list[Run]:
-    """Return the runs of which something is missing, those apart that were not meant to run."""
+    """Return the runs of which something is missing, without those that were not meant to run."""
     return [run for run in study.runs if run.state not in NOT_BEGUN and (not run.whole or run.note)]
 
 
 def summary(study: Study) -> dict[str, str]:
-    """Return what the report begins with: term → text."""
+    """Return the head of the report: term → text."""
     states = [
         f"{count} {STATES.get(state, state)}"
         for state, count in Counter(run.state for run in study.runs).items()
@@ -111,7 +120,7 @@ def summary(study: Study) -> dict[str, str]:
     )
     return {
         "Runs": f"{len(study.runs)}: {', '.join(states)}",
-        "Budget": study.budget or "none stated",
+        "Budget": study.budget or "not stated",
         "Cost": cost(study.runs),
         "Environment": environment or "not recorded",
     }
@@ -122,14 +131,13 @@ def page(study: Study, tables: list[Table], figures: list[Figure], drawings: dic
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    settings = {
-        "trim_blocks": True,
-        "lstrip_blocks": True,
-        "keep_trailing_newline": True,
-        "undefined": StrictUndefined,
-    }
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, **settings
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=StrictUndefined,
     )
     return environment.get_template("page.html.j2").render(
         name=study.name,
@@ -143,18 +151,19 @@ def page(study: Study, tables: list[Table], figures: list[Figure], drawings: dic
 
 
 def column_classes(table: Table) -> list[str]:
-    """Return the class of each of a table's columns: `number`, `wide` (long text) or nothing."""
+    """Return the CSS class of each column: `number`, `wide` (long text) or nothing (short text)."""
     classes = []
     for i in range(len(table.columns)):
         cells = [row[i] for row in table.rows]
-        is_text = any(isinstance(cell.value, str) for cell in cells)
-        is_long = any(len(cell.text) > LONG for cell in cells)
-        classes.append("" if is_text and not is_long else "wide" if is_text else "number")
+        if not any(isinstance(cell.value, str) for cell in cells):
+            classes.append("number")
+        else:
+            classes.append("wide" if any(len(cell.text) > LONG for cell in cells) else "")
     return classes
 
 
 def inline(figure: Figure, drawing: str) -> str:
-    """Return an SVG file's element as it can stand in a page beside others: with a label, and ids of its own."""
+    """Return the element of an SVG file for a page with others: labelled, and with unique ids."""
     from markupsafe import escape as escape_html
 
     element = drawing[drawing.index("<svg") :]
@@ -169,11 +178,16 @@ def markdown(study: Study, tables: list[Table], figures: list[Figure]) -> str:
     lines.append("Everything on one page: [index.html](index.html). The numbers: [data](data).")
     if command := study.environment.get("command"):
         lines.append(f"```\n{command}\n```")
+
     if runs := left_out(study):
-        lines += ["## Left out", "These runs are in no mean and no test below, or only in part."]
+        lines += [
+            "## Left out",
+            "The means and tests below leave these runs out, completely or in part.",
+        ]
         lines.append(
             "\n".join(f"* {escape(run.name)} ({run.state}): {escape(run.note)}" for run in runs)
         )
+
     lines.append("## Tables")
     lines += [table.markdown() for table in tables]
     lines.append("## Figures")

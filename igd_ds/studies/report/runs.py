@@ -22,6 +22,7 @@ from igd_ds.items.store import StoredCatalogue, load_catalogue
 from igd_ds.items.trie import TokenTrie
 from igd_ds.studies.report.study import (
     METRIC,
+    Ranks,
     Run,
     Study,
     family_of,
@@ -507,7 +508,7 @@ def with_ranks(run: Run, folder: Path, dataset: InteractionDataset) -> Run:
     return run
 
 
-def target_ranks(path: Path, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def target_ranks(path: Path, targets: np.ndarray) -> Ranks:
     """Return the ids of the rows in a predictions file, ascending, and the rank of each one's target, 0 where it is not listed.
 
     Both are int32 (R,). `targets` has the target of every row of the split. Items that share a leaf share its rank.
@@ -519,7 +520,7 @@ def target_ranks(path: Path, targets: np.ndarray) -> tuple[np.ndarray, np.ndarra
     rows = np.unique(row)
     rank = np.zeros(len(rows), np.int32)
     rank[np.searchsorted(rows, row[line])] = table["rank"].to_numpy()[line]
-    return rows.astype(np.int32), rank
+    return Ranks(rows.astype(np.int32), rank)
 
 
 def row_groups(
@@ -531,9 +532,9 @@ def row_groups(
         ranked = [run for run in runs if name in run.ranks]
         if not ranked:
             continue
-        split, rows = dataset.splits[name], ranked[0].ranks[name][0]
+        split, rows = dataset.splits[name], ranked[0].ranks[name].row
         for run in ranked:
-            if not np.array_equal(run.ranks[name][0], rows):
+            if not np.array_equal(run.ranks[name].row, rows):
                 raise UsageError(
                     f"the predictions of {run.name} and {ranked[0].name} on {name} are of different rows"
                 )
@@ -573,8 +574,8 @@ def examples_of(
         }  # in the table's order
         if len(methods) < 2:
             continue
-        ranks = np.stack([run.ranks["test"][1] for run in methods.values()])
-        rows = next(iter(methods.values())).ranks["test"][0][(ranks != ranks[0]).any(0)]
+        ranks = np.stack([run.ranks["test"].rank for run in methods.values()])
+        rows = next(iter(methods.values())).ranks["test"].row[(ranks != ranks[0]).any(0)]
         rows = np.sort(np.random.default_rng(0).permutation(rows)[:number])
         lists = {
             method: first_titles(folders[run.name], run.alpha, rows, title)
