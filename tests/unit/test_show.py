@@ -1,4 +1,4 @@
-"""Items as the terminal shows them: every figure against a loop over the items, matching, the printed page, and its colours."""
+"""igd show: every number against a loop over the items, names, the printed page and its colours."""
 
 import contextlib
 import io
@@ -6,7 +6,7 @@ import json
 import math
 import os
 import pty
-from types import SimpleNamespace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,25 +15,14 @@ import transformers
 from test_decisiveness import Definitions
 
 from igd_ds.commands import show
+from igd_ds.data.dataset import InteractionDataset, Split
+from igd_ds.errors import UsageError
 from igd_ds.items.decisiveness import ENTROPIES
+from igd_ds.items.view import MOST_TRAINED, CatalogueView, describe, find, visible, worst
 
 TITLES = ["ab", "abc", "ba", "BA", "bcc", "cab", "caba", "c", "aa", "acb", "日本", "ba", "c d"]
-TARGETS = [
-    0,
-    0,
-    1,
-    2,
-    3,
-    3,
-    4,
-    5,
-    6,
-    6,
-    6,
-    7,
-    11,
-    12,
-]  # 8, 9 and 10 are cold; 2 and 11 share a path
+# Items 8, 9 and 10 are cold; 2 and 11 share a path.
+TARGETS = [0, 0, 1, 2, 3, 3, 4, 5, 6, 6, 6, 7, 11, 12]
 CODES = [
     ["<a_1>", "<b_1>"],
     ["<a_1>", "<b_1>", "<c_1>"],
@@ -44,15 +33,10 @@ CODES = [
 
 
 def dataset_of(titles, codes, targets):
-    train = SimpleNamespace(targets=np.array(targets))
-    return SimpleNamespace(
-        titles=titles,
-        semantic_ids=codes,
-        splits={"train": train},
-        num_items=len(titles),
-        fingerprint="",
-        info={"name": "toy"},
-    )
+    rows, nothing = np.arange(len(targets)), np.zeros(0, np.int32)
+    offsets = np.zeros(len(targets) + 1, np.int64)
+    train = Split("train", rows, nothing, offsets, np.array(targets, np.int32), None)
+    return InteractionDataset(Path("nowhere"), {"name": "toy"}, titles, codes, {"train": train}, "")
 
 
 def letters():
@@ -80,7 +64,7 @@ SEMANTIC = (dataset_of(["Fiddle", *[None] * 4], CODES, [0, 0, 1, 2, 3, 4, 4]), c
 
 @pytest.fixture
 def run(monkeypatch):
-    """Run the command on one of the two catalogues with flags; what it printed, or, with a stream, nothing."""
+    """Run the command on a catalogue; return what it printed, or None if a stream is given."""
 
     def command(catalogue, *flags, stream=None):
         monkeypatch.setattr(show.InteractionDataset, "load", lambda folder: catalogue[0])
@@ -96,10 +80,10 @@ def run(monkeypatch):
 @pytest.mark.parametrize("catalogue", [TEXT, SEMANTIC], ids=["text", "semantic-id"])
 def test_every_figure_equals_brute_force(catalogue, entropy):
     dataset, tokenizer = catalogue
-    shelf = show.Shelf.build(
+    view = CatalogueView.build(
         dataset, tokenizer, "text" if catalogue is TEXT else "semantic-id", entropy
     )
-    paths = [tuple(shelf.catalogue.path(item).tolist()) for item in range(dataset.num_items)]
+    paths = [tuple(view.catalogue.path(item).tolist()) for item in range(dataset.num_items)]
     counts = [
         int(np.sum(dataset.splits["train"].targets == item)) for item in range(dataset.num_items)
     ]
@@ -110,7 +94,7 @@ def test_every_figure_equals_brute_force(catalogue, entropy):
         else (lambda p: defined.conditional(p) if defined.mass(p) else 0.0)
     )
     for item, path in enumerate(paths):
-        found = show.describe(shelf, item)
+        found = describe(view, item)
         total = uncertainty(()) - uncertainty(path)
         assert (
             found["item"] == item
@@ -134,7 +118,7 @@ def test_every_figure_equals_brute_force(catalogue, entropy):
             assert token["zero_gain"] == (defined.mass(before) == defined.mass(after))
             assert token["siblings"] == len(siblings) and token["forced"] == (not siblings)
             shown = sorted(siblings, key=lambda prefix: (-defined.mass(prefix), prefix))[
-                : show.SHOWN
+                :MOST_TRAINED
             ]
             assert [s["token"] for s in token["most_trained_siblings"]] == [
                 prefix[-1] for prefix in shown
@@ -154,7 +138,7 @@ def test_every_figure_equals_brute_force(catalogue, entropy):
                 if paths[i][:number] == before and paths[i][: number + 1] != after
             ]
             if number and others:
-                most = sorted(others, key=lambda i: (-counts[i], i))[: show.SHOWN]
+                most = sorted(others, key=lambda i: (-counts[i], i))[:MOST_TRAINED]
                 parting.insert(0, (number, len(others), most))
         assert [
             number for first, last in found["forced_runs"] for number in range(first, last + 1)
@@ -177,11 +161,11 @@ def test_every_figure_equals_brute_force(catalogue, entropy):
 @pytest.mark.parametrize("catalogue", [TEXT, SEMANTIC], ids=["text", "semantic-id"])
 def test_the_worst_equal_brute_force(catalogue):
     dataset, tokenizer = catalogue
-    shelf = show.Shelf.build(
+    view = CatalogueView.build(
         dataset, tokenizer, None if catalogue is TEXT else "semantic-id", "prior"
     )
-    described = [show.describe(shelf, item) for item in range(dataset.num_items)]
-    found = show.worst(shelf, 100)
+    described = [describe(view, item) for item in range(dataset.num_items)]
+    found = worst(view, 100)
     keys = [(-d["deciding"], d["tokens"][d["deciding"] - 1]["gain"]) for d in described]
     assert sorted(keys) == [(-entry["deciding"], entry["gain"]) for entry in found["latest"]]
     assert [keys[entry["item"]] for entry in found["latest"]] == sorted(keys)
@@ -203,40 +187,38 @@ def test_the_worst_equal_brute_force(catalogue):
     assert [[entry["item"] for entry in same] for same in found["duplicates"]] == twins and found[
         "duplicate_paths"
     ] == 1
-    assert [entry["item"] for entry in show.worst(shelf, 1)["latest"]] == [
-        found["latest"][0]["item"]
-    ]
+    assert [entry["item"] for entry in worst(view, 1)["latest"]] == [found["latest"][0]["item"]]
 
 
 def test_what_names_an_item():
-    shelf = show.Shelf.build(*TEXT, None, "prior")
-    assert show.find(shelf, "5") == [5]
-    assert show.find(shelf, " ba ") == [
+    view = CatalogueView.build(*TEXT, None, "prior")
+    assert find(view, "5") == [5]
+    assert find(view, " ba ") == [
         3,
         2,
         11,
     ]  # exact before parts ("caba"), whatever the case, most trained first
-    assert show.find(shelf, "AB") == [0] and show.find(shelf, "cA") == [6, 5]
-    assert show.find(shelf, "本") == [10]
-    with pytest.raises(ValueError, match="no item 'cabab' among 13; nearest: 'caba', 'cab'"):
-        show.find(shelf, "cabab")
-    with pytest.raises(ValueError, match="no item '99' among 13; nearest: none"):
-        show.find(shelf, "99")
-    with pytest.raises(ValueError, match="no item ''"):
-        show.find(shelf, "")
-    shelf = show.Shelf.build(*SEMANTIC, "semantic-id", "prior")
+    assert find(view, "AB") == [0] and find(view, "cA") == [6, 5]
+    assert find(view, "本") == [10]
+    with pytest.raises(UsageError, match="no item 'cabab' among 13; nearest: 'caba', 'cab'"):
+        find(view, "cabab")
+    with pytest.raises(UsageError, match="no item '99' among 13; nearest: none"):
+        find(view, "99")
+    with pytest.raises(UsageError, match="no item ''"):
+        find(view, "")
+    view = CatalogueView.build(*SEMANTIC, "semantic-id", "prior")
     assert (
-        show.find(shelf, "<a_1><b_1>") == [0]
-        and show.find(shelf, "fidd") == [0]
-        and show.find(shelf, "<b_1>") == [0, 4, 1, 3]
+        find(view, "<a_1><b_1>") == [0]
+        and find(view, "fidd") == [0]
+        and find(view, "<b_1>") == [0, 4, 1, 3]
     )
 
 
 def test_an_id_that_is_a_title_too():
     dataset = dataset_of(["1984", "1", "x"], None, [0, 1, 1])
-    assert show.find(show.Shelf.build(dataset, letters(), None, "prior"), "1") == [1]
+    assert find(CatalogueView.build(dataset, letters(), None, "prior"), "1") == [1]
     dataset = dataset_of(["x", "0"], None, [0, 1, 1])
-    assert show.find(show.Shelf.build(dataset, letters(), None, "prior"), "0") == [1, 0]
+    assert find(CatalogueView.build(dataset, letters(), None, "prior"), "0") == [1, 0]
 
 
 PAGE = """\
@@ -295,7 +277,7 @@ def test_json_and_worst(run):
     ],
 )
 def test_bad_input(run, flags, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UsageError, match=message):
         run(TEXT, *flags)
 
 
@@ -336,7 +318,7 @@ def test_columns_of_wide_and_of_control_characters():
         and show.fit("日本語", 4) == "日… "
         and show.fit("ab", 4) == "ab  "
     )
-    assert show.visible("a\nb\033[31m\t") == "a⏎b\\x1b[31m\\t"
+    assert visible("a\nb\033[31m\t") == "a⏎b\\x1b[31m\\t"
 
 
 def test_bars_are_proportional():

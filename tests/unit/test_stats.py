@@ -1,13 +1,14 @@
 """Statistics of a small catalogue, worked out by hand, and the command's output."""
 
 import json
-from types import SimpleNamespace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from test_trie import CASES, brute_force, ragged
 
 from igd_ds.commands import stats
+from igd_ds.data.dataset import InteractionDataset, Split
 from igd_ds.items.catalogue import Catalogue
 from igd_ds.items.decisiveness import ENTROPIES
 from igd_ds.items.trie import TokenTrie
@@ -17,14 +18,19 @@ PATHS = [[1, 2, 0], [1, 3, 0], [1, 4, 5, 0], [1, 2, 0], [6, 5, 0]]
 TARGETS = [0, 0, 0, 1, 1, 3]
 
 
-class Rows:
-    """What stats reads of a split."""
+def make_split(name, targets, history):
+    """Return a split whose rows have these targets; the first row has the whole history."""
+    targets, history = np.array(targets, np.int32), np.array(history, np.int32)
+    offsets = np.full(len(targets) + 1, len(history), np.int64)
+    offsets[0] = 0
+    return Split(name, np.arange(len(targets)), history, offsets, targets, None)
 
-    def __init__(self, targets, history):
-        self.targets, self.history_items = np.array(targets), np.array(history)
 
-    def __len__(self):
-        return len(self.targets)
+def make_dataset(name, num_items, **splits):
+    """Return a dataset of titles; `splits` are (targets, history) by name."""
+    titles = [f"title {item}" for item in range(num_items)]
+    rows = {split: make_split(split, *values) for split, values in splits.items()}
+    return InteractionDataset(Path("nowhere"), {"name": name}, titles, None, rows, "")
 
 
 def make_catalogue(paths, counts, kind="text"):
@@ -35,19 +41,16 @@ def make_catalogue(paths, counts, kind="text"):
 
 @pytest.fixture
 def worked():
-    splits = {
-        "train": Rows(TARGETS, [4, 0, 1]),
-        "valid": Rows([1], [0]),
-        "test": Rows([2, 4, 0, 2], [1]),
-    }
-    dataset = SimpleNamespace(info={"name": "worked"}, splits=splits)
+    train, valid, test = (TARGETS, [4, 0, 1]), ([1], [0]), ([2, 4, 0, 2], [1])
+    dataset = make_dataset("worked", len(PATHS), train=train, valid=valid, test=test)
     catalogue, trie = make_catalogue(PATHS, np.bincount(TARGETS, minlength=len(PATHS)))
     return dataset, catalogue, trie
 
 
 def test_worked_example(worked):
     found = stats.catalogue_statistics(*worked)
-    # Training mass: root 6; edge 1 has 6 of 6 (zero-IG, not forced); 1-2 has 4, 1-3 has 2; their EOS edges are forced.
+    # Of 6 training rows, edge 1 has all 6 (zero gain, not forced), 1-2 has 4 and 1-3 has 2. Their
+    # EOS edges are forced.
     expected = {
         "items": 5,
         "train_rows": 6,
@@ -100,10 +103,8 @@ def test_every_key_is_documented_and_json(worked):
 def test_counts_equal_brute_force(name, entropy):
     paths, counts = CASES[name][0], np.minimum(CASES[name][1], 100)
     targets = np.repeat(np.arange(len(paths)), counts)
-    rows = Rows(targets, targets)
-    dataset = SimpleNamespace(
-        info={"name": ""}, splits={"train": rows, "valid": rows, "test": rows}
-    )
+    rows = (targets, targets)
+    dataset = make_dataset("", len(paths), train=rows, valid=rows, test=rows)
     found = stats.catalogue_statistics(dataset, *make_catalogue(paths, counts), entropy)
     _, items = brute_force(paths)
     children = {}
