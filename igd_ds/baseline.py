@@ -91,10 +91,11 @@ def open_run_folder(
 
 
 def refuse_other_dataset(run: Path, fingerprint: str, data: BaselineData) -> None:
-    """Raise UsageError if a run was begun on another dataset: --dataset may move, but not change."""
+    """Raise UsageError if a run was begun on another dataset; only the path may change."""
     if fingerprint != data.dataset.fingerprint:
         raise UsageError(
-            f"--dataset: {run} was trained on another dataset, or another version of it; give a new "
+            f"--dataset: {run} was trained on another dataset, or another version of it; give a "
+            "new "
             "--output_dir"
         )
 

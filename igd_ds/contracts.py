@@ -68,13 +68,13 @@ class Batch:
     row_ids: torch.Tensor
     """int64 (B,), the row's index in its split, MASKED_ROW where it only fills the batch."""
     null: Batch | None = None
-    """The batch's different items behind a prompt without history, for objectives that ask for it."""
+    """The batch's different items behind a prompt without history, if the objective needs it."""
     null_index: torch.Tensor | None = None
     """int64 (n,), which labelled token of `null` each labelled token is."""
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on `device`."""
-        moved = {}
+        moved: dict[str, Any] = {}
         for name in (entry.name for entry in fields(self)):
             value = getattr(self, name)
             if isinstance(value, Batch):
@@ -91,7 +91,7 @@ class Logits:
     tokens: torch.Tensor
     """Behind the row's own prompt."""
     null: torch.Tensor | None = None
-    """Of the same tokens behind the prompt without history; None unless the objective asks for it."""
+    """Of the same tokens behind the prompt without history, if the objective needs it."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class LossTerms:
     normalisers: torch.Tensor
     """float32 (K,), this micro-batch's part of each Ω; equal to `Objective.normalisers(batch)`."""
     nll: torch.Tensor
-    """float32 (n,), negative log-likelihood of each labelled token in nats, detached: for the log."""
+    """float32 (n,), unweighted NLL of each labelled token in nats, detached: for the log."""
     statistics: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """Further named sums, each of shape () or (K,), detached. Every rank returns the same names."""
 
@@ -137,13 +137,11 @@ class ObjectiveContext:
     """The trie on the device that trains."""
     dataset: str
     """The canonical dataset's folder."""
-    total_steps: int
-    """Optimizer steps the run has at most."""
 
 
 @dataclass(frozen=True)
 class Likelihood:
-    """How a model's logits become token probabilities: what an objective trains, and a search ranks by."""
+    """How logits become token probabilities: what an objective trains and a search ranks by."""
 
     softmax: str = "full"
     """"full": over the vocabulary. "masked": over the trie's next tokens only."""
@@ -168,13 +166,15 @@ class Objective(Protocol):
 
     Options: ClassVar[type[Any]]
     """Frozen dataclass whose fields are declared with `config.options.option`."""
+    tags: ClassVar[Mapping[str, str]]
+    """Scalars that `update` returns: tag → meaning and unit."""
     targets: tuple[str, ...]
     """Names of the K targets."""
     needs_null: bool
     """Whether `loss` needs the logits behind a prompt without history."""
 
     def weights(self, context: ObjectiveContext) -> np.ndarray:
-        """Return one weight per catalogue token and target, float32 (tokens, K); made once per run."""
+        """Return a weight per catalogue token and target, float32 (tokens, K), once per run."""
 
     def normalisers(self, batch: Batch) -> torch.Tensor:
         """Return this batch's part of each Ω, float64 (K,), before any forward pass."""
@@ -186,13 +186,13 @@ class Objective(Protocol):
         """Return what a micro-batch adds to the loss."""
 
     def nll(self, batch: Batch, logits: torch.Tensor, context: ObjectiveContext) -> torch.Tensor:
-        """Return the unweighted negative log-likelihood of the labelled tokens, nats, float32 (n,)."""
+        """Return the unweighted NLL of the labelled tokens in nats, float32 (n,)."""
 
     def likelihood(self) -> Likelihood:
         """Return how a model trained by this objective is to be validated and searched."""
 
     def update(self, totals: StepTotals) -> Mapping[str, float]:
-        """Take note of a finished step; return scalars to log (tag → value), the same on every rank."""
+        """Take note of a finished step; return scalars to log, the same on every rank."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as JSON values; {} where there is none."""

@@ -55,7 +55,8 @@ def main() -> int:
         return 0
     if config.num_beams > (num_leaves := task.recommender.num_leaves):
         say(
-            f"warning: --num_beams {config.num_beams}, but the catalogue has {num_leaves} different "
+            f"warning: --num_beams {config.num_beams}, but the catalogue has {num_leaves} "
+            "different "
             "items: lists are that long"
         )
 
@@ -86,7 +87,8 @@ def with_chosen_alpha(config: EvalConfig) -> EvalConfig:
     results = json.loads(finished.read_text())
     if results["split"] == config.split:
         raise UsageError(
-            f"--alpha_from {config.alpha_from} evaluated {config.split} itself: α is chosen on another "
+            f"--alpha_from {config.alpha_from} evaluated {config.split} itself: α is chosen on "
+            "another "
             "split"
         )
     chosen = sorted({0.0, float(metrics.best_alpha(results))})
@@ -120,7 +122,7 @@ def build_task(config: EvalConfig) -> RankingTask:
 
 
 def check_every_row(config: EvalConfig, task: RankingTask) -> None:
-    """Raise UsageError for a row whose item lists or guidance are bad: now rather than hours later."""
+    """Raise UsageError for a row with bad item lists or guidance: now rather than hours later."""
     if task.item_lists or task.guidance:
         for rows in batches_of(task.rows, config.batch_size):
             task.per_user(rows)

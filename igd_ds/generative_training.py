@@ -1,4 +1,4 @@
-"""What the loop trains for `igd train`: batches of prompts and items, an objective, and a validation."""
+"""What the loop trains for `igd train`: prompts and items, an objective, a validation."""
 
 import dataclasses
 import shutil
@@ -89,7 +89,7 @@ class TokenSums:
 
 @dataclass(frozen=True)
 class TokenLoss:
-    """An objective over a backbone's logits: what an optimizer step minimises (engine.step.StepLoss)."""
+    """An objective over a backbone's logits (engine.step.StepLoss)."""
 
     backbone: Backbone
     objective: Objective
@@ -216,7 +216,7 @@ class GenerativeTraining:
         return [self.collator(part) for part in deal(rows, rank, world, self.micro_batch)]
 
     def values(self, sums: StepSums, seconds: float) -> dict[str, float]:
-        """Return the log's scalars: numerators and denominators are summed first and divided last."""
+        """Return the log's scalars: sums first, one division last."""
         tokens = TokenSums.of_statistics(sums.statistics)
         values = {"train/loss": ratio(sums.objective, sums.steps)}
         values |= {tag: ratio(value, sums.steps) for tag, value in sums.scalars.items()}

@@ -77,19 +77,33 @@ class Training(Protocol):
         `igd_ds/train.py` and `igd_ds/baseline.py` are the two implementations.
     """
 
-    loss: StepLoss[Any]
-    """What a step minimises."""
-    normalization: str
-    """See `optimizer_step`."""
-    validation_metric: str
-    """What early stopping watches; `validate` returns it as `valid/METRIC`."""
-    lower_is_better: bool
-    """Whether a smaller value of the metric is better."""
-    steps_per_epoch: int
-    total_steps: int
-    """Optimizer steps the run has at most."""
-    tags: Mapping[str, str]
-    """Tags of its own, beside runlog.TAGS: tag → meaning and unit."""
+    @property
+    def loss(self) -> StepLoss[Any]:
+        """What a step minimises."""
+
+    @property
+    def normalization(self) -> str:
+        """How Ω is taken, see `optimizer_step`."""
+
+    @property
+    def validation_metric(self) -> str:
+        """What early stopping watches; `validate` returns it as `valid/METRIC`."""
+
+    @property
+    def lower_is_better(self) -> bool:
+        """Whether a smaller value of the metric is better."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of one pass over the rows."""
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps the run has at most."""
+
+    @property
+    def tags(self) -> Mapping[str, str]:
+        """Tags of its own, beside runlog.TAGS: tag → meaning and unit."""
 
     def windows(self, first: int) -> Iterator[list[Any]]:
         """Yield this rank's micro-batches of optimizer steps `first`, `first` + 1, …"""
@@ -143,7 +157,7 @@ class Stopwatch:
 
 
 def step_seed(seed: int, step: int) -> int:
-    """Return the seed of this rank's dropout and negatives in a step; a resumed run has the same."""
+    """Return the seed of this rank's dropout and negatives in a step: a resumed run has it too."""
     return seed + SEED_OF_STEP * step + SEED_OF_RANK * distributed.rank()
 
 
@@ -171,7 +185,7 @@ def fit(
     """Train until the last step, early stopping or a signal; the best model is left in RUN/model.
 
     Returns:
-        The exit code: 0, or EXIT_REQUEUE if a signal stopped the training after its state was saved.
+        The exit code: 0, or EXIT_REQUEUE if a signal stopped the training and its state is saved.
     """
     total = training.total_steps
     every = options.validate_every or training.steps_per_epoch
@@ -272,6 +286,7 @@ def finish(metric: str, options: LoopOptions, run: Path, state: LoopState, log: 
     summary = {"validation_metric": metric, **dataclasses.asdict(state)}
     distributed.on_main(lambda: write_json(run / "summary.json", summary))
     say(
-        f"done: best {metric} {state.best:.4f} at step {state.best_step}; model in {run / 'model'}\n"
+        f"done: best {metric} {state.best:.4f} at step {state.best_step}; model in "
+        f"{run / 'model'}\n"
         f"watch it: tensorboard --logdir {run}"
     )

@@ -30,7 +30,8 @@ FREE_ON_RESUME = {
     "splits",
     "save_scores",
 }
-"""Settings that may change when a run resumes: paths, whose content is checked, and what is only recorded."""
+"""Settings that may change when a run resumes: paths, whose content is checked, and settings without
+effect on the model."""
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "datasets", "numpy")
 
@@ -69,7 +70,8 @@ def _check_same_run(
 ) -> None:
     if options.resume != "auto":
         raise UsageError(
-            f"--output_dir {run} holds a run already; give another folder, or --resume auto to go on "
+            f"--output_dir {run} holds a run already; give another folder, or --resume auto to go "
+            "on "
             "with it"
         )
     # Accumulation follows from the number of ranks, and the checkpoint checks that.
@@ -80,7 +82,8 @@ def _check_same_run(
 
     if changed := differing(old, new, but=FREE_ON_RESUME):
         raise UsageError(
-            f"--output_dir {run} belongs to another run; these settings differ: {', '.join(changed)}"
+            f"--output_dir {run} belongs to another run; these settings differ: "
+            f"{', '.join(changed)}"
         )
 
 

@@ -1,4 +1,4 @@
-"""Rank 0's record of a run: TensorBoard and `metrics.jsonl`. All tags and their units are named here."""
+"""Rank 0's record of a run, TensorBoard and `metrics.jsonl`, and the unit of every tag."""
 
 import json
 import resource
@@ -12,11 +12,12 @@ import torch
 from igd_ds.folders import write_text
 
 TAGS = {
-    "train/loss": "nats: the optimised loss, Σ w·NLL / Ω with one target, mean over the logged steps; "
-    "of a baseline its own loss, mean over the targets of those steps",
+    "train/loss": "nats: the optimised loss, Σ w·NLL / Ω with one target, mean over the logged "
+    "steps; of a baseline its own loss, mean over the targets of those steps",
     "train/nll": "nats per token: unweighted mean over the step's target tokens",
-    "train/nll_zero_gain": "nats per token: mean over target tokens with zero information gain (IGD Figures 2, 5)",
-    "train/nll_nonzero_gain": "nats per token: mean over target tokens with non-zero information gain",
+    "train/nll_zero_gain": "nats per token: mean over target tokens with zero information gain "
+    "(IGD Figures 2, 5)",
+    "train/nll_nonzero_gain": "nats per token: mean over target tokens with information gain",
     "train/zero_gain_weight_share": "share of Ω that lies on zero-gain tokens, 0 to 1",
     "train/learning_rate": "AdamW's learning rate of the step",
     "train/grad_norm": "L2 norm of the gradient before clipping",
@@ -24,18 +25,21 @@ TAGS = {
     "speed/target_tokens_per_second": "labelled tokens per second, all ranks",
     "speed/tokens_per_second": "prompt and target tokens per second, padding excluded, all ranks",
     "speed/rows_per_second": "training rows per second, all ranks",
-    "speed/memory_gib": "peak memory of rank 0 in GiB: GPU memory where there is one, else resident memory",
+    "speed/memory_gib": "peak memory of rank 0 in GiB: of the GPU if there is one, else resident",
     "valid/nll": "nats per item: unweighted negative log-likelihood summed over the item's tokens",
     "valid/nll_per_token": "nats per token: the same, per target token",
-    "valid/nll_gain_zero": "nats per token: mean over validation target tokens with zero information gain",
+    "valid/nll_gain_zero": "nats per token: mean over target tokens with zero information gain",
     **{
-        f"valid/nll_gain_{i}": f"the same, decile {i} of the non-zero gains of training-target tokens (IGD Figure 4)"
+        f"valid/nll_gain_{i}": f"the same, decile {i} of the non-zero gains of training-target "
+        "tokens (IGD Figure 4)"
         for i in range(10)
     },
-    "valid/ndcg@10": "NDCG@10 of a beam search with 10 beams, α = 0; of a baseline, of its full ranking",
+    "valid/ndcg@10": "NDCG@10 of a beam search with 10 beams; of a baseline, of its full ranking",
     "quantizer/loss": "reconstruction + codebook loss + commitment, mean over the epoch; igd ids",
-    "quantizer/reconstruction": "mean squared error over the embeddings' variance: 0 is exact, 1 no better than their mean",
-    "quantizer/commitment": "squared distance of a level's input to its code, mean over entries and levels, unweighted",
+    "quantizer/reconstruction": "mean squared error over the embeddings' variance: 0 is exact, 1 is "
+    "no better than their mean",
+    "quantizer/commitment": "squared distance of a level's input to its code, mean over entries and "
+    "levels, unweighted",
     "quantizer/collision_rate": "1 - different IDs / items, as assigned during the epoch",
     "quantizer/restarted": "dead codes that were restarted in the epoch, all levels",
     **{
@@ -52,8 +56,10 @@ TAGS = {
         for k in (1, 3, 5, 10, 20)
     },
     "eval/alpha_grid": "figure: HR@10 and NDCG@10, token match, over α",
-    "eval/popularity_deciles": "figure: share of the top 10 in each tenth of the catalogue by training count (MTC Figure 2)",
-    "eval/prefix_entropy": "figure: entropy in nats of lists' prefixes minus targets', after each token (IGD Figures 3, 6, 8)",
+    "eval/popularity_deciles": "figure: share of the top 10 in each tenth of the catalogue by "
+    "training count (MTC Figure 2)",
+    "eval/prefix_entropy": "figure: entropy in nats of the prefixes of lists minus that of targets, "
+    "after each token (IGD Figures 3, 6, 8)",
     "eval/lists": "text: history, target and first 5 entries of a few rows; step = 1000·α",
 }
 """Tag: meaning and unit."""
@@ -77,7 +83,7 @@ LAYOUT = {
         "peak memory, GiB": ["Multiline", ["speed/memory_gib"]],
     },
 }
-"""TensorBoard's tab Custom Scalars: category → chart → regular expressions of the tags it shows."""
+"""TensorBoard's tab Custom Scalars: category → chart → patterns of the tags it shows."""
 
 
 class RunLog:
@@ -146,11 +152,11 @@ class RunLog:
             add(tag, view, step)
 
     def hparams(self, settings: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
-        """Record final metrics for TensorBoard's HParams table, in the row of the run with these settings.
+        """Record final metrics in TensorBoard's HParams table, in the row of the settings' run.
 
-        They lie in a folder of their own, because every scalar beside the settings becomes a column. A
-        training and its evaluations each write theirs: TensorBoard joins what has the same trial, which
-        here is the run's --output_dir.
+        They lie in a folder of their own, because every scalar beside the settings becomes a
+        column. A training and its evaluations each write theirs: TensorBoard joins what has the
+        same trial, which here is the run's --output_dir.
 
         Args:
             settings: the run's configuration, as in its config.yaml.
@@ -205,7 +211,7 @@ def drop_entries_after(path: Path, step: int) -> None:
 
 
 def peak_memory_gib() -> float:
-    """Return this process's peak memory in GiB: of the GPU if there is one, else resident memory."""
+    """Return this process's peak memory in GiB: of the GPU if there is one, else resident."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

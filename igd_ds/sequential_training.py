@@ -83,7 +83,7 @@ class BaselineData:
         return {"num_items": self.dataset.num_items, "max_history": longest} | form
 
     def build_model(self, config: BaselineConfig) -> Any:
-        """Return the recommender: with its counts, or with the same random weights on every rank."""
+        """Return the recommender, with its counts or with the same random weights on every rank."""
         if not config.is_trained:
             split = self.train.split
             last = split.history_items[split.history_offsets[1:] - 1]
@@ -108,7 +108,8 @@ def _negatives(config: BaselineConfig, weights: torch.Tensor) -> Negatives:
     number = config.num_negatives or 0
     if number > most:
         raise UsageError(
-            f"--num_negatives {number} of --loss {config.loss}: the training rows hold {most} items to "
+            f"--num_negatives {number} of --loss {config.loss}: the training rows hold {most} "
+            "items to "
             "draw from"
         )
     return Negatives(weights, number)

@@ -105,7 +105,7 @@ def build_catalogue(folder: Path, config: TrainConfig, inputs: Inputs) -> None:
     catalogue = Catalogue.build(inputs.dataset, inputs.tokenizer, kind)
     if catalogue.max_length >= config.max_length:
         dataset, item = inputs.dataset, int(np.argmax(np.diff(catalogue.offsets)))
-        text = dataset.titles[item] or "".join(dataset.semantic_ids[item])
+        text = dataset.titles[item] or "".join((dataset.semantic_ids or [])[item])
         raise UsageError(
             f"item {item} ({text[:80]!r}…) has {catalogue.max_length} "
             f"tokens, which leaves no prompt within --max_length {config.max_length}: raise it, or "

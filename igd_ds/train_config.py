@@ -16,7 +16,7 @@ VALIDATION_METRICS = ("nll", "ndcg@10")
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(ObjectiveOptions, ModelOptions, LoopOptions):
-    """One training of a generative recommender: model, loop, objective with its flags, and these."""
+    """One training of a generative recommender."""
 
     prompt: str = option("prompt template: a name in igd_ds/data/templates or a YAML file", "short")
     item_kind: str = option(

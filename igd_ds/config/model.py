@@ -40,7 +40,8 @@ class ModelOptions:
         """Raise UsageError for values that no model can be built from."""
         if bool(self.model_name_or_path) == bool(self.model_config):
             raise UsageError(
-                "give exactly one of --model_name_or_path (pretrained) and --model_config (random weights)"
+                "give exactly one of --model_name_or_path (pretrained) and --model_config (random "
+                "weights)"
             )
         if self.model_config and not self.tokenizer:
             raise UsageError("--model_config has no tokenizer of its own: give --tokenizer")

@@ -20,7 +20,7 @@ class ScoringOptions:
     )
     length_penalty: float = option("p in score / length^p: 0 as D3, 1 as BIGRec", 0.0)
     softmax: str = option(
-        "log p over the full vocabulary, or masked: over the trie's next tokens alone; auto: as trained",
+        "log p over the full vocabulary, or masked: over the trie's next tokens; auto: as trained",
         "auto",
         ("auto", "full", "masked"),
     )

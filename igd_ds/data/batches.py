@@ -72,7 +72,8 @@ def refuse_empty(split: Split, rows: np.ndarray) -> None:
     empty = rows[np.diff(split.history_offsets)[rows] == 0]
     if len(empty):
         raise UsageError(
-            f"row {empty[0]} of {split.name} has an empty history: leave such rows out of the dataset"
+            f"row {empty[0]} of {split.name} has an empty history: leave such rows out of the "
+            "dataset"
         )
 
 
@@ -95,12 +96,12 @@ def deal(global_rows: np.ndarray, rank: int, world_size: int, micro_batch: int) 
 
 @dataclass(frozen=True)
 class TokenColumns:
-    """What a batch needs to know of each of the C catalogue tokens; item i's are offsets[i] … offsets[i+1]-1."""
+    """What a batch needs to know of each of the C catalogue tokens."""
 
     token_ids: np.ndarray
     """int32 (C,)."""
     offsets: np.ndarray
-    """int64 (N+1,)."""
+    """int64 (N+1,): item i's tokens are offsets[i] … offsets[i+1]-1."""
     weights: np.ndarray
     """float32 (C, K), the objective's."""
     zero_gain: np.ndarray

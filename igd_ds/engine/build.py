@@ -1,4 +1,4 @@
-"""The DeepSpeed engine around a model: loading under ZeRO-3, optimizer and learning-rate schedule."""
+"""The DeepSpeed engine around a model: loading under ZeRO-3, optimizer and schedule."""
 
 import contextlib
 import math

@@ -20,7 +20,7 @@ STATE_BYTES_PER_PARAMETER = 16
 
 
 def check_disk_space(run: Path, trained_parameters: int, keep_checkpoints: int) -> None:
-    """Raise UsageError if the disk of `run` cannot hold the checkpoints and the model to be written."""
+    """Raise UsageError if the disk of `run` cannot hold the checkpoints and the model."""
     needed = STATE_BYTES_PER_PARAMETER * trained_parameters * (keep_checkpoints + 1)
     needed += 4 * trained_parameters * 2
 
@@ -31,7 +31,8 @@ def check_disk_space(run: Path, trained_parameters: int, keep_checkpoints: int) 
     free = shutil.disk_usage(run).free
     if free < needed - there:
         raise UsageError(
-            f"--output_dir {run}: {free / 2**30:.2f} GiB free, but {keep_checkpoints} checkpoints and "
+            f"--output_dir {run}: {free / 2**30:.2f} GiB free, but {keep_checkpoints} checkpoints "
+            "and "
             f"the model need about {(needed - there) / 2**30:.2f} GiB more; free space or lower "
             "--keep_checkpoints"
         )
@@ -114,14 +115,16 @@ def newest_checkpoint(folder: Path) -> str | None:
         saved_by = json.loads((whole[0] / MANIFEST).read_text())["world_size"]
         if saved_by != distributed.world_size():
             raise UsageError(
-                f"{whole[0]} was saved by {saved_by} ranks, this run has {distributed.world_size()}: "
+                f"{whole[0]} was saved by {saved_by} ranks, this run has "
+                f"{distributed.world_size()}: "
                 f"resume on {saved_by} ranks, or train a new run from the model/ that this one left"
             )
 
     for path in checkpoints:
         if path not in whole:
             print(
-                f"warning: checkpoint {path.name} is not complete (the process was probably stopped "
+                f"warning: checkpoint {path.name} is not complete (the process was probably "
+                "stopped "
                 "while writing it) and is removed",
                 flush=True,
             )

@@ -87,13 +87,15 @@ def resolve_ds_config(options: LoopOptions, world_size: int, load_in_4bit: bool)
     micro = ds.get("train_micro_batch_size_per_gpu")
     if type(micro) is not int or micro < 1:
         raise UsageError(
-            f"{path}: train_micro_batch_size_per_gpu must be a positive whole number, found {micro!r}"
+            f"{path}: train_micro_batch_size_per_gpu must be a positive whole number, found "
+            f"{micro!r}"
         )
     # A file for large batches serves small ones too, on any number of ranks.
     micro = max(1, min(micro, options.global_batch_size // world_size))
     if options.global_batch_size % (micro * world_size):
         raise UsageError(
-            f"--global_batch_size {options.global_batch_size} is not a multiple of micro-batch {micro} "
+            f"--global_batch_size {options.global_batch_size} is not a multiple of micro-batch "
+            f"{micro} "
             f"({path}: train_micro_batch_size_per_gpu) × {world_size} ranks = {micro * world_size}"
         )
     _check_combination(ds, path, load_in_4bit)
@@ -120,7 +122,8 @@ def _read(path: Path) -> DsConfig:
 
     if not isinstance(ds, dict) or not all(isinstance(ds.get(key, {}), dict) for key in SECTIONS):
         raise UsageError(
-            f"{path}: the file and its zero_optimization, bf16, fp16 and data_types must be JSON objects"
+            f"{path}: the file and its zero_optimization, bf16, fp16 and data_types must be JSON "
+            "objects"
         )
     return ds
 

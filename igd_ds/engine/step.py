@@ -23,7 +23,10 @@ B = TypeVar("B", contravariant=True)
 
 
 class StepLoss(Protocol[B]):
-    """The loss of an optimizer step, L = Σ_k coefficient_k · N_k / Ω_k, over micro-batches of type B."""
+    """The loss of an optimizer step over micro-batches of type B.
+
+    It is L = Σ_k coefficient_k · N_k / Ω_k, see LossTerms.
+    """
 
     def normalisers(self, batch: B) -> torch.Tensor:
         """Return the batch's part of each Ω, float64 (K,), on the CPU, before any forward pass."""
@@ -162,7 +165,8 @@ def _unflat(
 def _check_loss(total: torch.Tensor, step: int) -> None:
     if not torch.isfinite(total).all():
         raise FloatingPointError(
-            f"step {step + 1}: the loss is not finite; no weight was updated. Lower --learning_rate, "
+            f"step {step + 1}: the loss is not finite; no weight was updated. Lower "
+            "--learning_rate, "
             "or look at the data of this step"
         )
 

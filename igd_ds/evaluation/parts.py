@@ -107,12 +107,13 @@ def claim_output_folder(output: Path, config: EvalConfig, task: RankingTask) -> 
             )
 
     saved = output / "request.json"
-    if claim(output, saved.name, "--output_dir", "evaluation"):
-        if changed := differing(json.loads(saved.read_text()), request):
-            raise UsageError(
-                f"--output_dir {output} belongs to another evaluation; these differ: "
-                f"{', '.join(changed)}"
-            )
+    is_claimed = claim(output, saved.name, "--output_dir", "evaluation")
+    changed = differing(json.loads(saved.read_text()), request) if is_claimed else []
+    if changed:
+        raise UsageError(
+            f"--output_dir {output} belongs to another evaluation; these differ: "
+            f"{', '.join(changed)}"
+        )
     write_json(saved, request)
 
     finished = (output / "metrics.json").is_file()

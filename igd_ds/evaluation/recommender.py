@@ -55,7 +55,8 @@ class Recommendation:
     score: float
     """S / n^p in nats, n tokens with EOS."""
     certified: bool
-    """Whether this place is proven: no item outside the list scores higher. False after a beam search."""
+    """Whether this place is proven: no item outside the list scores higher. False after a beam
+    search."""
 
 
 class RankedList(list[Recommendation]):
@@ -101,7 +102,8 @@ class Recommender:
         self.max_length = source.max_length or self.description["max_length"]
         if self.max_length > self.description["max_length"]:
             raise UsageError(
-                f"--max_length {source.max_length} exceeds the {self.description['max_length']} that "
+                f"--max_length {source.max_length} exceeds the {self.description['max_length']} "
+                "that "
                 "the model was trained with"
             )
 
@@ -226,7 +228,8 @@ class Recommender:
             row[~allowed.cpu().numpy()] = 0
             if not row.any():
                 raise UsageError(
-                    f"{labels[user]}: item filter and guidance together leave nothing; loosen one of "
+                    f"{labels[user]}: item filter and guidance together leave nothing; loosen one "
+                    "of "
                     "them"
                 )
         return q
@@ -346,7 +349,8 @@ class Recommender:
             )
         if not items.size:
             raise UsageError(
-                f"histories[{user}]: the history is empty; leave the user out, or give at least one item"
+                f"histories[{user}]: the history is empty; leave the user out, or give at least "
+                "one item"
             )
         unknown = items[(items < 0) | (items >= num_items)]
         if unknown.size:
@@ -388,7 +392,8 @@ def _load_catalogue(folder: Path, tokenizer: Any, dataset: InteractionDataset) -
     if tokenizer.eos_token_id != eos:
         raise UsageError(
             f"items of the catalogue in {folder} end in token {eos}, but the tokenizer's EOS is "
-            f"{tokenizer.eos_token_id} ({tokenizer.eos_token!r}): undo the change of eos_token, or build "
+            f"{tokenizer.eos_token_id} ({tokenizer.eos_token!r}): undo the change of eos_token, "
+            "or build "
             "the catalogue anew"
         )
     return load_catalogue(folder, tokenizer=tokenizer, dataset=dataset)
@@ -404,7 +409,8 @@ def _dataset_of(run: Path) -> Path:
     dataset = Path(yaml.safe_load(settings.read_text())["dataset"])
     if not dataset.is_dir():
         raise UsageError(
-            f"the run in {run} was trained on {dataset}, which is not there: give dataset= with its "
+            f"the run in {run} was trained on {dataset}, which is not there: give dataset= with "
+            "its "
             "present folder"
         )
     return dataset

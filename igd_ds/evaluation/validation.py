@@ -84,7 +84,7 @@ def gain_group(batch: Batch, stored: StoredCatalogue) -> torch.Tensor:
 def validation_ndcg(
     engine: Any, task: ValidationTask, batches: Sequence[np.ndarray]
 ) -> dict[str, float]:
-    """Return NDCG@10 (token match) of a beam search with 10 beams and α = 0; see `validation_nll`."""
+    """Return NDCG@10 (token match) of a beam search with 10 beams; see `validation_nll`."""
     device, stored, split = distributed.device(), task.context.stored, task.rows.split
     likelihood = task.objective.likelihood()
     scoring = Scoring.build(stored.trie, stored.gain, ScoringOptions(), device, likelihood)

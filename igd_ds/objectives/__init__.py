@@ -54,7 +54,9 @@ def _all_options() -> type:
     for field in (field for name in OBJECTIVES for field in options_of(name)):
         help = f"{field.metadata['help']} ({', '.join(users_of(field.name))})"
         metadata = field.metadata | {"help": help}
-        kind = field.type if isinstance(field.type, types.UnionType) else field.type | None
+        kind: Any = field.type
+        if not isinstance(kind, types.UnionType):
+            kind = kind | None
         entry = dataclasses.field(default=None, metadata=metadata)
         entries.setdefault(field.name, (field.name, kind, entry))
     return dataclasses.make_dataclass(

@@ -1,4 +1,4 @@
-"""Causality-aware fine-tuning (CFT): what the history adds to the prediction has a loss of its own."""
+"""Causality-aware fine-tuning (CFT): what the history adds has a loss of its own."""
 
 import math
 from dataclasses import dataclass

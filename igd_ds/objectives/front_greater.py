@@ -117,7 +117,7 @@ def dispersion_reductions(trie: TokenTrie, vectors: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Split:
-    """How G groups of one level split into P parts of the next; groups that stay whole are left out."""
+    """How G groups of one level split into P parts of the next, without groups that stay whole."""
 
     items: np.ndarray
     """int64: positions in trie.item_order of all their items, part after part."""

@@ -31,7 +31,7 @@ LAMBDA_LR = 1e-3
 """Assumed: in MTC Figure 5 a target dominates within 2,500 steps, and Adam moves s_j by about its
 learning rate per step."""
 
-SCHEDULES = {
+SCHEDULES: dict[str, tuple[tuple[float, tuple[int, int, int]], ...]] = {
     "fg-ce": ((0.0, (1, 0, 0)), (0.5, (0, 0, 1)), (1.0, (0, 0, 1))),
     "fg-ce-fr": ((0.0, (1, 0, 0)), (0.5, (0, 0, 1)), (1.0, (0, 1, 0))),
 }
@@ -188,7 +188,7 @@ class LearnedMixture(MultiTarget):
             objective = objective - 0.5 * self.s.double().log_softmax(0).sum()
 
         self.optimizer.zero_grad()
-        objective.backward()  # type: ignore[no-untyped-call]
+        objective.backward()
         self.optimizer.step()
         return self._logged(alpha.detach().float())
 
@@ -198,7 +198,7 @@ class LearnedMixture(MultiTarget):
         return {"s": self.s.tolist(), "adam": {name: v.tolist() for name, v in moments.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up a state of `state_dict`: the run then goes on to the bit as if it had not stopped."""
+        """Take up a state of `state_dict`: the run goes on to the bit as if it had not stopped."""
         with torch.no_grad():
             self.s.copy_(torch.tensor(state["s"], dtype=torch.float32))
         moments = {n: torch.tensor(v, dtype=torch.float32) for n, v in state["adam"].items()}

@@ -1,4 +1,4 @@
-"""The ranking-guided generation loss of LETTER: cross-entropy on logits divided by a temperature."""
+"""LETTER's ranking-guided loss: cross-entropy on logits divided by a temperature."""
 
 import math
 from dataclasses import dataclass

@@ -72,7 +72,7 @@ class TokenWeighting(ABC):
     targets: tuple[str, ...] = ("loss",)
     needs_null: bool = False
     needs_global: ClassVar[bool] = False
-    """Whether it learns from losses over the whole step, which `--normalization per_batch` lacks."""
+    """Whether it learns from losses over the whole step, so that Ω has to be global."""
     tags: ClassVar[Mapping[str, str]] = {}
     """Scalars that `update` returns: tag → meaning and unit."""
 
