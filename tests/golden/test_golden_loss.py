@@ -57,7 +57,7 @@ class Golden:
         trie = TokenTrie.build(catalogue.token_ids, catalogue.offsets, catalogue.counts)
         gain = information_gain(trie, "prior")
         stored = StoredCatalogue.build(catalogue, trie, gain, "prior")
-        context = ObjectiveContext(stored, SearchTrie.build(trie), dataset="", total_steps=1)
+        context = ObjectiveContext(stored, SearchTrie.build(trie), dataset="")
 
         model = Qwen2ForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
         return cls(json.loads((folder / "loss.json").read_text()), context, model)
