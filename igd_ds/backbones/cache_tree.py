@@ -154,7 +154,7 @@ class CachePromptTree:
         return torch.cat([self.prompt_logits[:0], *logits_of_runs]), numbers
 
     def _batches(self, first: int, lengths: list[int]) -> list[Rows]:
-        """Group the runs from number `first` on by the lengths of prompt and path; bound each group."""
+        """Group the runs from number `first` on by lengths of prompt and path; bound each group."""
         groups: dict[tuple[int, int], list[int]] = defaultdict(list)
         for run in range(len(lengths)):
             prompt = self.prompts[self.run_user[first + run]]

@@ -283,7 +283,8 @@ def load_weights(
     if text is not whole and report["missing_keys"]:
         raise UsageError(
             f"'{name}' is a multimodal checkpoint without weights for "
-            f"{min(report['missing_keys'])} of its text model: save the text model alone and name that"
+            f"{min(report['missing_keys'])} of its text model: save the text model alone and name "
+            "that"
         )
     if load_in_4bit:
         lora.keep_4bit_trainable(model)

@@ -87,7 +87,7 @@ def added_token_ids(
     if added != list(range(first, first + len(added))):
         raise UsageError(
             f"--tokenizer has {len(added)} tokens more than {model_name}'s own, with ids "
-            f"{added[0]} to {added[-1]}, not from {first} on without a gap: add tokens with igd tokenizer "
-            "--add_codes_to"
+            f"{added[0]} to {added[-1]}, not from {first} on without a gap: add tokens with "
+            "igd tokenizer --add_codes_to"
         )
     return range(first, first + len(added))

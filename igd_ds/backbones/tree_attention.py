@@ -41,7 +41,7 @@ class TreePass:
     num_places: int
     """R."""
     reach: int
-    """Tokens of a user are less than this many positions apart: a window of `reach` hides nothing."""
+    """Tokens of a user are less than `reach` positions apart: a window of `reach` hides none."""
     mask: torch.Tensor | None
     """bool (B, 1, R, S), whether a token sees a slot; None in the prompt pass, which is causal."""
     slot_position: torch.Tensor | None = None
