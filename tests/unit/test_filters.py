@@ -1,4 +1,4 @@
-"""Item filters and guidance against the items' paths: every node of small tries with shared leaves, one question at a time."""
+"""Item filters and guidance against the items' paths, at every node of small tries."""
 
 import math
 
@@ -7,11 +7,12 @@ import pytest
 import torch
 from oracle import EOS, build_trie, node_paths, random_items
 
+from igd_ds.errors import UsageError
 from igd_ds.search.filters import Guidance, ItemFilter, ItemRanges
 
 
 def shared_leaves(seed: int = 0) -> list[tuple[int, ...]]:
-    """60 items, of which 20 have the path of another one, in no order."""
+    """60 items in random order; 20 of them have the path of another one."""
     items = random_items(40, seed)
     random = np.random.default_rng(seed)
     return [(items + items[:20])[i] for i in random.permutation(60)]
@@ -26,7 +27,7 @@ def items_below(trie, items) -> list[set[int]]:
 
 
 def every_pair(num_users: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """All (user, node or item), shuffled: questions come in any order."""
+    """All pairs of user and node (or item), shuffled: questions come in any order."""
     pairs = torch.cartesian_prod(torch.arange(num_users), torch.arange(count))
     return pairs[torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))].unbind(1)
 
@@ -49,9 +50,8 @@ def test_every_kind_of_list_against_the_paths(seed):
     items = shared_leaves(seed)
     trie, everything = build_trie(items), set(range(len(items)))
     random = np.random.default_rng(seed)
-    few, many, other = (
-        random.integers(0, len(items), size=n) for n in (3, 100, 20)
-    )  # all with repetitions
+    # With repetitions.
+    few, many, other = (random.integers(0, len(items), size=n) for n in (3, 100, 20))
     last = int(random.integers(len(items)))
     allow = [None, few, None, [*many.tolist(), last], None, [last], everything, None]
     deny = [
@@ -106,12 +106,12 @@ def test_a_shared_leaf_is_open_while_any_of_its_items_is_allowed():
 
 
 def test_thousands_of_ids_on_a_large_trie():
-    """5,000 ids for each of 4 users of 100,000 items; open nodes found by walking up from the allowed leaves."""
+    """5,000 ids per user, 100,000 items; open nodes are found by a walk up from allowed leaves."""
     random = np.random.default_rng(0)
     codes = random.integers(1, 257, size=(100_000, 4))
     trie = build_trie(np.concatenate([codes, np.full((len(codes), 1), EOS)], axis=1))
     lists = [random.integers(0, len(codes), size=5_000) for _ in range(4)]
-    # Two users with everything under the node of one first token denied, so that whole subtrees close.
+    # Two users may get nothing under one first token, so that whole subtrees close.
     branch = np.flatnonzero(codes[:, 0] == 7)
     allow = [lists[0], None, lists[2], None]
     deny = [None, np.concatenate([lists[1], branch]), branch, lists[3]]
@@ -129,10 +129,8 @@ def test_thousands_of_ids_on_a_large_trie():
         found = item_filter.allows(torch.full_like(nodes, user), nodes).numpy()
         np.testing.assert_array_equal(found, is_open)
         assert 0 < is_open.sum() < trie.num_nodes
-    assert (
-        len(item_filter.keys)
-        <= sum(len(np.unique(x)) for x in (*allow, *deny) if x is not None) + 1
-    )
+    listed = sum(len(np.unique(ids)) for ids in (*allow, *deny) if ids is not None)
+    assert len(item_filter.keys) <= listed + 1
 
 
 @pytest.mark.parametrize(
@@ -141,7 +139,8 @@ def test_thousands_of_ids_on_a_large_trie():
         (
             [None, [60]],
             None,
-            r"user 1 of the batch \(ann\): item 60 of the allow list is not in the catalogue; ids are 0 to 59",
+            r"user 1 of the batch \(ann\): item 60 of the allow list is not in the catalogue; "
+            "ids are 0 to 59",
         ),
         ([[0, -1], None], None, r"user 0 of the batch \(bob\): item -1 of the allow list"),
         (None, [None, [3, 99]], r"\(ann\): item 99 of the deny list"),
@@ -149,23 +148,20 @@ def test_thousands_of_ids_on_a_large_trie():
         (None, [range(60), None], r"\(bob\): the item filter leaves nothing"),
         ([None, [4, 4]], [None, [4]], r"\(ann\): the item filter leaves nothing"),
         ([None, [0.5]], None, r"\(ann\): the allow list must be a flat list of item ids"),
-        (
-            None,
-            [np.zeros(60, bool), None],
-            r"\(bob\): the deny list must be a flat list",
-        ),  # a mask, not ids
+        # A mask, not ids.
+        (None, [np.zeros(60, bool), None], r"\(bob\): the deny list must be a flat list"),
         ([None, [[1], [2]]], None, r"\(ann\): the allow list must be a flat list"),
         ([[1]], None, "one allow list .* per user is needed: found 1 for 2 users"),
     ],
 )
 def test_bad_lists_name_the_user(allow, deny, message):
     ranges = ItemRanges.build(build_trie(shared_leaves()))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UsageError, match=message):
         ItemFilter.build(ranges, 2, allow, deny, labels=["bob", "ann"])
 
 
 def test_users_without_labels_are_numbered():
-    with pytest.raises(ValueError, match="^user 1 of the batch: item 77"):
+    with pytest.raises(UsageError, match="^user 1 of the batch: item 77"):
         ItemFilter.build(ItemRanges.build(build_trie(shared_leaves())), 2, allow=[None, [77]])
 
 
@@ -195,16 +191,13 @@ def test_guidance_of_every_edge(weight, as_tensor):
         expected = weight * math.log(of_child / of_parent) if of_child else -math.inf
         assert increment == pytest.approx(expected, rel=1e-5, abs=1e-6)
         kinds.add((of_child > 0, of_parent > 0))
-    assert kinds == {
-        (True, True),
-        (False, True),
-        (False, False),
-    }  # so a dead parent was asked about, too
+    # Children of parents without mass were asked about, too.
+    assert kinds == {(True, True), (False, True), (False, False)}
 
 
 @pytest.mark.parametrize("weight", [0.5, 3.0])
 def test_guidance_never_raises_a_score_and_adds_up_to_the_leaf(weight):
-    """Bounds of the exact search need increments ≤ 0: with masses over 20 orders of magnitude, and runs of only children."""
+    """The exact search needs increments ≤ 0, here with masses over 20 orders of magnitude."""
     items = shared_leaves()
     trie = build_trie(items)
     below = items_below(trie, items)
@@ -244,16 +237,16 @@ def test_bad_guidance_names_the_user(value):
     q = np.ones((2, 60))
     q[1] = 0
     q[1, 5] = value
-    with pytest.raises(ValueError, match=rf"user 1 of the batch \(ann\): --guidance .*{message}"):
+    with pytest.raises(UsageError, match=rf"user 1 of the batch \(ann\): --guidance .*{message}"):
         Guidance.build(ItemRanges.build(build_trie(shared_leaves())), q, 1.0, labels=["bob", "ann"])
 
 
 def test_bad_shapes_and_weights():
     ranges = ItemRanges.build(build_trie(shared_leaves()))
     with pytest.raises(
-        ValueError, match=r"one row per user of 60 item scores, found shape \(2, 61\)"
+        UsageError, match=r"one row per user of 60 item scores, found shape \(2, 61\)"
     ):
         Guidance.build(ranges, np.ones((2, 61)), 1.0)
     for weight in (-1.0, math.nan, math.inf):
-        with pytest.raises(ValueError, match="--guidance_weight must not be negative"):
+        with pytest.raises(UsageError, match="--guidance_weight must not be negative"):
             Guidance.build(ranges, np.ones((2, 60)), weight)

@@ -5,6 +5,7 @@ import torch
 from oracle import (
     EOS,
     VOCABULARY,
+    assert_same_lists,
     build_trie,
     found_lists,
     left_pad,
@@ -19,18 +20,29 @@ from igd_ds.search.processor import IGDLogitsProcessor
 
 
 def generate(model, prompts, processor, num_beams, length_penalty):
-    """`model.generate` as the processor's docstring says: per user [(score, path)] without the fillers of short lists."""
+    """Call `model.generate` as the processor's docstring says; return per user [(score, path)]."""
     ids, mask = left_pad(prompts)
     output = model.generate(
-        input_ids=ids, attention_mask=mask, num_beams=num_beams, num_return_sequences=num_beams, length_penalty=length_penalty,
-        do_sample=False, renormalize_logits=False, max_new_tokens=8, eos_token_id=EOS, pad_token_id=EOS, early_stopping="never",
-        return_dict_in_generate=True, output_scores=True, logits_processor=[processor])  # fmt: skip
+        input_ids=ids,
+        attention_mask=mask,
+        num_beams=num_beams,
+        num_return_sequences=num_beams,
+        length_penalty=length_penalty,
+        do_sample=False,
+        renormalize_logits=False,
+        max_new_tokens=8,
+        eos_token_id=EOS,
+        pad_token_id=EOS,
+        early_stopping="never",
+        return_dict_in_generate=True,
+        output_scores=True,
+        logits_processor=[processor],
+    )
     lists = [[] for _ in prompts]
-    for i, (score, tokens) in enumerate(
-        zip(output.sequences_scores.tolist(), output.sequences.tolist(), strict=True)
-    ):
+    scores, sequences = output.sequences_scores.tolist(), output.sequences.tolist()
+    for i, (score, tokens) in enumerate(zip(scores, sequences, strict=True)):
         path = tokens[ids.shape[1] :]
-        if score > -1e9:
+        if score > -1e9:  # else it fills up a short list
             lists[i // num_beams].append((score, tuple(path[: path.index(EOS) + 1])))
     return lists
 
@@ -42,12 +54,10 @@ def test_generate_finds_what_our_search_finds(num_beams, length_penalty):
     weights = random_weights(trie)
     processor = IGDLogitsProcessor(trie, weights, left_pad(prompts)[0].shape[1])
     expected = found_lists(model, prompts, trie, weights, num_beams, length_penalty)
-    for _ in range(2):  # used again: nothing is left over from the call before
-        for found, wanted in zip(
-            generate(model, prompts, processor, num_beams, length_penalty), expected, strict=True
-        ):
-            assert [path for _, path in found] == [path for _, path in wanted]
-            assert [s for s, _ in found] == pytest.approx([s for s, _ in wanted], abs=2e-5)
+    for _ in range(2):  # the second call finds nothing left over from the first
+        lists = generate(model, prompts, processor, num_beams, length_penalty)
+        for found, wanted in zip(lists, expected, strict=True):
+            assert_same_lists(found, wanted)
 
 
 def test_a_list_longer_than_the_catalogue_is_filled_with_flagged_scores():

@@ -1,18 +1,15 @@
-"""Decoding weights w_d against Eq. 8 and 9 written with a loop over siblings; what else a Scoring holds."""
+"""Decoding weights against Eq. 8 and 9, written as loops over siblings; other parts of a Scoring."""
 
 import numpy as np
 import pytest
 import torch
 from oracle import build_trie, node_paths, random_items
 
+from igd_ds.config.search import ScoringOptions
+from igd_ds.contracts import Likelihood
+from igd_ds.errors import UsageError
 from igd_ds.items.decisiveness import information_gain
-from igd_ds.search.scoring import (
-    DECODING_RULES,
-    Scoring,
-    ScoringOptions,
-    edge_weights,
-    popularity_logshare,
-)
+from igd_ds.search.scoring import DECODING_RULES, Scoring, edge_weights, popularity_logshare
 
 PER_EDGE = [name for name, rule in DECODING_RULES.items() if not rule.per_step]
 
@@ -55,24 +52,24 @@ def test_cold_edges_are_never_favoured_by_default():
 
 def test_bad_input_names_what_is_known():
     trie, gain = catalogue()
-    with pytest.raises(ValueError, match="per-node"):
+    with pytest.raises(UsageError, match="per-node"):
         edge_weights(trie, gain, "pernode", 0.1)
-    with pytest.raises(ValueError, match=r"alpha must lie in \[0, 1\], found 1.5"):
+    with pytest.raises(UsageError, match=r"alpha must lie in \[0, 1\], found 1.5"):
         edge_weights(trie, gain, "per-node", 1.5)
-    with pytest.raises(ValueError, match="'pooled' has no weight per edge"):
+    with pytest.raises(UsageError, match="'pooled' has no weight per edge"):
         edge_weights(trie, gain, "pooled", 0.1)
 
 
 @pytest.mark.parametrize("rule", PER_EDGE)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_scoring_gives_the_same_weights(rule, dtype):
-    """fp32 arithmetic on the device against fp64 rounded at the end: one unit in the last place of 1."""
+    """fp32 on the device against fp64 rounded at the end: one unit in the last place of 1."""
     trie, gain = catalogue()
     gain = gain.astype(dtype)
     alphas = (0.0, 0.1, 0.2, 0.3, 0.4, 0.7, 1.0)
-    scoring = Scoring.build(trie, gain, ScoringOptions(rule, alphas))
+    scoring = Scoring.build(trie, gain, ScoringOptions(decoding_rule=rule, alpha=alphas))
     assert (scoring.name, scoring.alphas, scoring.pooled) == (rule, alphas, False)
-    scoring.refuse_exact()  # nothing to refuse
+    scoring.refuse_exact()  # raises nothing
     child = torch.arange(1, trie.num_nodes).repeat(len(alphas))
     weights = scoring.weights(torch.tensor(alphas).repeat_interleave(trie.num_nodes - 1), child)
     assert weights.dtype == torch.float32
@@ -85,33 +82,37 @@ def test_scoring_gives_the_same_weights(rule, dtype):
 
 def pooled_scoring(sign=1):
     trie, gain = catalogue()
-    return trie, sign * gain, Scoring.build(trie, sign * gain, ScoringOptions("pooled"))
+    return (
+        trie,
+        sign * gain,
+        Scoring.build(trie, sign * gain, ScoringOptions(decoding_rule="pooled")),
+    )
 
 
 @pytest.mark.parametrize("sign", [1, -1])  # conditional gains can be negative
 def test_pooled_weights_of_three_steps(sign):
-    """Beams at two to four nodes each, under their own α, edges of all lanes interleaved."""
+    """Pairs with beams at two to four nodes, each at its own α, the edges of all pairs shuffled."""
     trie, gain, scoring = pooled_scoring(sign)
     assert scoring.pooled
     children = [range(trie.child_begin[n], trie.child_begin[n + 1]) for n in range(trie.num_nodes)]
     branching = [n for n in range(trie.num_nodes) if len(children[n]) > 1]
-    steps = {0: branching[:4], 2: branching[4:7], 3: branching[1:3]}  # lane 1 has no beam
+    steps = {0: branching[:4], 2: branching[4:7], 3: branching[1:3]}  # pair 1 has no beam
     alphas = {0: 0.3, 2: 1.0, 3: 0.0}
     edges = [
-        (lane, child) for lane, nodes in steps.items() for node in nodes for child in children[node]
+        (pair, child) for pair, nodes in steps.items() for node in nodes for child in children[node]
     ]
     edges = [edges[i] for i in np.random.default_rng(0).permutation(len(edges))]
-    lane, child = torch.tensor(edges).unbind(1)
-    alpha = torch.tensor([alphas[lane] for lane, _ in edges])
-    weights = scoring.pooled_weights(alpha, child, lane, 5)
+    pair, child = torch.tensor(edges).unbind(1)
+    alpha = torch.tensor([alphas[pair] for pair, _ in edges])
+    weights = scoring.pooled_weights(alpha, child, pair, 5)
     assert weights.dtype == torch.float32
     cold = 0
-    for (lane, child), found in zip(edges, weights.tolist(), strict=True):
-        warm = [gain[c] for other, c in edges if other == lane and trie.train_count[c] > 0]
+    for (pair, child), found in zip(edges, weights.tolist(), strict=True):
+        warm = [gain[c] for other, c in edges if other == pair and trie.train_count[c] > 0]
         normalised = (
             (gain[child] - min(warm)) / (max(warm) - min(warm)) if trie.train_count[child] else 0.0
         )
-        assert found == pytest.approx(1 - alphas[lane] * normalised, abs=2e-6)
+        assert found == pytest.approx(1 - alphas[pair] * normalised, abs=2e-6)
         assert 0 <= found <= 1
         cold += trie.train_count[child] == 0
     assert cold
@@ -136,24 +137,21 @@ def test_pooled_weighs_equal_gains_and_cold_edges_with_one():
     gain[four] = np.nextafter(
         np.float32(gain[one]), np.float32(np.inf)
     )  # counts summed in another order
-    scoring = Scoring.build(trie, gain, ScoringOptions("pooled", (1.0,)))
+    scoring = Scoring.build(trie, gain, ScoringOptions(decoding_rule="pooled", alpha=(1.0,)))
     child = torch.tensor([paths.index(path) for path in [(1,), (4,), (5,), (5, 2), (5, 3)]])
-    lane = torch.tensor([0, 0, 0, 1, 1])
-    assert scoring.pooled_weights(torch.ones(5), child, lane, 2).tolist() == [1.0] * 5
+    pair = torch.tensor([0, 0, 0, 1, 1])
+    assert scoring.pooled_weights(torch.ones(5), child, pair, 2).tolist() == [1.0] * 5
     # Against warm edges of another gain the same two edges are decisive, and the cold one is not.
     child = torch.tensor([paths.index(path) for path in [(1,), (4,), (5,), (1, 2)]])
     weights = scoring.pooled_weights(
         torch.ones(4), child, torch.zeros(4, dtype=torch.int64), 1
     ).tolist()
-    assert (
-        weights[2] == 1
-        and sorted(weights)[0] == 0
-        and weights[0] == pytest.approx(weights[1], abs=1e-6)
-    )
+    assert weights[2] == 1 and min(weights) == 0
+    assert weights[0] == pytest.approx(weights[1], abs=1e-6)
 
 
 def test_pooled_cannot_be_proved():
-    with pytest.raises(ValueError, match="--decoding_rule pooled"):
+    with pytest.raises(UsageError, match="--decoding_rule pooled"):
         pooled_scoring()[2].refuse_exact()
 
 
@@ -173,9 +171,11 @@ def test_popularity_prior_splits_the_items_shares_over_their_tokens():
         assert logshare[node] == pytest.approx(
             np.log(mass[node] / mass[trie.parent[node]]), abs=1e-12
         )
-    leaf_share = [np.exp(sum(logshare[paths.index(path[:t])] for t in range(1, len(path) + 1)))
-                  for path in (paths[n] for n in np.flatnonzero(trie.is_leaf))]  # fmt: skip
-    assert sum(leaf_share) == pytest.approx(1)
+    leaf_shares = [
+        np.exp(sum(logshare[paths.index(paths[leaf][:t])] for t in range(1, len(paths[leaf]) + 1)))
+        for leaf in np.flatnonzero(trie.is_leaf)
+    ]
+    assert sum(leaf_shares) == pytest.approx(1)
     scoring = Scoring.build(trie, information_gain(trie), ScoringOptions(popularity_prior=0.7))
     assert scoring.prior.dtype == torch.float32 and (scoring.prior <= 0).all()
     np.testing.assert_allclose(scoring.prior, 0.7 * logshare, rtol=1e-6)
@@ -189,31 +189,42 @@ def test_counts_near_the_largest_int32_do_not_overflow_the_prior():
     )
 
 
+def softmax_of(scoring: Scoring) -> tuple[bool, float]:
+    return scoring.masked_softmax, scoring.temperature
+
+
 def test_options_reach_the_search():
     trie, gain = catalogue()
-    plain = Scoring.build(trie, gain, ScoringOptions())
-    assert (plain.masked_softmax, plain.temperature, plain.length_penalty, plain.alphas) == (
-        False,
-        1.0,
-        0.0,
-        (0.0,),
-    )
-    assert plain.prior is None
-    other = Scoring.build(
-        trie, gain, ScoringOptions(softmax="masked", temperature=0.6, length_penalty=1.0)
-    )
-    assert (other.masked_softmax, other.temperature, other.length_penalty) == (True, 0.6, 1.0)
+    default = Scoring.build(trie, gain, ScoringOptions())
+    assert softmax_of(default) == (False, 1.0)
+    assert (default.length_penalty, default.alphas, default.prior) == (0.0, (0.0,), None)
+    options = ScoringOptions(softmax="masked", temperature=0.6, length_penalty=1.0)
+    other = Scoring.build(trie, gain, options)
+    assert softmax_of(other) == (True, 0.6) and other.length_penalty == 1.0
+
+
+def test_softmax_and_temperature_are_those_of_the_training_unless_given():
+    trie, gain = catalogue()
+    trained = Likelihood(softmax="masked", temperature=4.5)
+
+    def build(**options):
+        return Scoring.build(trie, gain, ScoringOptions(**options), likelihood=trained)
+
+    assert softmax_of(build()) == (True, 4.5)
+    assert softmax_of(build(softmax="full")) == (False, 4.5)
+    assert softmax_of(build(temperature=1.0)) == (True, 1.0)
+    assert softmax_of(build(softmax="masked", temperature=0.5)) == (True, 0.5)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"alpha": [0.1, 1.5]}, r"--alpha must lie in \[0, 1\], found 1.5"),
-        ({"alpha": [float("nan")]}, "--alpha must lie"),
-        ({"alpha": []}, "--alpha needs at least one value"),
-        ({"alpha": [0.1, 0.1]}, "--alpha .* none twice"),
+        ({"alpha": (0.1, 1.5)}, r"--alpha must lie in \[0, 1\], found 1.5"),
+        ({"alpha": (float("nan"),)}, "--alpha must lie"),
+        ({"alpha": ()}, "--alpha needs at least one value"),
+        ({"alpha": (0.1, 0.1)}, "--alpha .* none twice"),
         ({"decoding_rule": "pool"}, "unknown --decoding_rule 'pool'.* Did you mean 'pooled'"),
-        ({"softmax": "mask"}, "unknown --softmax 'mask': known are full, masked"),
+        ({"softmax": "mask"}, "unknown --softmax 'mask': known are auto, full, masked"),
         ({"temperature": 0.0}, "--temperature must be positive"),
         ({"temperature": float("inf")}, "--temperature must be positive and finite"),
         ({"popularity_prior": -0.1}, "--popularity_prior must not be negative"),
@@ -223,5 +234,5 @@ def test_options_reach_the_search():
 )
 def test_bad_options_are_named(options, message):
     trie, gain = catalogue()
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UsageError, match=message):
         Scoring.build(trie, gain, ScoringOptions(**options))

@@ -1,4 +1,4 @@
-"""Scoring options and item filters in both searches, against scoring every item by hand."""
+"""Scoring options and item filters in both searches, against a score of every item by hand."""
 
 import numpy as np
 import pytest
@@ -17,10 +17,12 @@ from oracle import (
     weight_by_path,
 )
 
+from igd_ds.config.search import ScoringOptions
+from igd_ds.contracts import Likelihood
 from igd_ds.items.decisiveness import information_gain
 from igd_ds.search.filters import Guidance, ItemFilter, ItemRanges
 from igd_ds.search.frontier import PerUser
-from igd_ds.search.scoring import Scoring, ScoringOptions
+from igd_ds.search.scoring import Scoring
 
 ITEMS = random_items(60)
 COUNTS = np.random.default_rng(1).integers(0, 5, len(ITEMS))
@@ -44,7 +46,11 @@ def full_logprob(logits, path, t):
 
 
 def check(scoring, increment, items=ITEMS, **per_user):
-    """Both searches list the best of `items` (of all users, or by user) where edge t scores increment(user, logits, path, t)."""
+    """Assert that both searches list the best of `items`.
+
+    `items` are those of every user, or a function of the user. Edge t of a path adds
+    increment(user, logits, path, t) to its score.
+    """
     model = tiny_model()
     for method, width in METHODS:
         result = run_search(
@@ -52,13 +58,11 @@ def check(scoring, increment, items=ITEMS, **per_user):
         )
         assert method == "beam" or (result.certified[0] == (result.leaves[0] >= 0).sum(1)).all()
         for user, found in enumerate(as_lists(TRIE, result.leaves[0], result.scores[0])):
-            own = items(user) if callable(items) else items
             scores = []
-            for path in own:
+            for path in items(user) if callable(items) else items:
                 logits = logits_along(model, PROMPTS[user], path)
-                scores.append(
-                    (sum(increment(user, logits, path, t) for t in range(len(path))), path)
-                )
+                score = sum(increment(user, logits, path, t) for t in range(len(path)))
+                scores.append((score, path))
             assert_same_lists(found, sorted(scores, reverse=True)[:width])
 
 
@@ -78,11 +82,26 @@ def test_masked_softmax_is_over_the_children_alone():
 
     def increment(_, logits, path, t):
         wanted = children_of(path[:t])
-        return (
-            weight[path[: t + 1]] * logits[t][wanted].log_softmax(-1)[wanted.index(path[t])].item()
-        )
+        logprob = logits[t][wanted].log_softmax(-1)[wanted.index(path[t])].item()
+        return weight[path[: t + 1]] * logprob
 
     check(scoring_of(weights, masked_softmax=True), increment)
+
+
+def test_a_model_is_searched_with_the_likelihood_that_it_was_trained_with():
+    """`msl` trains the masked softmax of logits / τ; no option has to repeat that."""
+    scoring = Scoring.build(
+        TRIE,
+        information_gain(TRIE, "prior"),
+        ScoringOptions(),
+        likelihood=Likelihood(softmax="masked", temperature=2.5),
+    )
+
+    def increment(_, logits, path, t):
+        wanted = children_of(path[:t])
+        return (logits[t][wanted] / 2.5).log_softmax(-1)[wanted.index(path[t])].item()
+
+    check(scoring, increment)
 
 
 def test_popularity_prior_adds_the_leafs_share_of_all_targets():
@@ -99,7 +118,7 @@ def test_popularity_prior_adds_the_leafs_share_of_all_targets():
 
 def test_guidance_adds_the_second_scorers_probability_of_the_item():
     q = np.random.default_rng(2).gamma(0.3, size=(len(PROMPTS), len(ITEMS)))
-    q[1, :30] = 0  # whom the guide gives nothing cannot be listed
+    q[1, :30] = 0  # items without guidance mass cannot be listed
     q /= q.sum(1, keepdims=True)
     guidance = Guidance.build(ItemRanges.build(TRIE), q, weight=1.5)
     item = {path: index for index, path in enumerate(ITEMS)}
@@ -129,11 +148,9 @@ def test_filters_leave_out_what_a_user_may_not_get_and_change_nothing_else():
 @pytest.mark.parametrize("num_beams", [2, 5])
 def test_pooled_normalises_over_all_children_of_a_steps_beams(num_beams):
     gain = information_gain(TRIE, "prior")
-    scoring = Scoring.build(TRIE, gain, ScoringOptions("pooled", (0.5,)))
-    gain_of, warm = (
-        dict(zip(PATHS, gain, strict=True)),
-        dict(zip(PATHS, TRIE.train_count > 0, strict=True)),
-    )
+    scoring = Scoring.build(TRIE, gain, ScoringOptions(decoding_rule="pooled", alpha=(0.5,)))
+    gain_of = dict(zip(PATHS, gain, strict=True))
+    warm = dict(zip(PATHS, TRIE.train_count > 0, strict=True))
     model = tiny_model()
     result = run_search(model, PROMPTS, TRIE, scoring, num_beams)
     for prompt, found in zip(
