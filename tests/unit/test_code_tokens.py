@@ -1,19 +1,22 @@
-"""Semantic-ID codes added to a pretrained causal LM: tokenizer, new rows, LoRA that trains them, saved and loaded again."""
-
-from types import SimpleNamespace
+"""Codes of semantic IDs added to a pretrained causal LM: tokenizer, new rows, LoRA, saved models."""
 
 import pyarrow as pa
 import pytest
 import tokenizers
 import torch
 import transformers
+from label_batch import label_batch
 from tiny_run import INFO, rows
 
-from igd_ds.backbones import causal_lm
-from igd_ds.config.options import TrainConfig
+from igd_ds.backbones import CausalLM
+from igd_ds.backbones.tokenizer import added_token_ids, load_tokenizer
+from igd_ds.commands import tokenizer as tokenizer_command
+from igd_ds.config.model import ModelOptions, ModelSource
+from igd_ds.contracts import IGNORED, Batch
+from igd_ds.contracts import IGNORED
 from igd_ds.data.dataset import item_table, user_table, write_dataset
-from igd_ds.loss import IGNORED
-from igd_ds.semantic_ids import add_codes
+from igd_ds.errors import UsageError
+from igd_ds.semantic_ids.code_tokens import add_to_pretrained
 
 CODES = [f"<{letter}_{i}>" for letter in "abc" for i in range(3)]
 OWN = 257  # tokens of the base model's tokenizer
@@ -68,13 +71,19 @@ def dataset(folder, codes=CODES) -> str:
 
 def with_codes(name: str):
     """The base's tokenizer with the codes, and their ids."""
-    tokenizer = causal_lm.load_tokenizer(name)
-    add_codes.add_codes(tokenizer, CODES, name)
-    return tokenizer, causal_lm.added_token_ids(tokenizer, name)
+    tokenizer = load_tokenizer(name)
+    add_to_pretrained(tokenizer, CODES, name)
+    return tokenizer, added_token_ids(tokenizer, name)
 
 
-def train_config(name: str, **changes) -> TrainConfig:
-    return TrainConfig(ds_config="", dataset="", output_dir="", model_name_or_path=name, **changes)
+def options_of(name: str, **changes) -> ModelOptions:
+    return ModelOptions(model_name_or_path=name, **changes)
+
+
+def build(options: ModelOptions, added_ids: range, seed: int = 0):
+    """The model as a training builds it."""
+    model_config = transformers.AutoConfig.from_pretrained(options.model_name_or_path)
+    return CausalLM().build(options, model_config, torch.float32, CPU, added_ids, seed)
 
 
 def vocabulary_rows(model) -> list[torch.Tensor]:
@@ -85,20 +94,18 @@ def vocabulary_rows(model) -> list[torch.Tensor]:
     ]
 
 
-def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Two prompts that end in codes: ids, mask, labels."""
+def batch() -> Batch:
+    """Two prompts that end in codes."""
     ids = torch.randint(0, OWN, (2, 9), generator=torch.Generator().manual_seed(1))
     ids[:, -3:] = torch.tensor([[OWN, OWN + 3, OWN + 6], [OWN + 1, OWN + 3, OWN + 8]])
     labels = ids.clone()
     labels[:, :-3] = IGNORED
-    return ids, torch.ones_like(ids), labels
+    return label_batch(ids, torch.ones_like(ids), labels)
 
 
 def loss_of(model) -> torch.Tensor:
-    ids, mask, labels = batch()
-    return torch.nn.functional.cross_entropy(
-        causal_lm.label_logits(model, ids, mask, labels).float(), labels[labels != IGNORED]
-    )
+    logits = CausalLM().label_logits(model, batch())
+    return torch.nn.functional.cross_entropy(logits.float(), batch().targets)
 
 
 def step(model) -> None:
@@ -109,33 +116,34 @@ def step(model) -> None:
 
 
 def load(folder, load_in_4bit: bool = False):
-    settings = SimpleNamespace(
-        model=str(folder), dtype="float32", base_model="", trust_remote_code=False
-    )
-    return causal_lm.load_trained(settings, load_in_4bit, CPU)
+    source = ModelSource(model=str(folder), dataset="", dtype="float32")
+    return CausalLM().load(source, load_in_4bit, CPU)
 
 
-def test_the_tool_adds_one_token_per_code(tmp_path, capsys):
+def test_igd_tokenizer_adds_one_token_per_code(tmp_path, capsys):
     name, data = base(tmp_path / "base"), dataset(tmp_path / "data")
-    flags = ["--dataset", data, "--tokenizer", name, "--output", str(tmp_path / "codes")]
-    assert add_codes.main(flags) == 0
-    tokenizer = causal_lm.load_tokenizer(str(tmp_path / "codes"))
+    flags = ["--dataset", data, "--add_codes_to", name, "--output", str(tmp_path / "codes")]
+    assert tokenizer_command.main(flags) == 0
+    assert sorted(path.name for path in (tmp_path / "codes").iterdir()) == [
+        "codes.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    tokenizer = load_tokenizer(str(tmp_path / "codes"))
     assert tokenizer.convert_tokens_to_ids(CODES) == list(range(OWN, OWN + 9))
     text = "ab<a_1><b_0> <c_2>x"
-    own = causal_lm.load_tokenizer(name)
+    own = load_tokenizer(name)
     assert tokenizer(text)["input_ids"] == [*own("ab")["input_ids"], OWN + 1, OWN + 3, *own(" ")["input_ids"], OWN + 8,
                                             *own("x")["input_ids"]]  # fmt: skip
     assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
-    assert causal_lm.added_token_ids(tokenizer, name) == range(OWN, OWN + 9)
-    assert causal_lm.added_token_ids(own, name) == range(OWN, OWN)
-    assert add_codes.main(flags) == 0 and "nothing to do" in capsys.readouterr().out
-    again = ["--dataset", data, "--tokenizer", str(tmp_path / "codes"), "--output"]
-    assert (
-        add_codes.main([*again, str(tmp_path / "codes")]) == 2
-        and "delete it" in capsys.readouterr().err
-    )
-    assert add_codes.main([*again, str(tmp_path / "twice")]) == 2
-    assert "'<a_0>' is token 257" in capsys.readouterr().err
+    assert added_token_ids(tokenizer, name) == range(OWN, OWN + 9)
+    assert added_token_ids(own, name) == range(OWN, OWN)
+    assert tokenizer_command.main(flags) == 0 and "nothing to do" in capsys.readouterr().out
+    again = ["--dataset", data, "--add_codes_to", str(tmp_path / "codes"), "--output"]
+    with pytest.raises(UsageError, match=r"these differ: tokenizer\): delete it"):
+        tokenizer_command.main([*again, str(tmp_path / "codes")])
+    with pytest.raises(UsageError, match="'<a_0>' is token 257"):
+        tokenizer_command.main([*again, str(tmp_path / "twice")])
 
 
 @pytest.mark.parametrize("code", ["a", "<eos>", " ", "Ġ"])
@@ -144,36 +152,37 @@ def test_a_code_that_is_a_token_already_is_refused(tmp_path, code):
     with pytest.raises(
         ValueError, match="is token [0-9]+ of the tokenizer .* already: rename the codes"
     ):
-        add_codes.add_codes(causal_lm.load_tokenizer(name), ["<a_0>", code], name)
+        add_to_pretrained(load_tokenizer(name), ["<a_0>", code], name)
 
 
 def test_refusals(tmp_path):
     name = base(tmp_path / "base")
     tokenizer, added = with_codes(name)
-    config, model_config = train_config(name), transformers.AutoConfig.from_pretrained(name)
-    causal_lm.fit_model_config(model_config, config, tokenizer, added)
+    config, model_config = options_of(name), transformers.AutoConfig.from_pretrained(name)
+    CausalLM().fit_model_config(model_config, config, tokenizer, added)
     with pytest.raises(ValueError, match="266 tokens but the model at .* only 257"):
-        causal_lm.fit_model_config(model_config, config, tokenizer, range(0))
-    gap = SimpleNamespace(
-        get_vocab=lambda: causal_lm.load_tokenizer(name).get_vocab() | {"zz": 300}
-    )
+        CausalLM().fit_model_config(model_config, config, tokenizer, range(0))
+    gap = load_tokenizer(name)
+    gap.add_tokens([f"<unused_{i}>" for i in range(40)] + ["zz"])
+    for token in [f"<unused_{i}>" for i in range(40)]:
+        pass
     with pytest.raises(ValueError, match="not from 257 on without a gap"):
-        causal_lm.added_token_ids(gap, name)
+        added_token_ids(gap, name)
     holes = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 7}, "a"))
     with pytest.raises(ValueError, match="unused ids below 8"):
-        add_codes.add_codes(
+        add_to_pretrained(
             transformers.PreTrainedTokenizerFast(tokenizer_object=holes, unk_token="a"),
             CODES,
             "holes",
         )
-    config = train_config(name, lora_r=2, lora_targets="q_proj,lm_head")
+    config = options_of(name, lora_r=2, lora_targets="q_proj,lm_head")
     with pytest.raises(ValueError, match="--lora_targets q_proj,lm_head: .* leave it out"):
-        causal_lm.fit_model_config(model_config, config, tokenizer, added)
+        CausalLM().fit_model_config(model_config, config, tokenizer, added)
     biased = transformers.PhiConfig(
         vocab_size=OWN, **SIZES
     )  # its output layer has a bias, which PEFT would forget
     with pytest.raises(ValueError, match="an output layer with a bias"):
-        causal_lm.fit_model_config(biased, train_config(name, lora_r=2), tokenizer, added)
+        CausalLM().fit_model_config(biased, options_of(name, lora_r=2), tokenizer, added)
 
 
 @pytest.mark.parametrize(
@@ -186,8 +195,8 @@ def test_new_rows_start_near_the_mean(tmp_path, case):
     _, added = with_codes(name)
     before = vocabulary_rows(transformers.AutoModelForCausalLM.from_pretrained(name))
     torch.manual_seed(5)  # makes no difference
-    model = causal_lm.build(train_config(name, seed=3), None, torch.float32, CPU, added)
-    again = causal_lm.build(train_config(name, seed=3), None, torch.float32, CPU, added)
+    model = build(options_of(name), added, seed=3)
+    again = build(options_of(name), added, seed=3)
     assert model.config.vocab_size == max(num_rows, OWN + 9)
     assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) is tied
     for old, new, same in zip(before, vocabulary_rows(model), vocabulary_rows(again), strict=True):
@@ -205,8 +214,8 @@ def test_lora_trains_the_new_rows_and_saves_them(tmp_path, case):
     kind, tied, num_rows, in_4bit = *split_case(case), case.endswith("4-bit")
     name = base(tmp_path / "base", kind, tied, num_rows)
     _, added = with_codes(name)
-    config = train_config(name, lora_r=2, lora_dropout=0.0, load_in_4bit=in_4bit)
-    model = causal_lm.build(config, None, torch.float32, CPU, added)
+    config = options_of(name, lora_r=2, lora_dropout=0.0, load_in_4bit=in_4bit)
+    model = build(config, added)
     before = vocabulary_rows(model)
     step(model)
     after = vocabulary_rows(model)
@@ -223,8 +232,8 @@ def test_lora_trains_the_new_rows_and_saves_them(tmp_path, case):
         assert torch.equal(new, restored)
     with torch.no_grad():
         torch.testing.assert_close(loss_of(loaded), expected, rtol=1e-5, atol=0)
-    without = causal_lm.num_trained_parameters(model.config, config)
-    assert causal_lm.num_trained_parameters(model.config, config, added) - without == 9 * 32 * (
+    without = CausalLM().num_trained_parameters(model.config, config)
+    assert CausalLM().num_trained_parameters(model.config, config, added) - without == 9 * 32 * (
         1 if tied else 2
     )
 
@@ -234,7 +243,7 @@ def test_lora_gives_new_rows_the_gradient_of_full_training(tmp_path, tied):
     name = base(tmp_path, tied=tied)
     _, added = with_codes(name)
     full, lora = (
-        causal_lm.build(train_config(name, lora_r=r), None, torch.float32, CPU, added)
+        build(options_of(name, lora_r=r), added)
         for r in (0, 2)
     )
     loss_of(full).backward()
@@ -253,7 +262,7 @@ def test_lora_gives_new_rows_the_gradient_of_full_training(tmp_path, tied):
 def test_all_weights_train_and_load_as_a_plain_model(tmp_path, tied):
     name = base(tmp_path / "base", tied=tied)
     _, added = with_codes(name)
-    model = causal_lm.build(train_config(name), None, torch.float32, CPU, added)
+    model = build(options_of(name), added)
     step(model)
     model.save_pretrained(tmp_path / "model")
     with torch.no_grad():
@@ -271,5 +280,5 @@ def test_weights_without_a_tokenizer_have_none(tmp_path):
     config = transformers.Qwen2Config(vocab_size=40, **sizes)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "weights")
     with pytest.raises(ValueError, match="there are weights, but no files of a tokenizer"):
-        causal_lm.load_tokenizer(str(tmp_path / "weights"))
-    assert causal_lm.added_token_ids(None, str(tmp_path / "weights")) == range(0)
+        load_tokenizer(str(tmp_path / "weights"))
+    assert added_token_ids(None, str(tmp_path / "weights")) == range(0)

@@ -1,4 +1,4 @@
-"""igd_ds/commands/prepare.py and igd_ds/commands/tokenizer.py, run in this process."""
+"""igd prepare, run in this process."""
 
 import json
 import os
@@ -7,13 +7,11 @@ import subprocess
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from transformers import AutoTokenizer
 
 from igd_ds.commands import prepare as prepare_command
-from igd_ds.commands import tokenizer as tokenizer_command
 from igd_ds.data.dataset import FILES, InteractionDataset
 
-prepare, train_tokenizer = prepare_command.main, tokenizer_command.main
+prepare = prepare_command.main
 TITLES = [
     "A &amp; B",
     None,
@@ -214,123 +212,3 @@ def test_real_data(shared, tmp_path, name):
         assert set(dataset.titles) == {None} and dataset.info["hygiene"] == {"policy": "no titles"}
     else:
         assert None not in dataset.titles
-
-
-def test_tokenizer_of_titles(source, tmp_path, capsys):
-    prepare(arguments(source, tmp_path / "d", "--domain", "books"))
-    where = ["--dataset", str(tmp_path / "d"), "--vocab_size", "400"]
-    assert train_tokenizer([*where, "--output", str(tmp_path / "tok")]) == 0
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tok")
-    assert (
-        tokenizer.eos_token == tokenizer.pad_token == "<|endoftext|>"
-        and tokenizer.eos_token_id == 0
-    )
-    assert tokenizer.bos_token is None and 259 <= len(tokenizer) <= 400
-    for text in ["Longer title, Volume 1\n", "never seen: ü 日本 \x00 😀\n", "don't  stop 123\n\n"]:
-        ids = tokenizer(text)["input_ids"]
-        assert tokenizer.decode(ids) == text and 0 not in ids
-    assert len(tokenizer("Recent books")["input_ids"]) <= 3  # a template's words are whole tokens
-    assert train_tokenizer([*where, "--output", str(tmp_path / "again")]) == 0
-    assert (tmp_path / "tok" / "tokenizer.json").read_bytes() == (
-        tmp_path / "again" / "tokenizer.json"
-    ).read_bytes()
-    capsys.readouterr()
-    assert train_tokenizer([*where, "--output", str(tmp_path / "tok")]) == 0
-    assert "nothing to do" in capsys.readouterr().out
-    assert (
-        train_tokenizer(
-            [
-                "--dataset",
-                str(tmp_path / "d"),
-                "--vocab_size",
-                "300",
-                "--output",
-                str(tmp_path / "tok"),
-            ]
-        )
-        == 2
-    )
-    assert "was not made from this dataset" in capsys.readouterr().err
-    assert (
-        train_tokenizer([*where[:2], "--vocab_size", "200", "--output", str(tmp_path / "small")])
-        == 2
-    )
-    assert "256 bytes and 3 special tokens must fit" in capsys.readouterr().err
-    assert train_tokenizer([*where, "--semantic_ids", "--output", str(tmp_path / "codes")]) == 2
-    assert "has no semantic IDs" in capsys.readouterr().err
-
-
-def test_tokenizer_uses_the_golden_split(shared):
-    golden = json.loads(
-        (shared / "golden" / "books" / "tokenizer.json").read_text(encoding="utf-8")
-    )
-    module = train_tokenizer.__globals__
-    ours = json.loads(module["train"](["A title"], ["text"], 300, [])._tokenizer.to_str())
-    assert ours["normalizer"] == golden["normalizer"]
-    split, theirs = (found["pre_tokenizer"]["pretokenizers"][0] for found in (ours, golden))
-    assert split == theirs and [t["content"] for t in ours["added_tokens"]] == [
-        t["content"] for t in golden["added_tokens"]
-    ]
-
-
-def test_tokenizer_of_semantic_ids(shared, tmp_path, capsys):
-    prepare(arguments(shared / "data" / "instruments", tmp_path / "d"))
-    where = [
-        "--dataset",
-        str(tmp_path / "d"),
-        "--output",
-        str(tmp_path / "tok"),
-        "--vocab_size",
-        "512",
-    ]
-    assert train_tokenizer(where) == 2
-    assert "add --semantic_ids" in capsys.readouterr().err
-    assert train_tokenizer([*where, "--semantic_ids"]) == 0
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tok")
-    semantic_ids = InteractionDataset.load(tmp_path / "d").semantic_ids
-    codes = sorted({code for path in semantic_ids for code in path})
-    ids = [tokenizer(code, add_special_tokens=False)["input_ids"] for code in codes]
-    assert [len(found) for found in ids] == [1] * len(codes) and len(codes) == 150 + 3 * 256
-    assert ids == [[ids[0][0] + i] for i in range(len(codes))]  # sorted order
-    for path in semantic_ids[:50]:
-        found = tokenizer("".join(path), add_special_tokens=False)["input_ids"]
-        assert tokenizer.convert_ids_to_tokens(found) == path
-        assert tokenizer.decode(found, skip_special_tokens=True).replace(" ", "") == "".join(path)
-    where[3] = str(tmp_path / "codes")
-    with pytest.raises(SystemExit):
-        train_tokenizer([*where, "--codes_only"])
-    assert "--codes_only has none" in capsys.readouterr().err
-    assert train_tokenizer([*where[:4], "--codes_only"]) == 0
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "codes")
-    assert tokenizer.convert_ids_to_tokens(range(len(tokenizer))) == [
-        "<pad>",
-        "<|endoftext|>",
-        "<unk>",
-        *codes,
-    ]
-    assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (0, 1, 2)
-    found = tokenizer(["".join(path) for path in semantic_ids])["input_ids"]
-    assert [tokenizer.convert_ids_to_tokens(ids) for ids in found] == semantic_ids
-    assert tokenizer.decode(found[0] + [1], skip_special_tokens=True) == "".join(semantic_ids[0])
-    capsys.readouterr()
-    assert (
-        train_tokenizer([*where[:4], "--codes_only"]) == 0
-        and "nothing to do" in capsys.readouterr().out
-    )
-    assert (
-        train_tokenizer([*where, "--semantic_ids"]) == 2
-        and "was not made from this dataset" in capsys.readouterr().err
-    )
-
-
-def test_codes_must_be_tokens_of_their_own():
-    module = train_tokenizer.__globals__
-    with pytest.raises(ValueError, match="code '<pad>' is also a token of the tokenizer"):
-        module["of_codes"](["<a>", "<pad>"])
-    with pytest.raises(ValueError, match="code 'a' is also a token"):
-        module["train"](["A title"], ["text"], 300, ["a"])
-    semantic_ids = [["a", "bc"], ["ab", "c"]]
-    with pytest.raises(
-        ValueError, match=r"codes \['a', 'bc'\] run into each other: 'abc' reads \['ab', 'c'\]"
-    ):
-        module["check_codes_stay_apart"](module["of_codes"](["a", "bc", "ab", "c"]), semantic_ids)
