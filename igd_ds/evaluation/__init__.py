@@ -1,1 +1,1 @@
-"""From ranked lists to numbers: metrics, validation, result files, and the Python API for recommending."""
+"""From ranked lists to numbers: metrics, validation, result files, and the Recommender API."""

@@ -1,11 +1,14 @@
-"""Ranked lists → the predictions, metrics.json and TensorBoard views that every evaluation leaves, whatever model made the lists.
+"""What every evaluation writes from its ranked lists, whatever model they come from.
 
-Letters: R rows, K length of a list.
+That is the predictions, metrics.json, timing.json and TensorBoard's views.
+
+Letters in shapes: R rows, K length of a list.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,118 +23,159 @@ from igd_ds.items import decisiveness
 from igd_ds.items.store import StoredCatalogue
 from igd_ds.runlog import RunLog
 
-LIST_SCHEMA = pa.schema([
-    ("row_id", pa.int64()), ("user_id", pa.int64()), ("alpha", pa.float64()), ("rank", pa.int32()), ("leaf_id", pa.int32()),
-    ("item_ids", pa.list_(pa.int32())), ("score", pa.float32()), ("certified", pa.bool_()),
-])  # fmt: skip
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-SHOWN_ROWS = SHOWN_PLACES = (
-    5  # of an evaluation in TensorBoard: rows, and items of a row's history and list
-)
+LIST_SCHEMA = pa.schema([
+    ("row_id", pa.int64()), ("user_id", pa.int64()), ("alpha", pa.float64()), ("rank", pa.int32()),
+    ("leaf_id", pa.int32()), ("item_ids", pa.list_(pa.int32())), ("score", pa.float32()),
+    ("certified", pa.bool_()),
+])  # fmt: skip
+"""Columns of the predictions, a line per listed leaf. `certified`: whether this rank is proven."""
+
+SHOWN_ROWS = 5
+"""Rows of an evaluation whose lists TensorBoard shows."""
+
+SHOWN_ITEMS = 5
+"""Items that TensorBoard shows of a row's history, and of its list."""
 
 
 @dataclass(frozen=True)
 class Ranked:
-    """What was ranked for whom: the catalogue, the ids (R,) of a split's rows, ascending, and K, how long a list may be.
-
-    `run` is the folder of the training that made the model, None where there is none: a model from elsewhere.
-    """
+    """What was ranked, and for which rows."""
 
     stored: StoredCatalogue
     dataset: InteractionDataset
     split: Split
     rows: np.ndarray
+    """int64 (R,), ascending: the row ids in the split."""
     length: int
+    """K, the most entries of a list."""
     run: Path | None
+    """Folder of the run that trained the model; None for a model from elsewhere."""
+
+    @property
+    def targets(self) -> np.ndarray:
+        """Item id of each row's target, (R,)."""
+        return self.split.targets[self.rows]
 
 
 def write_results(
     output: Path,
     ranked: Ranked,
-    settings: dict,
+    settings: Mapping[str, Any],
     lists_by_alpha: Iterable[tuple[float, pa.Table, pa.Table | None]],
-    timing: dict,
+    timing: Mapping[str, Any],
     chosen_alpha: float | None = None,
 ) -> None:
-    """Write the predictions of every α, the run log, timing.json and, last, metrics.json: all it takes to be finished.
+    """Write the predictions of every α, the run log, timing.json and metrics.json.
+
+    metrics.json is written last; its presence marks the evaluation as complete.
 
     Args:
         output: folder of the evaluation.
-        ranked: what the lists are measured against.
-        settings: of metrics.json, what describes the evaluation; the figures are added.
-        lists_by_alpha: α, its lists in LIST_SCHEMA sorted by row and rank and, for an exact search, those that the beam found.
-        timing: of timing.json.
-        chosen_alpha: the one to report, where another split chose it; None: the best of this evaluation.
+        ranked: what was ranked.
+        settings: describes the evaluation; metrics.json holds it beside the metrics.
+        lists_by_alpha: α, its lists in LIST_SCHEMA sorted by row and rank, and, for an exact
+            search, the lists of the beam search in it.
+        timing: content of timing.json.
+        chosen_alpha: the α to report, if another split chose it. None: the best α here.
     """
-    trie, num_rows = ranked.stored.trie, len(ranked.rows)
-    entropy = decisiveness.entropy(trie, ranked.stored.entropy)
-    target = trie.leaf_of_item[ranked.split.targets[ranked.rows]]
-    frequency = np.bincount(trie.leaf_of_item[ranked.split.targets], minlength=trie.num_nodes)
+    trie = ranked.stored.trie
     num_leaves = int(trie.is_leaf.sum())
     cutoffs = metrics.usable_cutoffs(min(ranked.length, num_leaves))
-    results = settings | {"rows": num_rows, "entropy": ranked.stored.entropy, "alpha": {}}
-    results |= metrics.describe_targets(trie, entropy, frequency, target, cutoffs)
-    log = RunLog(
-        output, enabled=True, resume_step=-1
-    )  # from scratch, should an earlier attempt have been killed here
+    targets = metrics.Targets(
+        trie=trie,
+        entropy=decisiveness.entropy(trie, ranked.stored.entropy),
+        frequency=np.bincount(trie.leaf_of_item[ranked.split.targets], minlength=trie.num_nodes),
+        leaf=trie.leaf_of_item[ranked.targets],
+        cutoffs=cutoffs,
+    )
+    results: dict[str, Any] = {
+        **settings,
+        "rows": len(ranked.rows),
+        "entropy": ranked.stored.entropy,
+        "alpha": {},
+        **metrics.describe_targets(targets),
+    }
+
+    # The log starts from scratch: an earlier attempt may have been killed here.
+    log = RunLog(output, enabled=True, resume_step=-1)
     for alpha, lists, by_beam in lists_by_alpha:
         leaves, scores, certified = lists_by_row(lists, ranked.rows, ranked.length)
-        values = metrics.describe_lists(
-            trie, entropy, frequency, target, leaves, scores, item_credit(ranked, lists), cutoffs
-        )
-        if (
-            ranked.stored.catalogue.kind == "semantic-id"
-        ):  # a title's first tokens say little about what it is
-            values["relaxed_match"] = metrics.relaxed_match(trie, target, leaves, cutoffs)
-        line = ", ".join(f"{name} {value:.4f}" for name, value in values["token_match"].items())
+        values = metrics.describe_lists(targets, leaves, scores, item_credit(ranked, lists))
+        if ranked.stored.catalogue.kind == "semantic-id":
+            # A title's first tokens say little about the item; a semantic ID's first codes do.
+            values["relaxed_match"] = metrics.relaxed_match(trie, targets.leaf, leaves, cutoffs)
         if by_beam is not None:
             beam, _, _ = lists_by_row(by_beam, ranked.rows, ranked.length)
-            values |= metrics.compare_with_beam(leaves, certified, beam, target, cutoffs)
-            line += f"; proven for {values['proof_share']:.2%} of rows"
+            values |= metrics.compare_with_beam(leaves, certified, beam, targets.leaf, cutoffs)
         results["alpha"][str(alpha)] = values
         results["short_lists"] = int((leaves[:, -1] < 0).sum())  # the same for every α
-        log.log(
-            round(1000 * alpha),
-            {f"eval/{name}": value for name, value in values["token_match"].items()},
-        )
-        log.show(round(1000 * alpha), {"eval/lists": some_lists(ranked, leaves)})
+
         write_table(output / f"predictions-alpha{alpha}.parquet", lists)
-        print(f"alpha {alpha}: {line}", flush=True)
+        _log_alpha(log, alpha, values, some_lists(ranked, leaves))
+
     best = max(k for k in cutoffs if k <= metrics.TOP)
     log.show(0, figures_of(results, best))
     if ranked.run:
-        chosen = (
-            metrics.best_alpha(results, f"ndcg@{best}")
-            if chosen_alpha is None
-            else str(chosen_alpha)
-        )
-        log.hparams(
-            yaml.safe_load((ranked.run / "config.yaml").read_text()),
-            final_metrics(output.name, results, chosen, best),
-        )
+        if chosen_alpha is None:
+            chosen = metrics.best_alpha(results, f"ndcg@{best}")
+        else:
+            chosen = str(chosen_alpha)
+        run_settings = yaml.safe_load((ranked.run / "config.yaml").read_text())
+        log.hparams(run_settings, final_metrics(output.name, results, chosen, best))
     log.close()
+
     if (short := results["short_lists"]) and ranked.length <= num_leaves:
         print(
-            f"warning: {short} lists are shorter than --num_beams, because filter or guidance leaves those rows fewer items"
+            f"warning: {short} lists are shorter than --num_beams, because the item filter or the "
+            "guidance leaves those rows fewer items"
         )
     write_json(output / "timing.json", timing)
     write_json(output / "metrics.json", results)
-    print(f"{num_rows} rows of {ranked.split.name}: {output / 'metrics.json'}", flush=True)
+    print(f"{len(ranked.rows)} rows of {ranked.split.name}: {output / 'metrics.json'}", flush=True)
 
 
-def final_metrics(name: str, results: dict, chosen: str, k: int) -> dict[str, float]:
-    """Return what TensorBoard's hparams table shows of evaluation `name`: HR@k and NDCG@k at the smallest and at the chosen α."""
-    values = {}
-    for label, alpha in (("", min(results["alpha"], key=float)), (" at chosen alpha", chosen)):
+def _log_alpha(log: RunLog, alpha: float, values: Mapping[str, Any], examples: str) -> None:
+    """Record and print the main metrics of one α. Its step in TensorBoard is 1000·α."""
+    step, token_match = round(1000 * alpha), values["token_match"]
+    log.log(step, {f"eval/{name}": value for name, value in token_match.items()})
+    log.show(step, {"eval/lists": examples})
+
+    line = ", ".join(f"{name} {value:.4f}" for name, value in token_match.items())
+    if "proof_share" in values:
+        line += f"; proven for {values['proof_share']:.2%} of rows"
+    print(f"alpha {alpha}: {line}", flush=True)
+
+
+def final_metrics(name: str, results: Mapping[str, Any], chosen: str, k: int) -> dict[str, float]:
+    """Return an evaluation's values for TensorBoard's HParams table.
+
+    They are HR@k and NDCG@k at the smallest α and at the chosen one.
+
+    Args:
+        name: of the evaluation.
+        results: its metrics.json.
+        chosen: α as written in metrics.json.
+        k: the cutoff.
+    """
+    values: dict[str, float] = {}
+    smallest = min(results["alpha"], key=float)
+    for label, alpha in (("", smallest), (" at chosen alpha", chosen)):
         token_match = results["alpha"][alpha]["token_match"]
-        values |= {
-            f"{name}/{metric}@{k}{label}": token_match[f"{metric}@{k}"] for metric in ("hr", "ndcg")
-        }
+        for metric in ("hr", "ndcg"):
+            values[f"{name}/{metric}@{k}{label}"] = token_match[f"{metric}@{k}"]
     return values
 
 
-def figures_of(results: dict, k: int) -> dict:
-    """Return TensorBoard's figures of a metrics.json (tag → matplotlib figure), those of the α grid at cutoff k."""
+def figures_of(results: Mapping[str, Any], k: int) -> dict[str, "Figure"]:
+    """Return TensorBoard's figures of a metrics.json, tag → matplotlib figure.
+
+    Args:
+        results: content of metrics.json.
+        k: the cutoff of HR and NDCG in the figure of the α grid.
+    """
     from matplotlib.figure import Figure
 
     labels = {
@@ -146,90 +190,118 @@ def figures_of(results: dict, k: int) -> dict:
     grid, deciles, gap = (
         figures[f"eval/{name}"].add_subplot(xlabel=x, ylabel=y) for name, (x, y) in labels.items()
     )
+
+    # Metrics over the grid of α.
+    alphas = [float(alpha) for alpha in results["alpha"]]
     for metric, marker in (("hr", "o"), ("ndcg", "s")):
         values = [entry["token_match"][f"{metric}@{k}"] for entry in results["alpha"].values()]
-        grid.plot(
-            [float(alpha) for alpha in results["alpha"]],
-            values,
-            marker=marker,
-            label=f"{metric.upper()}@{k}",
-        )
+        grid.plot(alphas, values, marker=marker, label=f"{metric.upper()}@{k}")
+
+    # Popularity of the lists, and entropy of their prefixes, compared with the targets.
     deciles.plot(range(1, 11), results["target_popularity_deciles"], "k--", label="targets")
-    targets = results["target_prefix_entropy"]["nats"]
+    of_targets = results["target_prefix_entropy"]["nats"]
     for number, (alpha, entry) in enumerate(results["alpha"].items()):
-        style = {"marker": "os^Dv<>"[number % 7], "label": f"α = {alpha}"}
-        deciles.plot(range(1, 11), entry["popularity_deciles"], **style)
-        difference = [
-            lists - target
-            for lists, target in zip(entry["prefix_entropy"]["nats"], targets, strict=False)
-        ]
-        gap.plot(range(1, len(difference) + 1), difference, **style)
+        marker, label = "os^Dv<>"[number % 7], f"α = {alpha}"
+        deciles.plot(range(1, 11), entry["popularity_deciles"], marker=marker, label=label)
+
+        of_lists = entry["prefix_entropy"]["nats"]
+        difference = [ours - theirs for ours, theirs in zip(of_lists, of_targets, strict=False)]
+        gap.plot(range(1, len(difference) + 1), difference, marker=marker, label=label)
+
     for axes in (grid, deciles, gap):
         axes.legend()
     return figures
 
 
 def some_lists(ranked: Ranked, leaves: np.ndarray) -> str:
-    """Return in Markdown what a few rows' users had last, their target, and the first entries of their lists, `leaves` (R, K).
+    """Return, in Markdown, the histories, the targets and the lists of a few rows.
 
-    The rows are the same in all evaluations of equal rows. Items are named by title, or by semantic ID where they have none.
+    The rows are the same in all evaluations of the same rows.
+
+    Args:
+        ranked: what was ranked.
+        leaves: the lists, (R, K), −1 behind a list's end.
     """
-    dataset, trie, text = ranked.dataset, ranked.stored.trie, ""
-
-    def name(item: int) -> str:  # as code: Markdown in titles means nothing
-        return (
-            "`"
-            + (dataset.titles[item] or " ".join(dataset.semantic_ids[item])).replace("`", "'")
-            + "`"
-        )
-
+    trie, text = ranked.stored.trie, ""
     for place in sample_rows(len(ranked.rows), SHOWN_ROWS, seed=0):
-        row, listed = ranked.rows[place], leaves[place][leaves[place] >= 0][:SHOWN_PLACES]
+        row = ranked.rows[place]
         target = ranked.split.targets[row]
-        text += f"**Row {row}**: {' → '.join(map(name, ranked.split.history(row)[-SHOWN_PLACES:]))} → target {name(target)}\n\n"
+        history = ranked.split.history(row)[-SHOWN_ITEMS:]
+        names = [_item_name(ranked.dataset, item) for item in (*history, target)]
+        text += f"**Row {row}**: {' → '.join(names[:-1])} → target {names[-1]}\n\n"
+
+        listed = leaves[place][leaves[place] >= 0][:SHOWN_ITEMS]
         for rank, leaf in enumerate(listed, 1):
+            name = _item_name(ranked.dataset, trie.item_order[trie.first_item[leaf]])
             hit = " **hit**" if leaf == trie.leaf_of_item[target] else ""
-            text += f"{rank}. {name(trie.item_order[trie.first_item[leaf]])}{hit}\n"
+            text += f"{rank}. {name}{hit}\n"
         text += "\n"
     return text
+
+
+def _item_name(dataset: InteractionDataset, item: int) -> str:
+    """Return an item's title, or its semantic ID if it has none, as Markdown code.
+
+    As code, the title's own characters have no meaning in Markdown.
+    """
+    name = dataset.titles[item]
+    if not name and dataset.semantic_ids is not None:
+        name = " ".join(dataset.semantic_ids[item])
+    return f"`{(name or '').replace('`', chr(39))}`"
 
 
 def lists_by_row(
     lists: pa.Table, rows: np.ndarray, length: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return one α's leaves int64, scores float32 and certified bool, each (R, length); −1, −inf, False behind a list's end."""
-    row, place, by_row = (
-        np.searchsorted(rows, lists["row_id"].to_numpy()),
-        lists["rank"].to_numpy() - 1,
-        [],
-    )
-    for name, nothing in (
-        ("leaf_id", np.int64(-1)),
-        ("score", np.float32(-np.inf)),
-        ("certified", False),
-    ):
-        by_row.append(np.full((len(rows), length), nothing))
-        by_row[-1][row, place] = lists[name].to_numpy()
-    there = by_row[0] >= 0
-    assert np.array_equal(lists["row_id"].to_numpy(), rows[row]) and there[:, 0].all(), (
-        "the expected rows, all of them, no other"
-    )
-    assert there.sum() == len(row) and (there[:, :-1] >= there[:, 1:]).all(), (
-        "each has one list, without a hole"
-    )
-    return tuple(by_row)
+    """Return one α's leaves int64, scores float32 and certified flags, (R, length) each.
+
+    Behind a list's end they are −1, −inf and False.
+
+    Args:
+        lists: table in LIST_SCHEMA: one list for each of `rows`, and no other lines.
+        rows: (R,), row ids, ascending.
+        length: the most entries of a list.
+    """
+    row = np.searchsorted(rows, lists["row_id"].to_numpy())
+    place = lists["rank"].to_numpy() - 1
+
+    shape = (len(rows), length)
+    leaves = np.full(shape, -1, np.int64)
+    scores = np.full(shape, -np.inf, np.float32)
+    certified = np.zeros(shape, bool)
+    leaves[row, place] = lists["leaf_id"].to_numpy()
+    scores[row, place] = lists["score"].to_numpy()
+    certified[row, place] = lists["certified"].to_numpy()
+
+    there = leaves >= 0
+    same_rows = np.array_equal(lists["row_id"].to_numpy(), rows[row]) and there[:, 0].all()
+    assert same_rows, "the lists are those of the expected rows"
+    no_gap = there.sum() == len(row) and (there[:, :-1] >= there[:, 1:]).all()
+    assert no_gap, "each row has one list, whose ranks have no gap"
+    return leaves, scores, certified
 
 
 def item_credit(ranked: Ranked, lists: pa.Table) -> np.ndarray:
-    """Return the share of a hit that item match counts, float64 (R,): of the leaf's items that the row may get one is drawn."""
-    target = ranked.split.targets[ranked.rows]
+    """Return the share of a hit that counts in item match, float64 (R,).
+
+    It is 1 / n if the target is among the n items of the hit's leaf that the row may get, and 0
+    without a hit, or if the row may not get the target.
+
+    Args:
+        ranked: what was ranked.
+        lists: one α's lists in LIST_SCHEMA.
+    """
+    target, leaf_of_item = ranked.targets, ranked.stored.trie.leaf_of_item
     row = np.searchsorted(ranked.rows, lists["row_id"].to_numpy())
-    hit = ranked.stored.trie.leaf_of_item[target[row]] == lists["leaf_id"].to_numpy()
+    hit = leaf_of_item[target[row]] == lists["leaf_id"].to_numpy()
+
+    # The items of each hit's leaf, and how many of them are the row's target.
     row, items = row[hit], lists["item_ids"].filter(pa.array(hit)).combine_chunks()
     count = pc.list_value_length(items).to_numpy()
     owner = np.repeat(row, count)
+    is_target = items.flatten().to_numpy() == target[owner]
+    number_of_target = np.bincount(owner, is_target, len(target))
+
     credit = np.zeros(len(target))
-    credit[row] = (
-        np.bincount(owner, items.flatten().to_numpy() == target[owner], len(target))[row] / count
-    )
+    credit[row] = number_of_target[row] / count
     return credit
