@@ -1,4 +1,4 @@
-"""Trees of tokens behind prompts, against a full forward pass of each path, for many architectures."""
+"""Trees of tokens behind prompts, against a full forward pass of each path, per architecture."""
 
 import numpy as np
 import pytest
@@ -17,8 +17,10 @@ COMMON = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3,
     "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0,
 }  # fmt: skip
-GPT2 = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64,
-        "initializer_range": 0.3, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}  # fmt: skip
+GPT2 = {
+    "vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64,
+    "initializer_range": 0.3, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
+}  # fmt: skip
 
 # Prompts have 3 to 9 tokens and paths up to 6, so a window of 5 hides tokens in every pass.
 TREES = {
@@ -60,7 +62,7 @@ FALLBACKS = {
 
 # Sums run in another order than in the model's own attention, and fp32 has a rounding of 6e-8. A
 # log-probability is a difference of logits of size 5 or so: 4 units in the last place, 2e-6, per
-# layer. The same for all: errors of the mask or of positions change log-probabilities by 0.1 or more.
+# layer. Wrong masks or positions change log-probabilities by 0.1 or more.
 RTOL, ATOL = 5e-6, 3e-5
 
 

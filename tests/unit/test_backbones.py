@@ -1,4 +1,4 @@
-"""What backbones can do, what is refused before training, and the text model of a multimodal one."""
+"""What backbones can do, what is refused before training, and text models of multimodal ones."""
 
 import json
 import logging

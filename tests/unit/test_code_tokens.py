@@ -13,7 +13,6 @@ from igd_ds.backbones.tokenizer import added_token_ids, load_tokenizer
 from igd_ds.commands import tokenizer as tokenizer_command
 from igd_ds.config.model import ModelOptions, ModelSource
 from igd_ds.contracts import IGNORED, Batch
-from igd_ds.contracts import IGNORED
 from igd_ds.data.dataset import item_table, user_table, write_dataset
 from igd_ds.errors import UsageError
 from igd_ds.semantic_ids.code_tokens import add_to_pretrained
@@ -158,14 +157,16 @@ def test_a_code_that_is_a_token_already_is_refused(tmp_path, code):
 def test_refusals(tmp_path):
     name = base(tmp_path / "base")
     tokenizer, added = with_codes(name)
-    config, model_config = options_of(name), transformers.AutoConfig.from_pretrained(name)
-    CausalLM().fit_model_config(model_config, config, tokenizer, added)
-    with pytest.raises(ValueError, match="266 tokens but the model at .* only 257"):
-        CausalLM().fit_model_config(model_config, config, tokenizer, range(0))
-    gap = load_tokenizer(name)
-    gap.add_tokens([f"<unused_{i}>" for i in range(40)] + ["zz"])
-    for token in [f"<unused_{i}>" for i in range(40)]:
-        pass
+    options, model_config = options_of(name), transformers.AutoConfig.from_pretrained(name)
+    fit = CausalLM().fit_model_config
+    fit(model_config, options, tokenizer, added)
+    with pytest.raises(UsageError, match="266 tokens but the model at .* only 257"):
+        fit(model_config, options, tokenizer, range(0))
+
+    vocabulary = load_tokenizer(name).get_vocab() | {"zz": 300}
+    gap = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, "<eos>"))
+    )
     with pytest.raises(ValueError, match="not from 257 on without a gap"):
         added_token_ids(gap, name)
     holes = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 7}, "a"))
@@ -175,14 +176,14 @@ def test_refusals(tmp_path):
             CODES,
             "holes",
         )
-    config = options_of(name, lora_r=2, lora_targets="q_proj,lm_head")
-    with pytest.raises(ValueError, match="--lora_targets q_proj,lm_head: .* leave it out"):
-        CausalLM().fit_model_config(model_config, config, tokenizer, added)
-    biased = transformers.PhiConfig(
-        vocab_size=OWN, **SIZES
-    )  # its output layer has a bias, which PEFT would forget
-    with pytest.raises(ValueError, match="an output layer with a bias"):
-        CausalLM().fit_model_config(biased, options_of(name, lora_r=2), tokenizer, added)
+
+    options = options_of(name, lora_r=2, lora_targets="q_proj,lm_head")
+    with pytest.raises(UsageError, match="--lora_targets q_proj,lm_head: .* leave it out"):
+        fit(model_config, options, tokenizer, added)
+    # Phi's output layer has a bias, which PEFT would forget.
+    biased = transformers.PhiConfig(vocab_size=OWN, **SIZES)
+    with pytest.raises(UsageError, match="an output layer with a bias"):
+        fit(biased, options_of(name, lora_r=2), tokenizer, added)
 
 
 @pytest.mark.parametrize(
@@ -242,10 +243,7 @@ def test_lora_trains_the_new_rows_and_saves_them(tmp_path, case):
 def test_lora_gives_new_rows_the_gradient_of_full_training(tmp_path, tied):
     name = base(tmp_path, tied=tied)
     _, added = with_codes(name)
-    full, lora = (
-        build(options_of(name, lora_r=r), added)
-        for r in (0, 2)
-    )
+    full, lora = (build(options_of(name, lora_r=r), added) for r in (0, 2))
     loss_of(full).backward()
     loss_of(lora.eval()).backward()  # LoRA starts as the base model, without dropout
     trained = [
@@ -281,4 +279,5 @@ def test_weights_without_a_tokenizer_have_none(tmp_path):
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "weights")
     with pytest.raises(ValueError, match="there are weights, but no files of a tokenizer"):
         load_tokenizer(str(tmp_path / "weights"))
-    assert added_token_ids(None, str(tmp_path / "weights")) == range(0)
+    own = load_tokenizer(base(tmp_path / "other"))
+    assert added_token_ids(own, str(tmp_path / "weights")) == range(0)

@@ -17,7 +17,7 @@ from oracle import (
     weight_by_path,
 )
 
-from igd_ds.backbones.prompt_tree import EncoderPromptTree
+from igd_ds.backbones.encoder_tree import EncoderPromptTree
 from igd_ds.items.search_trie import SearchTrie
 from igd_ds.search.engine import search
 
