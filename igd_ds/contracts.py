@@ -122,7 +122,7 @@ class StepTotals:
     losses: torch.Tensor
     """float64 (K,): N_k / Ω_k."""
     normalisers: torch.Tensor
-    """float64 (K,): Ω_k."""
+    """float64 (K,): Ω_k, by which the losses were divided; 1 for a target without weight."""
     statistics: Mapping[str, torch.Tensor]
     """The sums of LossTerms.statistics, float64."""
 

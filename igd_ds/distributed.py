@@ -1,7 +1,7 @@
 """Process-group set-up, collectives and shutdown; works with one process, gloo and NCCL.
 
-Any launcher will do: `deepspeed`, `torchrun`, `srun` (one task per rank), `mpirun` (mpi4py), or none.
-"""
+Any launcher will do: `deepspeed`, `torchrun`, `srun` (one task per rank), `mpirun` (mpi4py), or
+none."""
 
 import logging
 import os
@@ -35,8 +35,8 @@ def _free_port() -> int:
 def _slurm_environment() -> dict[str, str]:
     """Return torch's variables from those of srun.
 
-    Without them each task would silently become a world of one rank. The batch script may set MASTER_*.
-    """
+    Without them each task would silently become a world of one rank. The batch script may set
+    MASTER_*."""
     job, env = int(os.environ["SLURM_JOB_ID"]), os.environ
     nodes = env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"]
     command = ["scontrol", "show", "hostnames", nodes]
@@ -110,7 +110,8 @@ def init(timeout_minutes: float = 120) -> None:
             os.environ["LOCAL_RANK"] = "0"
         if local_rank() >= torch.cuda.device_count():
             raise UsageError(
-                f"local rank {local_rank()} has no GPU: {torch.cuda.device_count()} are visible; start "
+                f"local rank {local_rank()} has no GPU: {torch.cuda.device_count()} are visible; "
+                "start "
                 "fewer ranks"
             )
         torch.cuda.set_device(local_rank())
@@ -166,7 +167,8 @@ def barrier() -> None:
 def on_main(work: Callable[[], T]) -> T:
     """Run `work` on rank 0 and return its result on every rank, so that all ranks decide alike.
 
-    The other ranks wait, and fail with rank 0 if `work` fails there. Results must be small plain values.
+    The other ranks wait, and fail with rank 0 if `work` fails there. Results must be small plain
+    values.
 
     Example:
         >>> finished = on_main(lambda: (run / "summary.json").is_file())
@@ -198,10 +200,9 @@ def say(message: str) -> None:
 def exit_process(code: int) -> None:
     """End this process now, after flushing what was printed and logged.
 
-    `os._exit` is used on purpose. With ZeRO-3 on gloo an orderly shutdown of the interpreter can abort
-    (-6) after a good run, because the collective's worker thread drops its last tensor while Python is
-    finalising.
-    """
+    `os._exit` is used on purpose. With ZeRO-3 on gloo an orderly shutdown of the interpreter can
+    abort (-6) after a good run, because the collective's worker thread drops its last tensor while
+    Python is finalising."""
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -211,11 +212,10 @@ def exit_process(code: int) -> None:
 def run(main: Callable[[], int]) -> None:
     """Run an entry point and end the process with its exit code.
 
-    Bad input (UsageError) is printed in one line, by rank 0 if it sees the error too, with code 2. Any
-    other exception ends with code 1 and its traceback as last words. A rank whose collective broke
-    because another rank ended waits for the launcher to stop it before it prints, so that the traceback
-    of the rank that failed first stays last.
-    """
+    Bad input (UsageError) is printed in one line, by rank 0 if it sees the error too, with code 2.
+    Any other exception ends with code 1 and its traceback as last words. A rank whose collective
+    broke because another rank ended waits for the launcher to stop it before it prints, so that the
+    traceback of the rank that failed first stays last."""
     try:
         code = main()
     except SystemExit as error:  # argparse: --help, or a flag it does not know

@@ -30,8 +30,8 @@ FREE_ON_RESUME = {
     "splits",
     "save_scores",
 }
-"""Settings that may change when a run resumes: paths, whose content is checked, and settings without
-effect on the model."""
+"""Settings that may change when a run resumes: paths, whose content is checked, and settings
+without effect on the model."""
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "datasets", "numpy")
 

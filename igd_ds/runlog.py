@@ -36,10 +36,10 @@ TAGS = {
     },
     "valid/ndcg@10": "NDCG@10 of a beam search with 10 beams; of a baseline, of its full ranking",
     "quantizer/loss": "reconstruction + codebook loss + commitment, mean over the epoch; igd ids",
-    "quantizer/reconstruction": "mean squared error over the embeddings' variance: 0 is exact, 1 is "
-    "no better than their mean",
-    "quantizer/commitment": "squared distance of a level's input to its code, mean over entries and "
-    "levels, unweighted",
+    "quantizer/reconstruction": "mean squared error over the embeddings' variance: 0 is exact, 1 "
+    "is no better than their mean",
+    "quantizer/commitment": "squared distance of a level's input to its code, mean over entries "
+    "and levels, unweighted",
     "quantizer/collision_rate": "1 - different IDs / items, as assigned during the epoch",
     "quantizer/restarted": "dead codes that were restarted in the epoch, all levels",
     **{
@@ -58,7 +58,7 @@ TAGS = {
     "eval/alpha_grid": "figure: HR@10 and NDCG@10, token match, over α",
     "eval/popularity_deciles": "figure: share of the top 10 in each tenth of the catalogue by "
     "training count (MTC Figure 2)",
-    "eval/prefix_entropy": "figure: entropy in nats of the prefixes of lists minus that of targets, "
+    "eval/prefix_entropy": "figure: entropy in nats of the prefixes of lists minus targets, "
     "after each token (IGD Figures 3, 6, 8)",
     "eval/lists": "text: history, target and first 5 entries of a few rows; step = 1000·α",
 }
@@ -90,9 +90,9 @@ class RunLog:
     """Writes scalars, figures and texts of a run; does nothing unless `enabled` (rank 0).
 
     Args:
-        folder: run folder; `metrics.jsonl` and `tensorboard/` lie in it.
-        enabled: whether this process writes.
-        resume_step: drop entries after this step first, so that a resumed run's record has each step
+        folder: run folder; `metrics.jsonl` and `tensorboard/` lie in it. enabled: whether this
+        process writes. resume_step: drop entries after this step first, so that a resumed run's
+        record has each step
             once; None keeps all.
         tags: tags that may be used beside TAGS, with their units.
     """

@@ -87,7 +87,7 @@ class BaselineData:
         if not config.is_trained:
             split = self.train.split
             last = split.history_items[split.history_offsets[1:] - 1]
-            counted = COUNTED[config.recommender]
+            counted: Any = COUNTED[config.recommender]
             return counted.count(last, split.targets, self.dataset.num_items, config.seed)
         torch.manual_seed(config.seed)
         return SEQUENTIAL[config.recommender].model(**self.model_form(config))

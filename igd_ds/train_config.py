@@ -28,7 +28,7 @@ class TrainConfig(ObjectiveOptions, ModelOptions, LoopOptions):
     decisiveness: str = option(
         "measure of how much a token decides, for igd-linear and for α",
         "information-gain",
-        MEASURES,
+        tuple(MEASURES),
     )
     entropy: str = option("entropy definition behind the information gain", "prior", ENTROPIES)
     normalization: str = option(
