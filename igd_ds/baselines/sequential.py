@@ -421,8 +421,8 @@ LOSSES = {
 
 
 def save_tensors(folder: Path, tensors: dict) -> None:
-    """Write tensors to a new folder."""
-    folder.mkdir(parents=True)
+    """Write tensors to a folder, which is made where it is missing."""
+    folder.mkdir(parents=True, exist_ok=True)
     save_file(
         {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()},
         folder / WEIGHTS_FILE,

@@ -191,7 +191,7 @@ def _finished(
     """Tell the loss about the step's totals and return the step's sums."""
     numerators, normalisers, statistics = _unflat(total, like)
     losses = numerators / divisor
-    scalars = loss.update(StepTotals(step, losses, normalisers, statistics))
+    scalars = loss.update(StepTotals(step, losses, divisor.double(), statistics))
     return StepSums(
         steps=1,
         objective=float((coefficients * losses).sum()),

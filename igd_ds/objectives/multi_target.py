@@ -223,8 +223,7 @@ class LogitMixture(LearnedMixture):
 
     def update(self, totals: StepTotals) -> dict[str, float]:
         """Move s along ∂L/∂s, where ∂L/∂α'_j is the global Σ w·∂loss/∂α' over Ω_j."""
-        omega = totals.normalisers.where(totals.normalisers > 0, 1.0)
-        return self._descend(totals.statistics["slope"] / omega, totals.step)
+        return self._descend(totals.statistics["slope"] / totals.normalisers, totals.step)
 
 
 def scaled_nll(
