@@ -1,6 +1,8 @@
-"""A run folder as prepare_data.py and train.py leave it, small and with random weights: what eval.py and Recommender read."""
+"""A small run folder with random weights, as `igd prepare` and `igd train` leave it.
 
-import json
+Evaluations and the Recommender read it.
+"""
+
 from pathlib import Path
 
 import numpy as np
@@ -10,26 +12,19 @@ import torch
 import transformers
 import yaml
 
-from igd_ds.backbones import causal_lm
+from igd_ds.backbones.saved import DESCRIPTION_FILE
+from igd_ds.backbones.tokenizer import load_tokenizer
 from igd_ds.data.dataset import InteractionDataset, item_table, user_table, write_dataset
 from igd_ds.data.prompts import PromptBuilder, Template
+from igd_ds.folders import write_json
 from igd_ds.items import decisiveness
 from igd_ds.items.catalogue import Catalogue
-from igd_ds.items.store import save_catalogue
+from igd_ds.items.store import StoredCatalogue, save_catalogue
 from igd_ds.items.trie import TokenTrie
 
-TITLES = [
-    "ab",
-    "abc",
-    "ba",
-    "ba",
-    "bcc",
-    "cab",
-    "caba",
-    "c",
-    "aa",
-    "acb",
-]  # items 2 and 3 share a leaf
+TITLES = ["ab", "abc", "ba", "ba", "bcc", "cab", "caba", "c", "aa", "acb"]
+"""Titles of the items. Items 2 and 3 share a leaf."""
+
 INFO = {
     "name": "toy",
     "domain": "items",
@@ -38,83 +33,124 @@ INFO = {
     "counts": {},
     "sources": [],
     "hygiene": {},
+    "funnel": [],
 }
-INFO |= {"funnel": []}
-TRAIN_TARGETS = [0, 0, 1, 2, 3, 3, 4, 5, 6, 6, 6, 7]  # 8 and 9 are cold
+TRAIN_TARGETS = [0, 0, 1, 2, 3, 3, 4, 5, 6, 6, 6, 7]
+"""Targets of the training rows. Items 8 and 9 are cold."""
+
 NUM_TEST = 11
+"""Rows of the validation split, and of the test split."""
+
+USERS = [7, 7, 7, 8, 9, 9, 10, 11, 12, 12, 13]
 EOS = 256
+MAX_LENGTH = 160
 
 
-def rows(users, histories, targets):
-    columns = [pa.array(users, pa.int64()), pa.array(histories, pa.list_(pa.int32())), pa.array(targets, pa.int32()),
-               pa.nulls(len(users), pa.int64())]  # fmt: skip
-    return pa.table(columns, names=["user_id", "history", "target", "timestamp"])
+def rows(users, histories, targets) -> pa.Table:
+    """Return a split's table; no row has a timestamp."""
+    return pa.table({
+        "user_id": pa.array(users, pa.int64()),
+        "history": pa.array(histories, pa.list_(pa.int32())),
+        "target": pa.array(targets, pa.int32()),
+        "timestamp": pa.nulls(len(users), pa.int64()),
+    })  # fmt: skip
 
 
 def make(folder: Path, titles: list[str] = TITLES) -> Path:
-    """Write folder/data and folder/run; returns the run folder. Row 4 of the validation split has no history."""
-    random = np.random.default_rng(0)
-    histories = [
-        [int(i) for i in random.integers(0, len(titles), random.integers(1, 5))]
-        for _ in range(NUM_TEST)
-    ]
-    users, targets = (
-        [7, 7, 7, 8, 9, 9, 10, 11, 12, 12, 13],
-        [int(t) for t in random.integers(0, 10, NUM_TEST - 2)] + [8, 3],
-    )
-    splits = {
-        "train": rows(range(12), [[1]] * 12, TRAIN_TARGETS),
-        "valid": rows(users, [*histories[:4], [], *histories[5:]], targets),
-        "test": rows(users, histories, targets),
-    }
-    items = item_table(titles, None, pa.array(range(len(titles))))
-    write_dataset(folder / "data", items, user_table(splits, None), splits, INFO)
-    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    backend = tokenizers.Tokenizer(
-        tokenizers.models.BPE({letter: i for i, letter in enumerate(letters)}, [])
-    )
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="<eos>", pad_token="<eos>"
-    )
-    torch.manual_seed(0)
-    config = transformers.Qwen2Config(vocab_size=EOS + 1, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2)  # fmt: skip
+    """Write folder/data and folder/run; return the run folder.
+
+    Row 4 of the validation split has no history.
+    """
+    write_data(folder / "data", titles)
     model = folder / "run" / "model"
-    transformers.Qwen2ForCausalLM(config).save_pretrained(model)
+    write_model(model)
+
+    # Tokenizer and catalogue.
+    tokenizer = letter_tokenizer()
     tokenizer.save_pretrained(model)
-    dataset = InteractionDataset.load(folder / "data")
-    catalogue = Catalogue.build(dataset, tokenizer)
-    trie = TokenTrie.build(catalogue.token_ids, catalogue.offsets, catalogue.counts)
-    save_catalogue(
-        model / "catalogue", catalogue, trie, decisiveness.information_gain(trie, "prior"), "prior"
-    )
+    stored = store(Catalogue.build(InteractionDataset.load(folder / "data"), tokenizer))
+    save_catalogue(model / "catalogue", stored)
+
+    # What the run says of itself.
     description = {
         "prompt": Template.load("short").as_dict(),
-        "max_length": 160,
+        "max_length": MAX_LENGTH,
         "load_in_4bit": False,
     }
-    (model / causal_lm.DESCRIPTION_FILE).write_text(json.dumps(description))
+    write_json(model / DESCRIPTION_FILE, description)
     (folder / "run" / "config.yaml").write_text(yaml.safe_dump({"dataset": str(folder / "data")}))
     return folder / "run"
 
 
+def write_data(folder: Path, titles: list[str]) -> None:
+    """Write the dataset, with random histories and targets."""
+    random = np.random.default_rng(0)
+    histories = [
+        [int(item) for item in random.integers(0, len(titles), random.integers(1, 5))]
+        for _ in range(NUM_TEST)
+    ]
+    targets = [*(int(item) for item in random.integers(0, 10, NUM_TEST - 2)), 8, 3]
+    splits = {
+        "train": rows(range(12), [[1]] * 12, TRAIN_TARGETS),
+        "valid": rows(USERS, [*histories[:4], [], *histories[5:]], targets),
+        "test": rows(USERS, histories, targets),
+    }
+    items = item_table(titles, None, pa.array(range(len(titles))))
+    write_dataset(folder, items, user_table(splits, None), splits, INFO)
+
+
+def letter_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """Return a tokenizer with one token per byte, and EOS."""
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: index for index, letter in enumerate(letters)}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<eos>", pad_token="<eos>"
+    )
+
+
+def write_model(folder: Path) -> None:
+    """Write a model with random weights, whose logits are sharp."""
+    torch.manual_seed(0)
+    config = transformers.Qwen2Config(
+        vocab_size=EOS + 1,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+    )
+    transformers.Qwen2ForCausalLM(config).save_pretrained(folder)
+
+
+def store(catalogue: Catalogue) -> StoredCatalogue:
+    """Return the catalogue with its trie and information gain."""
+    trie = TokenTrie.build(catalogue.token_ids, catalogue.offsets, catalogue.counts)
+    gain = decisiveness.information_gain(trie, "prior")
+    return StoredCatalogue.build(catalogue, trie, gain, "prior")
+
+
 class Plain:
-    """The same run loaded without the package's search: what a ranking is held against."""
+    """The same run, loaded without the package's search: what a ranking is compared with."""
 
     def __init__(self, run: Path):
         self.dataset = InteractionDataset.load(run.parent / "data")
-        tokenizer = causal_lm.load_tokenizer(str(run / "model"))
-        catalogue = Catalogue.build(self.dataset, tokenizer)
+        self.tokenizer = load_tokenizer(str(run / "model"))
         self.model = transformers.AutoModelForCausalLM.from_pretrained(run / "model").eval()
-        self.trie = TokenTrie.build(catalogue.token_ids, catalogue.offsets, catalogue.counts)
+
+        catalogue = Catalogue.build(self.dataset, self.tokenizer)
+        self.stored = store(catalogue)
+        self.trie = self.stored.trie
         self.gain = decisiveness.information_gain(self.trie, "prior")
-        budget = 160 - catalogue.max_length
-        self.prompts = PromptBuilder.build(
-            Template.load("short"), tokenizer, self.dataset, "text", budget
-        )
+        budget = MAX_LENGTH - catalogue.max_length
+        template = Template.load("short")
+        self.prompts = PromptBuilder.build(template, self.tokenizer, self.dataset, "text", budget)
+
         self.paths = [tuple(catalogue.path(item).tolist()) for item in range(10)]
         self.different_paths = sorted(set(self.paths))
 
     def prompt(self, history) -> list[int]:
+        """Return the token ids of a history's prompt."""
         return self.prompts.encode(np.asarray(history)).tolist()
