@@ -38,7 +38,7 @@ GROUPS = [
     {"train_config", "eval_config", "baseline_config"},
     {"evaluation"},
     {"studies"},
-    {"loop"},
+    {"loop", "generative_training"},
     {"train", "eval", "baseline"},
     {"commands"},
     {"cli"},

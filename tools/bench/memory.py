@@ -32,9 +32,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from _common import REPOSITORY, finish, in_fork, peak_bytes, print_table
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from igd_ds import memory, train
+from igd_ds import distributed, train
 from igd_ds.commands import prepare, tokenizer
+from igd_ds.memory import keep_freed_memory
 
 SIDES = ("default", "kept")
 WARM_UP = 2
@@ -75,11 +77,11 @@ def write_large_model(path: Path, num_layers: int) -> None:
 
 def measure(side: str, folder: Path, model: Path, batch_size: int, num_steps: int) -> Measured:
     """Train for some steps in this process and measure each of them."""
-    # train.py makes the call itself; the replacement takes it away from the "default" side.
-    if side == "kept":
-        assert memory.keep_freed_memory(), "this machine has a GPU or no glibc: nothing to measure"
+    # `distributed.init` makes the call. The replacement takes it away from the "default" side.
+    if side == "default":
+        distributed.keep_freed_memory = lambda: False
     else:
-        memory.keep_freed_memory = lambda: False
+        assert keep_freed_memory(), "this machine has a GPU or no glibc: nothing to measure"
 
     # The hook may be called more than once a step: once for each group of parameters.
     calls: list[tuple[float, int]] = []
@@ -88,7 +90,7 @@ def measure(side: str, folder: Path, model: Path, batch_size: int, num_steps: in
         faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         calls.append((time.process_time(), faults))
 
-    torch.optim.optimizer.register_optimizer_step_post_hook(note)
+    register_optimizer_step_post_hook(note)
 
     run = folder / "run"
     settings = {
