@@ -1,4 +1,4 @@
-"""Codes of semantic IDs added to a pretrained causal LM: tokenizer, new rows, LoRA, saved models."""
+"""Codes of semantic IDs, added to a pretrained causal LM: tokenizer, new rows, LoRA, saving."""
 
 import pyarrow as pa
 import pytest
@@ -132,8 +132,8 @@ def test_igd_tokenizer_adds_one_token_per_code(tmp_path, capsys):
     assert tokenizer.convert_tokens_to_ids(CODES) == list(range(OWN, OWN + 9))
     text = "ab<a_1><b_0> <c_2>x"
     own = load_tokenizer(name)
-    assert tokenizer(text)["input_ids"] == [*own("ab")["input_ids"], OWN + 1, OWN + 3, *own(" ")["input_ids"], OWN + 8,
-                                            *own("x")["input_ids"]]  # fmt: skip
+    ab, space, x = (own(part)["input_ids"] for part in ("ab", " ", "x"))
+    assert tokenizer(text)["input_ids"] == [*ab, OWN + 1, OWN + 3, *space, OWN + 8, *x]
     assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
     assert added_token_ids(tokenizer, name) == range(OWN, OWN + 9)
     assert added_token_ids(own, name) == range(OWN, OWN)
@@ -190,7 +190,7 @@ def test_refusals(tmp_path):
     "case", ["qwen2 tied 257", "llama untied 257", "llama tied 260", "qwen2 untied 280"]
 )
 def test_new_rows_start_near_the_mean(tmp_path, case):
-    """Whether they lie beyond the model's rows (257), partly so (260), or all within rows it has to spare (280)."""
+    """New rows lie beyond the model's rows (257), partly (260), or all within spare ones (280)."""
     kind, tied, num_rows = split_case(case)
     name = base(tmp_path, kind, tied, num_rows)
     _, added = with_codes(name)
@@ -268,7 +268,7 @@ def test_all_weights_train_and_load_as_a_plain_model(tmp_path, tied):
 
 
 def test_weights_without_a_tokenizer_have_none(tmp_path):
-    """transformers makes an empty tokenizer for such a folder: its tokens must not count as all the model had."""
+    """For such a folder transformers makes an empty tokenizer, which is not the model's."""
     sizes = {
         "hidden_size": 8,
         "intermediate_size": 8,

@@ -1,4 +1,4 @@
-"""The tree cache over a T5 and the searches on it, against full decoder passes."""
+"""The tree over a T5's decoder and the searches on it, against full decoder passes."""
 
 import numpy as np
 import pytest
@@ -6,6 +6,8 @@ import torch
 import transformers
 from oracle import (
     EOS,
+    SCORE_ATOL,
+    SCORE_RTOL,
     VOCABULARY,
     as_lists,
     assert_same_lists,
@@ -25,9 +27,12 @@ from igd_ds.search.engine import search
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    settings = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4,
-                "relative_attention_num_buckets": 4, "relative_attention_max_distance": 6, "initializer_factor": 2.0,
-                "eos_token_id": EOS, "pad_token_id": VOCABULARY - 1, "decoder_start_token_id": VOCABULARY - 1}  # fmt: skip
+    settings = {
+        "vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2,
+        "num_heads": 4, "relative_attention_num_buckets": 4, "relative_attention_max_distance": 6,
+        "initializer_factor": 2.0, "eos_token_id": EOS, "pad_token_id": VOCABULARY - 1,
+        "decoder_start_token_id": VOCABULARY - 1,
+    }  # fmt: skip
     config = transformers.T5Config(**settings)
     model = transformers.T5ForConditionalGeneration(config).eval()
     torch.nn.init.normal_(
@@ -61,9 +66,8 @@ def test_packed_runs_equal_full_decoder_passes_also_after_users_retire(model):
     prompts = random_prompts(3)
     tree = EncoderPromptTree(model)
     first = tree.prefill([np.array(prompt) for prompt in prompts])
-    torch.testing.assert_close(
-        first, torch.stack([full_pass(model, p, [])[-1] for p in prompts]), atol=2e-5, rtol=0
-    )
+    expected = torch.stack([full_pass(model, p, [])[-1] for p in prompts])
+    torch.testing.assert_close(first, expected, rtol=SCORE_RTOL, atol=SCORE_ATOL)
     path = {run: ([], run) for run in range(3)}
     for parents, runs, left in [
         ([0, 1, 2, 1], [[7], [8, 9, 10], [9], [11]], [0, 1, 2]),
@@ -78,9 +82,8 @@ def test_packed_runs_equal_full_decoder_passes_also_after_users_retire(model):
         ):
             above, user = path[parent]
             path[number] = (above + run, user)
-            torch.testing.assert_close(
-                rows, full_pass(model, prompts[user], above + run)[-len(run) :], atol=5e-5, rtol=0
-            )
+            expected = full_pass(model, prompts[user], above + run)[-len(run) :]
+            torch.testing.assert_close(rows, expected, rtol=SCORE_RTOL, atol=SCORE_ATOL)
 
 
 @pytest.mark.parametrize("method", ["beam", "exact"])

@@ -1,4 +1,4 @@
-"""TIGER: a run of codes alone, from the tokenizer to ranked lists, against transformers' own passes over every item."""
+"""TIGER: a run with only codes, from the tokenizer to ranked lists, against full T5 passes."""
 
 import json
 from pathlib import Path
@@ -12,21 +12,21 @@ import tokenizers
 import torch
 import transformers
 import yaml
+from label_batch import label_batch
 from oracle import assert_same_lists, weight_by_path
 
-from igd_ds import backbones as models
-from igd_ds.backbones import causal_lm
-from igd_ds.backbones import t5 as tiger
+from igd_ds.backbones import T5, CausalLM, backbone_of, read_model_config
+from igd_ds.backbones.saved import DESCRIPTION_FILE
+from igd_ds.backbones.tokenizer import load_tokenizer
 from igd_ds.commands import tokenizer as tokenizer_command
-from igd_ds.config.options import TrainConfig
+from igd_ds.config.model import ModelOptions
+from igd_ds.contracts import IGNORED, Batch
 from igd_ds.data.dataset import InteractionDataset, item_table, user_table, write_dataset
 from igd_ds.data.prompts import PromptBuilder, Template
 from igd_ds.evaluation.recommender import Recommender
-from igd_ds.items import decisiveness
 from igd_ds.items.catalogue import Catalogue
 from igd_ds.items.store import save_catalogue
-from igd_ds.items.trie import TokenTrie
-from igd_ds.loss import IGNORED, at_labels, token_nll
+from igd_ds.objectives.weighted import token_nll
 from igd_ds.search.scoring import edge_weights
 
 ROOT = Path(__file__).parents[2]
@@ -52,24 +52,22 @@ def cache(tmp_path_factory):
         yield
 
 
-def train_config(folder: Path, **changes) -> TrainConfig:
+def options_of(folder: Path, **changes) -> ModelOptions:
     settings = {
         "model_config": str(folder / "model.json"),
         "tokenizer": str(folder / "tokenizer"),
     } | changes
-    return TrainConfig(
-        ds_config="", dataset=str(folder / "data"), output_dir=str(folder / "run"), **settings
-    )
+    return ModelOptions(**settings)
 
 
-def build(config: TrainConfig, tokenizer):
+def build(options: ModelOptions, tokenizer):
     """The model as train.py builds it."""
-    model_config = models.read_model_config(config.model_config or config.model_name_or_path)
-    adapter = models.adapter_of(model_config)
-    adapter.fit_model_config(model_config, config, tokenizer, range(0))
+    model_config = read_model_config(options.model_config or options.model_name_or_path)
+    backbone = backbone_of(model_config)
+    backbone.fit_model_config(model_config, options, tokenizer, range(0))
     torch.manual_seed(0)
-    model = adapter.build(config, model_config, torch.float32, torch.device("cpu"))
-    assert adapter.num_trained_parameters(model_config, config) == sum(
+    model = backbone.build(options, model_config, torch.float32, torch.device("cpu"))
+    assert backbone.num_trained_parameters(model_config, options) == sum(
         p.numel() for p in model.parameters()
     )
     return model
@@ -77,7 +75,7 @@ def build(config: TrainConfig, tokenizer):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """data/, tokenizer/, model.json and run/ as the tools and train.py leave them, with random weights."""
+    """data/, tokenizer/, model.json and run/ as the commands leave them, with random weights."""
     folder = tmp_path_factory.mktemp("tiger")
     targets = [i % 15 for i in range(40)]  # items 15 to 19 are cold
     splits = {
@@ -99,30 +97,26 @@ def folder(tmp_path_factory):
     )
     (folder / "model.json").write_text(json.dumps({"model_type": "t5", "vocab_size": 9, **SIZES}))
     tokenizer, dataset = (
-        causal_lm.load_tokenizer(str(folder / "tokenizer")),
+        load_tokenizer(str(folder / "tokenizer")),
         InteractionDataset.load(folder / "data"),
     )
     out = folder / "run" / "model"
-    build(train_config(folder), tokenizer).save_pretrained(out)
+    build(options_of(folder), tokenizer).save_pretrained(out)
     tokenizer.save_pretrained(out)
-    catalogue = Catalogue.build(dataset, tokenizer)
-    trie = TokenTrie.build(catalogue.token_ids, catalogue.offsets, catalogue.counts)
-    save_catalogue(
-        out / "catalogue", catalogue, trie, decisiveness.information_gain(trie, "prior"), "prior"
-    )
+    save_catalogue(out / "catalogue", tiny_run.store(Catalogue.build(dataset, tokenizer)))
     description = {
         "prompt": Template.load("codes").as_dict(),
         "max_length": 5 + 20,
         "load_in_4bit": False,
     }
-    (out / causal_lm.DESCRIPTION_FILE).write_text(json.dumps(description))
+    (out / DESCRIPTION_FILE).write_text(json.dumps(description))
     (folder / "run" / "config.yaml").write_text(yaml.safe_dump({"dataset": str(folder / "data")}))
     return folder
 
 
 @pytest.fixture(scope="module")
 def tokenizer(folder):
-    return causal_lm.load_tokenizer(str(folder / "tokenizer"))
+    return load_tokenizer(str(folder / "tokenizer"))
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +127,7 @@ def model(folder):
 
 @torch.no_grad()
 def ranking(model, prompt: list[int], paths, weight) -> list[tuple[float, tuple[int, ...]]]:
-    """[(score, path)] of all paths, best first, each from one pass of its own with labels, as T5 trains."""
+    """[(score, path)] of all paths, best first, each from a pass of its own with labels."""
     scores = []
     for path in paths:
         logprobs = (
@@ -147,8 +141,8 @@ def ranking(model, prompt: list[int], paths, weight) -> list[tuple[float, tuple[
     return sorted(zip(scores, paths, strict=True), reverse=True)
 
 
-def batch(tokenizer, rows):
-    """input_ids, attention_mask, labels of (history, item) rows; an item of None is a row without labels."""
+def batch(tokenizer, rows) -> Batch:
+    """The batch of (history, item) rows; an item of None is a row without labels."""
     codes = [
         tokenizer("".join(sum((SEMANTIC_IDS[i] for i in history), [])))["input_ids"]
         for history, _ in rows
@@ -165,7 +159,7 @@ def batch(tokenizer, rows):
     labels = torch.stack(
         [torch.cat([torch.tensor(path, dtype=torch.int64), width[len(path) :]]) for path in paths]
     )
-    return ids, mask, labels
+    return label_batch(ids, mask, labels)
 
 
 def test_prompts_are_the_codes_and_nothing_else(folder, tokenizer):
@@ -202,15 +196,14 @@ def test_the_vocabulary_is_the_tokenizers(folder, tokenizer, model):
     assert tuple(model.lm_head.weight.shape) == (len(tokenizer), 32)
     config = model.config
     assert (config.pad_token_id, config.eos_token_id, config.decoder_start_token_id) == (0, 1, 0)
-    assert (
-        models.adapter_of(config) is tiger
-        and models.adapter_of(transformers.Qwen2Config()) is causal_lm
+    assert isinstance(backbone_of(config), T5) and isinstance(
+        backbone_of(transformers.Qwen2Config()), CausalLM
     )
 
 
 def test_the_papers_size(folder, tokenizer):
     paper = build(
-        train_config(folder, model_config=str(ROOT / "tools" / "models" / "tiger.json")), tokenizer
+        options_of(folder, model_config=str(ROOT / "tools" / "models" / "tiger.json")), tokenizer
     )
     config = paper.config
     assert (len(paper.encoder.block), len(paper.decoder.block), config.d_model, config.d_ff) == (
@@ -249,21 +242,25 @@ def test_lists_equal_a_ranking_of_every_item(folder, model, search):
 
 
 def test_label_logits_give_transformers_own_loss_and_gradient(folder, tokenizer):
-    ids, mask, labels = batch(tokenizer, [([1, 2, 3], 4), ([5], 6), ([0, 2], None), ([9, 9], 13)])
+    found = batch(tokenizer, [([1, 2, 3], 4), ([5], 6), ([0, 2], None), ([9, 9], 13)])
     gradients = []
     for checkpointing in (False, True):
-        ours = build(train_config(folder, gradient_checkpointing=checkpointing), tokenizer)
+        ours = build(options_of(folder, gradient_checkpointing=checkpointing), tokenizer)
         for module in ours.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
             elif hasattr(module, "dropout") and isinstance(module.dropout, float):
                 module.dropout = 0.0  # of the attention weights
         ours.train()
-        logits = tiger.label_logits(ours, ids, mask, labels)
-        targets = at_labels(labels, labels)
-        assert logits.shape == (len(targets), len(tokenizer))
-        loss = token_nll(logits, targets).mean()
-        theirs = ours(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss
+        logits = T5().label_logits(ours, found)
+        assert logits.shape == (len(found.targets), len(tokenizer))
+        loss = token_nll(logits, found.targets).mean()
+        theirs = ours(
+            input_ids=found.input_ids,
+            attention_mask=found.attention_mask,
+            labels=found.labels,
+            use_cache=False,
+        ).loss
         torch.testing.assert_close(loss, theirs)
         loss.backward()
         gradients.append({name: p.grad.clone() for name, p in ours.named_parameters()})
@@ -275,16 +272,16 @@ def test_label_logits_give_transformers_own_loss_and_gradient(folder, tokenizer)
 
 
 def test_a_batch_without_labels_has_a_graph(folder, tokenizer):
-    model = build(train_config(folder), tokenizer)
-    ids, mask, labels = batch(tokenizer, [([1, 2], None), ([3], None)])
-    logits = tiger.label_logits(model, ids, mask, labels)
+    model = build(options_of(folder), tokenizer)
+    found = batch(tokenizer, [([1, 2], None), ([3], None)])
+    logits = T5().label_logits(model, found)
     assert logits.shape == (0, len(tokenizer))
-    token_nll(logits, at_labels(labels, labels)).sum().backward()
+    token_nll(logits, found.targets).sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
 def test_a_trained_t5_goes_on_as_it_is(folder, tokenizer, model):
-    config = train_config(folder, model_config="", model_name_or_path=str(folder / "run" / "model"))
+    config = options_of(folder, model_config="", model_name_or_path=str(folder / "run" / "model"))
     again = build(config, tokenizer)
     torch.testing.assert_close(dict(again.named_parameters()), dict(model.named_parameters()))
 
@@ -306,11 +303,11 @@ def test_what_no_t5_can_do_is_refused(folder, tokenizer, changes, message):
     }
     if {"added", "vocabulary"} & set(changes):
         settings |= {"model_config": "", "model_name_or_path": str(folder / "run" / "model")}
-    config = train_config(folder, **settings)
+    config = options_of(folder, **settings)
     model_config = transformers.AutoConfig.for_model(changes.get("type", "t5"))
     model_config.vocab_size = changes.get("vocabulary", 32128)
     with pytest.raises(ValueError, match=message):
-        tiger.fit_model_config(model_config, config, tokenizer, range(changes.get("added", 0)))
+        T5().fit_model_config(model_config, config, tokenizer, range(changes.get("added", 0)))
 
 
 def test_a_tokenizer_without_the_codes_and_a_missing_configuration(folder, tmp_path):
@@ -323,4 +320,4 @@ def test_a_tokenizer_without_the_codes_and_a_missing_configuration(folder, tmp_p
     with pytest.raises(ValueError, match="code '<a_0>' of item 0 is the unknown token"):
         Catalogue.build(InteractionDataset.load(folder / "data"), bare)
     with pytest.raises(ValueError, match="no model configuration at"):
-        models.read_model_config(str(tmp_path / "gone.json"))
+        read_model_config(str(tmp_path / "gone.json"))
