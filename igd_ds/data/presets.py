@@ -11,7 +11,13 @@ from dataclasses import dataclass, field
 # D3's published script: the reviews of this window. The start of the window moves back until 10,000
 # items are left.
 D3_WINDOW = {"window_start": "2017-10-01", "window_end": "2018-11-01"}
-D3: dict[str, str | int] = {"protocol": "d3", "k_core": 5, "max_history": 10, "min_items": 10_000, "titles": "d3"}
+D3: dict[str, str | int] = {
+    "protocol": "d3",
+    "k_core": 5,
+    "max_history": 10,
+    "min_items": 10_000,
+    "titles": "d3",
+}
 LEAVE_ONE_OUT: dict[str, str | int] = {
     "protocol": "leave-one-out",
     "k_core": 5,

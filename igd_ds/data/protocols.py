@@ -722,7 +722,8 @@ def _finished(
     funnel: list[FunnelStep],
 ) -> Rows:
     """Apply the rules for cold items and users, and count the rows."""
-    funnel.append({"step": "rows"} | counts["rows"] | _num_rows(splits))
+    step: FunnelStep = {"step": "rows", **counts["rows"], **_num_rows(splits)}
+    funnel.append(step)
     train = splits["train"]
     seen = np.zeros(len(kept_items), dtype=bool)
     seen[train["target"].to_numpy()] = True

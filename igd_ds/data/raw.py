@@ -39,7 +39,7 @@ from igd_ds.errors import UsageError
 
 # DuckDB's limit; with the arrays of 50 million interactions beside it, 4 GiB suffice (measured).
 MEMORY_LIMIT = "1GB"
-# The limit once the interactions are read; it suffices for metadata, and the protocol gets the rest.
+# The limit once the interactions are read; it suffices for metadata. The protocol gets the rest.
 MEMORY_LEFT = "256MB"
 THREADS: dict[str, int] = {}  # all cores
 FETCH_ROWS = 1 << 20
@@ -209,6 +209,12 @@ class RawReader:
             self._run("DROP TABLE reject_errors; DROP TABLE reject_scans")
             rejected = [(line, f"{error.lower()}: {text!r}") for line, error, text in found]
             self._check_share(path, rows + len(rejected), rejected)
+
+    def add_table(self, name: str, table: pa.Table) -> None:
+        """Copy an Arrow table into the database, for sources that read their files themselves."""
+        self.connection.register(f"{name}_arrow", table)
+        self._run(f"CREATE TABLE {name} AS SELECT * FROM {name}_arrow")
+        self.connection.unregister(f"{name}_arrow")
 
     def source_data(
         self,

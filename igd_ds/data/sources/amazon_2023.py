@@ -1,16 +1,25 @@
-"""Amazon reviews, release of 2023: reviews and metadata as JSON lines, or the ready-made benchmark CSVs in place of reviews.
+"""Source `amazon-2023`: Amazon reviews, release of 2023.
 
-    page      https://amazon-reviews-2023.github.io/ (files also at huggingface.co/datasets/McAuley-Lab/Amazon-Reviews-2023)
-    reviews   raw/review_categories/Musical_Instruments.jsonl(.gz): user_id, parent_asin, timestamp (milliseconds), … (1.5 GB)
-    ratings   or benchmark/5core/rating_only/Musical_Instruments.csv(.gz), 0core too: user_id,parent_asin,rating,timestamp;
-              or the three files of benchmark/*/last_out: NAME.train.csv, NAME.valid.csv, NAME.test.csv, read one after the other
-    metadata  raw/meta_categories/meta_Musical_Instruments.jsonl(.gz): parent_asin, title, description, categories, store, price
+Reviews and metadata are JSON lines. The ready-made benchmark CSVs can replace the reviews.
+
+    page      https://amazon-reviews-2023.github.io/
+              (files also at huggingface.co/datasets/McAuley-Lab/Amazon-Reviews-2023)
+    reviews   raw/review_categories/Musical_Instruments.jsonl(.gz) (1.5 GB):
+              user_id, parent_asin, timestamp (milliseconds), …
+    ratings   or benchmark/5core/rating_only/Musical_Instruments.csv(.gz), 0core too:
+              user_id,parent_asin,rating,timestamp
+              or the three files of benchmark/*/last_out, which are read one after the other:
+              NAME.train.csv, NAME.valid.csv, NAME.test.csv
+    metadata  raw/meta_categories/meta_Musical_Instruments.jsonl(.gz):
+              parent_asin, title, description, categories, store, price
     others    Industrial_and_Scientific: reviews 2 GB, metadata 1.2 GB
 
-An item is a `parent_asin`; every review is an interaction; milliseconds decide the order within a second. The papers' numbers are
-those of the 5-core ratings; `--protocol leave-one-out` on them gives the rows of the ready-made last_out files.
+An item is a `parent_asin`, and every review is an interaction. Milliseconds decide the order within
+a second. The numbers in the papers are those of the 5-core ratings; `--protocol leave-one-out` on
+them gives the rows of the ready-made last_out files.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from igd_ds.data.dataset import SourceData
@@ -35,13 +44,22 @@ ITEM_COLUMNS = {
     "store": "VARCHAR",
     "price": "VARCHAR",  # a number, null, or a text like "from 12.99"
 }
-INTERACTIONS = 'SELECT user_id AS "user", parent_asin AS item, "timestamp" AS "time", rowid AS position FROM reviews'
-ITEMS = """SELECT parent_asin AS item, title, rowid AS position, array_to_string(description, ' ') AS description, categories,
-    store AS brand, try_cast(price AS DOUBLE) AS price FROM metadata"""
+INTERACTIONS = """
+    SELECT user_id AS "user", parent_asin AS item, "timestamp" AS "time", rowid AS position
+    FROM reviews"""
+ITEMS = """
+    SELECT parent_asin AS item, title, rowid AS position,
+        array_to_string(description, ' ') AS description, categories, store AS brand,
+        try_cast(price AS DOUBLE) AS price
+    FROM metadata"""
 
 
-def read(raw: RawReader, files: dict[str, list[Path]]) -> SourceData:
-    """Read reviews or ratings and, where given, metadata. Raises ValueError when there are both or neither."""
+def read(raw: RawReader, files: Mapping[str, list[Path]]) -> SourceData:
+    """Read reviews or ratings and, if given, metadata.
+
+    Raises:
+        UsageError: there are both reviews and ratings, or neither.
+    """
     if ("reviews" in files) == ("ratings" in files):
         given = ", ".join(str(path) for paths in files.values() for path in paths)
         raise UsageError(
@@ -50,9 +68,9 @@ def read(raw: RawReader, files: dict[str, list[Path]]) -> SourceData:
     if "reviews" in files:
         raw.read_json_lines("reviews", files["reviews"], REVIEW_COLUMNS)
     else:
-        raw.read_csv(
-            "reviews", parts_in_order(files["ratings"], ".csv"), REVIEW_COLUMNS, delimiter=","
-        )
+        ratings = parts_in_order(files["ratings"], ".csv")
+        raw.read_csv("reviews", ratings, REVIEW_COLUMNS, delimiter=",")
+
     if "metadata" in files:
         raw.read_json_lines("metadata", files["metadata"], ITEM_COLUMNS)
     return raw.source_data(INTERACTIONS, ITEMS if "metadata" in files else None)

@@ -1,22 +1,26 @@
 """Source `lcrec-json`: the JSON files of LC-Rec, LETTER and TIGER's reimplementations.
 
-    NAME.inter.json   {"0": [0, 1, 2, …], …}                           user → items, oldest first
-    NAME.index.json   {"0": ["<a_128>", "<b_241>", …], …}              item → semantic id
+    NAME.inter.json   {"0": [0, 1, 2, …], …}                 user → items, oldest first
+    NAME.index.json   {"0": ["<a_128>", "<b_241>", …], …}    item → semantic ID
     NAME.item.json    {"0": {"title": "…", "description": "…", "brand": "…", "categories": "…"}, …}
 
-Pages: https://github.com/RUCAIBox/LC-Rec (data behind its links) and https://github.com/HonghuiBao2000/LETTER (folder `data`);
-some 5 MB a dataset, item.json some 10 MB. They derive from the Amazon and Yelp data, for research. Plain or gzip, each one JSON
-object.
+Pages: https://github.com/RUCAIBox/LC-Rec (data behind its links) and
+https://github.com/HonghuiBao2000/LETTER (folder `data`); some 5 MB per dataset, and some 10 MB for
+item.json. They derive from the Amazon and Yelp data, for research. Each file is one JSON object,
+plain or gzip.
 
-One of index.json and item.json is enough: without the index items have no semantic ids, without item.json no titles. Item ids are
-integers. All items of the index (without it, of item.json) belong to the catalogue; items of item.json alone are an error. There
-are no timestamps, so protocols that split by time refuse this data. Kept for embeddings: description, brand and categories (a
-list, or one text with commas).
+One of index.json and item.json is enough: without index.json the items have no semantic IDs, and
+without item.json they have no titles. Item ids are integers. All items of index.json belong to the
+catalogue (of item.json, if there is no index.json); an item that only item.json has is an error.
+There are no timestamps, so protocols that split by time refuse this data. These columns are kept
+for embeddings: description, brand and categories (a list, or one text with commas).
 """
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -42,23 +46,33 @@ ITEM_COLUMNS = pa.schema(
         ("position", pa.int64()),
     ]
 )
-INTERACTIONS = (
-    'SELECT "user", item::VARCHAR AS item, NULL::BIGINT AS "time", position FROM lcrec_inter'
-)
+INTERACTIONS = """
+    SELECT "user", item::VARCHAR AS item, NULL::BIGINT AS "time", position FROM lcrec_inter"""
+ITEMS = f"SELECT {', '.join(ITEM_COLUMNS.names)} FROM lcrec_item"
 
 
-def read(raw: RawReader, files: dict[str, list[Path]]) -> SourceData:
-    """Read the files. Raises ValueError naming file and user or item for what is not as described above."""
-    inter, index, item = (next(iter(files.get(kind, [])), None) for kind in FILES)
-    if not (index or item):
+def read(raw: RawReader, files: Mapping[str, list[Path]]) -> SourceData:
+    """Read the files.
+
+    Raises:
+        UsageError: a file is not as described above; the message names file and user or item.
+    """
+    (inter,) = files["inter"]
+    index, item = (next(iter(files.get(role, [])), None) for role in ("index", "item"))
+    catalogue = index or item
+    if catalogue is None:
         raise UsageError(
-            f"{inter} alone does not say which items there are; give NAME.index.json or NAME.item.json, too"
+            f"{inter} alone does not say which items there are; give NAME.index.json or "
+            "NAME.item.json, too"
         )
+
+    # The items.
     codes = read_index(index) if index else {}
     texts = read_texts(item) if item else {}
     if alone := index and sorted(texts.keys() - codes.keys()):
         raise UsageError(
-            f"{item}: {len(alone)} items, such as {alone[0]}, are not in {index}; are both of one dataset?"
+            f"{item}: {len(alone)} items, such as {alone[0]}, are not in {index}; are both of one "
+            "dataset?"
         )
     ids = list(codes or texts)
     rows = [
@@ -66,31 +80,28 @@ def read(raw: RawReader, files: dict[str, list[Path]]) -> SourceData:
         | texts.get(number, {})
         for place, number in enumerate(ids)
     ]
-    add_table(raw, "lcrec_item", pa.Table.from_pylist(rows, ITEM_COLUMNS))
-    interactions = read_users(inter, np.array(ids, dtype=np.int64), index or item)
-    add_table(raw, "lcrec_inter", interactions)
+    raw.add_table("lcrec_item", pa.Table.from_pylist(rows, ITEM_COLUMNS))
+
+    # The interactions.
+    interactions = read_users(inter, np.array(ids, dtype=np.int64), catalogue)
+    raw.add_table("lcrec_inter", interactions)
     raw.funnel.append({"step": f"read {inter.name}", "rows": len(interactions)})
-    return raw.source_data(
-        INTERACTIONS, f"SELECT {', '.join(ITEM_COLUMNS.names)} FROM lcrec_item", True, timed=False
-    )
+    return raw.source_data(INTERACTIONS, ITEMS, whole_catalogue=True, timed=False)
 
 
-def add_table(raw: RawReader, name: str, table: pa.Table) -> None:
-    """Copy an Arrow table into the reader's database."""
-    raw.connection.register(f"{name}_arrow", table)
-    raw.connection.execute(f"CREATE TABLE {name} AS SELECT * FROM {name}_arrow")
-    raw.connection.unregister(f"{name}_arrow")
+def load_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object, not empty, that a plain or gzip file holds.
 
+    Raises:
+        UsageError: the file holds something else (the message names line and column), or an object
+            has a key twice.
+    """
 
-def load_object(path: Path) -> dict:
-    """Return the JSON object that a plain or gzip file holds, not empty; ValueError naming line and column, or a repeated key."""
-
-    def unique(pairs: list[tuple[str, object]]) -> dict:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
-            raise UsageError(
-                f"key {Counter(key for key, _ in pairs).most_common(1)[0][0]!r} occurs twice in one object"
-            )
+            twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+            raise UsageError(f"key {twice!r} occurs twice in one object")
         return found
 
     with open_raw(path) as file:
@@ -98,9 +109,8 @@ def load_object(path: Path) -> dict:
     try:
         text = data.decode("utf-8-sig")
         found = json.loads(text, object_pairs_hook=unique)
-        if (
-            "\\ud" in text.lower()
-        ):  # half an emoji, which Arrow cannot hold, becomes the replacement character
+        if "\\ud" in text.lower():
+            # Arrow cannot hold half a surrogate pair; it becomes the replacement character.
             text = json.dumps(found, ensure_ascii=False)
             found = json.loads(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
     except (ValueError, RecursionError) as error:
@@ -111,14 +121,22 @@ def load_object(path: Path) -> dict:
 
 
 def item_number(place: Path | str, key: str) -> int:
-    """Return an item's number from its key; ValueError if it is not a plain integer from 0."""
+    """Return the number of an item from its key.
+
+    Raises:
+        UsageError: the key is no plain integer from 0.
+    """
     if not (key.isascii() and key.isdecimal() and len(key) < 19 and str(int(key)) == key):
         raise UsageError(f"{place}: item {key!r}: item ids must be integers from 0")
     return int(key)
 
 
 def read_index(path: Path) -> dict[int, list[str]]:
-    """Return item → semantic id of an index file; ValueError naming the item whose codes are not a list of strings."""
+    """Return item → semantic ID of an index.json.
+
+    Raises:
+        UsageError: the codes of an item are no list of strings; the message names the item.
+    """
     found = {}
     for key, codes in load_object(path).items():
         if not (
@@ -131,8 +149,12 @@ def read_index(path: Path) -> dict[int, list[str]]:
     return found
 
 
-def read_texts(path: Path) -> dict[int, dict]:
-    """Return item → title, description, brand, categories of an item.json; ValueError naming the item that is not so."""
+def read_texts(path: Path) -> dict[int, dict[str, Any]]:
+    """Return item → title, description, brand and categories of an item.json.
+
+    Raises:
+        UsageError: an item is no such object; the message names the item.
+    """
     found = {}
     for key, entry in load_object(path).items():
         if not isinstance(entry, dict):
@@ -141,29 +163,39 @@ def read_texts(path: Path) -> dict[int, dict]:
             )
         values = {name: entry.get(name) for name in ("title", "description", "brand", "categories")}
         for name, value in values.items():
-            is_list = name in ("description", "categories") and isinstance(value, list)
-            if not all(
-                isinstance(part, str)
-                for part in (value if is_list else [value] if value is not None else [])
-            ):
+            if not _is_text(value, may_be_list=name in ("description", "categories")):
                 raise UsageError(
                     f"{path}: item {key!r}: {name} must be a text, found {str(value)[:60]}"
                 )
+
         if isinstance(values["description"], list):
             values["description"] = " ".join(values["description"])
-        parts = (
-            values["categories"].split(",")
-            if isinstance(values["categories"], str)
-            else values["categories"] or []
-        )
+        categories = values["categories"] or []
+        parts = categories.split(",") if isinstance(categories, str) else categories
         values["categories"] = [part.strip() for part in parts if part.strip()] or None
         found[item_number(path, key)] = values
     return found
 
 
+def _is_text(value: object, may_be_list: bool) -> bool:
+    if isinstance(value, list):
+        return may_be_list and all(isinstance(part, str) for part in value)
+    return value is None or isinstance(value, str)
+
+
 def read_users(path: Path, ids: np.ndarray, catalogue: Path) -> pa.Table:
-    """Return the interactions of an inter.json: user string, item int64, position int64; `ids` int64 (N,) are the catalogue's."""
-    users, lengths, sequences = [], [], [np.empty(0, dtype=np.int64)]
+    """Return the interactions of an inter.json: user string, item int64, position int64.
+
+    Args:
+        path: the inter.json.
+        ids: int64 (N,), the items of the catalogue.
+        catalogue: the file that lists them, for error messages.
+
+    Raises:
+        UsageError: a user has no list of item ids, or an item that the catalogue lacks.
+    """
+    users, lengths = [], []
+    sequences = [np.empty(0, dtype=np.int64)]
     for user, listed in load_object(path).items():
         if not (
             isinstance(listed, list)
@@ -175,9 +207,11 @@ def read_users(path: Path, ids: np.ndarray, catalogue: Path) -> pa.Table:
         users.append(user)
         lengths.append(len(listed))
         sequences.append(np.array(listed, dtype=np.int64))
+
     items = np.concatenate(sequences)
     if len(unknown := np.flatnonzero(~np.isin(items, ids))):
         user = users[int(np.searchsorted(np.cumsum(lengths), unknown[0], side="right"))]
         raise UsageError(f"{path}: user {user!r}: item {items[unknown[0]]} is not in {catalogue}")
-    names = pa.array(users, pa.string()).take(pa.array(np.repeat(np.arange(len(users)), lengths)))
+    owner = np.repeat(np.arange(len(users)), lengths)
+    names = pa.array(users, pa.string()).take(pa.array(owner))
     return pa.table({"user": names, "item": items, "position": np.arange(len(items))})
