@@ -1,1 +1,1 @@
-"""Sequential baselines: models that score items, their training sequences, and items as columns of scores."""
+"""Sequential baselines: models that score items, their training sequences, item leaves."""

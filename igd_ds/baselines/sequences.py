@@ -1,122 +1,139 @@
-"""Rows of which one's history goes on with another's target, put together: one sequence predicts the targets of them all.
+"""Merge rows of a user whose histories extend one another, for training of sequential models.
 
-Letters: R rows of the split, S sequences, B sequences of a batch, T items of a sequence, n rows of a batch.
+One forward pass over the longest history then predicts the targets of all merged rows.
+
+Letters in shapes: R rows of the split, S sequences, B sequences of a batch, T items of a sequence,
+n rows of a batch.
 """
+
+from __future__ import annotations
 
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from igd_ds.baselines.leaves import ranges
-from igd_ds.data.batches import MASKED_ROW
+from igd_ds.contracts import MASKED_ROW
+from igd_ds.data.batches import refuse_empty
 from igd_ds.data.dataset import Split
-from igd_ds.errors import UsageError
+from igd_ds.items.ragged import ragged_arange
 
 
 @dataclass(frozen=True)
 class SequenceBatch:
-    """Histories, right-padded, and what to predict where.
-
-    `histories` (B, T) int64, oldest first; behind a history's end stands item 0, which a causal model never looks at. `places`
-    (n,) int64, the position in the flattened (B·T) histories from which each row's target is predicted; `targets` (n,) int64 item
-    ids.
-    """
+    """Right-padded histories, and which targets are predicted from which of their positions."""
 
     histories: torch.Tensor
+    """int64 (B, T), oldest item first. Behind the end of a history stands item 0, which a causal
+    model never looks at."""
     places: torch.Tensor
+    """int64 (n,), the position in the flattened (B·T) histories that predicts each row."""
     targets: torch.Tensor
+    """int64 (n,), the rows' target items."""
 
-    def to(self, device: torch.device) -> "SequenceBatch":
+    def to(self, device: torch.device) -> SequenceBatch:
         """Return the batch on `device`."""
         return SequenceBatch(
-            *(tensor.to(device, non_blocking=True) for tensor in vars(self).values())
+            self.histories.to(device, non_blocking=True),
+            self.places.to(device, non_blocking=True),
+            self.targets.to(device, non_blocking=True),
         )
 
 
 @dataclass(frozen=True)
 class Chains:
-    """The rows of a split as S sequences, each row in exactly one of them.
+    """The rows of a split as S sequences; each row is in exactly one of them.
 
-    `rows` int64 (R,): sequence s is rows[offsets[s] : offsets[s+1]], int64 (S+1,). Within it each row's history is the history of
-    the row before with that row's target behind it, item by item, so the last row's history holds all others and a causal model
-    sees, at the place of a row, exactly that row's history.
+    Within a sequence, each row's history is the history of the row before, item by item, with that
+    row's target appended. So the last row's history contains all others, and a causal model sees
+    exactly a row's history at the row's position.
+
+    Example:
+        The rows ([5], 6) and ([5, 6], 7) of one user are one sequence with the history 5, 6. Its
+        first position predicts 6 and its second predicts 7.
+
+        >>> chains = Chains.build(dataset.splits["train"])
+        >>> batch = chains.collate(np.arange(32))
     """
 
     split: Split
     rows: np.ndarray
+    """int64 (R,), the rows, sequence after sequence."""
     offsets: np.ndarray
+    """int64 (S+1,): sequence s is rows[offsets[s] : offsets[s+1]]."""
 
     def __len__(self) -> int:
-        """S."""
+        """Return S."""
         return len(self.offsets) - 1
 
     @classmethod
-    def build(cls, split: Split) -> "Chains":
-        """Link the rows of a user whose histories extend each other; a truncated history extends none and stays alone.
+    def build(cls, split: Split) -> Chains:
+        """Link the rows of each user whose histories extend one another.
+
+        A history that was truncated extends no other one, so its row stays alone.
 
         Raises:
-            ValueError: a row has an empty history.
+            UsageError: a row has an empty history.
         """
-        length = np.diff(split.history_offsets)
         refuse_empty(split, np.arange(len(split)))
+        length = np.diff(split.history_offsets)
+
+        # Candidates: neighbours of one user whose histories differ by one item in length.
         order = np.lexsort((length, split.user_ids))
         before, after = order[:-1], order[1:]
-        candidate = np.flatnonzero(
-            (split.user_ids[before] == split.user_ids[after])
-            & (length[before] + 1 == length[after])
-        )
+        same_user = split.user_ids[before] == split.user_ids[after]
+        candidate = np.flatnonzero(same_user & (length[before] + 1 == length[after]))
         before, after = before[candidate], after[candidate]
+
+        # They are linked if the longer history is the shorter one and its target, item by item.
         begins = split.history_offsets[after]
-        old, new = (
-            ranges(split.history_offsets[before], length[before]),
-            ranges(begins, length[before]),
-        )
+        old = ragged_arange(split.history_offsets[before], length[before])
+        new = ragged_arange(begins, length[before])
+        pair = np.repeat(np.arange(len(before)), length[before])
         differs = np.zeros(len(before), bool)
-        differs[
-            np.repeat(np.arange(len(before)), length[before])[
-                split.history_items[old] != split.history_items[new]
-            ]
-        ] = True
+        differs[pair[split.history_items[old] != split.history_items[new]]] = True
         differs |= split.history_items[begins + length[before]] != split.targets[before]
+
         starts = np.ones(len(order), bool)
         starts[candidate[~differs] + 1] = False
         return cls(split, order, np.append(np.flatnonzero(starts), len(order)))
 
     @classmethod
-    def of_rows(cls, split: Split, rows: np.ndarray) -> "Chains":
-        """Take each of `rows` (S,) as a sequence of its own."""
+    def of_rows(cls, split: Split, rows: np.ndarray) -> Chains:
+        """Make a sequence of each of the rows (S,).
+
+        Raises:
+            UsageError: a row has an empty history.
+        """
         refuse_empty(split, rows)
         return cls(split, rows, np.arange(len(rows) + 1))
 
     @property
     def lengths(self) -> np.ndarray:
-        """Items of each sequence, int64 (S,)."""
-        return np.diff(self.split.history_offsets)[self.rows[self.offsets[1:] - 1]]
+        """The number of items of each sequence, int64 (S,)."""
+        last = self.rows[self.offsets[1:] - 1]
+        return np.diff(self.split.history_offsets)[last]
 
     def collate(self, sequences: np.ndarray) -> SequenceBatch:
-        """Return a batch of sequences (B,); MASKED_ROW only fills the batch: it predicts nothing."""
+        """Return a batch of sequences (B,).
+
+        MASKED_ROW in the place of a sequence only fills the batch: nothing is predicted there.
+        """
+        # Each sequence is the history of its last row.
         real = np.maximum(sequences, 0)
         last = self.rows[self.offsets[real + 1] - 1]
         begins = self.split.history_offsets[last]
         length = self.split.history_offsets[last + 1] - begins
         width = int(length.max())
         histories = np.zeros((len(real), width), np.int64)
-        histories[np.arange(width) < length[:, None]] = self.split.history_items[
-            ranges(begins, length)
-        ]
+        items = self.split.history_items[ragged_arange(begins, length)]
+        histories[np.arange(width) < length[:, None]] = items
+
+        # The rows of a sequence are predicted from its last positions, one each.
         count = np.where(sequences != MASKED_ROW, np.diff(self.offsets)[real], 0)
-        rows = self.rows[ranges(self.offsets[real], count)]
-        # A sequence's rows predict from its last positions on, one each.
-        places = ranges(np.arange(len(real)) * width + length - count, count)
+        rows = self.rows[ragged_arange(self.offsets[real], count)]
+        places = ragged_arange(np.arange(len(real)) * width + length - count, count)
+        targets = self.split.targets[rows].astype(np.int64)
         return SequenceBatch(
-            *map(torch.from_numpy, (histories, places, self.split.targets[rows].astype(np.int64)))
-        )
-
-
-def refuse_empty(split: Split, rows: np.ndarray) -> None:
-    """Raise ValueError if one of `rows` has an empty history."""
-    if len(empty := rows[np.diff(split.history_offsets)[rows] == 0]):
-        raise UsageError(
-            f"row {empty[0]} of {split.name} has an empty history: leave such rows out of the dataset"
+            torch.from_numpy(histories), torch.from_numpy(places), torch.from_numpy(targets)
         )

@@ -1,14 +1,20 @@
 """Sequential recommenders that score item ids: GRU4Rec, SASRec, LRURec, and two that only count.
 
-Letters: B sequences, T items of a sequence, D width, H recurrent width, N items, n positions to predict from, C candidate items.
-Histories are right-padded with any item: all models here are causal, so no position sees what stands behind it.
+Letters in shapes: B sequences, T items of a sequence, D width, H recurrent width, N items, n
+positions to predict from, C candidate items.
+
+Histories are right-padded with any item. All models here are causal, so no position sees what
+stands behind it.
 """
+
+from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +28,10 @@ CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 
 
 class SequentialModel(nn.Module, ABC):
-    """An encoder of item sequences whose states score items: state · item embedding, and a bias where the paper has one."""
+    """An encoder of item sequences whose states score items.
+
+    A score is the state times the item's embedding, plus a bias if the paper has one.
+    """
 
     def __init__(self, num_items: int, hidden_size: int, bias: bool):
         super().__init__()
@@ -36,26 +45,45 @@ class SequentialModel(nn.Module, ABC):
     def forward(
         self, histories: torch.Tensor, places: torch.Tensor, candidates: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Return the scores (n, N), or (n, C) of the candidates (C,), at `places` (n,) of the flattened (B·T) histories."""
+        """Return the scores of all items, or of the candidates alone.
+
+        Args:
+            histories: int64 (B, T).
+            places: int64 (n,), positions in the flattened (B·T) histories to predict from.
+            candidates: int64 (C,), items; None for all items.
+
+        Returns:
+            (n, N), or (n, C) for candidates.
+        """
         states = self.encode(histories).flatten(0, 1)[places]
         if candidates is None:
             return F.linear(states, self.items.weight, self.bias)
-        return F.linear(
-            states, self.items(candidates), None if self.bias is None else self.bias[candidates]
-        )
+        bias = None if self.bias is None else self.bias[candidates]
+        return F.linear(states, self.items(candidates), bias)
 
     @torch.no_grad()
     def log_probabilities(self, histories: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        """Return the log-probabilities of all items, float32 (n, N): the softmax of the scores, in nats."""
-        return self(histories, places).float().log_softmax(1)
+        """Return the log-softmax of the scores of all items, float32 (n, N), in nats."""
+        scores: torch.Tensor = self(histories, places)
+        return scores.float().log_softmax(1)
 
-    def save_pretrained(self, folder: Path, state_dict: dict | None = None) -> None:
-        """Write the weights to a new folder; `state_dict` stands in where this process holds only parts (ZeRO-3)."""
+    def save_pretrained(
+        self, folder: Path, state_dict: Mapping[str, torch.Tensor] | None = None
+    ) -> None:
+        """Write the weights to a new folder.
+
+        Args:
+            folder: the folder to make.
+            state_dict: the weights, if this process holds only parts of them (ZeRO-3).
+        """
         save_tensors(folder, self.state_dict() if state_dict is None else state_dict)
 
 
 class GRU4Rec(SequentialModel):
-    """Hidasi et al., ICLR 2016 and CIKM 2018: a GRU over item embeddings that are the output weights too (`constrained`)."""
+    """A GRU over item embeddings, which are the output weights too (Hidasi et al. 2016 and 2018).
+
+    The published code calls these shared weights `constrained`.
+    """
 
     def __init__(
         self, num_items: int, max_history: int, hidden_size: int, num_layers: int, dropout: float
@@ -70,17 +98,22 @@ class GRU4Rec(SequentialModel):
             dropout=dropout if num_layers > 1 else 0.0,
         )
         for parameter in self.parameters():
-            nn.init.xavier_uniform_(parameter) if parameter.dim() > 1 else nn.init.zeros_(parameter)
+            if parameter.dim() > 1:
+                nn.init.xavier_uniform_(parameter)
+            else:
+                nn.init.zeros_(parameter)
 
     def encode(self, histories: torch.Tensor) -> torch.Tensor:
-        """See SequentialModel."""
-        return self.dropout(self.gru(self.dropout(self.items(histories)))[0])
+        """See `SequentialModel.encode`."""
+        states: torch.Tensor = self.gru(self.dropout(self.items(histories)))[0]
+        return self.dropout(states)
 
 
 class SASRec(SequentialModel):
-    """Kang and McAuley, ICDM 2018: blocks of causal self-attention and a point-wise feed-forward net, each normalised before.
+    """Blocks of causal self-attention and a point-wise feed-forward net (Kang and McAuley 2018).
 
-    Positions count from a history's oldest item on, so that a row's scores do not depend on the rows it is trained with.
+    Each sub-layer is normalised before. Positions count from the oldest item of a history on, so
+    that a row's scores do not depend on the rows that it is trained with.
     """
 
     def __init__(
@@ -97,6 +130,7 @@ class SASRec(SequentialModel):
             raise UsageError(
                 f"--hidden_size {hidden_size} is not divisible by --num_heads {num_heads}"
             )
+
         self.positions = nn.Embedding(max_history, hidden_size)
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(
@@ -108,18 +142,21 @@ class SASRec(SequentialModel):
                 nn.init.xavier_normal_(parameter)
 
     def encode(self, histories: torch.Tensor) -> torch.Tensor:
-        """See SequentialModel."""
-        places = torch.arange(histories.shape[1], device=histories.device)
-        states = self.dropout(
-            self.items(histories) * self.items.embedding_dim**0.5 + self.positions(places)
-        )
+        """See `SequentialModel.encode`."""
+        positions = torch.arange(histories.shape[1], device=histories.device)
+        items = self.items(histories) * self.items.embedding_dim**0.5
+        states: torch.Tensor = self.dropout(items + self.positions(positions))
         for block in self.blocks:
             states = block(states)
-        return self.norm(states)
+        normalised: torch.Tensor = self.norm(states)
+        return normalised
 
 
 class AttentionBlock(nn.Module):
-    """x + attention(norm(x)), then x + feed-forward(norm(x)) (SASRec, Section III-B); (B, T, D) → (B, T, D)."""
+    """x + attention(norm(x)), then x + feed-forward(norm(x)) (SASRec, Section III-B).
+
+    Shape: (B, T, D) → (B, T, D).
+    """
 
     def __init__(self, size: int, num_heads: int, dropout: float):
         super().__init__()
@@ -141,12 +178,16 @@ class AttentionBlock(nn.Module):
         query, key, value = heads.permute(2, 0, 3, 1, 4)
         rate = self.rate if self.training else 0.0
         attended = F.scaled_dot_product_attention(query, key, value, dropout_p=rate, is_causal=True)
+
         states = states + self.dropout(self.output(attended.transpose(1, 2).flatten(2)))
         return states + self.feed_forward(self.norms[1](states))
 
 
 class LRURec(SequentialModel):
-    """Yue et al., WSDM 2024: blocks of a linear recurrent unit and a feed-forward net, each normalised behind its residual."""
+    """Blocks of a linear recurrent unit and a feed-forward net (Yue et al. 2024).
+
+    Each sub-layer is normalised behind its residual connection.
+    """
 
     def __init__(
         self, num_items: int, max_history: int, hidden_size: int, num_layers: int, dropout: float
@@ -159,32 +200,34 @@ class LRURec(SequentialModel):
                 nn.init.trunc_normal_(parameter, std=0.02, a=-0.04, b=0.04)
 
     def encode(self, histories: torch.Tensor) -> torch.Tensor:
-        """See SequentialModel."""
-        states = self.norm(self.dropout(self.items(histories)))
+        """See `SequentialModel.encode`."""
+        states: torch.Tensor = self.norm(self.dropout(self.items(histories)))
         for block in self.blocks:
             states = block(states)
         return states
 
 
 class RecurrentBlock(nn.Module):
-    """h_t = λ ⊙ h_{t−1} + γ ⊙ (W_in x_t) in ℂ^H, H = 2D; x + Re(W_out h), then a feed-forward net; (B, T, D) → (B, T, D).
+    """A linear recurrence and a feed-forward net, both with residual connections.
 
-    λ = exp(−ν + iθ), initially in the ring 0.8 ≤ |λ| ≤ 0.99; γ = √(1 − |λ|²) at first. The complex matrices are kept as real
-    ones: their input and output are real.
+    The recurrence is h_t = λ ⊙ h_{t−1} + γ ⊙ (W_in x_t) in ℂ^H with H = 2D, and its output is
+    x + Re(W_out h). Here λ = exp(−ν + iθ), which starts in the ring 0.8 ≤ |λ| ≤ 0.99, and γ starts
+    as √(1 − |λ|²). The complex matrices are kept as real ones, because the input of W_in and the
+    output of W_out are real.
+
+    Shape: (B, T, D) → (B, T, D).
     """
 
     def __init__(self, size: int, dropout: float):
         super().__init__()
+        # ln ν, ln θ and ln γ in one parameter, (3, H).
         low, high, (u1, u2) = 0.8, 0.99, torch.rand(2, 2 * size)
         nu = -0.5 * torch.log(u1 * (high**2 - low**2) + low**2)
         gamma = torch.sqrt(1 - torch.exp(-2 * nu))
-        self.recurrence = nn.Parameter(
-            torch.stack([nu, 2 * torch.pi * u2, gamma]).log()
-        )  # ln ν, ln θ, ln γ: (3, H)
-        self.input, self.output = (
-            nn.Linear(size, 4 * size),
-            nn.Linear(4 * size, size),
-        )  # real and imaginary parts of H
+        self.recurrence = nn.Parameter(torch.stack([nu, 2 * torch.pi * u2, gamma]).log())
+
+        # Real and imaginary parts of the H states stand next to each other.
+        self.input, self.output = nn.Linear(size, 4 * size), nn.Linear(4 * size, size)
         self.feed_forward = nn.Sequential(
             nn.Linear(size, 4 * size),
             nn.GELU(),
@@ -198,27 +241,31 @@ class RecurrentBlock(nn.Module):
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """Apply the block."""
         nu, theta, gamma = self.recurrence.float().exp()
+        decay = torch.exp(torch.complex(-nu, theta))
         inputs = torch.view_as_complex(self.input(states).float().unflatten(-1, (-1, 2))) * gamma
-        hidden = torch.view_as_real(
-            linear_scan(torch.exp(torch.complex(-nu, theta)), inputs)
-        ).flatten(-2)
+        hidden = torch.view_as_real(linear_scan(decay, inputs)).flatten(-2)
+
         states = self.norms[0](states + self.dropout(self.output(hidden.to(states.dtype))))
-        return self.norms[1](states + self.feed_forward(states))
+        output: torch.Tensor = self.norms[1](states + self.feed_forward(states))
+        return output
 
 
 class LinearScan(torch.autograd.Function):
-    """h_t = decay ⊙ h_{t−1} + inputs_t, h_{−1} = 0; its gradient is the same recurrence backwards in time."""
+    """h_t = decay ⊙ h_{t−1} + inputs_t with h_{−1} = 0.
+
+    Its gradient is the same recurrence, backwards in time.
+    """
 
     @staticmethod
-    def forward(ctx, decay: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
-        """Return h; see linear_scan."""
+    def forward(ctx: Any, decay: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+        """Return h, see `linear_scan`."""
         states = scan_in_place(decay, inputs.clone(memory_format=torch.contiguous_format))
         ctx.save_for_backward(decay, states)
         return states
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the gradients of decay and inputs."""
         decay, states = ctx.saved_tensors
         of_inputs = scan_in_place(decay.conj().resolve_conj(), gradient.flip(1)).flip(1)
@@ -226,53 +273,83 @@ class LinearScan(torch.autograd.Function):
 
 
 def linear_scan(decay: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
-    """Return h with h_t = decay ⊙ h_{t−1} + inputs_t, h_{−1} = 0: `decay` (H,), `inputs` and h (B, T, H), real or complex."""
-    return LinearScan.apply(decay, inputs)
+    """Return h with h_t = decay ⊙ h_{t−1} + inputs_t and h_{−1} = 0, differentiable.
+
+    Args:
+        decay: (H,), real or complex.
+        inputs: (B, T, H), of the same kind.
+
+    Returns:
+        (B, T, H).
+
+    Example:
+        >>> linear_scan(torch.tensor([0.5]), torch.ones(1, 3, 1)).flatten().tolist()
+        [1.0, 1.5, 1.75]
+    """
+    hidden: torch.Tensor = LinearScan.apply(decay, inputs)
+    return hidden
 
 
 def scan_in_place(decay: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-    """Turn inputs into states in 2·log₂ T passes over 2·T places in all (Brent and Kung's prefix scan).
+    """Turn inputs (B, T, H) into the states of the recurrence, in place.
 
-    Up: behind the pass with step s each place 2s, 4s, … (from 1) holds what its last 2s inputs come to. Down: blocks half as long
-    get what lies before them, until every place has all of it.
+    This is the prefix scan of Brent and Kung. It takes 2·log₂ T passes that change 2·T positions in
+    all. On the way up, behind the pass with step s, each position 2s, 4s, … (counted from 1) holds
+    what its last 2s inputs add up to. On the way down, blocks of half the length get what lies
+    before them, until every position is complete.
     """
-    length, powers, step = states.shape[1], [], 1
+    length = states.shape[1]
+    powers: list[tuple[int, torch.Tensor]] = []
+    step = 1
     while step < length:
         powers.append((step, decay))
         decay, step = decay * decay, 2 * step
+
     for step, power in powers:
-        states[:, 2 * step - 1 :: 2 * step].addcmul_(
-            states[:, step - 1 : length - step : 2 * step], power
-        )
+        ends = states[:, 2 * step - 1 :: 2 * step]
+        ends.addcmul_(states[:, step - 1 : length - step : 2 * step], power)
     for step, power in reversed(powers):
-        states[:, 3 * step - 1 :: 2 * step].addcmul_(
-            states[:, 2 * step - 1 : length - step : 2 * step], power
-        )
+        ends = states[:, 3 * step - 1 :: 2 * step]
+        ends.addcmul_(states[:, 2 * step - 1 : length - step : 2 * step], power)
     return states
 
 
 class Popularity(nn.Module):
-    """The items' shares of the training targets, float64 `probability` (N,).
+    """Ranks items by their shares of the training targets, whatever the history is.
 
-    One more observation is spread over all items, in parts made a little unequal at random (seeded): no item has probability 0,
-    and ties are in random order. Item ids may follow time or popularity.
+    One more observation is spread over all items, in parts that are made slightly unequal at random
+    (seeded). So no item has probability 0, and ties are in random order; the item ids might follow
+    time or popularity.
+
+    Attributes:
+        probability: float64 (N,).
     """
+
+    probability: torch.Tensor
 
     def __init__(self, probability: torch.Tensor):
         super().__init__()
         self.register_buffer("probability", probability)
 
     @classmethod
-    def count(
-        cls, last: np.ndarray, targets: np.ndarray, num_items: int, seed: int
-    ) -> "Popularity":
-        """Count the training rows' `targets` (R,)."""
+    def count(cls, last: np.ndarray, targets: np.ndarray, num_items: int, seed: int) -> Popularity:
+        """Count the targets (R,) of the training rows.
+
+        Args:
+            last: the last item of each row's history, (R,); popularity ignores it.
+            targets: the rows' targets, (R,).
+            num_items: N.
+            seed: seed of the random parts.
+        """
         parts = np.random.default_rng(seed).uniform(0.9, 1.1, num_items)
         count = np.bincount(targets, minlength=num_items) + parts / parts.sum()
         return cls(torch.from_numpy(count / count.sum()))
 
     def log_probabilities(self, histories: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        """Return the log-probabilities of all items, float64 (n, N), in nats; see SequentialModel."""
+        """Return the log-probabilities of all items, float64 (n, N), in nats.
+
+        The arguments are those of `SequentialModel.log_probabilities`.
+        """
         return self.probability.log().expand(len(places), -1)
 
     def save_pretrained(self, folder: Path) -> None:
@@ -281,10 +358,18 @@ class Popularity(nn.Module):
 
 
 class LastItemKNN(Popularity):
-    """How often each item came next after the user's last one; popularity counts as one more observation, and decides ties.
+    """Ranks items by how often they came next after the last item of the user's history.
 
-    Item i was followed by next_items[begins[i] : begins[i+1]], times[…] each: int64 (N+1,), (E,), (E,).
+    Popularity counts as one more observation, and decides ties.
+
+    Attributes:
+        begins, next_items, times: int64 (N+1,), (E,), (E,). Item i was followed by the items
+            next_items[begins[i] : begins[i+1]], as often as `times` says.
     """
+
+    begins: torch.Tensor
+    next_items: torch.Tensor
+    times: torch.Tensor
 
     def __init__(
         self,
@@ -294,42 +379,49 @@ class LastItemKNN(Popularity):
         times: torch.Tensor,
     ):
         super().__init__(probability)
-        for name, buffer in (("begins", begins), ("next_items", next_items), ("times", times)):
-            self.register_buffer(name, buffer)
+        self.register_buffer("begins", begins)
+        self.register_buffer("next_items", next_items)
+        self.register_buffer("times", times)
 
     @classmethod
-    def count(
-        cls, last: np.ndarray, targets: np.ndarray, num_items: int, seed: int
-    ) -> "LastItemKNN":
-        """Count the training rows' `targets` (R,) behind the `last` items (R,) of their histories."""
+    def count(cls, last: np.ndarray, targets: np.ndarray, num_items: int, seed: int) -> LastItemKNN:
+        """Count the targets (R,) that follow the last items (R,) of the training histories."""
         probability = Popularity.count(last, targets, num_items, seed).probability
         pairs, times = np.unique(last.astype(np.int64) * num_items + targets, return_counts=True)
         begins = np.searchsorted(pairs, np.arange(num_items + 1) * num_items)
-        return cls(probability, *map(torch.from_numpy, (begins, pairs % num_items, times)))
+        return cls(
+            probability,
+            torch.from_numpy(begins),
+            torch.from_numpy(pairs % num_items),
+            torch.from_numpy(times),
+        )
 
     def log_probabilities(self, histories: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        """See Popularity; only the last item of a history matters."""
+        """See `Popularity.log_probabilities`; only the last item of a history matters."""
         counts = self.probability.repeat(len(places), 1)
         for row, item in zip(counts, histories.flatten()[places], strict=True):
-            followers = slice(self.begins[item], self.begins[item + 1])
+            followers = slice(int(self.begins[item]), int(self.begins[item + 1]))
             row[self.next_items[followers]] += self.times[followers]
         return (counts / counts.sum(1, keepdim=True)).log()
 
 
-COUNTED = {"popularity": Popularity, "last-item-knn": LastItemKNN}
+COUNTED: dict[str, type[Popularity]] = {"popularity": Popularity, "last-item-knn": LastItemKNN}
+"""Recommenders that count and are not trained."""
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A model and its paper's settings, by their names in BaselineConfig."""
+    """A model and the settings of its paper, by their names in BaselineConfig."""
 
     model: Callable[..., SequentialModel]
-    form: dict
-    training: dict
+    form: Mapping[str, Any]
+    """Arguments of the model besides `num_items` and `max_history`."""
+    training: Mapping[str, Any]
 
 
-# GRU4Rec: the published code's defaults, hidasib/GRU4Rec; its learning rate is Adagrad's, 1e-3 is assumed for AdamW. SASRec:
-# Section IV; dropout 0.5 is for its sparse datasets, 0.2 for ML-1M. LRURec: the published code, yueqirex/LRURec.
+# GRU4Rec: the defaults of the published code, hidasib/GRU4Rec; its learning rate is that of
+# Adagrad, and 1e-3 is assumed for AdamW. SASRec: Section IV; dropout 0.5 is for its sparse
+# datasets, and 0.2 for ML-1M. LRURec: the published code, yueqirex/LRURec.
 SEQUENTIAL = {
     "gru4rec": Preset(
         GRU4Rec,
@@ -347,43 +439,43 @@ SEQUENTIAL = {
         {"global_batch_size": 128, "learning_rate": 1e-3, "weight_decay": 0.01},
     ),
 }
+"""Recommenders that are trained. A new one is a class and an entry here."""
 
 
 @dataclass(frozen=True)
 class Negatives:
-    """Draws items that were not the next one, from torch's global random numbers.
-
-    `weights` float32 (N,): a `shared` negative is drawn with probability ∝ its weight; 0: never.
-    """
+    """Draws items that were not the next one, from torch's global random numbers."""
 
     weights: torch.Tensor
+    """float32 (N,): a shared negative is drawn with a probability proportional to its weight."""
     number: int
+    """How many are drawn for a micro-batch (`shared`) or for each target (`other_than`)."""
 
     def shared(self) -> torch.Tensor:
-        """Return `number` different items for a whole micro-batch, int64."""
+        """Return `number` different items for a whole micro-batch, int64 (number,)."""
         return torch.multinomial(self.weights, self.number)
 
     def other_than(self, targets: torch.Tensor) -> torch.Tensor:
-        """Return for each target (n,) items that it is not, uniformly drawn: int64 (n, number)."""
+        """Return for each target (n,) uniformly drawn other items, int64 (n, number)."""
         shape = (len(targets), self.number)
         drawn = torch.randint(len(self.weights) - 1, shape, device=targets.device)
         return drawn + (drawn >= targets[:, None])
 
 
-Score = Callable[
-    [torch.Tensor | None], torch.Tensor
-]  # candidates (C,), None: all items → their scores (n, C)
+Score = Callable[[torch.Tensor | None], torch.Tensor]
+"""Takes candidates (C,), or None for all items, and returns their scores (n, C)."""
 
 
 def cross_entropy(score: Score, targets: torch.Tensor, negatives: Negatives) -> torch.Tensor:
-    """Return −log p(target) in nats over the whole catalogue, float32 (n,)."""
+    """Return −log p(target) over the whole catalogue, in nats, float32 (n,)."""
     return F.cross_entropy(score(None).float(), targets, reduction="none")
 
 
 def bce(score: Score, targets: torch.Tensor, negatives: Negatives) -> torch.Tensor:
-    """Return −log σ(target) − mean over its negatives of log(1 − σ(negative)), float32 (n,) (SASRec, Eq. 7).
+    """Return −log σ(target) − mean over negatives of log(1 − σ(negative)), float32 (n,).
 
-    There no item of the user is a negative; here only the target is none.
+    This is SASRec, Eq. 7. The paper excludes all of a user's items from the negatives; here
+    only the target is excluded.
     """
     items = torch.cat([targets[:, None], negatives.other_than(targets)], 1)
     candidates, place = torch.unique(items, return_inverse=True)
@@ -392,10 +484,11 @@ def bce(score: Score, targets: torch.Tensor, negatives: Negatives) -> torch.Tens
 
 
 def bpr_max(score: Score, targets: torch.Tensor, negatives: Negatives) -> torch.Tensor:
-    """Return −log Σ_j s_j σ(target − j) + Σ_j s_j j², s the softmax over negatives j, float32 (n,) (GRU4Rec, CIKM 2018, 3.3).
+    """Return −log Σ_j s_j σ(target − j) + Σ_j s_j j², float32 (n,) (GRU4Rec, CIKM 2018, 3.3).
 
-    Negatives are the micro-batch's other targets and the shared ones; the scores pass through ELU. Weight 1 of the second term,
-    ELU and 1e-24 are the published code's.
+    s is the softmax over the negatives j. These are the other targets of the micro-batch and the
+    shared negatives. Scores pass through ELU. The ELU, the weight 1 of the second term and the
+    constant 1e-24 are those of the published code.
     """
     candidates, place = torch.unique(torch.cat([targets, negatives.shared()]), return_inverse=True)
     scores = F.elu(score(candidates).float())
@@ -407,10 +500,12 @@ def bpr_max(score: Score, targets: torch.Tensor, negatives: Negatives) -> torch.
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss of n targets, and how many negatives it takes unless told; 0: none."""
+    """A loss of n targets."""
 
     function: Callable[[Score, torch.Tensor, Negatives], torch.Tensor]
+    """Takes scores, targets (n,) and negatives, and returns float32 (n,)."""
     num_negatives: int
+    """Default number of negatives; 0 if the loss takes none."""
 
 
 LOSSES = {
@@ -418,30 +513,28 @@ LOSSES = {
     "bce": Loss(bce, 1),
     "bpr-max": Loss(bpr_max, 2048),
 }
+"""A new loss is a function and a line here."""
 
 
-def save_tensors(folder: Path, tensors: dict) -> None:
-    """Write tensors to a folder, which is made where it is missing."""
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()},
-        folder / WEIGHTS_FILE,
-    )
+def save_tensors(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write tensors to a new folder."""
+    folder.mkdir(parents=True)
+    on_cpu = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    save_file(on_cpu, folder / WEIGHTS_FILE)
 
 
-def load_model(folder: str | Path) -> nn.Module:
-    """Load what baseline.py saved, for inference: a model with `log_probabilities`.
+def load_model(folder: str | Path) -> SequentialModel | Popularity:
+    """Load what `igd baseline` saved, for inference: a model with `log_probabilities`.
 
     Raises:
-        ValueError: no such model in the folder.
+        UsageError: there is no such model in the folder.
     """
     folder = Path(folder)
     if not (folder / CONFIG_FILE).is_file():
         raise UsageError(f"no sequential recommender in {folder}: {CONFIG_FILE} is missing")
-    description, tensors = (
-        json.loads((folder / CONFIG_FILE).read_text()),
-        load_file(folder / WEIGHTS_FILE),
-    )
+    description = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    tensors = load_file(folder / WEIGHTS_FILE)
+
     if description["recommender"] in COUNTED:
         return COUNTED[description["recommender"]](**tensors)
     model = SEQUENTIAL[description["recommender"]].model(**description["form"])

@@ -1,4 +1,4 @@
-"""Sequential recommenders: encoders, scan and losses against plain loops; the counting ones against a count by hand."""
+"""Sequential recommenders: encoders, scan and losses against loops; counting ones by hand."""
 
 import math
 from collections import Counter
@@ -19,6 +19,7 @@ from igd_ds.baselines.sequential import (
     SASRec,
     linear_scan,
 )
+from igd_ds.errors import UsageError
 
 NUM_ITEMS, WIDTH, LONGEST = 11, 6, 9
 
@@ -38,7 +39,7 @@ def norm(module, x):
     return centred / torch.sqrt((centred**2).mean() + module.eps) * module.weight + module.bias
 
 
-def plain_gru4rec(model: GRU4Rec, history):
+def looped_gru4rec(model: GRU4Rec, history):
     """Gates written out (Cho et al. 2014), item after item."""
     inputs = [model.items.weight[item] for item in history]
     for layer in range(model.gru.num_layers):
@@ -57,8 +58,8 @@ def plain_gru4rec(model: GRU4Rec, history):
     return inputs
 
 
-def plain_sasrec(model: SASRec, history):
-    """Each position attends to itself and what is before it, head by head."""
+def looped_sasrec(model: SASRec, history):
+    """Each position attends to itself and to the positions before it, head by head."""
     states = [
         model.items.weight[item] * math.sqrt(WIDTH) + model.positions.weight[place]
         for place, item in enumerate(history)
@@ -84,7 +85,7 @@ def plain_sasrec(model: SASRec, history):
     return [norm(model.norm, x) for x in states]
 
 
-def plain_lrurec(model: LRURec, history):
+def looped_lrurec(model: LRURec, history):
     """The recurrence of the paper in complex numbers, one item at a time."""
     states = [norm(model.norm, model.items.weight[item]) for item in history]
     for block in model.blocks:
@@ -109,15 +110,15 @@ def plain_lrurec(model: LRURec, history):
 @pytest.mark.parametrize(
     ("name", "plain", "settings"),
     [
-        ("gru4rec", plain_gru4rec, {}),
-        ("gru4rec", plain_gru4rec, {"num_layers": 2}),
-        ("sasrec", plain_sasrec, {}),
-        ("sasrec", plain_sasrec, {"num_heads": 3, "num_layers": 1}),
-        ("lrurec", plain_lrurec, {}),
+        ("gru4rec", looped_gru4rec, {}),
+        ("gru4rec", looped_gru4rec, {"num_layers": 2}),
+        ("sasrec", looped_sasrec, {}),
+        ("sasrec", looped_sasrec, {"num_heads": 3, "num_layers": 1}),
+        ("lrurec", looped_lrurec, {}),
     ],
 )
 def test_states_and_scores_equal_a_loop_over_items(name, plain, settings):
-    """Right-padded with anything, in a batch of other lengths."""
+    """Histories of several lengths are padded on the right with arbitrary items."""
     model, random = make(name, **settings), np.random.default_rng(0)
     histories = [random.integers(NUM_ITEMS, size=length) for length in (1, 4, LONGEST, 2)]
     padded = torch.from_numpy(
@@ -147,7 +148,7 @@ def test_states_and_scores_equal_a_loop_over_items(name, plain, settings):
 
 
 @pytest.mark.parametrize("name", SEQUENTIAL)
-def test_dropout_is_on_in_training_alone_and_the_gradient_reaches_every_weight(name):
+def test_dropout_is_on_only_in_training_and_the_gradient_reaches_every_weight(name):
     model = make(name)
     histories, places = torch.randint(NUM_ITEMS, (4, LONGEST)), torch.arange(3 * LONGEST)
     assert torch.equal(model(histories, places), model(histories, places))
@@ -296,7 +297,7 @@ def test_a_saved_model_reads_back(tmp_path, name):
         model = SEQUENTIAL[name].model(**form).eval()
     else:
         form, model = {}, COUNTED[name].count(np.array([1, 2]), np.array([3, 3]), NUM_ITEMS, 0)
-    with pytest.raises(ValueError, match="no sequential recommender in"):
+    with pytest.raises(UsageError, match="no sequential recommender in"):
         sequential.load_model(tmp_path / "model")
     model.save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "config.json").write_text(
@@ -310,5 +311,5 @@ def test_a_saved_model_reads_back(tmp_path, name):
 
 
 def test_a_width_that_the_heads_do_not_divide_is_refused():
-    with pytest.raises(ValueError, match="--hidden_size 6 is not divisible by --num_heads 4"):
+    with pytest.raises(UsageError, match="--hidden_size 6 is not divisible by --num_heads 4"):
         make("sasrec", num_heads=4)
