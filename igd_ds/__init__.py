@@ -47,7 +47,7 @@ each other (`tests/unit/test_structure.py` checks both):
 Example:
     >>> import igd_ds
     >>> recommender = igd_ds.Recommender.load("RUN")
-    >>> lists = recommender.recommend([["B0001", "B0042"]], k=10)
+    >>> lists = recommender.recommend([[3, 17, 5]], k=10)
 """
 
 import importlib
