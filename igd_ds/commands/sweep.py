@@ -33,6 +33,7 @@ from pathlib import Path
 
 from igd_ds import distributed
 from igd_ds.errors import EXIT_REQUEUE, UsageError
+from igd_ds.studies.report.study import METRIC
 from igd_ds.studies.sweep import (
     Runner,
     check_folder,
@@ -41,7 +42,7 @@ from igd_ds.studies.sweep import (
     survey,
     write_snapshot,
 )
-from igd_ds.studies.sweep_table import METRIC, Table, read_table
+from igd_ds.studies.sweep_table import Table, read_table
 
 
 def parser() -> argparse.ArgumentParser:

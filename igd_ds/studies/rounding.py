@@ -42,8 +42,8 @@ def mean_sd(values: Sequence[float]) -> tuple[float, float | None]:
     """
     if not all(math.isfinite(value) for value in values):
         return math.nan, math.nan
-    mean = statistics.fmean(values)
-    return mean, statistics.stdev(map(float, values)) if len(values) > 1 else None
+    exact = [float(value) for value in values]
+    return statistics.mean(exact), statistics.stdev(exact) if len(exact) > 1 else None
 
 
 def on_grid(values: np.ndarray) -> np.ndarray:

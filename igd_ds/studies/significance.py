@@ -160,7 +160,7 @@ def ndcg(rank: np.ndarray) -> np.ndarray:
 
 @functools.lru_cache(maxsize=64)  # tables and figures ask for the same ones
 def compare(study: Study, dataset: str) -> list[Comparison]:
-    """Compare each tested method of a dataset with the study's reference on the same rows and seeds.
+    """Compare each tested method of a dataset with the reference on the same rows and seeds.
 
     The reference is the one of the method's own backbone, or a baseline. A method that has only one
     seed in common with it is left out, because one run cannot be tested against one. The p values

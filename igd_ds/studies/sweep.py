@@ -38,10 +38,9 @@ from igd_ds.config.options import current_names
 from igd_ds.errors import EXIT_REQUEUE, UsageError
 from igd_ds.folders import is_temporary, write_json
 from igd_ds.run_folder import FREE_ON_RESUME
-from igd_ds.studies.report.study import labels
+from igd_ds.studies.report.study import METRIC, labels
 from igd_ds.studies.sweep_table import (
     EVALUATIONS_OWN,
-    METRIC,
     Row,
     Settings,
     Table,

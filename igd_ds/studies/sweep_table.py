@@ -72,7 +72,7 @@ TABLE_KEYS: dict[str, type] = {
     "runs": list,
 }
 REQUIRED = ("name", "datasets", "runs")
-KINDS = {str: "a text", dict: "'name: value' lines", list: "a list"}
+KINDS: dict[type, str] = {str: "a text", dict: "'name: value' lines", list: "a list"}
 EVALUATIONS = ("evaluation", "exact")
 NOT_EXPANDED = (*EVALUATIONS, "run")
 """Keys of an entry whose value is not a list to expand."""
@@ -123,7 +123,7 @@ class Row:
 
     @property
     def alike(self) -> dict[str, dict[str, int]]:
-        """The settings that all rows of a dataset must share (ALIKE), of each of its evaluations."""
+        """The settings that all rows of a dataset must share (ALIKE), by evaluation."""
         if isinstance(self.config, BaselineConfig):
             values = {name: getattr(self.config, theirs) for name, theirs in ALIKE.items()}
             return {"evaluation": values}
@@ -276,8 +276,8 @@ def _checked_file(path: str, table: Settings) -> TableFile:
         for name in table[key]:
             if not (isinstance(name, str) and re.fullmatch(r"[\w.+-]+", name)):
                 raise UsageError(
-                    f"{path}: {key}: {name!r} becomes part of folder names: use letters, digits and "
-                    ". + - _; quote a number"
+                    f"{path}: {key}: {name!r} becomes part of folder names: use letters, digits "
+                    "and . + - _; quote a number"
                 )
     for name, folder in table["datasets"].items():
         if not isinstance(folder, str):
@@ -520,7 +520,8 @@ def resolved(evaluation: Settings) -> Settings:
 
     The settings that the sweep sets are empty.
     """
-    return dataclasses.asdict(EvalConfig(**dict.fromkeys(EVALUATIONS_OWN, "") | evaluation))
+    own: Settings = dict.fromkeys(EVALUATIONS_OWN, "")
+    return dataclasses.asdict(EvalConfig(**own | evaluation))
 
 
 def filled(settings: Settings, name: str, value: str) -> Settings:
@@ -548,8 +549,8 @@ def _evaluation(
         )
     if config.num_beams < LIST_LENGTH:
         raise UsageError(
-            f"{where}: evaluation: lists of num_beams {config.num_beams} have no {METRIC}, by which "
-            "validation chooses"
+            f"{where}: evaluation: lists of num_beams {config.num_beams} have no {METRIC}, by "
+            "which validation chooses"
         )
 
     if not any("exact" in level for level in levels):
@@ -607,7 +608,7 @@ def _differing(row: Row, other: Row) -> list[str]:
 
 
 def _check_alike(path: str, rows: Iterable[Row]) -> None:
-    """Raise UsageError if rows of one dataset are evaluated on other rows or list lengths (ALIKE)."""
+    """Raise UsageError if rows of one dataset are not evaluated alike (ALIKE)."""
     seen: dict[tuple[str, str, str], tuple[Row, int]] = {}
     for row in rows:
         for block, values in row.alike.items():

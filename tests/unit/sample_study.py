@@ -3,7 +3,7 @@
 import numpy as np
 
 from igd_ds.evaluation import metrics
-from igd_ds.studies.report.study import Run, Study
+from igd_ds.studies.report.study import Ranks, Run, Study
 
 STEPS = np.arange(20, 1001, 20)
 CUTOFFS = (1, 3, 5, 10)
@@ -138,7 +138,7 @@ def run(
         "seconds": float(random.uniform(100, 400)),
         "eval_seconds": float(random.uniform(10, 40)),
         "world_size": 1,
-        "ranks": {split: (ROWS, ranks(random, level)) for split in ("valid", "test")},
+        "ranks": {split: Ranks(ROWS, ranks(random, level)) for split in ("valid", "test")},
     }
     return Run(**fields | changes)
 

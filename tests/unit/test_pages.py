@@ -298,9 +298,9 @@ def test_cost_adds_up(study):
         == "1.5 h of wall time (1.0 h training, 30.0 min evaluation), 1.5 h over all ranks"
     )
     together = "3.5 h of wall time (3.0 h training, 30.0 min evaluation), 9.5 h over all ranks"
-    untold = "; 1 runs did not tell their training's"
-    assert cost([one, two]) == together and cost([one, two, failed]) == together + untold
-    assert cost([silent]) == "1.0 min of wall time (0.0 min training, 1.0 min evaluation)" + untold
+    missing = "; training time is missing for 1 run"
+    assert cost([one, two]) == together and cost([one, two, failed]) == together + missing
+    assert cost([silent]) == "1.0 min of wall time (0.0 min training, 1.0 min evaluation)" + missing
     assert "ranks" not in cost([one, silent])
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from igd_ds.studies import significance
-from igd_ds.studies.report.study import Run, Study
+from igd_ds.studies.report.study import Ranks, Run, Study
 from igd_ds.studies.significance import (
     bootstrap_over_users,
     compare,
@@ -134,7 +134,7 @@ def make_run(method: str, seed: int, ranks: np.ndarray, **changes) -> Run:
         valid=results,
         test=results,
     )
-    return replace(run, ranks={"test": (rows, ranks)}, **changes)
+    return replace(run, ranks={"test": Ranks(rows, ranks)}, **changes)
 
 
 @pytest.fixture
@@ -154,7 +154,7 @@ def study():
 
 def test_methods_are_compared_over_the_seeds_and_rows_that_both_have(study):
     better, same = compare(study, "toy")
-    assert (better.method, better.baseline, better.seeds, same.method) == (
+    assert (better.method, better.reference, better.seeds, same.method) == (
         "better",
         "uniform",
         [0, 1, 2],
@@ -175,7 +175,7 @@ def test_methods_are_compared_over_the_seeds_and_rows_that_both_have(study):
         np.mean(values["better"]) / np.mean(values["uniform"]) - 1
     )
     by_row = {
-        m: np.mean([ndcg(run.ranks["test"][1]) for run in study.runs if run.method == m], axis=0)
+        m: np.mean([ndcg(run.ranks["test"].rank) for run in study.runs if run.method == m], axis=0)
         for m in values
     }
     expected = bootstrap_over_users(
@@ -185,7 +185,7 @@ def test_methods_are_compared_over_the_seeds_and_rows_that_both_have(study):
         better.low,
         better.high,
         better.users_p,
-    ) == expected and better.low < better.mean - better.baseline_mean < better.high
+    ) == expected and better.low < better.mean - better.reference_mean < better.high
     assert [c.users_holm for c in (better, same)] == holm([better.users_p, same.users_p])
     assert [c.seeds_holm for c in (better, same)] == holm(
         [better.seeds_p, same.seeds_p]
@@ -223,7 +223,7 @@ def test_without_ranks_there_is_the_test_over_seeds_alone(study):
 
 
 def test_another_baseline_may_be_named_one_that_does_not_generate_too(study):
-    assert [(c.method, c.baseline) for c in compare(replace(study, baseline="better"), "toy")] == [
+    assert [(c.method, c.reference) for c in compare(replace(study, reference="better"), "toy")] == [
         ("uniform", "better"), ("same", "better"),
     ]  # fmt: skip
     sequential = [
@@ -231,12 +231,12 @@ def test_another_baseline_may_be_named_one_that_does_not_generate_too(study):
         for run in study.runs[:3:2]
     ]
     sequential = [replace(run, seed=seed) for seed, run in enumerate(sequential)]
-    compared = compare(replace(study, runs=[*study.runs, *sequential], baseline="SASRec"), "toy")
-    assert [(c.method, c.baseline, c.seeds) for c in compared] == [
+    compared = compare(replace(study, runs=[*study.runs, *sequential], reference="SASRec"), "toy")
+    assert [(c.method, c.reference, c.seeds) for c in compared] == [
         (m, "SASRec", [0, 1]) for m in ("uniform", "better", "same")
     ]
     values = [run.test["alpha"]["0.0"]["token_match"]["ndcg@10"] for run in sequential]
-    assert compared[0].baseline_mean == pytest.approx(np.mean(values))
+    assert compared[0].reference_mean == pytest.approx(np.mean(values))
 
 
 def test_backbones_are_not_compared_with_each_other(study):

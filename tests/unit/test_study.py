@@ -17,7 +17,7 @@ from study_runs import ROWS, TITLES, draw, ndcg, sweep_row, write_run, write_swe
 from igd_ds import distributed, eval
 from igd_ds.data.batches import sample_rows
 from igd_ds.data.dataset import InteractionDataset
-from igd_ds.studies.report.folders import environment_of, read_runs, thinned
+from igd_ds.studies.report.runs import environment_of, read_runs, thinned
 from igd_ds.studies.report.study import Run, family_of, labels, lines_by, load, method_of, save
 from igd_ds.studies.report.tables import groups_of
 
@@ -193,7 +193,7 @@ def test_igd_alone_is_reported_at_the_best_alpha(source, tmp_path, settings, bes
     }
     run = only(read_runs([write_run(tmp_path / "run", source, settings | {"seed": 0}, ranks)], 0))
     assert (run.alpha, run.best_alpha) == ("0.2" if best else "0.0", "0.2")
-    assert all(set(run.ranks[split][1]) == {1 if best else 2} for split in ("valid", "test"))
+    assert all(set(run.ranks[split].rank) == {1 if best else 2} for split in ("valid", "test"))
 
 
 @pytest.mark.parametrize(
@@ -313,7 +313,7 @@ def test_groups_of_a_real_evaluation_are_those_that_it_measured(source, tmp_path
         assert eval.main() == 0
     study = read_runs([folder], 0)
     run = only(study)
-    assert (run.state, run.method, run.seed, len(run.ranks["valid"][0])) == (
+    assert (run.state, run.method, run.seed, len(run.ranks["valid"].row)) == (
         "finished",
         "igd β=0.1",
         3,
@@ -321,7 +321,7 @@ def test_groups_of_a_real_evaluation_are_those_that_it_measured(source, tmp_path
     )
     results = run.test["alpha"][run.alpha]
     gain, groups = (
-        np.array([ndcg(rank) for rank in run.ranks["test"][1]]),
+        np.array([ndcg(rank) for rank in run.ranks["test"].rank]),
         groups_of(study.rows["toy"]["test"]),
     )
     assert gain.mean() == pytest.approx(results["token_match"]["ndcg@10"]) and 0 < gain.mean() < 1
@@ -595,7 +595,7 @@ def test_examples_show_rows_that_the_methods_rank_differently(run, source):
     study = read_runs(folders, 3)
     dataset, ranks = (
         InteractionDataset.load(source.parent / "data"),
-        [run.ranks["test"][1] for run in study.runs],
+        [run.ranks["test"].rank for run in study.runs],
     )
     assert len(study.examples) == 3 and not read_runs(folders, 0).examples
     for example in study.examples:
@@ -604,7 +604,7 @@ def test_examples_show_rows_that_the_methods_rank_differently(run, source):
         assert example["target"] == TITLES[dataset.splits["test"].targets[row]]
         assert example["history"] == [TITLES[item] for item in dataset.splits["test"].history(row)]
         for run_, (method, titles) in zip(study.runs, example["lists"].items(), strict=True):
-            rank = run_.ranks["test"][1][row]
+            rank = run_.ranks["test"].rank[row]
             assert method == run_.method and len(titles) == 3
             assert (example["target"] in titles) == (0 < rank <= 3)
 

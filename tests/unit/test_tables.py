@@ -10,7 +10,8 @@ import pytest
 from igd_ds.studies import significance
 from igd_ds.studies.report import tables
 from igd_ds.studies.report.layout import Cell, Table
-from igd_ds.studies.report.study import AT_ALPHA, Run, Study, labels
+from igd_ds.studies.report.study import AT_ALPHA, Ranks, Run, Study, labels
+from igd_ds.studies.rounding import significant
 
 DECILES = [0.1] * 10
 
@@ -118,13 +119,13 @@ def test_main_results():
 
 def test_results_over_another_baseline():
     """SASRec's 0.28 in place of uniform's 0.2: for all that generate, uniform too."""
-    found = table(replace(make_study(), baseline="SASRec"), "main-toys")
-    assert found.columns[8] == "vs SASRec" and "differs from SASRec" in found.caption
+    found = table(replace(make_study(), reference="SASRec"), "main-toys")
+    assert found.columns[8] == "vs SASRec" and "marks a difference from SASRec" in found.caption
     assert {row[1].text: row[8].text for row in found.rows if row[8].value is not None} == {
         "uniform": "-28.57%", "igd β=0.2": "+7.14%", "igd-linear β=0.4": "-21.43%",
     }  # fmt: skip
     assert text(found)[-1][1:] == ["improvement of igd β=0.2", "", "–", *["+7.14%"] * 4, "–"]
-    tests = table(replace(make_study(), baseline="SASRec"), "significance-toys")
+    tests = table(replace(make_study(), reference="SASRec"), "significance-toys")
     assert tests.columns[3] == "SASRec" and [row[1].text for row in tests.rows] == [
         "uniform",
         "igd β=0.2",
@@ -225,17 +226,20 @@ def test_runs_that_are_not_whole_are_never_averaged_in():
     ]  # no deviation of one seed
     assert found.notes == [
         "qwen, igd β=0.2: mean of 1 of 2 runs (seed 1 unfinished).",
-        "One seed: no deviation and no test for igd β=0.2.",
+        "One seed: no standard deviation and no test for igd β=0.2.",
     ]
     tests = table(replace(study, runs=runs), "significance-toys")
     assert [row[1].text for row in tests.rows] == ["igd-linear β=0.4"]
-    assert tests.notes[-1] == "No test, for want of two seeds in common with uniform: igd β=0.2."
+    assert tests.notes[-1] == (
+        "Not tested, because fewer than two seeds are shared with uniform: igd β=0.2."
+    )
 
 
 def test_the_tests_say_what_so_few_seeds_can_show():
     found = table(make_study(), "significance-toys")
     assert found.notes == [
-        "With 2 seeds per method Mann–Whitney's p is at least 0.3333 before correction."
+        "With 2 seeds per method, the p of the Mann–Whitney U test is at least 0.3333 before "
+        "correction."
     ]
     line = dict(zip(found.columns, text(found)[0], strict=True))
     assert (line["Improvement"], line["p seeds"], line["p seeds, Holm"]) == (
@@ -257,7 +261,7 @@ def test_selection_is_shown_and_checked():
         replace(run, state="finished", test=run.valid) if run.method == "igd β=0.3" else run
         for run in study.runs
     ]
-    note = "toys, qwen: tested igd β=0.3, validation prefers igd β=0.2."
+    note = "toys, qwen: igd β=0.3 was tested, but validation prefers igd β=0.2."
     assert table(replace(study, runs=tested), "selection").notes == [note]
     apart = [replace(run, family="another") if run.method == "igd β=0.3" else run for run in tested]
     found = table(replace(study, runs=apart), "selection")
@@ -341,7 +345,7 @@ def test_groups_are_weighted_means_over_rows():
         "history": np.array([1, 5, 6, 10]),
     }
     study, ranks = make_study(), np.array([1, 0, 3, 1], np.int32)  # NDCG 1, 0, 0.5, 1
-    run = replace(study.runs[0], ranks={"test": (np.arange(4, dtype=np.int32), ranks)})
+    run = replace(study.runs[0], ranks={"test": Ranks(np.arange(4, dtype=np.int32), ranks)})
     found = table(replace(study, runs=[run], rows={"toys": {"test": known}}), "groups-toys")
     assert found.columns == [
         "Model",
@@ -428,7 +432,7 @@ def test_mtc_ablation_has_a_line_for_each_part():
     study = Study("s", "", runs[::-1])
     found = table(study, "ablation-mtc")
     assert [(row[1].text, row[4].value) for row in found.rows] == [
-        (name, level[name]) for name in many if name != "worse"
+        (name, significant(level[name])) for name in many if name != "worse"
     ]
     assert len({row[2].text for row in found.rows}) == 9 and found.columns[2] == "Method"
     without = [run for run in study.runs if run.settings.get("mixing") != "fg-ce"]
@@ -515,7 +519,8 @@ def test_all_runs_with_states_and_cost():
         "–",
     )
     assert found.notes == [
-        "Total cost: 7.3 h of wall time (6.0 h training, 1.3 h evaluation); 1 runs did not tell their training's.",
+        "Total cost: 7.3 h of wall time (6.0 h training, 1.3 h evaluation); "
+        "training time is missing for 1 run.",
         "Runs: 8 finished, 4 no test, 1 failed.",
     ]
 
@@ -585,9 +590,9 @@ def test_plain_text_is_aligned():
     )
 
 
-def test_csv_has_every_digit():
+def test_csv_has_six_significant_digits():
     assert list(csv.reader(io.StringIO(SMALL.csv()))) == [
-        ["Method", "NDCG@10", "NDCG@10 sd"], ["a|b_c", "0.123456789", "0.01"], ["d", "", ""], ["e", "0.1", ""],
+        ["Method", "NDCG@10", "NDCG@10 sd"], ["a|b_c", "0.123457", "0.01"], ["d", "", ""], ["e", "0.1", ""],
     ]  # fmt: skip
 
 
@@ -601,5 +606,5 @@ def test_latex():
 
 
 def test_a_row_of_another_length_is_a_mistake():
-    with pytest.raises(AssertionError, match="small: a row"):
+    with pytest.raises(AssertionError, match="small: the length of a row"):
         replace(SMALL, rows=[[Cell("a")]])

@@ -27,6 +27,7 @@ from igd_ds.studies.rounding import DIGITS, mean_sd, significant, significant_ar
 from igd_ds.studies.significance import Comparison, compare
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Canvas
 
@@ -35,7 +36,7 @@ Look = dict[str, Any]
 Lines = Mapping[str, Mapping[float, Sequence[Run]]]
 """Line → value of a setting → runs; see `lines_by`."""
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "figure.dpi": 100,
     "savefig.dpi": 150,
     "figure.constrained_layout.use": True,
@@ -98,12 +99,12 @@ class Figure:
         file = io.BytesIO()
         with matplotlib.rc_context():
             matplotlib.rcdefaults()  # the user's matplotlibrc must not matter
-            matplotlib.rcParams.update(STYLE)
-            canvas = Canvas(self.size)
-            FigureCanvasAgg(canvas)
-            self.draw(canvas)
-            unstable = {"png": ("Software",), "svg": ("Date", "Creator")}[kind]
-            canvas.savefig(file, format=kind, metadata=dict.fromkeys(unstable))
+            with matplotlib.rc_context(STYLE):
+                canvas = Canvas(self.size)
+                FigureCanvasAgg(canvas)
+                self.draw(canvas)
+                unstable = {"png": ("Software",), "svg": ("Date", "Creator")}[kind]
+                canvas.savefig(file, format=kind, metadata=dict.fromkeys(unstable))
 
         drawn = file.getvalue()
         return stable_svg(drawn.decode()).encode() if kind == "svg" else drawn
@@ -276,7 +277,7 @@ def mean_curve(runs: Sequence[Run], tag: str) -> MeanCurve | None:
 def draw_curves(
     axes: Axes, lines: Mapping[str, tuple[Sequence[Run], str]], looks: Sequence[Look]
 ) -> None:
-    """Draw the mean curve and its band for each line's runs and tag; lines without it are skipped."""
+    """Draw the mean curve and its band for each line's runs and tag, where they have it."""
     for index, (label, (runs, tag)) in enumerate(lines.items()):
         if curve := mean_curve(runs, tag):
             steps, mean, deviation = curve
@@ -293,8 +294,8 @@ def draw_points(
     """Draw means at `places`, with bars of one deviation where the deviation is not 0."""
     axes.errorbar(
         places,
-        [point.mean for point in points],
-        bars(points),
+        np.array([point.mean for point in points]),
+        np.array(bars(points)),
         capsize=2.5,
         **look(index) | settings,
     )
@@ -318,7 +319,7 @@ def legend_height(labels: Collection[str]) -> float:
 
 def legend(figure: Canvas) -> None:
     """Put one legend for all panels below them."""
-    lines = {}
+    lines: dict[str, Artist] = {}
     for axes in figure.axes:
         handles, labels = axes.get_legend_handles_labels()
         lines |= dict(zip(labels, handles, strict=True))

@@ -1,4 +1,4 @@
-"""A table and the forms that it is written in: plain text, Markdown, CSV, and LaTeX with booktabs."""
+"""A table and the forms that it is written in: plain text, Markdown, CSV and LaTeX."""
 
 import csv
 import io

@@ -1,10 +1,15 @@
-"""Run folders → `Study`. What is half-finished, failed, damaged or of an older version is noted at its run, never fatal."""
+"""Reads run folders into a `Study`.
+
+A run that is unfinished, failed, damaged or written by an older version is noted, not an error.
+"""
 
 import contextlib
 import json
 import math
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +27,10 @@ from igd_ds.items.store import StoredCatalogue, load_catalogue
 from igd_ds.items.trie import TokenTrie
 from igd_ds.studies.report.study import (
     METRIC,
+    Curves,
+    Json,
     Ranks,
+    RowGroups,
     Run,
     Study,
     family_of,
@@ -30,14 +38,12 @@ from igd_ds.studies.report.study import (
     method_of,
     reported_alpha,
 )
+from igd_ds.studies.rounding import significant
 
-POINTS = 200  # of a stored curve
-CURVES = (
-    "train/loss",
-    "train/nll",
-    "train/alpha",
-    "valid/",
-)  # beginnings of the tags that are kept
+POINTS = 200
+"""Points of a stored curve at most."""
+CURVES = ("train/loss", "train/nll", "train/alpha", "valid/")
+"""Beginnings of the tags whose curves are stored."""
 SPLITS = ("valid", "test")
 EVALUATIONS = {
     "valid": "eval/valid/metrics.json",
@@ -53,111 +59,170 @@ FIGURES = (
     "gini_index",
     "popularity_deciles",
 )
-# What must be equal in a dataset's evaluations (of metrics.json; `fingerprint` and `protocol` are the dataset's), and what only
-# in those of one backbone: a backbone may stand for a way to decode, as BIGRec and D3 do.
+"""Entries of metrics.json that this version writes for each α."""
+
+# Entries of metrics.json that must be equal in all evaluations of a dataset (`fingerprint` and
+# `protocol` are the dataset's), and those that must be equal within one backbone: a backbone may
+# stand for a way to decode, as BIGRec and D3 do.
 ALIKE = ("fingerprint", "protocol", "rows", "num_rows", "seed", "num_beams", "popularity_baseline")
 ALIKE_IN_BACKBONE = (
-    "search", "decoding_rule", "length_penalty", "softmax", "temperature", "popularity_prior", "guidance", "guidance_weight",
-    "item_filter",
+    "search", "decoding_rule", "length_penalty", "softmax", "temperature", "popularity_prior",
+    "guidance", "guidance_weight", "item_filter",
 )  # fmt: skip
-# What is said of a validated run without test, by whether validation chose it.
+
 UNTESTED = {True: "chosen, not tested yet", False: "", None: "validation has not chosen yet"}
-NO_ROW = {
-    "dataset": "",
-    "method": "",
-    "group": "",
-    "settings": {},
-}  # of a run folder outside of sweeps
-EXAMPLE_LENGTH = 3  # places of a list that an example shows, as MTC Table 7
+"""Notes of a validated run without a test, by whether validation chose it."""
+NO_ROW: Json = {"dataset": "", "method": "", "group": "", "settings": {}}
+"""Stands for the row of a sweep for run folders outside of sweeps."""
+EXAMPLE_LENGTH = 3
+"""Items of a list that an example shows, as in MTC Table 7."""
 
 
-def read_runs(roots: list[Path], examples: int) -> Study:
-    """Read run folders, folders of them, and sweeps' folders.
+@dataclass(frozen=True)
+class Source:
+    """Where a run is read from: its folder and its row of sweep.json, None outside of sweeps."""
+
+    folder: Path
+    row: Json | None = None
+
+
+@dataclass(frozen=True)
+class Root:
+    """A folder that was given: its name, its budget and the runs below it by name."""
+
+    name: str
+    budget: str
+    sources: dict[str, Source]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What could be read of a run folder (the keys of FILES), and what is wrong with the rest."""
+
+    files: dict[str, Json | None]
+    problems: dict[str, str]
+
+
+@dataclass
+class Details:
+    """What the datasets behind the runs add to a study; see `Study` for the fields."""
+
+    runs: dict[str, Run] = field(default_factory=dict)  # runs that were changed, by name
+    catalogues: dict[str, Json] = field(default_factory=dict)
+    rows: dict[str, dict[str, RowGroups]] = field(default_factory=dict)
+    examples: list[Json] = field(default_factory=list)
+
+
+def read_runs(roots: Sequence[Path], examples: int) -> Study:
+    """Read run folders, folders of run folders, and folders of sweeps.
 
     Args:
         roots: the folders.
-        examples: how many rows per dataset and backbone to show lists of.
+        examples: number of rows per dataset and backbone whose lists are shown.
 
     Raises:
-        ValueError: a folder that is none of these; two runs of one name; runs of one dataset that were not evaluated alike.
+        UsageError: a folder is none of these, two runs have the same name, or runs of one dataset
+            were not evaluated alike.
     """
-    names, budgets, found = [], [], {}
-    for root in map(Path, roots):
-        name, budget, entries = entries_of(root)
-        if twice := [entry for entry in entries if entry in found]:
-            folders = f"{found[twice[0]][0]} and {entries[twice[0]][0]}"
+    found: dict[str, Source] = {}
+    given = [read_root(Path(root)) for root in roots]
+    for root in given:
+        if twice := [name for name in root.sources if name in found]:
+            name = twice[0]
             raise UsageError(
-                f"two runs are called {twice[0]}: {folders}; report them apart, or rename a folder"
+                f"two runs are called {name}: {found[name].folder} and "
+                f"{root.sources[name].folder}; make separate reports, or rename a folder"
             )
-        names, budgets, found = [*names, name], [*budgets, budget], found | entries
-    folders = {name: folder for name, (folder, _) in found.items()}
-    runs = with_labels([read_run(name, folder, row) for name, (folder, row) in found.items()])
-    catalogues, rows, shown, ranked = {}, {}, [], {}
+        found |= root.sources
+
+    folders = {name: source.folder for name, source in found.items()}
+    runs = with_labels([read_run(name, source) for name, source in found.items()])
+    details = Details()
     for dataset in dict.fromkeys(run.dataset for run in runs):
-        evaluated = [run for run in runs if run.dataset == dataset and run.whole]
-        if not evaluated:
-            continue
-        refuse_unlike(evaluated, folders)
-        evaluated, twice = once(evaluated)
-        ranked |= {run.name: run for run in twice}
-        try:
-            source, stored = open_source(evaluated, folders)
-        except (ValueError, OSError) as error:
-            ranked |= {
-                run.name: with_note(run, f"no groups of rows and no tests by user: {error}")
-                for run in evaluated
-            }
-            continue
-        evaluated = [with_ranks(run, folders[run.name], source) for run in evaluated]
-        ranked |= {run.name: run for run in evaluated}
-        if stored:
-            catalogues[dataset] = describe_catalogue(source, stored)
-        else:  # baselines alone: who shares a leaf is known without a tokenizer, tokens are not
-            stored = build_catalogue(source, evaluated[0].settings.get("item_kind", "auto"))
-        rows[dataset] = row_groups(evaluated, source, stored.trie)
-        shown += examples_of(evaluated, folders, source, examples)
-    environment = environment_of([folder / "env.json" for folder in folders.values()])
-    runs = [ranked.get(run.name, run) for run in runs]
+        whole = [run for run in runs if run.dataset == dataset and run.whole]
+        if whole:
+            add_details(details, dataset, whole, folders, examples)
+
     return Study(
-        " + ".join(dict.fromkeys(names)),
-        "\n".join(filter(None, budgets)),
-        runs,
-        catalogues,
-        rows,
-        shown,
-        environment,
+        name=" + ".join(dict.fromkeys(root.name for root in given)),
+        budget="\n".join(filter(None, (root.budget for root in given))),
+        runs=[details.runs.get(run.name, run) for run in runs],
+        catalogues=details.catalogues,
+        rows=details.rows,
+        examples=details.examples,
+        environment=environment_of([folder / "env.json" for folder in folders.values()]),
     )
 
 
-def entries_of(root: Path) -> tuple[str, str, dict[str, tuple[Path, dict | None]]]:
-    """Return the name, the budget and, by name, the run folders below `root` with their rows of the sweep (or None)."""
-    if (root / "sweep.json").is_file():
-        sweep = read_json(root / "sweep.json")
+def add_details(
+    details: Details,
+    dataset: str,
+    runs: Sequence[Run],
+    folders: Mapping[str, Path],
+    examples: int,
+) -> None:
+    """Add what the dataset itself tells about its complete runs: ranks, row groups, examples.
+
+    Where the dataset cannot be read, its runs get a note.
+    """
+    refuse_unlike(runs, folders)
+    kept, twice = once(runs)
+    details.runs |= {run.name: run for run in twice}
+    try:
+        source, stored = open_source(kept, folders)
+    except (ValueError, OSError) as error:
+        why = f"no groups of rows and no tests by user: {error}"
+        details.runs |= {run.name: with_note(run, why) for run in kept}
+        return
+
+    kept = [with_ranks(run, folders[run.name], source) for run in kept]
+    details.runs |= {run.name: run for run in kept}
+    if stored:
+        details.catalogues[dataset] = describe_catalogue(source, stored)
+    else:
+        # There are only baselines. Which items share a leaf is known without a tokenizer, what
+        # their tokens are is not.
+        stored = build_catalogue(source, kept[0].settings.get("item_kind", "auto"))
+    details.rows[dataset] = row_groups(kept, source, stored.trie)
+    details.examples += examples_of(kept, folders, source, examples)
+
+
+def read_root(root: Path) -> Root:
+    """Return the runs below a folder.
+
+    Raises:
+        UsageError: it is no sweep and no run folder, and holds no run folders.
+    """
+    sweep = read_json(root / "sweep.json")
+    if sweep is not None:
         if sweep.get("version") != 1:
             raise UsageError(
-                f"{root / 'sweep.json'} has version {sweep.get('version')}, this program reads 1: start the sweep anew"
+                f"{root / 'sweep.json'} has version {sweep.get('version')}, but this program reads "
+                "version 1: start the sweep anew"
             )
-        return (
-            sweep["name"],
-            sweep["budget"],
-            {row["name"]: (root / row["name"], row) for row in sweep["rows"]},
-        )
+        rows = {row["name"]: Source(root / row["name"], row) for row in sweep["rows"]}
+        return Root(sweep["name"], sweep["budget"], rows)
+
     if (root / "config.yaml").is_file():
-        return root.resolve().parent.name, "", {root.name: (root, None)}
+        return Root(root.resolve().parent.name, "", {root.name: Source(root)})
     inside = sorted(path.parent for path in root.glob("*/config.yaml"))
     if not inside:
         raise UsageError(
             f"{root} is no sweep (sweep.json), no run folder (config.yaml) and holds no run folders"
         )
-    return root.name, "", {folder.name: (folder, None) for folder in inside}
+    return Root(root.name, "", {folder.name: Source(folder) for folder in inside})
 
 
-def read_json(path: Path) -> dict | None:
-    """Return a JSON object, None where there is no file; ValueError that names a file which is not whole."""
+def read_json(path: Path) -> Json | None:
+    """Return a JSON object, or None if there is no such file.
+
+    Raises:
+        UsageError: names a file that is damaged.
+    """
     if not path.is_file():
         return None
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UsageError(f"{path} is not JSON ({error})") from None
     if not isinstance(value, dict):
@@ -165,31 +230,21 @@ def read_json(path: Path) -> dict | None:
     return value
 
 
-def read_run(name: str, folder: Path, row: dict | None) -> Run:
-    """Read one run folder; what is missing or damaged is noted, not raised. `row` is its row of a sweep, None outside of one."""
-    problems, read = {}, {}
-    for key, path in FILES.items():
-        try:
-            read[key] = (
-                read_settings(folder / path) if key == "config" else read_json(folder / path)
-            )
-            if key in EVALUATIONS and read[key] and (problem := problem_of(key, read[key])):
-                raise UsageError(f"{path}: {problem}")
-        except ValueError as error:
-            problems[key], read[key] = str(error).replace(f"{folder}/", ""), None
-    state, reason = state_of(row, read, problems)
-    notes = [reason, *(problem for problem in problems.values() if problem != reason)]
+def read_run(name: str, source: Source) -> Run:
+    """Read one run folder; what is missing or damaged becomes a note of the run."""
+    folder, row = source.folder, source.row
+    contents = read_contents(folder)
+    files = contents.files
+    state, reason = state_of(row, contents)
+    notes = [reason, *(problem for problem in contents.problems.values() if problem != reason)]
     if state in ("finished", "no test"):
-        notes += older_version(read)
-    settings, summary, env = (read[key] or {} for key in ("config", "summary", "env"))
+        notes += older_version(files)
+
+    settings, summary, env = (files[key] or {} for key in ("config", "summary", "env"))
     row = row or NO_ROW | {"backbone": backbone_of(settings), "seed": settings.get("seed", 0)}
-    evaluated = [read[split]["dataset"] for split in EVALUATIONS if read[split]]
+    evaluated = [results["dataset"] for split in EVALUATIONS if (results := files[split])]
     searched = searches(folder / "eval")
-    spent = [
-        (seconds, ranks)
-        for seconds, ranks in [(summary.get("seconds"), env.get("world_size")), *searched]
-        if seconds
-    ]
+    training = Search(summary.get("seconds") or 0.0, env.get("world_size"))
     return Run(
         name=name,
         dataset=row["dataset"] or (evaluated or [dataset_name(settings)])[0],
@@ -201,50 +256,71 @@ def read_run(name: str, folder: Path, row: dict | None) -> Run:
         note="; ".join(filter(None, notes)),
         family=row.get("family") or family_of(settings or row["settings"]),
         settings=settings or row["settings"],
-        **{split: read[split] for split in EVALUATIONS},
+        valid=files["valid"],
+        test=files["test"],
+        exact=files["exact"],
         curves=read_curves(folder / "metrics.jsonl"),
         seconds=summary.get("seconds"),
-        eval_seconds=sum(seconds for seconds, _ in searched) if searched else None,
-        rank_seconds=sum(s * ranks for s, ranks in spent)
-        if spent and all(ranks for _, ranks in spent)
-        else None,
+        eval_seconds=sum(search.seconds for search in searched) if searched else None,
+        rank_seconds=rank_seconds([training, *searched]),
         world_size=env.get("world_size"),
     )
 
 
-def read_settings(path: Path) -> dict | None:
-    """Return a config.yaml, None where there is none; ValueError for one that names no dataset, method or seed."""
+def read_contents(folder: Path) -> Contents:
+    """Read the files of a run folder that are named in FILES."""
+    contents = Contents({}, {})
+    for key, name in FILES.items():
+        path = folder / name
+        try:
+            found = read_settings(path) if key == "config" else read_json(path)
+            if key in EVALUATIONS and found and (problem := problem_of(key, found)):
+                raise UsageError(f"{name}: {problem}")
+            contents.files[key] = found
+        except ValueError as error:
+            contents.problems[key] = str(error).replace(f"{folder}/", "")
+            contents.files[key] = None
+    return contents
+
+
+def read_settings(path: Path) -> Json | None:
+    """Return a config.yaml with present names of settings, or None if there is no such file.
+
+    Raises:
+        UsageError: the file is no YAML, or names no dataset, no method or no seed.
+    """
     if not path.is_file():
         return None
     try:
-        settings = yaml.safe_load(path.read_text())
+        settings: Json = yaml.safe_load(path.read_text(encoding="utf-8"))
+        settings = {
+            "objective" if key == "weighting" else key: value for key, value in settings.items()
+        }
         method_of(settings)
         return settings | {"seed": int(settings["seed"]), "dataset": str(settings["dataset"])}
-    except (yaml.YAMLError, KeyError, TypeError) as error:
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(
             f"{path} is no configuration of a run ({type(error).__name__}: {error})"
         ) from None
 
 
-def problem_of(split: str, results: dict) -> str:
-    """Return what keeps a metrics.json of EVALUATIONS from being used; empty if nothing does."""
-    if (
-        not isinstance(results.get("alpha"), dict)
-        or not results["alpha"]
-        or "dataset" not in results
-    ):
-        return "an older version's: it has no dataset or no figures by α"
-    if split == "valid" and "0.0" not in results["alpha"]:
+def problem_of(split: str, results: Json) -> str:
+    """Return why a metrics.json cannot be used; empty if it can."""
+    alphas = results.get("alpha")
+    if not isinstance(alphas, dict) or not alphas or "dataset" not in results:
+        return "written by an older version: it has no dataset or no figures by α"
+    if split == "valid" and "0.0" not in alphas:
         return "no α = 0, at which validation chooses; evaluate with it too"
-    for alpha, entry in results["alpha"].items():
+    for alpha, entry in alphas.items():
         if METRIC not in entry.get("token_match", {}):
-            return f"no {METRIC} at α = {alpha}, which chooses α; its lists hold {results.get('num_beams', 'too few')} items"
+            length = results.get("num_beams", "too few")
+            return f"no {METRIC} at α = {alpha}, which chooses α; its lists hold {length} items"
     broken = next((path for path, number in numbers_in(results) if not math.isfinite(number)), None)
     return f"{broken} is not finite" if broken else ""
 
 
-def numbers_in(value, path: str = ""):
-    """Yield (path, number) of every float within a JSON value."""
+def numbers_in(value: Any, path: str = "") -> Iterator[tuple[str, float]]:
+    """Yield (path, number) of every float in a JSON value."""
     if isinstance(value, float):
         yield path, value
     elif isinstance(value, dict | list):
@@ -252,152 +328,183 @@ def numbers_in(value, path: str = ""):
             yield from numbers_in(inner, f"{path}.{key}".strip("."))
 
 
-def state_of(row: dict | None, read: dict, problems: dict[str, str]) -> tuple[str, str]:
-    """Return (state, reason) of a run from its row of the sweep, what could be read of its folder, and what could not (FILES)."""
-    if row and (row["state"] == "not run" or (row["state"] == "waiting" and not read["config"])):
+def state_of(row: Json | None, contents: Contents) -> tuple[str, str]:
+    """Return the state of a run and its reason.
+
+    Args:
+        row: its row of the sweep; None outside of sweeps.
+        contents: what could be read of its folder.
+    """
+    files, problems = contents.files, contents.problems
+    if row and (row["state"] == "not run" or (row["state"] == "waiting" and not files["config"])):
         return row["state"], ""
-    error = row["error"] or "no error line" if row and row["state"] == "failed" else ""
+
+    error = ""
+    if row and row["state"] == "failed":
+        error = row["error"] or "no error line"
     for key, missing in (
         ("config", "no config.yaml"),
         ("summary", "the training has not finished"),
         ("valid", "no eval/valid"),
     ):
-        if not read[key]:
+        if not files[key]:
             if error:
                 return "failed", error
             pending = row["state"] if row and row["state"] != "finished" else ""
             return "unfinished", pending or problems.get(key, missing)
+
     if "test" in problems:
         return "unfinished", problems["test"]
-    if not read["test"]:
+    config, valid, test = files["config"], files["valid"], files["test"]
+    if not test:
         untested = UNTESTED[row["chosen"]] if row else "not evaluated on test"
         return "no test", "; ".join(filter(None, [untested, error]))
-    alpha = reported_alpha(read["config"], read["valid"])
-    if alpha not in read["test"]["alpha"]:
-        return "unfinished", f"eval/test lacks α = {alpha}, at which it is to be reported"
+    alpha = reported_alpha(config or {}, valid or {})
+    if alpha not in test["alpha"]:
+        return "unfinished", f"eval/test lacks α = {alpha}, which the run is to be reported at"
     return "finished", error
 
 
-def older_version(read: dict) -> list[str]:
-    """Return a note for each file of a whole run that lacks what this version writes."""
-    lacking = {
-        "summary.json": {"seconds"} - read["summary"].keys(),
-        "env.json": {"world_size"} - (read["env"] or {}).keys(),
+def older_version(files: Mapping[str, Json | None]) -> list[str]:
+    """Return a note for each file of a complete run that lacks what this version writes."""
+    lacking: dict[str, set[str]] = {
+        "summary.json": {"seconds"} - (files["summary"] or {}).keys(),
+        "env.json": {"world_size"} - (files["env"] or {}).keys(),
     }
     for split, path in EVALUATIONS.items():
-        entries = read[split]["alpha"].values() if read[split] else ()
-        lacking[path] = {figure for entry in entries for figure in FIGURES if figure not in entry}
+        results = files[split]
+        entries = results["alpha"].values() if results else ()
+        lacking[path] = {name for entry in entries for name in FIGURES if name not in entry}
     return [
-        f"{path} lacks {', '.join(sorted(keys))} (an older version?)"
-        for path, keys in lacking.items()
-        if keys
+        f"{path} lacks {', '.join(sorted(names))} (written by an older version?)"
+        for path, names in lacking.items()
+        if names
     ]
 
 
-def backbone_of(settings: dict) -> str:
-    """Return the name of the model configuration or of the pretrained model; nothing for a recommender that does not generate."""
-    return Path(
-        settings.get("model_config") or settings.get("model_name_or_path") or ""
-    ).name.removesuffix(".json")
+def backbone_of(settings: Json) -> str:
+    """Return the name of the model configuration or of the pretrained model; "" for a baseline."""
+    name = settings.get("model_config") or settings.get("model_name_or_path") or ""
+    return Path(name).name.removesuffix(".json")
 
 
-def dataset_name(settings: dict) -> str:
-    """Return the name of the dataset that a run was given: its own or, where it is gone, its folder's."""
+def dataset_name(settings: Json) -> str:
+    """Return the name of a run's dataset or, if the dataset is gone, the name of its folder."""
     folder = Path(settings.get("dataset", "unknown"))
     try:
-        return (read_json(folder / "dataset.json") or {}).get("name", folder.name)
-    except ValueError:
-        return folder.name
+        info = read_json(folder / "dataset.json") or {}
+    except UsageError:
+        info = {}
+    return str(info.get("name", folder.name))
 
 
-def read_curves(path: Path) -> dict[str, list]:
-    """Return the thinned curves of a metrics.jsonl by tag, as far as they are kept (CURVES)."""
-    curves = {}
-    for line in path.read_text().splitlines() if path.is_file() else ():
+def read_curves(path: Path) -> Curves:
+    """Return the thinned curves of a metrics.jsonl by tag, of the tags in CURVES."""
+    curves: Curves = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:
             entry = json.loads(line)
             step = entry["step"]
         except (ValueError, KeyError, TypeError):
-            break  # a kill cut the last line off
+            break  # a kill cut off the last line
         for tag, value in entry.items():
             if tag.startswith(CURVES):
                 curves.setdefault(tag, []).append([step, value])
     return {tag: thinned(points) for tag, points in curves.items()}
 
 
-def searches(folder: Path) -> list[tuple[float, int | None]]:
-    """Return (seconds, ranks) of the searches of a run's evaluations that tell, as if each had run in one go."""
+@dataclass(frozen=True)
+class Search:
+    """Wall time of a search or a training, and its number of ranks, None where unknown."""
+
+    seconds: float
+    world_size: int | None
+
+
+def searches(folder: Path) -> list[Search]:
+    """Return the searches of a run's evaluations, as if each had run without interruption.
+
+    Evaluations without a usable timing.json are left out.
+    """
     found = []
     for path in sorted(folder.glob("*/timing.json")):
-        try:
-            timing = read_json(path)
-            seconds = (timing["rows_searched"] + timing["rows_already_there"]) / timing[
-                "rows_per_second"
-            ]
-            found.append((seconds, timing.get("world_size")))
-        except (
-            ValueError,
-            KeyError,
-            ZeroDivisionError,
-        ):  # damaged, an older version, nothing left to search
-            continue
+        # The file may be damaged or of an older version, or there was nothing left to search.
+        with contextlib.suppress(ValueError, KeyError, ZeroDivisionError):
+            timing = read_json(path) or {}
+            rows = timing["rows_searched"] + timing["rows_already_there"]
+            found.append(Search(rows / timing["rows_per_second"], timing.get("world_size")))
     return found
 
 
-def thinned(points: list[list], most: int = POINTS) -> list[list]:
-    """Return at most `most` [step, value] points: means over equal stretches, to six digits."""
-    stretches = (
-        np.array_split(np.array(points, dtype=np.float64), min(most, len(points))) if points else []
-    )
-    return [[float(f"{number:.6g}") for number in stretch.mean(0)] for stretch in stretches]
+def rank_seconds(spent: Sequence[Search]) -> float | None:
+    """Return the time over all ranks; None without times or where a number of ranks is unknown."""
+    total, is_known = 0.0, False
+    for part in spent:
+        if part.seconds and not part.world_size:
+            return None
+        if part.seconds and part.world_size:
+            total, is_known = total + part.seconds * part.world_size, True
+    return total if is_known else None
 
 
-def environment_of(paths: list[Path]) -> dict:
-    """Return what the runs' env.json say of versions and hardware: by key the different values, in order of appearance."""
-    values = {}
+def thinned(points: Sequence[Sequence[float]], most: int = POINTS) -> list[list[float]]:
+    """Return at most `most` [step, value] points: means over equal stretches, six digits."""
+    if not points:
+        return []
+    stretches = np.array_split(np.array(points, dtype=np.float64), min(most, len(points)))
+    return [[significant(number) for number in stretch.mean(0)] for stretch in stretches]
+
+
+def environment_of(paths: Sequence[Path]) -> dict[str, str]:
+    """Return versions and hardware from the runs' env.json.
+
+    Different values of a key are joined, in order of appearance.
+    """
+    values: dict[str, dict[str, None]] = {}
     for path in paths:
         try:
             env = read_json(path)
-        except ValueError:
+        except UsageError:
             continue
         if env is None:  # of a row that was never started
             continue
         program = env.get("igd_ds", {})
-        igd_ds = {
+        own = {
             "igd_ds": program.get("version"),
             "commit": program.get("commit") or "not recorded",
         }
-        for key, value in (igd_ds | env.get("versions", {}) | env.get("hardware", {})).items():
+        for key, value in (own | env.get("versions", {}) | env.get("hardware", {})).items():
             values.setdefault(key, {})[str(value)] = None
     return {key: ", ".join(different) for key, different in values.items()}
 
 
-def with_labels(runs: list[Run]) -> list[Run]:
-    """Return the runs, those outside of sweeps with method and group too."""
-    labelled = {}
-    for dataset, backbone in {(run.dataset, run.backbone): None for run in runs}:
+def with_labels(runs: Sequence[Run]) -> list[Run]:
+    """Return the runs; those outside of sweeps get a method and a group."""
+    labelled: dict[str, Run] = {}
+    for dataset, backbone in dict.fromkeys((run.dataset, run.backbone) for run in runs):
         alike = [
-            r
-            for r in runs
-            if (r.dataset, r.backbone) == (dataset, backbone) and not r.method and r.settings
+            run
+            for run in runs
+            if (run.dataset, run.backbone) == (dataset, backbone)
+            and not run.method
+            and run.settings
         ]
-        for run, method in zip(alike, labels([r.settings for r in alike]), strict=True):
+        methods = labels([run.settings for run in alike])
+        for run, method in zip(alike, methods, strict=True):
             group = "-".join(filter(None, [dataset, backbone, method]))
             labelled[run.name] = replace(run, method=method, group=group)
     return [labelled.get(run.name, run) for run in runs]
 
 
-def once(runs: list[Run]) -> tuple[list[Run], list[Run]]:
-    """Return a dataset's runs without those that are there already with their method and seed, and these, set aside."""
-    first, twice = {}, []
+def once(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
+    """Return the first run of each method and seed, and the further ones with a note."""
+    first: dict[tuple[str, str, int], Run] = {}
+    twice = []
     for run in runs:
-        key = (run.backbone, run.method, run.seed)
-        if first.setdefault(key, run) is not run:
-            twice.append(
-                replace(
-                    run, state="unfinished", note=f"left out: method and seed of {first[key].name}"
-                )
-            )
+        kept = first.setdefault((run.backbone, run.method, run.seed), run)
+        if kept is not run:
+            note = f"left out: same method and seed as {kept.name}"
+            twice.append(replace(run, state="unfinished", note=note))
     return list(first.values()), twice
 
 
@@ -406,54 +513,65 @@ def with_note(run: Run, note: str) -> Run:
     return replace(run, note="; ".join(filter(None, [run.note, note])))
 
 
-def refuse_unlike(runs: list[Run], folders: dict[str, Path]) -> None:
-    """Raise ValueError if a dataset's runs were not evaluated alike (ALIKE), or those of one backbone not decoded alike."""
+def refuse_unlike(runs: Sequence[Run], folders: Mapping[str, Path]) -> None:
+    """Check that runs of one dataset were evaluated alike (ALIKE, ALIKE_IN_BACKBONE).
+
+    Raises:
+        UsageError: names two evaluations and what differs.
+    """
     for split, path in EVALUATIONS.items():
-        seen = {}
+        seen: dict[tuple[str, str], tuple[Any, Path]] = {}
         for run in (run for run in runs if getattr(run, split)):
             evaluation = (folders[run.name] / path).parent
             values = describe_evaluation(evaluation, run)
-            scope = {key: run.backbone if key in ALIKE_IN_BACKBONE else "" for key in values}
             first = {
-                key: seen.setdefault((key, scope[key]), (values[key], evaluation)) for key in values
+                key: seen.setdefault(
+                    (key, run.backbone if key in ALIKE_IN_BACKBONE else ""), (value, evaluation)
+                )
+                for key, value in values.items()
             }
             different = [key for key in values if first[key][0] != values[key]]
             if different:
-                shown = {
-                    key: f" ({values[key]} and {first[key][0]})"
+                shown = [
+                    key
+                    if isinstance(values[key], dict)
+                    else f"{key} ({values[key]} and {first[key][0]})"
                     for key in different
-                    if not isinstance(values[key], dict)
-                }
+                ]
                 raise UsageError(
-                    f"{evaluation} and {first[different[0]][1]} are evaluations of {run.dataset}, but not alike: "
-                    f"{', '.join(key + shown.get(key, '') for key in different)} differ; report them apart, or evaluate one again"
+                    f"{evaluation} and {first[different[0]][1]} are evaluations of {run.dataset}, "
+                    f"but not alike: {', '.join(shown)} differ; make separate reports, or evaluate "
+                    "one of them again"
                 )
 
 
-def describe_evaluation(folder: Path, run: Run) -> dict:
-    """Return what must be alike as far as the evaluation in `folder` and its run's dataset tell it."""
-    results, dataset = read_json(folder / "metrics.json"), {"fingerprint": fingerprint_of(folder)}
+def describe_evaluation(folder: Path, run: Run) -> Json:
+    """Return the values that must be alike, as far as evaluation and dataset record them."""
+    results = read_json(folder / "metrics.json") or {}
+    dataset: Json = {"fingerprint": fingerprint_of(folder)}
     with contextlib.suppress(KeyError, ValueError):
-        dataset |= {
-            "protocol": (read_json(Path(run.settings["dataset"]) / "dataset.json") or {}).get(
-                "protocol"
-            )
-        }
+        info = read_json(Path(run.settings["dataset"]) / "dataset.json") or {}
+        dataset["protocol"] = info.get("protocol")
     results |= {key: value for key, value in dataset.items() if value is not None}
     return {key: results[key] for key in (*ALIKE, *ALIKE_IN_BACKBONE) if key in results}
 
 
 def fingerprint_of(evaluation: Path) -> str | None:
-    """Return the fingerprint of the dataset that was evaluated, None where an older version did not write it down."""
-    return (read_json(evaluation / "request.json") or {}).get("dataset")
+    """Return the fingerprint of the evaluated dataset; None where an older version left it out."""
+    fingerprint: str | None = (read_json(evaluation / "request.json") or {}).get("dataset")
+    return fingerprint
 
 
 def open_source(
-    runs: list[Run], folders: dict[str, Path]
+    runs: Sequence[Run], folders: Mapping[str, Path]
 ) -> tuple[InteractionDataset, StoredCatalogue | None]:
-    """Return the dataset that runs were evaluated on, and a generating run's catalogue of it, None where there is no such run.
+    """Open the dataset of some runs.
 
-    Raises ValueError if the dataset is gone or another one now.
+    Returns:
+        The dataset, and the catalogue that a generative run stored; None if there is none.
+
+    Raises:
+        UsageError: the dataset is gone, or is another one now.
     """
     places = list(dict.fromkeys(Path(run.settings["dataset"]) for run in runs))
     there = [place for place in places if (place / "dataset.json").is_file()]
@@ -464,6 +582,7 @@ def open_source(
         evaluated = fingerprint_of((folders[run.name] / EVALUATIONS["valid"]).parent)
         if evaluated not in (None, dataset.fingerprint):
             raise UsageError(f"{there[0]} is not the dataset that was evaluated")
+
     for run in runs:
         for folder in (folders[run.name] / "model" / "catalogue", folders[run.name] / "catalogue"):
             if folder.is_dir():
@@ -471,26 +590,22 @@ def open_source(
     return dataset, None
 
 
-def describe_catalogue(dataset: InteractionDataset, stored: StoredCatalogue) -> dict:
+def describe_catalogue(dataset: InteractionDataset, stored: StoredCatalogue) -> Json:
     """Return what `Study.catalogues` keeps of a dataset."""
-    gains = sorted(mean_by_token(stored.trie, purity_gain(stored.trie))[1].tolist(), reverse=True)
     statistics = catalogue_statistics(dataset, stored.catalogue, stored.trie, stored.entropy)
+    gains = sorted(mean_by_token(stored.trie, purity_gain(stored.trie))[1].tolist(), reverse=True)
+    by_token = [gain for _, gain in thinned(list(enumerate(gains)))]
+    request = dataset.info.get("semantic_ids", {}).get("request", {})
+
+    # Users and interactions before rows were made; unknown for a dataset of ready-made rows.
     sizes = [
         step
         for step in dataset.info.get("funnel", ())
         if "users" in step and "interactions" in step
     ]
-    interactions = (
-        {key: sizes[-1][key] for key in ("users", "interactions")} if sizes else {}
-    )  # none of ready-made rows
-    return (
-        statistics
-        | interactions
-        | {
-            "purity_gain_by_token": [gain for _, gain in thinned(list(enumerate(gains)))],
-            "quantizer": dataset.info.get("semantic_ids", {}).get("request", {}).get("quantizer"),
-        }
-    )
+    counted = {key: sizes[-1][key] for key in ("users", "interactions")} if sizes else {}
+    described = {"purity_gain_by_token": by_token, "quantizer": request.get("quantizer")}
+    return statistics | counted | described
 
 
 def with_ranks(run: Run, folder: Path, dataset: InteractionDataset) -> Run:
@@ -500,21 +615,26 @@ def with_ranks(run: Run, folder: Path, dataset: InteractionDataset) -> Run:
         try:
             ranks = target_ranks(path, dataset.splits[split].targets)
         except (ValueError, KeyError, IndexError, OSError) as error:  # pyarrow raises any of them
-            why = f"damaged ({' '.join(str(error).split())})" if path.is_file() else "not there"
-            return with_note(
-                run, f"{path.relative_to(folder)} is {why}: no groups of rows and no tests by user"
-            )
+            why = f"damaged ({' '.join(str(error).split())})" if path.is_file() else "missing"
+            note = f"{path.relative_to(folder)} is {why}: no groups of rows and no tests by user"
+            return with_note(run, note)
         run = replace(run, ranks=run.ranks | {split: ranks})
     return run
 
 
 def target_ranks(path: Path, targets: np.ndarray) -> Ranks:
-    """Return the ids of the rows in a predictions file, ascending, and the rank of each one's target, 0 where it is not listed.
+    """Return where the targets stand in the lists of a predictions file.
 
-    Both are int32 (R,). `targets` has the target of every row of the split. Items that share a leaf share its rank.
+    Items that share a leaf share its rank.
+
+    Args:
+        path: the predictions of one α.
+        targets: the target of every row of the split.
     """
     table = pq.read_table(path, columns=["row_id", "rank", "item_ids"])
     row, items = table["row_id"].to_numpy(), table["item_ids"].combine_chunks()
+
+    # `line` has the table's line of each listed item, then of each one that is the row's target.
     line = np.repeat(np.arange(len(row)), pc.list_value_length(items).to_numpy())
     line = line[items.flatten().to_numpy() == targets[row[line]]]
     rows = np.unique(row)
@@ -524,10 +644,15 @@ def target_ranks(path: Path, targets: np.ndarray) -> Ranks:
 
 
 def row_groups(
-    runs: list[Run], dataset: InteractionDataset, trie: TokenTrie
-) -> dict[str, dict[str, np.ndarray]]:
-    """Return `Study.rows` of a dataset. Raises ValueError if the runs' predictions are of different rows."""
-    groups, leaf = {}, np.asarray(trie.leaf_of_item)
+    runs: Sequence[Run], dataset: InteractionDataset, trie: TokenTrie
+) -> dict[str, RowGroups]:
+    """Return `Study.rows` of a dataset.
+
+    Raises:
+        UsageError: the predictions of two runs are of different rows.
+    """
+    groups: dict[str, RowGroups] = {}
+    leaf = np.asarray(trie.leaf_of_item)
     for name in SPLITS:
         ranked = [run for run in runs if name in run.ranks]
         if not ranked:
@@ -536,8 +661,10 @@ def row_groups(
         for run in ranked:
             if not np.array_equal(run.ranks[name].row, rows):
                 raise UsageError(
-                    f"the predictions of {run.name} and {ranked[0].name} on {name} are of different rows"
+                    f"the predictions of {run.name} and {ranked[0].name} on {name} are of "
+                    "different rows"
                 )
+
         target = leaf[split.targets[rows]]
         frequency = np.bincount(leaf[split.targets], minlength=trie.num_nodes)
         groups[name] = {
@@ -551,66 +678,69 @@ def row_groups(
 
 
 def examples_of(
-    runs: list[Run], folders: dict[str, Path], dataset: InteractionDataset, number: int
-) -> list[dict]:
-    """Return lists side by side for rows of test drawn at random from those whose target the methods do not rank alike.
+    runs: Sequence[Run], folders: Mapping[str, Path], dataset: InteractionDataset, number: int
+) -> list[Json]:
+    """Return lists side by side for rows of test.
 
-    Of each method the run with the smallest seed is shown. Nothing for a dataset with items that have no title.
+    The rows are drawn at random among those whose target the methods rank differently. Of each
+    method the run with the smallest seed is shown. A dataset with items without a title has no
+    examples.
     """
-    shown, title = [], dataset.titles
-    tested = sorted((run for run in runs if "test" in run.ranks), key=lambda run: run.seed)
-    for backbone in (
-        dict.fromkeys(run.backbone for run in runs if not run.is_baseline)
-        if None not in title
-        else ()
-    ):
-        methods = {
-            run.method: run
-            for run in reversed(tested)
-            if run.is_baseline or run.backbone == backbone
-        }
-        methods = {
-            run.method: methods[run.method] for run in runs if run.method in methods
-        }  # in the table's order
+    titles = [title for title in dataset.titles if title is not None]
+    if len(titles) < len(dataset.titles):
+        return []
+    split, shown = dataset.splits["test"], []
+    for backbone in dict.fromkeys(run.backbone for run in runs if not run.is_baseline):
+        methods = first_by_method(runs, backbone)
         if len(methods) < 2:
             continue
         ranks = np.stack([run.ranks["test"].rank for run in methods.values()])
         rows = next(iter(methods.values())).ranks["test"].row[(ranks != ranks[0]).any(0)]
         rows = np.sort(np.random.default_rng(0).permutation(rows)[:number])
         lists = {
-            method: first_titles(folders[run.name], run.alpha, rows, title)
+            method: first_titles(folders[run.name], run.alpha, rows, titles)
             for method, run in methods.items()
         }
         for row in rows.tolist():
-            history = [title[item] for item in dataset.splits["test"].history(row)]
-            entry = {
-                "dataset": runs[0].dataset,
-                "backbone": backbone,
-                "row": row,
-                "history": history,
-            }
-            entry |= {"target": title[dataset.splits["test"].targets[row]]}
             shown.append(
-                entry | {"lists": {method: by_row[row] for method, by_row in lists.items()}}
+                {
+                    "dataset": runs[0].dataset,
+                    "backbone": backbone,
+                    "row": row,
+                    "history": [titles[item] for item in split.history(row)],
+                    "target": titles[split.targets[row]],
+                    "lists": {method: by_row[row] for method, by_row in lists.items()},
+                }
             )
     return shown
 
 
+def first_by_method(runs: Sequence[Run], backbone: str) -> dict[str, Run]:
+    """Return the tested run with the smallest seed of each method, in the table's order.
+
+    These are the methods of a backbone and the baselines.
+    """
+    tested = [run for run in runs if "test" in run.ranks]
+    tested = [run for run in tested if run.is_baseline or run.backbone == backbone]
+    first: dict[str, Run] = {}
+    for run in sorted(tested, key=lambda run: run.seed):
+        first.setdefault(run.method, run)
+    return {run.method: first[run.method] for run in runs if run.method in first}
+
+
 def first_titles(
-    run: Path, alpha: str, rows: np.ndarray, titles: list[str]
+    run: Path, alpha: str | None, rows: np.ndarray, titles: Sequence[str]
 ) -> dict[int, list[str]]:
-    """Return by row the titles on the first places of a run's lists on test."""
-    table = pq.read_table(
-        run / "eval" / "test" / f"predictions-alpha{alpha}.parquet",
-        columns=["row_id", "rank", "item_ids"],
+    """Return by row the titles of the first EXAMPLE_LENGTH items of a run's lists on test."""
+    path = run / "eval" / "test" / f"predictions-alpha{alpha}.parquet"
+    table = pq.read_table(path, columns=["row_id", "rank", "item_ids"])
+    is_shown = pc.and_(
+        pc.is_in(table["row_id"], pa.array(rows, pa.int64())),
+        pc.less_equal(table["rank"], EXAMPLE_LENGTH),
     )
-    table = table.filter(
-        pc.and_(
-            pc.is_in(table["row_id"], pa.array(rows, pa.int64())),
-            pc.less_equal(table["rank"], EXAMPLE_LENGTH),
-        )
-    )
-    found = {row: [] for row in rows.tolist()}
-    for line in table.sort_by([("row_id", "ascending"), ("rank", "ascending")]).to_pylist():
+    table = table.filter(is_shown).sort_by([("row_id", "ascending"), ("rank", "ascending")])
+
+    found: dict[int, list[str]] = {row: [] for row in rows.tolist()}
+    for line in table.to_pylist():
         found[line["row_id"]].append(titles[line["item_ids"][0]])
     return found

@@ -380,7 +380,7 @@ def expected_popularity(run: Run, measures: Sequence[str]) -> Row:
 
 
 def gaps(study: Study, dataset: str, found: Methods) -> list[str]:
-    """Return notes on incomplete means: seeds without a complete test, and methods with one seed."""
+    """Return notes on incomplete means: seeds without a whole test, methods with one seed."""
     notes = []
     for (backbone, method), runs in found.items():
         lost = [
@@ -840,8 +840,10 @@ def beam_and_exact_row(data: str, method: str, runs: Sequence[Run]) -> Row:
     It is at `Run.alpha` or, where the exact search was not run at this α, at the smallest one.
     """
     exact = [run.exact for run in runs if run.exact]
-    alphas = [
-        run.alpha if run.alpha in results["alpha"] else min(results["alpha"], key=float)
+    alphas: list[str] = [
+        run.alpha
+        if run.alpha and run.alpha in results["alpha"]
+        else min(results["alpha"], key=float)
         for run, results in zip(runs, exact, strict=True)
     ]
     entries = [results["alpha"][alpha] for results, alpha in zip(exact, alphas, strict=True)]
