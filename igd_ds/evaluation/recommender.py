@@ -96,7 +96,7 @@ class Recommender:
     """
 
     def __init__(self, source: ModelSource, device: torch.device | str | None = None):
-        source.check()
+        ModelSource.check(source)  # an EvalConfig is a source too, and checked when it was parsed
         self.source, self.description = source, describe(source.model)
         self.device = torch.device(device) if device is not None else distributed.device()
         self.max_length = source.max_length or self.description["max_length"]
