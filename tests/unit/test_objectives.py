@@ -1,23 +1,26 @@
-"""Every weighting against plain loops over the items and prefixes of small catalogues of both kinds, and its flags."""
+"""Every objective against plain loops over the items and prefixes of small catalogues; its flags."""
 
+import dataclasses
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from small_catalogue import batch_of_tokens, context_of
 
-from igd_ds.items import decisiveness, embeddings
-from igd_ds.items.trie import TokenTrie
-from igd_ds.objectives import WEIGHTINGS, check_flags
-from igd_ds.objectives import mixing as mixing_module
+from igd_ds.config.options import parse
+from igd_ds.contracts import Logits
+from igd_ds.errors import UsageError
+from igd_ds.items import embeddings
+from igd_ds.objectives import OBJECTIVES, ObjectiveOptions, options_of, users_of
 from igd_ds.objectives.front_greater import dispersion_reductions
-from igd_ds.objectives.losses import scaled_nll
+from igd_ds.objectives.multi_target import scaled_nll
+from igd_ds.train_config import TrainConfig
 
 EOS = 0
-# items share prefixes, one is cold (5 tokens), two share a path, one is EOS alone
+# Items that share prefixes; one is cold (5 tokens), two have the same path, one is EOS alone.
 TEXT = [[1, 2, 0], [1, 3, 4, 0], [1, 3, 5, 0], [7, 8, 9, 9, 0], [1, 2, 0], [6, 0], [0]]
 SETTINGS = {
     "igd_beta": 0.2,
@@ -25,12 +28,15 @@ SETTINGS = {
     "cft_lambda": 0.7,
     "rank_tau": 0.6,
     "frequency_beta": 0.9,
+    "msl_tau": "4.5",
 }
-OPTIONS = dict.fromkeys((*SETTINGS, "item_embeddings", *WEIGHTINGS["multi-target"].optional))
 
 
 def small_catalogues():
-    """Paths and counts: text items; three codes of four each, some items cold and some with the same codes; random lengths."""
+    """Return paths and counts of three kinds of items.
+
+    Text; three codes of four each, some cold and some with the same codes; random lengths.
+    """
     random = np.random.default_rng(0)
     codes = [
         [1 + int(c) + 4 * level for level, c in enumerate(row)] + [EOS]
@@ -45,26 +51,22 @@ def small_catalogues():
     }
 
 
-def store(paths, counts, entropy="prior"):
-    token_ids = np.concatenate(paths).astype(np.int32)
-    offsets = np.concatenate([[0], np.cumsum([len(p) for p in paths])])
-    trie = TokenTrie.build(token_ids, offsets, counts)
-    gain = decisiveness.information_gain(trie, entropy).astype(np.float32)
-    return SimpleNamespace(
-        catalogue=SimpleNamespace(token_ids=token_ids, offsets=offsets), trie=trie, gain=gain
-    )
+def make(name, total_steps=10, **settings):
+    """Return an objective; flags that are not given have the values of SETTINGS."""
+    given = {"item_embeddings": "none.npy"} | SETTINGS | settings
+    own = {field.name for field in options_of(name)}
+    options = OBJECTIVES[name].Options(**{k: v for k, v in given.items() if k in own})
+    return OBJECTIVES[name](options, total_steps)
 
 
 class Brute:
-    """The definitions of METHOD 1 and 2, item by item and prefix by prefix."""
+    """The definitions of the papers, item by item and prefix by prefix."""
 
     def __init__(self, paths, counts, vectors=None, entropy="prior"):
-        self.paths, self.counts, self.vectors, self.kind = (
-            paths,
-            [int(c) for c in counts],
-            vectors,
-            entropy,
-        )
+        self.paths = paths
+        self.counts = [int(c) for c in counts]
+        self.vectors = vectors
+        self.kind = entropy
 
     def under(self, prefix):
         return [i for i, path in enumerate(self.paths) if path[: len(prefix)] == list(prefix)]
@@ -119,7 +121,7 @@ class Brute:
         return [[w * len(ws) / sum(ws) for w in ws] + [1.0] for ws in raw]
 
     def dispersion(self, k):
-        """μ_k: items that share their first k tokens are a group, and one that has ended is alone."""
+        """Return μ_k: items that share their first k tokens are a group; ended items are alone."""
         total = 0.0
         for i, path in enumerate(self.paths):
             group = self.vectors[self.under(path[:k])] if k < len(path) else self.vectors[[i]]
@@ -140,59 +142,70 @@ class Brute:
             weights[-1].append(1.0)
         return weights
 
+    def msl(self):
+        """Return 0 where only one token is legal, else the weight of igd."""
+        weights = []
+        for path, of_igd in zip(self.paths, self.igd(), strict=True):
+            legal = [{self.paths[i][t] for i in self.under(path[:t])} for t in range(len(path))]
+            pairs = zip(legal, of_igd, strict=True)
+            weights.append([w if len(tokens) > 1 else 0.0 for tokens, w in pairs])
+        return weights
 
-TARGETS = {"uniform": ["uniform"], "igd": ["igd"], "igd-linear": ["igd_linear"], "position": ["position"], "cft": ["position"],
-           "rank": ["uniform"], "front-greater": ["front_greater"], "frequency": ["frequency"],
-           "multi-target": ["front_greater", "frequency", "uniform"]}  # fmt: skip
+
+TARGETS = {
+    "uniform": ["uniform"],
+    "igd": ["igd"],
+    "igd-linear": ["igd_linear"],
+    "position": ["position"],
+    "cft": ["position"],
+    "rank": ["uniform"],
+    "front-greater": ["front_greater"],
+    "frequency": ["frequency"],
+    "multi-target": ["front_greater", "frequency", "uniform"],
+    "msl": ["msl"],
+}
 
 
 def vectors_of(num_items):
     return np.random.default_rng(1).standard_normal((num_items, 5)).astype(np.float32) + 3
 
 
-def save_vectors(folder, vectors):
+def save_vectors(folder, vectors) -> str:
     np.save(folder / "vectors.npy", vectors)
-    return SimpleNamespace(**SETTINGS, item_embeddings=str(folder / "vectors.npy"))
+    return str(folder / "vectors.npy")
 
 
 @pytest.mark.parametrize("catalogue", small_catalogues())
-@pytest.mark.parametrize("name", WEIGHTINGS)
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_token_weights_match_plain_loops(name, catalogue, tmp_path):
     paths, counts = small_catalogues()[catalogue]
     vectors = vectors_of(len(paths))
-    config, brute = (
-        save_vectors(tmp_path, vectors),
-        Brute(paths, counts, vectors.astype(np.float64)),
-    )
-    assert len(TARGETS[name]) == len(WEIGHTINGS[name].targets)
-    for target, expected in zip(WEIGHTINGS[name].targets, TARGETS[name], strict=True):
-        found = target(store(paths, counts), config)
-        assert found.dtype == np.float32
-        np.testing.assert_allclose(
-            found, np.concatenate(getattr(brute, expected)()), rtol=2e-6, atol=1e-7
-        )
+    brute = Brute(paths, counts, vectors.astype(np.float64))
+    objective = make(name, item_embeddings=save_vectors(tmp_path, vectors))
+    assert len(TARGETS[name]) == len(objective.targets)
+
+    found = objective.weights(context_of(paths, counts))
+    assert found.dtype == np.float32 and found.shape[1] == len(TARGETS[name])
+    expected = [np.concatenate(getattr(brute, target)()) for target in TARGETS[name]]
+    np.testing.assert_allclose(found, np.stack(expected, 1), rtol=2e-6, atol=1e-7)
 
 
 def test_igd_linear_floors_a_negative_gain():
     """The `conditional` entropy can rise along a path; the weight stays at least 0."""
-    config = SimpleNamespace(**SETTINGS)
     for paths, counts in small_catalogues().values():
-        found = WEIGHTINGS["igd-linear"].targets[0](store(paths, counts, "conditional"), config)
+        found = make("igd-linear").weights(context_of(paths, counts, "conditional"))[:, 0]
         expected = Brute(paths, counts, entropy="conditional").igd_linear()
         np.testing.assert_allclose(found, np.concatenate(expected), rtol=1e-6, atol=1e-7)
 
 
 def test_beta_one_is_uniform():
-    config = SimpleNamespace(igd_beta=1.0)
-    assert (WEIGHTINGS["igd"].targets[0](store(*small_catalogues()["text"]), config) == 1).all()
+    assert (make("igd", igd_beta=1.0).weights(context_of(*small_catalogues()["text"])) == 1).all()
 
 
 def test_a_catalogue_without_any_gain():
-    """One trained item: every token is forced, IG_max is 0, and the linear weight is β everywhere."""
-    found = WEIGHTINGS["igd-linear"].targets[0](
-        store([[1, 2, 0]], np.array([5])), SimpleNamespace(igd_beta=0.2)
-    )
-    assert found.tolist() == pytest.approx([0.2] * 3)
+    """With one trained item every token is forced and IG_max is 0: the linear weight is β."""
+    found = make("igd-linear").weights(context_of([[1, 2, 0]], np.array([5])))
+    assert found[:, 0].tolist() == pytest.approx([0.2] * 3)
 
 
 # ---- front-greater and frequency ----
@@ -200,10 +213,8 @@ def test_a_catalogue_without_any_gain():
 
 def test_reductions_do_not_depend_on_the_chunking(monkeypatch):
     paths, counts = small_catalogues()["ragged"]
-    trie, vectors = (
-        store(paths, counts).trie,
-        vectors_of(len(paths)).astype(np.float16),
-    )  # half precision comes as it is
+    trie = context_of(paths, counts).stored.trie
+    vectors = vectors_of(len(paths)).astype(np.float16)  # half precision is taken as it is
     whole = dispersion_reductions(trie, vectors)
     monkeypatch.setattr("igd_ds.objectives.front_greater.CHUNK_BYTES", 2 * 8 * len(paths))
     np.testing.assert_allclose(dispersion_reductions(trie, vectors), whole, rtol=1e-12)
@@ -213,35 +224,36 @@ def test_reductions_do_not_depend_on_the_chunking(monkeypatch):
 
 
 def test_a_level_that_splits_nothing_gets_nothing(tmp_path):
-    """Forced levels give exactly 0; an item with forced tokens alone keeps weight 1, not rounding noise scaled up."""
+    """Forced levels give exactly 0; an item of forced tokens keeps weight 1, no scaled noise."""
     paths = [[1, 2, 3, 0], [1, 2, 4, 0], [1, 2, 0]]
-    data, vectors = store(paths, np.array([1, 1, 0])), vectors_of(3) * 1e3 + 1 / 3
-    assert dispersion_reductions(data.trie, vectors)[:2].tolist() == [0, 0]
-    found = WEIGHTINGS["front-greater"].targets[0](data, save_vectors(tmp_path, vectors))
-    assert found.tolist() == [0, 0, 3, 1, 0, 0, 3, 1, 1, 1, 1]
+    context, vectors = context_of(paths, np.array([1, 1, 0])), vectors_of(3) * 1e3 + 1 / 3
+    assert dispersion_reductions(context.stored.trie, vectors)[:2].tolist() == [0, 0]
+    objective = make("front-greater", item_embeddings=save_vectors(tmp_path, vectors))
+    assert objective.weights(context)[:, 0].tolist() == [0, 0, 3, 1, 0, 0, 3, 1, 1, 1, 1]
 
 
 def test_embeddings_of_a_folder_must_be_the_datasets(tmp_path):
-    """A folder of igd_ds/commands/embed.py knows its items; another order, or other items, is an error."""
+    """A folder of `igd embed` knows its items; another order, or other items, is an error."""
     paths, counts = small_catalogues()["codes"]
     items = pa.table(
         {"item_id": range(40), "source_id": [f"B{i}" for i in range(40)], "title": [None] * 40}
     )
     pq.write_table(items, tmp_path / "items.parquet")
     np.save(tmp_path / "embeddings.npy", vectors_of(40))
-    config = SimpleNamespace(item_embeddings=str(tmp_path), dataset=str(tmp_path))
-    target, data = WEIGHTINGS["front-greater"].targets[0], store(paths, counts)
-    with pytest.raises(ValueError, match="no folder of embeddings"):
-        target(data, config)
+    context = context_of(paths, counts, dataset=tmp_path)
+    objective = make("front-greater", item_embeddings=str(tmp_path))
+    with pytest.raises(UsageError, match="no folder of embeddings"):
+        objective.weights(context)
+
     (tmp_path / "embeddings.json").write_text(
         f'{{"items": "{embeddings.items_fingerprint(items)}"}}'
     )
-    np.testing.assert_array_equal(
-        target(data, config), target(data, save_vectors(tmp_path, vectors_of(40)))
-    )
+    of_file = make("front-greater", item_embeddings=save_vectors(tmp_path, vectors_of(40)))
+    np.testing.assert_array_equal(objective.weights(context), of_file.weights(context))
+
     pq.write_table(items.take(list(reversed(range(40)))), tmp_path / "items.parquet")
-    with pytest.raises(ValueError, match="in another order"):
-        target(data, config)
+    with pytest.raises(UsageError, match="in another order"):
+        objective.weights(context)
 
 
 @pytest.mark.parametrize(
@@ -255,30 +267,31 @@ def test_embeddings_of_a_folder_must_be_the_datasets(tmp_path):
     ],
 )
 def test_bad_embeddings(tmp_path, spoil, message):
-    config = save_vectors(tmp_path, spoil(vectors_of(7)))
-    with pytest.raises(ValueError, match=message):
-        WEIGHTINGS["front-greater"].targets[0](store(*small_catalogues()["text"]), config)
+    objective = make("front-greater", item_embeddings=save_vectors(tmp_path, spoil(vectors_of(7))))
+    with pytest.raises(UsageError, match=message):
+        objective.weights(context_of(*small_catalogues()["text"]))
 
 
 def frequency_ratio(b, counts):
-    """Weight of the first token over the second's, which occur as often as `counts` says."""
+    """Return the first token's weight over the second's, which occur as often as `counts` says."""
     paths = [[1, 2, 0], [1, 3, 0], [4, 2, 0]]
-    config = SimpleNamespace(frequency_beta=b)
-    w = WEIGHTINGS["frequency"].targets[0](
-        store(paths, np.array([0, counts[0], counts[1]])), config
-    )
-    return float(w[0]) / float(w[1])
+    context = context_of(paths, np.array([0, counts[0], counts[1]]))
+    w = make("frequency", frequency_beta=b).weights(context)
+    return float(w[0, 0]) / float(w[1, 0])
 
 
 def test_frequency_at_the_ends_of_its_range():
     assert frequency_ratio(0.0, (7, 3)) == 1
-    assert frequency_ratio(1 - 1e-12, (7, 21)) == pytest.approx(
-        3, rel=1e-6
-    )  # β → 1: one over the count
-    assert frequency_ratio(0.99, (500, 10**9)) == pytest.approx(1, abs=0.01)  # E_n has saturated
+    # b → 1: one over the count.
+    assert frequency_ratio(1 - 1e-12, (7, 21)) == pytest.approx(3, rel=1e-6)
+    # E_n has saturated.
+    assert frequency_ratio(0.99, (500, 10**9)) == pytest.approx(1, abs=0.01)
 
 
 # ---- losses of one token ----
+
+# All five tokens of the vocabulary may come first, so that msl's softmax runs over all of it.
+FIRST_TOKENS = [[0], [1, 0], [2, 0], [3, 0], [4, 0]]
 
 
 def logits_and_targets(rows=6, vocabulary=5, seed=0):
@@ -287,8 +300,18 @@ def logits_and_targets(rows=6, vocabulary=5, seed=0):
     return f, f0, torch.randint(vocabulary, (rows,), generator=generator)
 
 
+def terms_of(name, f, f0, targets, **settings):
+    """Return the LossTerms of tokens that stand at the root of FIRST_TOKENS' trie."""
+    objective = make(name, **settings)
+    context = context_of(FIRST_TOKENS, np.ones(5, np.int64))
+    batch = batch_of_tokens(targets, node=1 + targets)
+    if len(objective.targets) > 1:
+        batch = dataclasses.replace(batch, weights=torch.ones(len(targets), 3))
+    return objective.loss(batch, Logits(f, f0 if objective.needs_null else None), context)
+
+
 def nll(f, y):
-    """−log softmax(f)[y] of one row, in Python."""
+    """Return −log softmax(f)[y] of one row, in Python."""
     return math.log(sum(math.exp(v) for v in f)) - f[y]
 
 
@@ -296,28 +319,55 @@ def row_losses(name, f, f0, y):
     return {
         "rank": nll([v / 0.6 for v in f], y),
         "cft": nll(f, y) + 0.7 * nll([a - b for a, b in zip(f, f0, strict=True)], y),
+        "msl": 4.5 * nll([v / 4.5 for v in f], y),
     }.get(name, nll(f, y))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", WEIGHTINGS)
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_token_losses_match_plain_loops(name, dtype):
     f, f0, targets = logits_and_targets()
     f, f0 = f.to(dtype), f0.to(dtype)
-    found = WEIGHTINGS[name].token_loss(
-        f, targets, f0 if WEIGHTINGS[name].needs_null else None, SimpleNamespace(**SETTINGS)
-    )
-    assert found.dtype == torch.float32  # from logits of any type
+    terms = terms_of(name, f, f0, targets)
+    assert terms.numerators.dtype == terms.nll.dtype == torch.float32  # from logits of any type
+
+    rows = list(zip(f.tolist(), f0.tolist(), targets.tolist(), strict=True))
+    expected = [row_losses(name, *row) for row in rows]
+    if name == "multi-target":  # its weights are 1 for each of the three targets
+        expected = [sum(expected)] * 3
+    np.testing.assert_allclose(terms.numerators, expected, rtol=1e-5)
+
+    # What is logged is the NLL without weights, λ and τ; that of msl is of its own softmax.
+    scale = 4.5 if name == "msl" else 1.0
+    expected = [nll([v / scale for v in row], y) for row, _, y in rows]
+    np.testing.assert_allclose(terms.nll, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_weights_multiply_losses_and_sum_to_the_normaliser(name):
+    """N = Σ w·loss and Ω = Σ w per target, and the step knows Ω before the forward pass."""
+    f, f0, targets = logits_and_targets()
+    objective = make(name)
+    context = context_of(FIRST_TOKENS, np.ones(5, np.int64))
+    weights = np.random.default_rng(2).random((6, len(objective.targets))).astype(np.float32)
+    batch = batch_of_tokens(targets, weights, 1 + targets)
+    logits = Logits(f.float(), f0.float() if objective.needs_null else None)
+
+    terms = objective.loss(batch, logits, context)
     rows = zip(f.tolist(), f0.tolist(), targets.tolist(), strict=True)
-    np.testing.assert_allclose(found, [row_losses(name, *row) for row in rows], rtol=1e-5)
+    losses = np.array([row_losses(name, *row) for row in rows])
+    np.testing.assert_allclose(terms.numerators, losses @ weights, rtol=1e-5)
+    np.testing.assert_allclose(terms.normalisers, weights.sum(0), rtol=1e-6)
+    omega = objective.normalisers(batch)
+    assert omega.dtype == torch.float64
+    np.testing.assert_allclose(omega, weights.sum(0, dtype=np.float64), rtol=1e-12)
 
 
 def test_cft_sends_its_gradient_through_both_passes():
-    """∂/∂f₀ = −λ (softmax(f − f₀) − onehot), and ∂/∂f is that of the plain loss plus its opposite."""
-    f, f0, targets = (
-        x.float().requires_grad_() if x.is_floating_point() else x for x in logits_and_targets()
-    )
-    WEIGHTINGS["cft"].token_loss(f, targets, f0, SimpleNamespace(**SETTINGS)).sum().backward()
+    """∂/∂f₀ = −λ (softmax(f − f₀) − onehot); ∂/∂f is that of the plain loss plus its opposite."""
+    f, f0, targets = logits_and_targets()
+    f, f0 = f.float().requires_grad_(), f0.float().requires_grad_()
+    terms_of("cft", f, f0, targets).numerators.sum().backward()
     onehot = torch.nn.functional.one_hot(targets, f.shape[1])
     with torch.no_grad():
         through_null = -0.7 * ((f - f0).softmax(-1) - onehot)
@@ -331,6 +381,7 @@ def test_scaled_nll_and_its_slope():
     f = f.float().requires_grad_()
     alpha = torch.tensor([0.7, 0.3, 0.0])
     losses, slopes = scaled_nll(f, targets, alpha)
+
     rows = list(zip(f.tolist(), targets.tolist(), strict=True))
     expected = [[nll([a * v for v in row], y) for a in alpha.tolist()] for row, y in rows]
     np.testing.assert_allclose(losses.detach(), expected, rtol=1e-5)
@@ -343,50 +394,65 @@ def test_scaled_nll_and_its_slope():
         torch.testing.assert_close(slopes[:, j], leaf.grad, rtol=1e-4, atol=1e-5)
 
 
-def test_an_empty_micro_batch_keeps_its_graph():
+@pytest.mark.parametrize("form", [*OBJECTIVES, "multi-target logits", "msl adaptive"])
+def test_an_empty_micro_batch_keeps_its_graph(form):
     """A batch of masked rows has no labelled token; `backward` must still work."""
+    name, _, rest = form.partition(" ")
+    settings = {"logits": {"mixing_form": "logits"}, "adaptive": {"msl_tau": "adaptive"}}
+    objective = make(name, **settings.get(rest, {}))
+    objective.coefficients(0)
     f = torch.zeros(0, 5, requires_grad=True)
-    no_targets = torch.zeros(0, dtype=torch.int64)
-    for weighting in WEIGHTINGS.values():
-        weighting.token_loss(f, no_targets, f, SimpleNamespace(**SETTINGS)).sum().backward()
-    scaled_nll(f, no_targets, torch.ones(3))[0].sum().backward()
+    nothing = torch.zeros(0, dtype=torch.int64)
+    batch = batch_of_tokens(nothing, torch.zeros(0, len(objective.targets)), nothing)
+
+    context = context_of(FIRST_TOKENS, np.ones(5, np.int64))
+    terms = objective.loss(batch, Logits(f, f if objective.needs_null else None), context)
+    terms.numerators.sum().backward()
+    assert terms.numerators.tolist() == terms.normalisers.tolist() == [0] * len(objective.targets)
+    assert all(torch.isfinite(value).all() for value in terms.statistics.values())
 
 
 # ---- flags ----
 
+REQUIRED = ["--ds_config", "c", "--dataset", "d", "--output_dir", "o", "--model_name_or_path", "m"]
 
-def config_of(weighting, tmp_path, **options):
-    """The flags that `weighting` needs, and `options`."""
+
+def config_of(objective, tmp_path, **options):
+    """Return a configuration with the flags that `objective` needs, and `options`; None drops."""
     (tmp_path / "vectors.npy").touch()
-    needed = {
-        name: (SETTINGS | {"item_embeddings": str(tmp_path / "vectors.npy")})[name]
-        for name in WEIGHTINGS[weighting].flags
-    }
-    return SimpleNamespace(
-        **{"weighting": weighting, "normalization": "global"} | OPTIONS | needed | options
-    )
+    values = SETTINGS | {"item_embeddings": tmp_path / "vectors.npy"}
+    required = [f.name for f in options_of(objective) if f.default is dataclasses.MISSING]
+    flags = {"objective": objective} | {name: values[name] for name in required} | options
+    words = [[f"--{k}", str(v)] for k, v in flags.items() if v is not None]
+    return parse(TrainConfig, [*REQUIRED, *sum(words, [])])
 
 
-@pytest.mark.parametrize("name", WEIGHTINGS)
-def test_flags_of_each_weighting(name, tmp_path):
-    check_flags(config_of(name, tmp_path))
-    for flag in WEIGHTINGS[name].flags:
-        with pytest.raises(ValueError, match=f"--weighting {name} needs --{flag}"):
-            check_flags(config_of(name, tmp_path, **{flag: None}))
-    for flag in OPTIONS.keys() - {*WEIGHTINGS[name].flags, *WEIGHTINGS[name].optional}:
-        with pytest.raises(
-            ValueError,
-            match=f"--{flag} 0.5 has no effect with --weighting {name}: drop it, or use ",
-        ):
-            check_flags(config_of(name, tmp_path, **{flag: 0.5}))
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_flags_of_each_objective(name, tmp_path):
+    options = config_of(name, tmp_path).objective_options()
+    assert type(options) is OBJECTIVES[name].Options
+    for field in options_of(name):
+        if field.default is dataclasses.MISSING:
+            with pytest.raises(UsageError, match=f"--objective {name} needs --{field.name}"):
+                config_of(name, tmp_path, **{field.name: None})
+
+    own = {field.name for field in options_of(name)}
+    for field in dataclasses.fields(ObjectiveOptions):
+        if field.name not in own:
+            value = (*field.metadata["choices"], 0.5)[0]
+            users = ", ".join(users_of(field.name))
+            message = f"--{field.name} {value} has no effect with --objective {name}: drop it, or use {users}"
+            with pytest.raises(UsageError, match=message):
+                config_of(name, tmp_path, **{field.name: value})
 
 
 @pytest.mark.parametrize(
-    ("weighting", "options", "message"),
+    ("objective", "options", "message"),
     [
         ("igd", {"igd_beta": 1.2}, r"--igd_beta must lie in \[0, 1\], found 1.2"),
         ("position", {"position_floor": -0.1}, "--position_floor must lie in"),
         ("cft", {"cft_lambda": -0.1}, "--cft_lambda must not be negative, and finite, found -0.1"),
+        ("cft", {"position_floor": 1.1}, "--position_floor must lie in"),
         ("rank", {"rank_tau": 0.0}, "--rank_tau must be positive and finite"),
         ("frequency", {"frequency_beta": 1.0}, r"--frequency_beta must lie in \[0, 1\), found 1.0"),
         ("frequency", {"frequency_beta": math.nan}, "--frequency_beta must lie"),
@@ -414,14 +480,24 @@ def test_flags_of_each_weighting(name, tmp_path):
             {"mixing": "fg-ce-fr", "mixing_regularizer": "kendall"},
             "--mixing_regularizer kendall has no effect",
         ),
+        (
+            "msl",
+            {"msl_tau": "adaptiv"},
+            "--msl_tau must be a positive, finite number or 'adaptive'",
+        ),
+        ("msl", {"msl_tau": 0}, "--msl_tau must be .*, found 0"),
+        ("msl", {"msl_tau": "inf"}, "--msl_tau must be .*, found inf"),
+        ("msl", {"igd_beta": -0.1}, r"--igd_beta must lie in \[0, 1\], found -0.1"),
     ],
 )
-def test_flags_that_no_run_can_use(weighting, options, message, tmp_path):
-    with pytest.raises(ValueError, match=message):
-        check_flags(config_of(weighting, tmp_path, **options))
+def test_flags_that_no_run_can_use(objective, options, message, tmp_path):
+    with pytest.raises(UsageError, match=message):
+        config_of(objective, tmp_path, **options)
 
 
-def test_the_mixture_names_the_targets_of_multi_target():
-    assert len(mixing_module.TARGETS) == len(WEIGHTINGS["multi-target"].targets)
-    mixture = WEIGHTINGS["multi-target"].mixing(SimpleNamespace(**OPTIONS), 10)
-    assert mixture.names == ("fg", "fr", "or") and len(mixture.coefficients(0)) == 3
+def test_the_help_of_a_shared_flag_names_all_objectives_that_use_it():
+    shared = {field.name: field for field in dataclasses.fields(ObjectiveOptions)}
+    assert users_of("igd_beta") == ["igd", "igd-linear", "msl"]
+    assert shared["igd_beta"].metadata["help"].endswith("(igd, igd-linear, msl)")
+    assert shared["frequency_beta"].metadata["help"].endswith("(frequency, multi-target)")
+    assert all(field.default is None for field in shared.values())
