@@ -1,8 +1,10 @@
-"""Beam and exact search against the published implementation's outputs: 20 prompts × α 0, 0.2, 0.4 × length penalty 0, 1.
+"""Beam and exact search against the published implementation's outputs.
 
-The reference ran one prompt at a time and stops, at penalty 1, by Hugging Face's heuristic: no live beam beats the K-th finished
-item AT ITS PRESENT LENGTH. Ours stops when none can beat it at the length of the longest item below, which is provable. On these
-outputs the longer search changes no list, so one comparison serves for both.
+20 prompts × α 0, 0.2, 0.4 × length penalty 0, 1. At penalty 1 the reference stops by Hugging Face's
+heuristic: no hypothesis beats the K-th finished item AT ITS PRESENT LENGTH. Ours stops when none
+    can
+beat it at the length of the longest item below, which is provable. On these outputs the longer
+search changes no list, so one comparison serves for both.
 """
 
 import json
@@ -12,17 +14,28 @@ import pytest
 import torch
 import transformers
 
-from igd_ds.backbones.prompt_tree import PromptTree
+from igd_ds.backbones import backbone_of
+from igd_ds.config.search import Limits, ScoringOptions
 from igd_ds.items.decisiveness import information_gain
 from igd_ds.items.search_trie import SearchTrie
 from igd_ds.items.trie import TokenTrie
-from igd_ds.search.engine import Limits, search
-from igd_ds.search.scoring import Scoring, ScoringOptions
+from igd_ds.search.engine import search
+from igd_ds.search.scoring import Scoring
+
+pytestmark = pytest.mark.isa
 
 EOS = 0
-TOLERANCE = {0.0: 2e-5, 1.0: 1e-6}  # of scores, by length penalty (README of the golden outputs)
 ALPHAS = (0.0, 0.2, 0.4)
-SWAP = 2e-5  # items whose reference scores are this close may change places
+
+# Relative to the score, as the README of the golden outputs says. Both sides are fp32, and another
+# CPU sums in another order (8,192 exponentials per softmax, 64 products per logit). Measured: 7e-7
+# with AVX-512, as the reference was made; 4.2e-6 with ATEN_CPU_CAPABILITY=avx2 and default. Prompts
+# in one batch are no further off than single ones.
+RELATIVE = 5e-6
+
+# The rule `per-node` has not the published code's 1e-7 in the denominator, which scores of siblings
+# with nearly equal gains show: 2.1e-5 of the score at α = 0.4, and no list changes.
+RELATIVE_PER_NODE = 3e-5
 
 
 class Golden:
@@ -34,6 +47,7 @@ class Golden:
         self.model = transformers.AutoModelForCausalLM.from_pretrained(
             folder / "model", dtype=torch.float32
         ).eval()
+
         tokenizer = transformers.PreTrainedTokenizerFast(
             tokenizer_file=str(folder / "tokenizer.json")
         )
@@ -41,23 +55,37 @@ class Golden:
         paths = [
             [*tokenizer.encode(f"{title}\n", add_special_tokens=False), EOS] for title in frequency
         ]
-        self.token_ids = np.concatenate(paths).astype(np.int32)
-        self.offsets = np.concatenate([[0], np.cumsum([len(path) for path in paths])])
-        self.trie = TokenTrie.build(
-            self.token_ids, self.offsets, np.array(list(frequency.values()))
-        )
-        self.leaf_of_path = {
-            tuple(path): int(leaf) for path, leaf in zip(paths, self.trie.leaf_of_item, strict=True)
-        }
-        self.leaf_of_title = dict(zip(frequency, map(int, self.trie.leaf_of_item), strict=True))
+        token_ids = np.concatenate(paths).astype(np.int32)
+        offsets = np.concatenate([[0], np.cumsum([len(path) for path in paths])])
+        self.trie = TokenTrie.build(token_ids, offsets, np.array(list(frequency.values())))
+
+        leaves = self.trie.leaf_of_item.tolist()
+        self.leaf_of_path = {tuple(path): leaf for path, leaf in zip(paths, leaves, strict=True)}
+        self.leaf_of_title = dict(zip(frequency, leaves, strict=True))
         self.search_trie = SearchTrie.build(self.trie)
         self.gain = information_gain(self.trie, "prior")
 
-    def search(self, prompts, alphas, penalty, rule="reference", num_beams=10, **options):
-        tree = PromptTree(self.model)
+    def search(self, prompts, penalty, rule="reference", **options):
+        """Search with 10 beams at all ALPHAS."""
+        tree = backbone_of(self.model.config).prompt_tree(self.model)
         tree.prefill([np.array(prompt) for prompt in prompts])
-        scoring = Scoring.build(self.trie, self.gain, ScoringOptions(rule, alphas, penalty))
-        return search(tree, self.search_trie, scoring, num_beams, **options)
+        scoring = ScoringOptions(decoding_rule=rule, alpha=ALPHAS, length_penalty=penalty)
+        built = Scoring.build(self.trie, self.gain, scoring)
+        return search(tree, self.search_trie, built, 10, **options)
+
+    def output(self, prompt, alpha, penalty):
+        """The reference's entry for one prompt: `sequences`, `scores` and `exhaustive_top10`."""
+        key = (prompt, alpha, penalty)
+        return next(
+            entry
+            for entry in self.outputs["results"]
+            if (entry["prompt"], entry["alpha"], entry["length_penalty"]) == key
+        )
+
+    def ranking(self, prompt, alpha, penalty):
+        """The reference's beams for one prompt: leaves and scores, best first."""
+        output = self.output(prompt, alpha, penalty)
+        return [self.leaf_of_path[tuple(path)] for path in output["sequences"]], output["scores"]
 
 
 @pytest.fixture(scope="module")
@@ -65,77 +93,63 @@ def golden(shared) -> Golden:
     return Golden(shared / "golden" / "books")
 
 
-def assert_same_ranking(leaves, scores, expected_leaves, expected_scores, tolerance):
-    """Same scores by rank and the same items, up to swaps of neighbours (over the list's end too) closer than SWAP."""
-    assert scores == pytest.approx(expected_scores, abs=tolerance)
+def assert_same_ranking(leaves, scores, expected_leaves, expected_scores, relative=RELATIVE):
+    """Same scores by rank and the same items.
+
+    Items whose scores are equal to rounding may change places, also with an item behind the end of
+    the list: neighbours can lie 1e-5 apart.
+    """
+    assert scores == pytest.approx(expected_scores, rel=relative)
     assert len(set(leaves)) == len(leaves)
-    expected = dict(zip(expected_leaves, expected_scores, strict=True))
-    for leaf, score in zip(leaves, scores, strict=True):
-        assert abs(expected.get(leaf, min(expected_scores)) - score) <= max(SWAP, tolerance)
-
-
-def outputs_of(golden, prompt, alpha, penalty):
-    """The reference's entry for one prompt: `sequences`, `scores` and `exhaustive_top10`."""
-    key = (prompt, alpha, penalty)
-    return next(
-        r
-        for r in golden.outputs["results"]
-        if (r["prompt"], r["alpha"], r["length_penalty"]) == key
-    )
+    score_of = dict(zip(expected_leaves, expected_scores, strict=True))
+    by_leaf = [score_of.get(leaf, expected_scores[-1]) for leaf in leaves]
+    assert scores == pytest.approx(by_leaf, rel=relative)
 
 
 @pytest.mark.parametrize("penalty", [0.0, 1.0])
 def test_equals_the_reference_beams(golden, penalty):
     for prompt, tokens in enumerate(golden.prompts):
-        found = golden.search([tokens], ALPHAS, penalty)
+        found = golden.search([tokens], penalty)
         for index, alpha in enumerate(ALPHAS):
-            output = outputs_of(golden, prompt, alpha, penalty)
-            leaves = [golden.leaf_of_path[tuple(path)] for path in output["sequences"]]
             ranking = found.leaves[index, 0].tolist(), found.scores[index, 0].tolist()
-            assert_same_ranking(*ranking, leaves, output["scores"], TOLERANCE[penalty])
+            assert_same_ranking(*ranking, *golden.ranking(prompt, alpha, penalty))
 
 
 @pytest.mark.parametrize("rule", ["reference", "per-node"])
 def test_all_prompts_in_one_batch_and_the_default_rule(golden, rule):
-    # Rounding of a larger batch: a few units in the last place of scores down to -156. Without the published code's 1e-7 in
-    # the denominator (per-node), scores are up to 2.7e-4 apart (measured at α = 0.4) and the lists are the same.
-    found = golden.search(golden.prompts, ALPHAS, 0.0, rule)
+    found = golden.search(golden.prompts, 0.0, rule)
     for index, alpha in enumerate(ALPHAS):
-        tolerance = 4e-5 if rule == "reference" or alpha == 0 else 4e-4
+        relative = RELATIVE if rule == "reference" or alpha == 0 else RELATIVE_PER_NODE
         for prompt in range(len(golden.prompts)):
-            output = outputs_of(golden, prompt, alpha, 0.0)
-            assert found.leaves[index, prompt].tolist() == [
-                golden.leaf_of_path[tuple(path)] for path in output["sequences"]
-            ]
-            assert found.scores[index, prompt].tolist() == pytest.approx(
-                output["scores"], abs=tolerance
-            )
+            ranking = found.leaves[index, prompt].tolist(), found.scores[index, prompt].tolist()
+            assert_same_ranking(*ranking, *golden.ranking(prompt, alpha, 0.0), relative)
 
 
 @pytest.mark.parametrize(("penalty", "row_positions"), [(0.0, 4096), (1.0, 512)])
 def test_the_exact_search_certifies_what_scoring_every_item_found(golden, penalty, row_positions):
-    # This model is hardly trained, so a proof can take thousands of positions (at penalty 1 nearly all of the catalogue, whose
-    # longest titles keep every bound loose): the budget cuts some searches short, and what they certify must still be true.
-    limits = Limits(row_positions=row_positions)
+    # This model is hardly trained, so a proof can take thousands of positions. At penalty 1 it
+    # takes nearly the whole catalogue, whose longest titles keep every bound loose. The budget cuts
+    # some searches short, and what they certify must still be true.
     prompts = [0, 1, 2, 4, 5]
     found = golden.search(
         [golden.prompts[prompt] for prompt in prompts],
-        ALPHAS,
         penalty,
         method="exact",
-        limits=limits,
+        limits=Limits(row_positions=row_positions),
     )
     assert penalty == 1 or (found.certified == 10).sum() >= 8
+
     for index, alpha in enumerate(ALPHAS):
         for row, prompt in enumerate(prompts):
-            best = outputs_of(golden, prompt, alpha, penalty)["exhaustive_top10"]
+            best = golden.output(prompt, alpha, penalty)["exhaustive_top10"]
             truth = {golden.leaf_of_title[entry["title"]]: entry["score"] for entry in best}
             leaves, scores = found.leaves[index, row].tolist(), found.scores[index, row].tolist()
-            certified = int(found.certified[index, row])
-            expected = list(truth)[:certified], list(truth.values())[:certified]
-            tolerance = 2 * TOLERANCE[penalty]  # 5 prompts in one batch: longer sums
-            assert_same_ranking(leaves[:certified], scores[:certified], *expected, tolerance)
-            missed = [score for leaf, score in truth.items() if leaf not in leaves]
-            assert (
-                max(missed, default=-np.inf) <= float(found.missing_bound[index, row]) + tolerance
-            )
+            if certified := int(found.certified[index, row]):
+                expected = list(truth)[:certified], list(truth.values())[:certified]
+                assert_same_ranking(leaves[:certified], scores[:certified], *expected)
+
+            # No missing item scores above the bound, unless it ties with the last listed item.
+            bound = float(found.missing_bound[index, row])
+            missing = [score for leaf, score in truth.items() if leaf not in leaves]
+            if missing and max(missing) != pytest.approx(scores[-1], rel=RELATIVE):
+                assert max(missing) <= bound + RELATIVE * abs(bound)

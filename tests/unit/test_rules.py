@@ -1,4 +1,4 @@
-"""Decoding weights against Eq. 8 and 9, written as loops over siblings; other parts of a Scoring."""
+"""Decoding weights against Eq. 8 and 9, written as loops over siblings; more about a Scoring."""
 
 import numpy as np
 import pytest
