@@ -1,9 +1,12 @@
-"""What tools/bench/tiger.py compares with: `transformers.Trainer` with a loss that looks its weights up in Python, and a gain
-that scans all items for every prefix. Written plainly after the published codes, and so that it costs less than they do.
+"""What tools/bench/tiger.py compares with: a Trainer with weights from a dict, and a scanned gain.
 
-* `PublishedTrainer`: weights row by row and token by token from a dict. Rows are tokenized beforehand (the originals tokenize
-  strings in the collator), and HF's own loss, which it computes whenever `labels` are passed, is left out.
-* `scanned_gain`: each prefix is scanned for once (the originals scan for its parent anew at each child).
+Both are written plainly after the published codes, so that they cost less than those do.
+
+* `PublishedTrainer` looks weights up row by row and token by token in a dict. Rows are tokenized
+  beforehand (the originals tokenize strings in the collator). The loss that Hugging Face computes
+  whenever `labels` are passed is left out.
+* `scanned_gain` scans all items once for each prefix (the originals scan for the parent again at
+  each child).
 """
 
 import math
@@ -12,11 +15,15 @@ import torch
 import torch.nn.functional as F
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from igd_ds.loss import IGNORED
+from igd_ds.config.training import LoopOptions
+from igd_ds.contracts import IGNORED
 
 
 def weight_table(paths: list[tuple], counts: list[int], beta: float) -> dict[tuple, float]:
-    """The weight of every prefix' last token: `beta` where its gain is 0, else 1 (IGD Eq. 7). One pass, prior entropy."""
+    """Return the weight of each prefix' last token: `beta` where its gain is 0, else 1 (IGD Eq. 7).
+
+    One pass over the items; the entropy is `prior`.
+    """
     total = sum(counts)
     entropy = {}
     for path, count in zip(paths, counts, strict=True):
@@ -29,9 +36,10 @@ def weight_table(paths: list[tuple], counts: list[int], beta: float) -> dict[tup
 def scanned_gain(
     paths: list[tuple], counts: list[int], prefixes: list[tuple]
 ) -> dict[tuple, float]:
-    """The gain of each prefix' last token; with a prefix its parents have to be in `prefixes`, and () too.
+    """Return the gain of each prefix' last token by a nested scan.
 
-    The nested scan: quadratic, as there are about as many prefixes as tokens of all items.
+    The parents of a prefix must be in `prefixes`, () among them. There are about as many prefixes
+    as tokens of all items, so the time is quadratic.
     """
     total = sum(counts)
     entropy = {}
@@ -45,7 +53,7 @@ def scanned_gain(
 
 
 def collate(rows: list[dict], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """Dynamic padding: to the longest of the batch, not to what suits all batches. Labels are padded with IGNORED."""
+    """Pad to the longest row of the batch. Labels are padded with IGNORED."""
     width, label_width = (max(len(row[name]) for row in rows) for name in ("input_ids", "labels"))
     lengths = [len(row["input_ids"]) for row in rows]
     return {
@@ -62,19 +70,20 @@ def collate(rows: list[dict], pad_token_id: int) -> dict[str, torch.Tensor]:
 
 
 class PublishedTrainer(Trainer):
-    """A Trainer, sequential over `rows`, with the weighted mean of each batch as loss; `losses` keeps them.
+    """A Trainer that takes `rows` in order; its loss is the weighted mean of a batch.
 
-    Everything that is not set here is transformers' default, AdamW's fused kernel among it.
+    `losses` keeps the loss of every step. All settings that are not given here are transformers'
+    defaults, such as AdamW's fused kernel.
     """
 
     def __init__(
         self,
-        model,
+        model: torch.nn.Module,
         rows: list[dict],
         batch_size: int,
-        table: dict,
+        table: dict[tuple, float],
         pad_token_id: int,
-        settings,
+        options: LoopOptions,
         folder: str,
     ):
         arguments = TrainingArguments(
@@ -82,10 +91,10 @@ class PublishedTrainer(Trainer):
             use_cpu=True,
             per_device_train_batch_size=batch_size,
             num_train_epochs=1,
-            learning_rate=settings.learning_rate,
-            weight_decay=settings.weight_decay,
-            lr_scheduler_type=settings.schedule,
-            max_grad_norm=settings.max_grad_norm,
+            learning_rate=options.learning_rate,
+            weight_decay=options.weight_decay,
+            lr_scheduler_type=options.schedule,
+            max_grad_norm=options.max_grad_norm,
             train_sampling_strategy="sequential",
             remove_unused_columns=False,
             save_strategy="no",
@@ -103,7 +112,7 @@ class PublishedTrainer(Trainer):
         self.table, self.losses = table, []
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Look the weights up token by token; the weighted mean of the batch's losses."""
+        """Look the weights up token by token; return the weighted mean of the batch's losses."""
         labels = inputs["labels"]
         weights = []
         for row in labels.tolist():
@@ -112,6 +121,7 @@ class PublishedTrainer(Trainer):
                 prefix += (token,)
                 row_weights.append(0.0 if token == IGNORED else self.table[prefix])
             weights.append(row_weights)
+
         weights = torch.tensor(weights)
         logits = model(
             input_ids=inputs["input_ids"],

@@ -1,164 +1,161 @@
-"""Benchmark: TIGER's training step against `transformers.Trainer` and against the bare step; length grouping; the gain of codes.
+"""Benchmark: TIGER's training step, length grouping, and the information gain of codes.
 
     python tools/bench/tiger.py [--quick]
 
-Recipe: the T5 of tools/models/tiger.json (the paper's size) with random weights and without dropout, fp32, CPU, 2 threads;
-10,000 synthetic items with different random semantic IDs of 4 × 256 codes; 20,000 users whose numbers of interactions are
-spread as in instruments (5 at least, median 6, a long tail), every prefix a row, histories of 1 to 20 items; Zipf popularity;
-seed 0. Trained on are 50 batches of 64 of these rows (--quick: 12 of 16) with `igd` weights, AdamW without decay, a constant
-learning rate, clipping at norm 1. All sides start from the same weights and see the same rows in the same order:
+The training step is compared with `transformers.Trainer` and with the bare step of the model. The
+model is the T5 of tools/models/tiger.json (the paper's size) with random weights and without
+dropout, in fp32, on a CPU with 2 threads. The data are synthetic (seed 0): 10,000 items with
+different random semantic IDs of 4 × 256 codes and Zipf popularity; 20,000 users whose numbers of
+interactions are spread as in instruments (at least 5, median 6, a long tail). Every prefix is a
+row, with a history of 1 to 20 items. Trained on are 50 batches of 64 of these rows (--quick: 12 of
+16), with objective `igd`, AdamW without decay, a constant learning rate, and clipping at norm 1.
+All sides start from the same weights and see the same rows in the same order:
 
-* Trainer: transformers' own loop with `_published_tiger.PublishedTrainer`: dynamic padding, weights looked up in Python. Its
-  time is all between two steps' ends: collating, loss, backward, clipping, update, and its own bookkeeping.
-* bare: T5's forward pass on a batch collated and weighted beforehand, weighted mean, backward, clipping, torch's AdamW.
-* ours: our Collator and `train.train_step` on a real DeepSpeed engine (stage 0, one process). The collator runs within the
-  measured time, not in train.py's thread ahead of it; the Trainer's runs in the same thread too (its default).
+* Trainer: transformers' own loop with `_published_tiger.PublishedTrainer`, which pads dynamically
+  and looks weights up in Python. Its time is all between the ends of two steps: collating, loss,
+  backward, clipping, update, and its own bookkeeping.
+* bare: the forward pass of T5 on a batch that was collated and weighted beforehand, the weighted
+  mean, backward, clipping, torch's AdamW.
+* ours: our Collator and `optimizer_step` (igd_ds/engine/step.py) on a real DeepSpeed engine (stage
+  0, one process). The collator runs within the measured time, not in a thread ahead of it; the
+  Trainer's runs in the same thread too (its default).
 
-The losses of all steps must agree to 1e-4. That needs a small learning rate, 5e-6: at TIGER's 5e-4 from the first step on, the
-bare step itself, with initial weights moved by one fp32 rounding, is 1e-4 off its own losses after 16 steps. Speed does not
-depend on it.
+The losses of all steps must agree to 1e-4. This needs a small learning rate, 5e-6. At TIGER's 5e-4
+from the first step on, even the bare step drifts from itself: with initial weights moved by one
+fp32 rounding, its losses differ by 1e-4 after 16 steps. Speed does not depend on the learning rate.
 
-The sides take turns at every step, so that they see the same state of the machine, which others share. Times are wall time; the
-ratios are medians over steps of the ratio on the same rows, one after the other.
+The sides take turns at every step, so that all of them see the same state of a shared machine.
+Times are wall time. Ratios are medians, over steps, of the ratio on the same rows.
 
-Length grouping: ours on the same rows in `epoch_batches`' two orders, in turns of a few batches; whole times are compared.
+Length grouping: our step on the same rows in both orders of `epoch_batches`, in turns of a few
+batches; whole times are compared.
 
-Gain: TokenTrie and information gain of 25,000 different random IDs, against the published nested scan, which is timed on the
-prefixes of a few items (values compared) and multiplied up to all prefixes.
+Gain: TokenTrie and information gain of 25,000 different random IDs, against the published nested
+scan. The scan is timed on the prefixes of a few items, whose values are compared, and multiplied up
+to all prefixes.
 """
 
 import argparse
-import logging
 import os
 import statistics
 import tempfile
 import time
-from types import SimpleNamespace
+from collections.abc import Callable
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
 from _common import REPOSITORY, finish, print_table
+from _engine import loop_options, make_engine
 from _published_tiger import PublishedTrainer, scanned_gain, weight_table
 
-from igd_ds import distributed, engine, train
-from igd_ds.backbones import read_model_config
-from igd_ds.backbones import t5 as tiger
-from igd_ds.data.batches import Batch, Collator, epoch_batches
+from igd_ds import distributed
+from igd_ds.backbones import T5, read_model_config
+from igd_ds.config.model import ModelOptions
+from igd_ds.contracts import IGNORED, Batch, ObjectiveContext
+from igd_ds.data.batches import Collator, TokenColumns, epoch_batches
 from igd_ds.data.dataset import Split
 from igd_ds.data.prompts import PromptBuilder
+from igd_ds.engine.step import optimizer_step
+from igd_ds.generative_training import TokenLoss
 from igd_ds.items.catalogue import Catalogue
-from igd_ds.items.decisiveness import information_gain, zero_gain
+from igd_ds.items.decisiveness import information_gain
+from igd_ds.items.search_trie import SearchTrie
 from igd_ds.items.store import StoredCatalogue
 from igd_ds.items.trie import TokenTrie
-from igd_ds.objectives import WEIGHTINGS
+from igd_ds.objectives.gain import IGD, GainOptions
 
 PAD, EOS, UNKNOWN, FIRST_CODE = range(4)
 LEVELS, CODES = 4, 256
 NUM_ITEMS, NUM_USERS, MAX_HISTORY, NUM_IG_ITEMS = 10_000, 20_000, 20, 25_000
 BETA = 0.1
-SETTINGS = SimpleNamespace(
-    learning_rate=5e-6,
-    weight_decay=0.0,
-    schedule="constant",
-    warmup_ratio=0.0,
-    max_grad_norm=1.0,
-    normalization="global",
-)
-LOSS_TOLERANCE = 1e-4  # nats: fp32 in another order, carried through 50 updates
-GAIN_TOLERANCE = 1e-12
+OPTIONS = loop_options(learning_rate=5e-6, max_grad_norm=1.0)
+# Nats; the losses are about 7. fp32 sums in another order, carried through 50 updates.
+LOSS_TOLERANCE = 1e-4
+GAIN_TOLERANCE = 1e-12  # nats, float64; the gains are at most 10
 
 
 def make_catalogue(num_items: int, counts: np.ndarray) -> Catalogue:
-    """Different random semantic IDs, EOS behind each."""
+    """Make different random semantic IDs, each with EOS behind it."""
     rng = np.random.default_rng(0)
     codes = np.unique(rng.integers(CODES, size=(num_items + 100, LEVELS)), axis=0)
     codes = rng.permutation(codes)[:num_items] + FIRST_CODE + CODES * np.arange(LEVELS)
     token_ids = np.hstack([codes, np.full((num_items, 1), EOS)]).astype(np.int32).ravel()
-    return Catalogue(
-        token_ids, np.arange(num_items + 1) * (LEVELS + 1), counts, EOS, "semantic-id", "", ""
-    )
+    offsets = np.arange(num_items + 1) * (LEVELS + 1)
+    return Catalogue(token_ids, offsets, counts, EOS, "semantic-id", "", "")
 
 
-def zipf_items(num_items: int, size: int, rng) -> np.ndarray:
-    """`size` items drawn with log-uniform ranks."""
-    return rng.permutation(num_items)[
-        (np.exp(rng.random(size) * np.log(num_items + 1)) - 1).astype(np.int64)
-    ]
+def zipf_items(num_items: int, size: int, rng: np.random.Generator) -> np.ndarray:
+    """Draw `size` items with log-uniform ranks."""
+    ranks = (np.exp(rng.random(size) * np.log(num_items + 1)) - 1).astype(np.int64)
+    return rng.permutation(num_items)[ranks]
 
 
 def make_rows(num_rows: int) -> tuple[Split, np.ndarray]:
-    """Draw users; return a seeded sample of their rows, and how often each item is a target in all of them (N,)."""
+    """Return a seeded sample of all users' rows, and how often each item is a target of any row."""
     rng = np.random.default_rng(1)
-    lengths = 5 + rng.lognormal(np.log(1.7), 1.3, NUM_USERS).astype(
-        np.int64
-    )  # quartiles 5, 6, 9; instruments: 5, 6, 9
+    # Quartiles 5, 6, 9, as in instruments.
+    lengths = 5 + rng.lognormal(np.log(1.7), 1.3, NUM_USERS).astype(np.int64)
     begins = np.cumsum(lengths) - lengths
     items = zipf_items(NUM_ITEMS, int(lengths.sum()), rng).astype(np.int32)
+
+    # A user's first item has no history, and the last two are held out.
     place = np.arange(len(items)) - np.repeat(begins, lengths)
-    targets = np.flatnonzero(
-        (place > 0) & (place < np.repeat(lengths, lengths) - 2)
-    )  # a user's last two are held out
+    targets = np.flatnonzero((place > 0) & (place < np.repeat(lengths, lengths) - 2))
+
     chosen = rng.choice(targets, num_rows, replace=False)
     kept = np.minimum(place[chosen], MAX_HISTORY)
     history = np.concatenate([items[t - n : t] for t, n in zip(chosen, kept, strict=True)])
-    split = Split(
-        "train", chosen, history, np.concatenate([[0], np.cumsum(kept)]), items[chosen], None
-    )
+    offsets = np.concatenate([[0], np.cumsum(kept)])
+    split = Split("train", chosen, history, offsets, items[chosen], None)
     return split, np.bincount(items[targets], minlength=NUM_ITEMS)
 
 
-def make_collator(catalogue: Catalogue, split: Split) -> Collator:
-    """Our collator for prompts of codes and nothing else (template `codes`)."""
+def make_loss(catalogue: Catalogue) -> TokenLoss:
+    """Return our loss: objective `igd` over a T5's logits."""
     trie = TokenTrie.build(catalogue.token_ids, catalogue.offsets, catalogue.counts)
-    stored = StoredCatalogue(catalogue, trie, information_gain(trie, "prior"), "prior")
-    inside = catalogue.token_ids.reshape(-1, LEVELS + 1)[:, :LEVELS].ravel()
-    offsets, nothing = np.arange(catalogue.num_items + 1) * LEVELS, np.empty(0, np.int32)
+    stored = StoredCatalogue.build(catalogue, trie, information_gain(trie, "prior"), "prior")
+    context = ObjectiveContext(stored, SearchTrie.build(trie), dataset="")
+    return TokenLoss(T5(), IGD(GainOptions(igd_beta=BETA), total_steps=1000), context)
+
+
+def make_collator(loss: TokenLoss, split: Split) -> Collator:
+    """Return our collator for prompts of codes and nothing else (template `codes`)."""
+    catalogue = loss.context.stored.catalogue
+    nothing = np.empty(0, np.int32)
     prompts = PromptBuilder(
-        nothing,
-        nothing,
-        nothing,
-        inside,
-        offsets,
-        LEVELS * MAX_HISTORY,
-        np.array([UNKNOWN], np.int32),
+        begin=nothing,
+        separator=nothing,
+        end=nothing,
+        item_tokens=catalogue.token_ids.reshape(-1, LEVELS + 1)[:, :LEVELS].ravel(),
+        item_offsets=np.arange(catalogue.num_items + 1) * LEVELS,
+        budget=LEVELS * MAX_HISTORY,
+        null=np.array([UNKNOWN], np.int32),
     )
-    weights = WEIGHTINGS["igd"].targets[0](stored, SimpleNamespace(igd_beta=BETA))[:, None]
-    zero = zero_gain(trie)[trie.path_nodes(catalogue.offsets)]
-    return Collator(
-        split,
-        prompts,
-        catalogue.token_ids,
-        catalogue.offsets,
-        weights,
-        zero,
-        PAD,
-        encoder_decoder=True,
-    )
+    columns = TokenColumns.build(loss.context.stored, loss.objective.weights(loss.context))
+    return Collator(split, prompts, columns, PAD, encoder_decoder=True)
 
 
 def make_model() -> torch.nn.Module:
-    """The same random weights at every call."""
+    """Return a model with the same random weights at every call."""
     path = str(REPOSITORY / "tools" / "models" / "tiger.json")
     model_config = read_model_config(path)
-    model_config.vocab_size, model_config.dropout_rate = FIRST_CODE + LEVELS * CODES, 0.0
-    model_config.eos_token_id, model_config.pad_token_id, model_config.decoder_start_token_id = (
-        EOS,
-        PAD,
-        PAD,
-    )
-    config = SimpleNamespace(
-        model_config=path, attn_implementation="sdpa", gradient_checkpointing=False
-    )
+    model_config.vocab_size = FIRST_CODE + LEVELS * CODES
+    model_config.dropout_rate = 0.0
+    model_config.eos_token_id = EOS
+    model_config.pad_token_id = PAD
+    model_config.decoder_start_token_id = PAD
+
     torch.manual_seed(0)
-    return tiger.build(config, model_config, torch.float32, torch.device("cpu")).train()
+    options = ModelOptions(model_config=path)
+    return T5().build(options, model_config, torch.float32, torch.device("cpu")).train()
 
 
 def make_trainer(
     collator: Collator, catalogue: Catalogue, order: np.ndarray, folder: str
 ) -> PublishedTrainer:
-    """The Trainer over the rows of `order` (steps, G), tokenized."""
+    """Return the Trainer over the rows of `order` (steps, G), tokenized."""
     split = collator.split
     rows = [
         {
@@ -169,30 +166,32 @@ def make_trainer(
     ]
     paths = [tuple(catalogue.path(item).tolist()) for item in range(catalogue.num_items)]
     table = weight_table(paths, catalogue.counts.tolist(), BETA)
-    trainer = PublishedTrainer(make_model(), rows, order.shape[1], table, PAD, SETTINGS, folder)
+    trainer = PublishedTrainer(make_model(), rows, order.shape[1], table, PAD, OPTIONS, folder)
+
     # Otherwise it would wrap the model to average gradients over processes.
     assert trainer.accelerator.distributed_type == "NO", trainer.accelerator.distributed_type
     return trainer
 
 
-def make_bare():
-    """Return a function from a Batch to its loss: the least that a step is."""
+def make_bare() -> Callable[[Batch], float]:
+    """Return a function from a batch to its loss: the least that a step is."""
     model = make_model()
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=SETTINGS.learning_rate, weight_decay=SETTINGS.weight_decay
+        model.parameters(), lr=OPTIONS.learning_rate, weight_decay=OPTIONS.weight_decay
     )
 
     def bare(batch: Batch) -> float:
         decoder_input_ids = model.prepare_decoder_input_ids_from_labels(batch.labels)
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         logits = model(**inputs, decoder_input_ids=decoder_input_ids, use_cache=False).logits
-        nll = F.cross_entropy(
-            logits.view(-1, logits.shape[-1]), batch.labels.view(-1), reduction="none"
-        )
-        weights = batch.token_weights.view(-1)
+        # Every label is a token: items have equal lengths, and no row is masked.
+        flat = logits.view(-1, logits.shape[-1])
+        nll = F.cross_entropy(flat, batch.labels.view(-1), ignore_index=IGNORED, reduction="none")
+        weights = batch.weights[:, 0]
         loss = (nll * weights).sum() / weights.sum()
+
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), SETTINGS.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIONS.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         return loss.item()
@@ -200,30 +199,32 @@ def make_bare():
     return bare
 
 
-def make_ours(collator: Collator, batch_size: int):
-    """Return a function from row ids to their loss: collator and train_step."""
-    distributed.init()
-    ds = {
-        "train_micro_batch_size_per_gpu": batch_size,
-        "gradient_accumulation_steps": 1,
-        "zero_optimization": {"stage": 0},
-    }
-    ds |= {"gradient_clipping": SETTINGS.max_grad_norm, "steps_per_print": 10**9}
-    logging.disable(logging.WARNING)  # DeepSpeed's start-up lines would hide the table
-    wrapped = engine.initialize(make_model(), SETTINGS, ds, num_steps=1000)
-    task = SimpleNamespace(adapter=tiger, weighting=WEIGHTINGS["igd"], mixing=None)
+def make_ours(
+    loss: TokenLoss, collator: Collator, batch_size: int
+) -> Callable[[np.ndarray], float]:
+    """Return a function from row ids to their loss: collator and optimizer step."""
+    engine = make_engine(make_model(), OPTIONS, batch_size)
 
     def ours(rows: np.ndarray) -> float:
-        sums, _ = train.train_step(wrapped, task, SETTINGS, [collator(rows)], False, 1)
-        return sums[train.SUMS.index("objective")]
+        sums, _ = optimizer_step(engine, [collator(rows)], loss, step=0)
+        return sums.objective
 
     return ours
 
 
 class TakeTurns(transformers.TrainerCallback):
-    """After each step of the Trainer the other sides make theirs on the same rows; `seconds` and `losses` by side, per step."""
+    """After each step of the Trainer, make the other sides' steps on the same rows.
 
-    def __init__(self, bare, ours, collator: Collator, order: np.ndarray):
+    `seconds` and `losses` have one entry per step, by side.
+    """
+
+    def __init__(
+        self,
+        bare: Callable[[Batch], float],
+        ours: Callable[[np.ndarray], float],
+        collator: Collator,
+        order: np.ndarray,
+    ):
         self.sides = {"bare": bare, "ours": ours}
         self.collator, self.order = collator, order
         self.seconds = {name: [] for name in ("Trainer", *self.sides)}
@@ -234,7 +235,7 @@ class TakeTurns(transformers.TrainerCallback):
         self.started = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Stop it, take the others' turns, start it again."""
+        """Stop the Trainer's clock, take the others' turns, and start it again."""
         self.seconds["Trainer"].append(time.perf_counter() - self.started)
         rows = self.order[state.global_step - 1]
         inputs = {"bare": self.collator(rows), "ours": rows}
@@ -245,15 +246,23 @@ class TakeTurns(transformers.TrainerCallback):
         self.started = time.perf_counter()
 
 
-def compare_sides(collator: Collator, catalogue: Catalogue, order: np.ndarray):
-    """Train on all sides, assert equal losses; return the seconds per step by side and our side, to go on with."""
+def compare_sides(
+    loss: TokenLoss, collator: Collator, order: np.ndarray
+) -> tuple[dict[str, list[float]], Callable[[np.ndarray], float]]:
+    """Train on all sides and assert equal losses.
+
+    Returns:
+        The seconds per step of each side, and our side's step, to go on with.
+    """
+    catalogue = loss.context.stored.catalogue
     with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(
-            collator, catalogue, order, folder
-        )  # before the process group, which it would join
-        turns = TakeTurns(make_bare(), make_ours(collator, order.shape[1]), collator, order)
+        # The Trainer comes before the process group, which it would join.
+        trainer = make_trainer(collator, catalogue, order, folder)
+        ours = make_ours(loss, collator, order.shape[1])
+        turns = TakeTurns(make_bare(), ours, collator, order)
         trainer.add_callback(turns)
         trainer.train()
+
     losses = np.array([trainer.losses, *turns.losses.values()])
     assert losses.shape == (3, len(order)), losses.shape
     spread = np.ptp(losses, axis=0)
@@ -261,14 +270,16 @@ def compare_sides(collator: Collator, catalogue: Catalogue, order: np.ndarray):
         f"losses differ by {spread.max():.1e} at step {spread.argmax() + 1}"
     )
     print(
-        f"equal: {len(order)} losses from {losses[0, 0]:.3f} to {losses[0, -1]:.3f} differ by {spread.max():.1e} at most "
-        f"(by {spread[0]:.1e} at the first step)"
+        f"equal: {len(order)} losses from {losses[0, 0]:.3f} to {losses[0, -1]:.3f} differ by "
+        f"{spread.max():.1e} at most (by {spread[0]:.1e} at the first step)"
     )
     return turns.seconds, turns.sides["ours"]
 
 
-def time_orders(ours, orders: dict[bool, np.ndarray], turn: int) -> dict[bool, float]:
-    """Seconds of ours over each order of the same rows, `turn` batches of one and then of the other."""
+def time_orders(
+    ours: Callable[[np.ndarray], float], orders: dict[bool, np.ndarray], turn: int
+) -> dict[bool, float]:
+    """Return our seconds over each order of the same rows, in turns of `turn` batches."""
     seconds = dict.fromkeys(orders, 0.0)
     for first in range(0, len(orders[True]), turn):
         for group, order in orders.items():
@@ -280,7 +291,12 @@ def time_orders(ours, orders: dict[bool, np.ndarray], turn: int) -> dict[bool, f
 
 
 def gain_seconds(num_scanned: int) -> tuple[float, float, int]:
-    """Return seconds of our gain, seconds of the nested scan multiplied up to all prefixes, and how many it was timed on."""
+    """Time our gain and the nested scan, and assert that their values agree.
+
+    Returns:
+        Seconds of our gain; seconds of the nested scan, multiplied up to all prefixes; the number
+        of prefixes that the scan was timed on.
+    """
     rng = np.random.default_rng(2)
     counts = np.bincount(zipf_items(NUM_IG_ITEMS, 10 * NUM_IG_ITEMS, rng), minlength=NUM_IG_ITEMS)
     catalogue = make_catalogue(NUM_IG_ITEMS, counts)
@@ -318,16 +334,17 @@ def main() -> None:
     quick = parser.parse_args().quick
     steps, batch_size, num_scanned = (12, 16, 20) if quick else (50, 64, 100)
     split, counts = make_rows(steps * batch_size)
-    catalogue = make_catalogue(NUM_ITEMS, counts)
-    collator = make_collator(catalogue, split)
+    loss = make_loss(make_catalogue(NUM_ITEMS, counts))
+    collator = make_collator(loss, split)
     lengths = collator.prompts.lengths(split) + LEVELS + 1
     orders = {group: epoch_batches(lengths, batch_size, 0, 0, group) for group in (False, True)}
 
-    seconds, ours = compare_sides(collator, catalogue, orders[False])
+    seconds, ours = compare_sides(loss, collator, orders[False])
     collate = statistics.median(timed(collator, rows) for rows in orders[False])
     items = np.diff(split.history_offsets)
     print(
-        f"{steps} batches of {batch_size}; items in a history: median {np.median(items):.0f}, mean {items.mean():.1f}"
+        f"{steps} batches of {batch_size}; items in a history: median {np.median(items):.0f}, "
+        f"mean {items.mean():.1f}"
     )
     print(f"a call of our collator takes {collate * 1e3:.2f} ms")
     rows = [
@@ -356,21 +373,19 @@ def main() -> None:
 
 
 def paired(numerators: list[float], denominators: list[float]) -> float:
-    """The median ratio of two sides on the same rows."""
+    """Return the median ratio of two sides on the same rows."""
     return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))
 
 
-def timed(function, *arguments) -> float:
-    """Wall time of one call."""
+def timed(function: Callable[..., object], *arguments: object) -> float:
+    """Return the wall time of one call."""
     begin = time.perf_counter()
     function(*arguments)
     return time.perf_counter() - begin
 
 
 if __name__ == "__main__":
-    os.environ |= {
-        "CUDA_VISIBLE_DEVICES": "",
-        "DS_ACCELERATOR": "cpu",
-    }  # before torch or DeepSpeed look
+    # Before torch or DeepSpeed look for devices.
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     torch.set_num_threads(2)
     main()
