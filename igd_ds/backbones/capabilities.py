@@ -107,7 +107,7 @@ def model_without_weights(model_config: PreTrainedConfig) -> PreTrainedModel:
         return (model_class[0] if isinstance(model_class, tuple) else model_class)(config)
 
 
-def forward_arguments(model: torch.nn.Module) -> set[str]:
+def forward_arguments(model: Any) -> set[str]:
     """Return the names of the arguments that a model takes, also through an engine and PEFT."""
     while isinstance(getattr(model, "module", None), torch.nn.Module):
         model = model.module  # DeepSpeed's engine

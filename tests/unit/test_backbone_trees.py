@@ -157,6 +157,25 @@ def test_the_fallback_bounds_the_tokens_of_a_pass(monkeypatch):
     assert_tree_equals_full_passes(model, CachePromptTree(model))
 
 
+def test_the_fallback_takes_part_in_passes_of_other_ranks():
+    """Under ZeRO-3 a forward pass is a collective: here another rank makes 5 in each call."""
+    model = tiny(*FALLBACKS["mamba (recurrent)"])
+    passes = []
+    model.register_forward_pre_hook(lambda *_: passes.append(1))
+    tree = CachePromptTree(model)
+    tree.any_rank = lambda is_pending: is_pending or len(passes) % 5 > 0
+    expected = full_pass(model, [3, 4])[-1]
+    passes.clear()
+
+    first = tree.prefill([np.array([3]), np.array([3, 4])]).log_softmax(-1)
+    assert len(passes) == 5
+    torch.testing.assert_close(first[1], expected, rtol=RTOL, atol=ATOL)
+    one = torch.ones(1, dtype=torch.int64)
+    logits, _ = tree.extend(0 * one, one, 4 * one)
+    assert len(passes) == 10
+    torch.testing.assert_close(logits[0].log_softmax(-1), expected, rtol=RTOL, atol=ATOL)
+
+
 def test_a_window_counts_positions_and_not_slots():
     """Two children of one token lie in neighbouring slots and at one position."""
     model = tiny("mistral", COMMON | {"sliding_window": 3})

@@ -254,6 +254,26 @@ def test_the_text_model_of_a_multimodal_checkpoint(tmp_path, kind, text_type, to
     assert read_model_config(str(tmp_path / "text")).model_type == text_type
 
 
+def test_an_adapter_on_a_multimodal_checkpoint(tmp_path, tokenizer):
+    base = tmp_path / "base"
+    multimodal(base, "gemma3")
+    backbone, model_config = CausalLM(), read_model_config(str(base))
+    options = ModelOptions(model_name_or_path=str(base), max_length=20, lora_r=2)
+    backbone.fit_model_config(model_config, options, tokenizer, range(0))
+    model = backbone.build(options, model_config, torch.float32, CPU)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    model.save_pretrained(tmp_path / "model")
+
+    source = ModelSource(model=str(tmp_path / "model"), dataset="")
+    loaded = backbone.load(source, load_in_4bit=False, device=CPU)
+    ids = torch.randint(0, 40, (1, 9), generator=torch.Generator().manual_seed(0))
+    expected = model.eval()(ids).logits[:, -1].log_softmax(-1)
+    first = backbone.prompt_tree(loaded).prefill([ids[0].numpy()]).log_softmax(-1)
+    torch.testing.assert_close(first, expected, rtol=5e-6, atol=2e-5)
+
+
 def test_a_multimodal_checkpoint_without_its_text_is_refused(tmp_path):
     multimodal(tmp_path, "llava")
     weights = tmp_path / "model.safetensors"
