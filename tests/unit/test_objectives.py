@@ -1,4 +1,4 @@
-"""Every objective against plain loops over the items and prefixes of small catalogues; its flags."""
+"""Every objective against plain loops over items and prefixes of small catalogues; its flags."""
 
 import dataclasses
 import math
@@ -376,7 +376,7 @@ def test_cft_sends_its_gradient_through_both_passes():
 
 
 def test_scaled_nll_and_its_slope():
-    """CE on α_j·logits by a plain loop; the slope is autograd's by α. At α = 0 the loss is log V."""
+    """CE on α_j·logits by a plain loop; the slope is autograd's by α. α = 0 gives log V."""
     f, _, targets = logits_and_targets()
     f = f.float().requires_grad_()
     alpha = torch.tensor([0.7, 0.3, 0.0])
@@ -440,8 +440,8 @@ def test_flags_of_each_objective(name, tmp_path):
     for field in dataclasses.fields(ObjectiveOptions):
         if field.name not in own:
             value = (*field.metadata["choices"], 0.5)[0]
-            users = ", ".join(users_of(field.name))
-            message = f"--{field.name} {value} has no effect with --objective {name}: drop it, or use {users}"
+            message = f"--{field.name} {value} has no effect with --objective {name}: drop it, or "
+            message += f"use {', '.join(users_of(field.name))}"
             with pytest.raises(UsageError, match=message):
                 config_of(name, tmp_path, **{field.name: value})
 
