@@ -38,7 +38,7 @@ GROUPS = [
     {"train_config", "eval_config", "baseline_config"},
     {"evaluation"},
     {"studies"},
-    {"loop", "generative_training"},
+    {"loop", "generative_training", "sequential_training"},
     {"train", "eval", "baseline"},
     {"commands"},
     {"cli"},

@@ -1,14 +1,17 @@
-"""The published D3 preprocessing's approach for Amazon 2018, written plainly: what `tools/bench/data.py` compares with.
+"""D3's published preprocessing of Amazon 2018, written plainly, for tools/bench/data.py.
 
-Reviews and metadata are lists of dicts from `json.loads`; users, items and titles live in Python dicts; every pass of the 5-core
-and every start of the window walks all reviews again; rows are sorted lists, written as CSV. The rules:
+Reviews and metadata are lists of dicts from `json.loads`. Users, items and titles are kept in
+Python dicts. Every pass of the 5-core and every start of the window walks all reviews again. Rows
+are sorted lists, which are written as CSV. The rules:
 
-* An item needs a title without `<span id` that after `&quot;`, `&amp;` are replaced and spaces, then quotes are stripped has 2
-  characters or more and at most 20 words by split(" "). One metadata line that fails removes the item, whatever the others say;
-  of several good titles the first one counts, as on our side (the published script lets the last one win).
-* The window has both its ends. While fewer than `min_items` items are left, its start moves back a calendar year, and
-  everything starts again, until 1996.
-* A row per interaction from a user's second on. Users are ordered by time, ties by position in the file; so are the rows.
+* An item needs a title without `<span id`. In the title, `&quot;` and `&amp;` are replaced, and
+  spaces, then quotes are stripped. It must then have at least 2 characters and at most 20 words by
+  split(" "). One metadata line that fails removes the item, whatever the others say. Of several
+  good titles the first one counts, as on our side (the published script lets the last one win).
+* Both ends of the window are included. While fewer than `min_items` items are left, the start moves
+  back by a calendar year, until 1996, and everything starts again.
+* There is a row per interaction from a user's second on. Users are ordered by time, and equal times
+  by their position in the file. So are the rows.
 """
 
 import csv
@@ -30,7 +33,8 @@ HEADER = [
     "item_title",
 ]
 HEADER += ["history_rating", "rating", "history_timestamp", "timestamp"]
-Row = tuple[str, list[dict], dict]  # user, reviews before, review
+Row = tuple[str, list[dict], dict]
+"""User, the reviews before, and the review."""
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -57,7 +61,11 @@ def usable_titles(metadata: list[dict]) -> dict[str, str]:
 def five_core(
     reviews: list[dict], titles: dict[str, str], start: int, end: int, min_items: int
 ) -> tuple[list[dict], int]:
-    """Walk all reviews until nobody is removed; return (reviews left, items left). Gives up early below `min_items`."""
+    """Walk all reviews until no user and no item is removed, or fewer than `min_items` are left.
+
+    Returns:
+        The reviews that are left, and the number of their items.
+    """
     removed_users, removed_items = set(), set()
     while True:
         kept, users, items = [], {}, {}
@@ -70,6 +78,7 @@ def five_core(
             users[user] = users.get(user, 0) + 1
             items[item] = items.get(item, 0) + 1
             kept.append(review)
+
         short_users = [user for user, count in users.items() if count < K]
         short_items = [item for item, count in items.items() if count < K]
         removed_users.update(short_users)
@@ -99,6 +108,7 @@ def make_rows(reviews: list[dict]) -> dict[str, list[Row]]:
             time, position, target = visits[place]
             before = [review for _, _, review in visits[max(place - MAX_HISTORY, 0) : place]]
             rows.append((time, position, (user, before, target)))
+
     rows.sort(key=lambda row: row[:2])
     ordered = [row for _, _, row in rows]
     train, valid = len(ordered) * 8 // 10, len(ordered) * 9 // 10
@@ -119,21 +129,8 @@ def write_csv(
                 [int(review[key]) for review in before] for key in ("overall", "unixReviewTime")
             )
             rating, time = int(target["overall"]), int(target["unixReviewTime"])
-            writer.writerow(
-                [
-                    user,
-                    past,
-                    asin,
-                    ids,
-                    item_ids[asin],
-                    names,
-                    titles[asin],
-                    ratings,
-                    rating,
-                    times,
-                    time,
-                ]
-            )
+            items = [past, asin, ids, item_ids[asin], names, titles[asin]]
+            writer.writerow([user, *items, ratings, rating, times, time])
 
 
 def preprocess(
@@ -151,10 +148,12 @@ def preprocess(
         if num_items >= min_items or start.year <= FIRST_YEAR:
             break
         start = start.replace(year=start.year - 1)
+
     item_ids = {}
     for review in kept:
         item_ids.setdefault(review["asin"], len(item_ids))
     rows = make_rows(kept)
+
     output.mkdir(parents=True, exist_ok=True)
     with open(output / "info.txt", "w", encoding="utf-8") as file:
         file.writelines(f"{titles[asin]}\t{number}\n" for asin, number in item_ids.items())

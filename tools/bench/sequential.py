@@ -1,92 +1,101 @@
-"""Benchmark: training SASRec, GRU4Rec and LRURec on chained rows against a loop over users; the scan against the recurrence.
+"""Benchmark: training sequential recommenders on chained rows; a scan against its recurrence.
 
     python tools/bench/sequential.py [--quick]
 
-Recipe: the papers' sizes without dropout, random weights, full-softmax cross-entropy, fp32, CPU, 1 thread; 10,000 items with Zipf
-popularity; 5,000 users whose numbers of interactions are spread as in instruments (5 at least, median 6, a long tail), every
-prefix a row, histories of 1 to 20 items; seed 0. An epoch's steps cost alike, so it is timed on some of its batches: 8 of 128
-sequences (--quick: 2 of 32), the first one untimed. All sides start from the same weights and take the same rows in the same
-order, in turns:
+SASRec, GRU4Rec and LRURec at their papers' sizes, without dropout, with random weights, in fp32, on
+a CPU with one thread. The loss is cross-entropy over the full softmax. The data are synthetic (seed
+0): 10,000 items with Zipf popularity; 5,000 users whose numbers of interactions are spread as in
+instruments (at least 5, median 6, a long tail). Every prefix is a row, with a history of 1 to 20
+items. The steps of an epoch cost alike, so an epoch is timed on some of its batches: 8 of 128
+sequences (--quick: 2 of 32) after an untimed first one. There are three sides. They start from the
+same weights, take the same rows in the same order, and take turns:
 
-* loop: user after user and row after row, each history on its own through the same model; loss, backward pass per user, clipping
-  and torch's AdamW per batch.
-* padded rows: the rows of a batch at once, each with its own history, right-padded. Not in the figures.
-* ours: chains collated and baseline.train_step on a real DeepSpeed engine (stage 0, one process).
+* loop: user after user and row after row, each history on its own through the model. The loss, a
+  backward pass per user, clipping, and torch's AdamW per batch.
+* padded rows: the rows of a batch at once, each with its own history, padded to the right. This
+side
+  is not in the figures.
+* ours: chains that are collated, and `optimizer_step` (igd_ds/engine/step.py) on a real DeepSpeed
+  engine (stage 0, one process).
 
 The losses of all steps must agree to 1e-4. `epoch_speedup_NAME` is the loop's time over ours.
 
-Scan: forward and backward pass of linear_scan against the recurrence as a loop over items that autograd records, complex64,
-LRURec's width of 128; values and gradients must agree to 1e-3 of their largest. `scan_speedup` is that of 32 sequences of 200
-items (the length for ML-1M in the paper), a ratio of medians; the table has more shapes.
+Scan: forward and backward pass of `linear_scan` against the recurrence written as a loop over
+items, which autograd records (complex64, LRURec's width of 128). Values and gradients must agree to
+1e-3 of their largest. `scan_speedup` is the ratio of medians for 32 sequences of 200 items, the
+paper's length for ML-1M. The table has more shapes.
 """
 
 import argparse
-import logging
 import statistics
 import time
-from types import SimpleNamespace
+from collections.abc import Callable
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from _common import finish, print_table
+from _engine import loop_options, make_engine
 
-from igd_ds import baseline, distributed, engine
 from igd_ds.baselines.sequences import Chains
-from igd_ds.baselines.sequential import SEQUENTIAL, linear_scan
+from igd_ds.baselines.sequential import SEQUENTIAL, Negatives, linear_scan
 from igd_ds.data.batches import epoch_batches
 from igd_ds.data.dataset import Split
+from igd_ds.engine.step import optimizer_step
+from igd_ds.sequential_training import SequenceLoss
 
 NUM_ITEMS, NUM_USERS, MAX_HISTORY = 10_000, 5_000, 20
-SETTINGS = SimpleNamespace(
-    learning_rate=1e-3, weight_decay=0.0, schedule="constant", warmup_ratio=0.0, max_grad_norm=5.0
-)
-LOSS_TOLERANCE = 1e-4  # nats: fp32 in another order, carried through the updates
-SCAN_TOLERANCE = 1e-3
+OPTIONS = loop_options(learning_rate=1e-3, max_grad_norm=5.0)
+# Nats; the losses are about 9. fp32 sums in another order, carried through the updates.
+LOSS_TOLERANCE = 1e-4
+SCAN_TOLERANCE = 1e-3  # relative to the largest value
 SCAN_SHAPES = [(128, 20), (32, 200), (8, 1000)]  # sequences, items
 SCAN_FIGURE, SCAN_WIDTH = (32, 200), 128
 
 
+Step = Callable[[np.ndarray], float]
+"""From sequences, int64 (S,), to the mean loss over their targets; makes one update."""
+
+
 def make_split() -> Split:
-    """Every prefix of the users' items but the last two is a row."""
+    """Draw users; each of their items but the first and the last two is the target of a row."""
     rng = np.random.default_rng(0)
-    lengths = 5 + rng.lognormal(np.log(1.7), 1.3, NUM_USERS).astype(
-        np.int64
-    )  # quartiles 5, 6, 9; instruments: 5, 6, 9
+    # Quartiles 5, 6, 9, as in instruments.
+    lengths = 5 + rng.lognormal(np.log(1.7), 1.3, NUM_USERS).astype(np.int64)
     ranks = (np.exp(rng.random(lengths.sum()) * np.log(NUM_ITEMS + 1)) - 1).astype(np.int64)
     items = rng.permutation(NUM_ITEMS)[ranks].astype(np.int32)
+
     place = np.arange(len(items)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     targets = np.flatnonzero((place > 0) & (place < np.repeat(lengths, lengths) - 2))
     kept = np.minimum(place[targets], MAX_HISTORY)
     history = np.concatenate([items[t - n : t] for t, n in zip(targets, kept, strict=True)])
     users = np.repeat(np.arange(NUM_USERS), lengths)[targets]
-    return Split(
-        "train", users, history, np.concatenate([[0], np.cumsum(kept)]), items[targets], None
-    )
+    offsets = np.concatenate([[0], np.cumsum(kept)])
+    return Split("train", users, history, offsets, items[targets], None)
 
 
 def make_model(name: str) -> torch.nn.Module:
-    """The same random weights at every call."""
+    """Return a model with the same random weights at every call."""
     torch.manual_seed(0)
     form = SEQUENTIAL[name].form | {"dropout": 0.0}
     return SEQUENTIAL[name].model(num_items=NUM_ITEMS, max_history=MAX_HISTORY, **form).train()
 
 
-def make_update(model: torch.nn.Module):
-    """Return clipping and AdamW's update, as the engine makes them without weight decay."""
-    settings = {"lr": SETTINGS.learning_rate, "weight_decay": SETTINGS.weight_decay, "fused": True}
+def make_update(model: torch.nn.Module) -> Callable[[], None]:
+    """Return a function that clips and makes AdamW's update, as the engine does."""
+    settings = {"lr": OPTIONS.learning_rate, "weight_decay": OPTIONS.weight_decay, "fused": True}
     optimizer = torch.optim.AdamW(model.parameters(), **settings)
 
     def update() -> None:
-        torch.nn.utils.clip_grad_norm_(model.parameters(), SETTINGS.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIONS.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
 
     return update
 
 
-def make_loop(name: str, chains: Chains):
-    """Return a function from a batch of sequences to its mean loss: a loop over users and their rows."""
+def make_loop(name: str, chains: Chains) -> Step:
+    """Return the step that loops over users and their rows."""
     model = make_model(name)
     update = make_update(model)
 
@@ -109,8 +118,8 @@ def make_loop(name: str, chains: Chains):
     return loop
 
 
-def make_padded(name: str, chains: Chains):
-    """Return a function from a batch of sequences to its mean loss: all rows at once, each with its own history."""
+def make_padded(name: str, chains: Chains) -> Step:
+    """Return the step that takes all rows at once, each with its own history."""
     model = make_model(name)
     update = make_update(model)
 
@@ -127,28 +136,24 @@ def make_padded(name: str, chains: Chains):
     return padded
 
 
-def make_ours(name: str, chains: Chains, batch_size: int):
-    """Return a function from a batch of sequences to its mean loss: collate and train_step on an engine."""
-    ds = {
-        "train_micro_batch_size_per_gpu": batch_size,
-        "gradient_accumulation_steps": 1,
-        "zero_optimization": {"stage": 0},
-    }
-    ds |= {"gradient_clipping": SETTINGS.max_grad_norm, "steps_per_print": 10**9}
-    wrapped = engine.initialize(make_model(name), SETTINGS, ds, num_steps=1000)
-    task = SimpleNamespace(negatives=None)
+def make_ours(name: str, chains: Chains, batch_size: int) -> Step:
+    """Return our step: collate and `optimizer_step` on an engine."""
+    engine = make_engine(make_model(name), OPTIONS, batch_size)
+    loss = SequenceLoss("cross-entropy", Negatives(torch.ones(NUM_ITEMS), 0))
 
     def ours(sequences: np.ndarray) -> float:
-        (total, num_targets), _ = baseline.train_step(
-            wrapped, task, "cross-entropy", [chains.collate(sequences)], False, 1
-        )
-        return total / num_targets
+        sums, _ = optimizer_step(engine, [chains.collate(sequences)], loss, step=0)
+        return sums.objective
 
     return ours
 
 
 def compare(name: str, chains: Chains, batches: np.ndarray) -> dict[str, float]:
-    """Train on all sides in turns, assert equal losses, and return the seconds of each, the first batch left out."""
+    """Train on all sides in turns and assert equal losses.
+
+    Returns:
+        The seconds of each side, without the first batch.
+    """
     sides = {"loop": make_loop(name, chains), "padded rows": make_padded(name, chains)}
     sides["ours"] = make_ours(name, chains, batches.shape[1])
     seconds, losses = dict.fromkeys(sides, 0.0), {side: [] for side in sides}
@@ -157,17 +162,19 @@ def compare(name: str, chains: Chains, batches: np.ndarray) -> dict[str, float]:
             begin = time.perf_counter()
             losses[side].append(step(sequences))
             seconds[side] += (time.perf_counter() - begin) * (number > 0)
+
     table = np.array(list(losses.values()))
     spread = np.ptp(table, axis=0).max()
     assert spread <= LOSS_TOLERANCE, f"{name}: losses differ by {spread:.1e}"
     print(
-        f"{name}: {len(batches)} losses from {table[0, 0]:.4f} to {table[0, -1]:.4f} differ by {spread:.1e} at most"
+        f"{name}: {len(batches)} losses from {table[0, 0]:.4f} to {table[0, -1]:.4f} differ by "
+        f"{spread:.1e} at most"
     )
     return seconds
 
 
 def recurrence(decay: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
-    """The recurrence of linear_scan as it is written."""
+    """Compute what `linear_scan` does, item after item."""
     hidden, states = torch.zeros_like(inputs[:, 0]), []
     for x in inputs.unbind(1):
         hidden = torch.addcmul(x, decay, hidden)
@@ -176,13 +183,19 @@ def recurrence(decay: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
 
 
 def time_scan(batch: int, length: int, repetitions: int) -> tuple[float, float]:
-    """Return milliseconds of the recurrence and of the scan, forward and backward, medians in turns; assert equal results."""
+    """Return milliseconds of the recurrence and of the scan; assert equal results.
+
+    They are medians of a forward and a backward pass, in turns.
+    """
     torch.manual_seed(0)
     inputs = torch.randn(batch, length, SCAN_WIDTH, dtype=torch.cfloat, requires_grad=True)
     decay = torch.polar(
         0.8 + 0.19 * torch.rand(SCAN_WIDTH), 6.28 * torch.rand(SCAN_WIDTH)
     ).requires_grad_()
-    gradient, seconds, results = torch.randn_like(inputs), {recurrence: [], linear_scan: []}, {}
+    gradient = torch.randn_like(inputs)
+    seconds: dict[Callable, list[float]] = {recurrence: [], linear_scan: []}
+    results = {}
+
     for _ in range(repetitions):
         for function in seconds:
             begin = time.perf_counter()
@@ -190,9 +203,31 @@ def time_scan(batch: int, length: int, repetitions: int) -> tuple[float, float]:
             gradients = torch.autograd.grad(states, (decay, inputs), gradient)
             seconds[function].append(time.perf_counter() - begin)
             results[function] = (states.detach(), *gradients)
+
     for plain, found in zip(results[recurrence], results[linear_scan], strict=True):
         assert (plain - found).abs().max() <= SCAN_TOLERANCE * plain.abs().max()
     return tuple(1e3 * statistics.median(values) for values in seconds.values())
+
+
+def compare_models(quick: bool) -> tuple[list[list], dict[str, float]]:
+    """Return the table's rows and the figures of the three recommenders."""
+    chains = Chains.build(make_split())
+    size, steps = (32, 3) if quick else (128, 9)
+    batches = epoch_batches(chains.lengths, size, seed=0, epoch=0, group=True)
+    batches = batches[(batches >= 0).all(1)][:steps]
+    print(
+        f"{len(chains.split)} rows of {NUM_USERS} users in {len(chains)} sequences; "
+        f"batches of {size} sequences\n"
+    )
+
+    lines, figures = [], {}
+    for name in ("sasrec", "gru4rec", "lrurec"):
+        seconds = compare(name, chains, batches)
+        per_step = [1e3 * total / (steps - 1) for total in seconds.values()]
+        speedup = seconds["loop"] / seconds["ours"]
+        figures[f"epoch_speedup_{name}"] = speedup
+        lines.append([name, *per_step, speedup, seconds["padded rows"] / seconds["ours"]])
+    return lines, figures
 
 
 def main() -> None:
@@ -205,39 +240,19 @@ def main() -> None:
     )
     quick = parser.parse_args().quick
     torch.set_num_threads(1)
-    logging.disable(logging.WARNING)  # DeepSpeed's start-up lines would hide the tables
-    distributed.init()
-    split = make_split()
-    chains, size, steps = Chains.build(split), *((32, 3) if quick else (128, 9))
-    batches = epoch_batches(chains.lengths, size, seed=0, epoch=0, group=True)
-    batches = batches[(batches >= 0).all(1)][:steps]
-    print(
-        f"{len(split)} rows of {NUM_USERS} users in {len(chains)} sequences; batches of {size} sequences\n"
-    )
-    figures, lines = {}, []
-    for name in ("sasrec", "gru4rec", "lrurec"):
-        seconds = compare(name, chains, batches)
-        per_step = {side: 1e3 * total / (steps - 1) for side, total in seconds.items()}
-        figures[f"epoch_speedup_{name}"] = seconds["loop"] / seconds["ours"]
-        lines.append(
-            [
-                name,
-                *per_step.values(),
-                figures[f"epoch_speedup_{name}"],
-                seconds["padded rows"] / seconds["ours"],
-            ]
-        )
+
+    lines, figures = compare_models(quick)
     print()
-    print_table(
-        ["ms a batch", "loop", "padded rows", "ours", "loop / ours", "padded / ours"], lines
-    )
-    print()
+    sides = ["loop", "padded rows", "ours", "loop / ours", "padded / ours"]
+    print_table(["ms a batch", *sides], lines)
+
     lines = []
     for shape in SCAN_SHAPES:
         plain, scan = time_scan(*shape, repetitions=5 if quick else 31)
         lines.append(["{} × {}".format(*shape), plain, scan, plain / scan])
         if shape == SCAN_FIGURE:
             figures["scan_speedup"] = plain / scan
+    print()
     print_table(["sequences × items, ms", "recurrence", "scan", "speed-up"], lines)
     finish("sequential", figures, quick)
 
