@@ -41,11 +41,11 @@ WEIGHTINGS = {
 def prepare(source: Path, folder: Path) -> None:
     from transformers import PreTrainedTokenizerFast, Qwen2Config
 
-    from igd_ds.commands import prepare as prepare_data
-    from igd_ds.commands import tokenizer as train_tokenizer
+    from igd_ds.commands import prepare as igd_prepare
+    from igd_ds.commands import tokenizer as igd_tokenizer
 
-    def run(tool, *flags):
-        assert tool.main([str(flag) for flag in flags]) == 0
+    def run(command, *flags):
+        assert command.main([str(flag) for flag in flags]) == 0
 
     flags = [
         "--source",
@@ -59,10 +59,10 @@ def prepare(source: Path, folder: Path) -> None:
         "--max_history",
         5,
     ]
-    run(prepare_data, *flags, "--output", folder / "data")
+    run(igd_prepare, *flags, "--output", folder / "data")
     data = ["--dataset", folder / "data", "--output"]
-    run(train_tokenizer, *data, folder / "tokenizer", "--vocab_size", 300, "--semantic_ids")
-    run(train_tokenizer, *data, folder / "codes", "--codes_only")
+    run(igd_tokenizer, *data, folder / "tokenizer", "--vocab_size", 300, "--semantic_ids")
+    run(igd_tokenizer, *data, folder / "codes", "--codes_only")
     vocabulary = len(PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer"))
     Qwen2Config(vocab_size=vocabulary, **SIZES).to_json_file(folder / "model.json")
     (folder / "tiger.json").write_text(json.dumps(TIGER))

@@ -128,6 +128,7 @@ def test_igd_tokenizer_adds_one_token_per_code(tmp_path, capsys):
         "tokenizer.json",
         "tokenizer_config.json",
     ]
+
     tokenizer = load_tokenizer(str(tmp_path / "codes"))
     assert tokenizer.convert_tokens_to_ids(CODES) == list(range(OWN, OWN + 9))
     text = "ab<a_1><b_0> <c_2>x"
@@ -137,6 +138,7 @@ def test_igd_tokenizer_adds_one_token_per_code(tmp_path, capsys):
     assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
     assert added_token_ids(tokenizer, name) == range(OWN, OWN + 9)
     assert added_token_ids(own, name) == range(OWN, OWN)
+
     assert tokenizer_command.main(flags) == 0 and "nothing to do" in capsys.readouterr().out
     again = ["--dataset", data, "--add_codes_to", str(tmp_path / "codes"), "--output"]
     with pytest.raises(UsageError, match=r"these differ: tokenizer\): delete it"):
@@ -149,7 +151,7 @@ def test_igd_tokenizer_adds_one_token_per_code(tmp_path, capsys):
 def test_a_code_that_is_a_token_already_is_refused(tmp_path, code):
     name = base(tmp_path)
     with pytest.raises(
-        ValueError, match="is token [0-9]+ of the tokenizer .* already: rename the codes"
+        UsageError, match="is token [0-9]+ of the tokenizer .* already: rename the codes"
     ):
         add_to_pretrained(load_tokenizer(name), ["<a_0>", code], name)
 

@@ -136,6 +136,7 @@ def test_each_loss_term_reaches_its_own_parameters():
     words = torch.stack([model.codebooks[level][codes[:, level]] for level in range(3)])
     torch.testing.assert_close(residuals[0], model.encoder(rows))
     torch.testing.assert_close(residuals[2], model.encoder(rows) - words[0] - words[1])
+
     error = ((residuals - words) ** 2).mean()
     torch.testing.assert_close(found.commitment, error)
     torch.testing.assert_close(
@@ -143,6 +144,7 @@ def test_each_loss_term_reaches_its_own_parameters():
     )
     torch.testing.assert_close(found.loss, found.reconstruction + 1.25 * error)
     found.loss.backward()
+
     chosen = torch.nn.functional.one_hot(codes.T, 8).float()
     pull = (
         2 / residuals.numel() * chosen.transpose(1, 2) @ (words - residuals)
@@ -175,6 +177,7 @@ def test_dead_codes_are_restarted_and_only_those():
     optimizer = torch.optim.Adam(model.parameters())
     model.losses(torch.randn(20, 8)).loss.backward()
     optimizer.step()
+
     before = model.codebooks.detach().clone()
     dead = torch.zeros(3, 8, dtype=torch.bool)
     dead[1, [2, 5]] = True
@@ -183,6 +186,7 @@ def test_dead_codes_are_restarted_and_only_those():
     torch.testing.assert_close(model.codebooks[~dead], before[~dead])
     for word in model.codebooks[dead]:
         assert (residuals[1] == word).all(1).any()
+
     state = optimizer.state[model.codebooks]
     assert (
         (state["exp_avg"][dead] == 0).all()
@@ -222,6 +226,7 @@ def test_rq_vae_learns_and_uses_its_codes(changes):
         steps[-1][1]["quantizer/loss"] < steps[0][1]["quantizer/loss"]
         and steps[-1][1]["quantizer/restarted"] == 0
     )
+
     with torch.no_grad():
         rows = result.quantizer.rows(vectors, slice(None))
         codes = result.quantizer.encode(rows)

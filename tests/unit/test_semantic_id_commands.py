@@ -63,6 +63,7 @@ def folder(tmp_path_factory):
         json.dumps({"user_id": i, "items": random.permutation(NUM_ITEMS)[:8].tolist()})
         for i in range(40)
     ]
+
     for name, extra in [("data", {}), ("coded", {"semantic_id": None})]:
         (folder / "raw").mkdir(exist_ok=True)
         items = [
@@ -82,6 +83,7 @@ def folder(tmp_path_factory):
             folder / name,
         ]
         assert prepare_command.main(list(map(str, flags))) == 0
+
     for name, config in MODELS.items():
         torch.manual_seed(0)
         AutoModel.from_config(config).save_pretrained(folder / name)
@@ -94,6 +96,7 @@ def folder(tmp_path_factory):
         PreTrainedTokenizerFast(
             tokenizer_object=tokenizer, eos_token="[EOS]", **special
         ).save_pretrained(folder / name)
+
     vectors = np.repeat(random.normal(size=(12, 8)), 5, axis=0) + 0.3 * random.normal(
         size=(NUM_ITEMS, 8)
     )
@@ -141,6 +144,7 @@ def test_record_no_op_and_refusal(folder, tmp_path, capsys):
         folder / "encoder" / "model.safetensors"
     )
     assert info["items"] == items_fingerprint(items_of(folder / "data"))
+
     before = (tmp_path / "e" / "embeddings.npy").stat().st_mtime_ns
     capsys.readouterr()
     embed(folder / "data", tmp_path / "e", *flags)
@@ -150,6 +154,7 @@ def test_record_no_op_and_refusal(folder, tmp_path, capsys):
     )
     with pytest.raises(UsageError, match="was made from another request"):
         embed(folder / "data", tmp_path / "e", "--model", folder / "encoder")
+
     full = embed(folder / "data", tmp_path / "full", "--model", folder / "encoder")
     assert (full != short).any()
     half = embed(
@@ -168,6 +173,7 @@ def test_fields_are_joined(folder, tmp_path):
         "categories", pa.array([["cup", "old"]] + [[]] * (NUM_ITEMS - 1), pa.list_(pa.string()))
     )
     items = items.append_column("brand", pa.array([None] * NUM_ITEMS, pa.string()))
+
     title = items["title"].to_pylist()
     texts, fields = encode.item_texts(items, None)
     assert fields == ["title", "description", "categories"] and texts[:2] == [
@@ -175,6 +181,7 @@ def test_fields_are_joined(folder, tmp_path):
         title[1],
     ]
     assert encode.item_texts(items, ["categories", "title"])[0][0] == f"cup, old\n{title[0]}"
+
     with pytest.raises(
         UsageError,
         match="--fields brand: items.parquet has no such text; it has title, description, "
@@ -190,6 +197,7 @@ def test_ranks_share_the_items(folder, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+
     command = [
         sys.executable,
         "-m",
@@ -217,6 +225,7 @@ def test_ranks_share_the_items(folder, tmp_path):
     bad = subprocess.run(
         [*command, tmp_path / "bad", "--model", tmp_path], capture_output=True, text=True
     )
+
     assert [rank.wait(120) for rank in ranks] == [0, 0]
     one = embed(folder / "data", tmp_path / "one", "--model", folder / "encoder")
     np.testing.assert_allclose(np.load(tmp_path / "two" / "embeddings.npy"), one, atol=1e-6)
@@ -287,6 +296,7 @@ def test_bad_files_and_ids(folder, tmp_path, capsys):
     ]:
         with pytest.raises(UsageError, match=message):
             embed(folder / "data", tmp_path / "e", "--embeddings", tmp_path / f"{name}.npy")
+
     with pytest.raises(UsageError, match="archive of several arrays"):
         embed(folder / "data", tmp_path / "e", "--embeddings", tmp_path / "zip.npz")
     ids = [str(value) for value in items_of(folder / "data")["source_id"].to_pylist()]
@@ -309,6 +319,7 @@ def test_bad_files_and_ids(folder, tmp_path, capsys):
                 "--item_ids",
                 tmp_path / "ids.npy",
             )
+
     for flags, message in [
         (["--embeddings", "x.npy", "--dtype", "fp16"], "--dtype belongs to --model"),
         (["--model", "x", "--item_ids", "y"], "--item_ids belongs to --embeddings"),
@@ -334,6 +345,7 @@ def test_cooccurrence_equals_a_loop_and_a_full_factorisation(folder, tmp_path, c
         information = np.nan_to_num(
             np.maximum(np.log(counts * counts.sum() / np.outer(total, total)), 0), nan=0
         )
+
     vectors = load_embeddings(tmp_path / "e", items_of(folder / "data")).vectors
     # U·S·Uᵀ is |matrix| for a symmetric one.
     values, basis = np.linalg.eigh(information)
@@ -341,6 +353,7 @@ def test_cooccurrence_equals_a_loop_and_a_full_factorisation(folder, tmp_path, c
         vectors @ vectors.T, basis * np.abs(values) @ basis.T, atol=1e-2 * np.abs(values).max()
     )
     assert np.abs(vectors[total == 0]).max(initial=0) < 1e-12 and (total > 0).sum() > 40
+
     embed(folder / "data", tmp_path / "again", "--cooccurrence", 59)
     assert (tmp_path / "e" / "embeddings.npy").read_bytes() == (
         tmp_path / "again" / "embeddings.npy"
@@ -402,6 +415,7 @@ def test_dataset_with_ids(folder, tmp_path, name, how, capsys):
     output = tmp_path / "ids"
     assert train(folder, output, *quantizer_flags(folder, name, "--collisions", how)) == 0
     printed = capsys.readouterr().out
+
     dataset, original = InteractionDataset.load(output), InteractionDataset.load(folder / "data")
     assert all(
         (output / f).read_bytes() == (folder / "data" / f).read_bytes()
@@ -415,6 +429,7 @@ def test_dataset_with_ids(folder, tmp_path, name, how, capsys):
     assert all(
         code.startswith(f"<{'abc'[level]}_") for codes in ids for level, code in enumerate(codes)
     )
+
     report = dataset.info["semantic_ids"]
     assert {
         key: value for key, value in dataset.info.items() if key not in ("files", "semantic_ids")
@@ -430,6 +445,7 @@ def test_dataset_with_ids(folder, tmp_path, name, how, capsys):
     assert report["request"]["embeddings_sha256"] == sha256_of(
         folder / "vectors" / "embeddings.npy"
     )
+
     logs = tmp_path / "ids.quantizer"
     figure = json.loads((logs / "semantic_ids.json").read_text())
     assert {code for codes in ids for code in codes} == {
@@ -512,6 +528,7 @@ def test_existing_ids(folder, tmp_path):
         "<d_1>",
         "<d_2>",
     ]
+
     with pytest.raises(UsageError, match=r"found lengths \[0\]"):
         train(folder, tmp_path / "none", "--quantizer", "existing")
     assert not (tmp_path / "none").exists() and not (tmp_path / "none.quantizer").exists()
@@ -536,6 +553,7 @@ def test_a_collapsed_codebook_is_on_screen(folder, tmp_path, capsys):
     vectors[0] = 1.0  # one item apart, the others equal
     np.save(tmp_path / "v.npy", vectors)
     embed(folder / "data", tmp_path / "v", "--embeddings", tmp_path / "v.npy")
+
     flags = [
         "--quantizer",
         "rq-kmeans",
@@ -601,6 +619,7 @@ def test_bad_embeddings_before_training(folder, tmp_path):
         flags = ["--quantizer", "rq-kmeans", "--levels", 2, "--codes", 8]
         with pytest.raises(UsageError, match=message):
             train(folder, tmp_path / "ids", *flags, "--embeddings", bad)
+
     with pytest.raises(UsageError, match="is no folder of embeddings"):
         train(folder, tmp_path / "ids", *flags, "--embeddings", tmp_path / "nowhere")
     assert not list(tmp_path.glob("ids*"))

@@ -64,6 +64,7 @@ def looped_sasrec(model: SASRec, history):
         model.items.weight[item] * math.sqrt(WIDTH) + model.positions.weight[place]
         for place, item in enumerate(history)
     ]
+
     for block in model.blocks:
         parts = [block.inputs(norm(block.norms[0], x)).split(WIDTH) for x in states]
         size, after = WIDTH // block.num_heads, []
@@ -129,6 +130,7 @@ def test_states_and_scores_equal_a_loop_over_items(name, plain, settings):
     tolerance = (
         {"atol": 1e-5} if name == "lrurec" else {"atol": 1e-10}
     )  # its recurrence is complex64
+
     with torch.no_grad():
         states = model.encode(padded)
         expected = [plain(model, history) for history in histories]
@@ -269,6 +271,7 @@ def test_counting_recommenders_equal_a_count_by_hand():
         torch.tensor([[9, 0], [4, 7], [5, 0]]),
         torch.tensor([1, 2, 4]),
     )  # last items: 0, 4, 5
+
     popularity = COUNTED["popularity"].count(last, targets, NUM_ITEMS, seed=0)
     found = popularity.log_probabilities(histories, places).exp().numpy()
     count = np.bincount(targets, minlength=NUM_ITEMS)
@@ -279,6 +282,7 @@ def test_counting_recommenders_equal_a_count_by_hand():
     other = COUNTED["popularity"].count(last, targets, NUM_ITEMS, seed=1).probability.numpy()
     assert not np.array_equal(np.argsort(other), np.argsort(found[0])), "ties are in random order"
     assert set(np.argsort(-other)[:3]) == {0, 2, 3}
+
     knn = COUNTED["last-item-knn"].count(last, targets, NUM_ITEMS, seed=0)
     for row, item in zip(
         knn.log_probabilities(histories, places).exp().numpy(), (0, 4, 5), strict=True

@@ -93,6 +93,7 @@ def test_every_figure_equals_brute_force(catalogue, entropy):
         if entropy == "prior"
         else (lambda p: defined.conditional(p) if defined.mass(p) else 0.0)
     )
+
     for item, path in enumerate(paths):
         found = describe(view, item)
         total = uncertainty(()) - uncertainty(path)
@@ -101,6 +102,7 @@ def test_every_figure_equals_brute_force(catalogue, entropy):
             and found["train_count"] == counts[item]
             and found["gain"] == pytest.approx(total)
         )
+
         forced, parting = [], []
         for number, token in enumerate(found["tokens"]):
             before, after = path[:number], path[: number + 1]
@@ -152,6 +154,7 @@ def test_every_figure_equals_brute_force(catalogue, entropy):
             (p["tokens"], p["items"], [i["item"] for i in p["most_trained"]])
             for p in found["parting"]
         ] == parting
+
         twins = [i for i in range(len(paths)) if i != item and paths[i] == path]
         assert found["same_path"]["items"] == len(twins) and {
             i["item"] for i in found["same_path"]["most_trained"]
@@ -166,6 +169,7 @@ def test_the_worst_equal_brute_force(catalogue):
     )
     described = [describe(view, item) for item in range(dataset.num_items)]
     found = worst(view, 100)
+
     keys = [(-d["deciding"], d["tokens"][d["deciding"] - 1]["gain"]) for d in described]
     assert sorted(keys) == [(-entry["deciding"], entry["gain"]) for entry in found["latest"]]
     assert [keys[entry["item"]] for entry in found["latest"]] == sorted(keys)
@@ -183,6 +187,7 @@ def test_the_worst_equal_brute_force(catalogue):
     assert {entry["item"] for entry in found["prefixes"]} == longer and found[
         "prefix_items"
     ] == len(longer) > 0
+
     twins = [[2, 11]] if catalogue is TEXT else [[3, 4]]
     assert [[entry["item"] for entry in same] for same in found["duplicates"]] == twins and found[
         "duplicate_paths"
@@ -206,6 +211,7 @@ def test_what_names_an_item():
         find(view, "99")
     with pytest.raises(UsageError, match="no item ''"):
         find(view, "")
+
     view = CatalogueView.build(*SEMANTIC, "semantic-id", "prior")
     assert (
         find(view, "<a_1><b_1>") == [0]

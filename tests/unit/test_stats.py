@@ -9,6 +9,7 @@ from test_trie import CASES, brute_force, ragged
 
 from igd_ds.commands import stats
 from igd_ds.data.dataset import InteractionDataset, Split
+from igd_ds.data.statistics import KEYS, catalogue_statistics
 from igd_ds.items.catalogue import Catalogue
 from igd_ds.items.decisiveness import ENTROPIES
 from igd_ds.items.trie import TokenTrie
@@ -48,7 +49,7 @@ def worked():
 
 
 def test_worked_example(worked):
-    found = stats.catalogue_statistics(*worked)
+    found = catalogue_statistics(*worked)
     # Of 6 training rows, edge 1 has all 6 (zero gain, not forced), 1-2 has 4 and 1-3 has 2. Their
     # EOS edges are forced.
     expected = {
@@ -84,6 +85,7 @@ def test_worked_example(worked):
         "test_unseen_anywhere_share": 2 / 4,  # item 4 is in a training history
         "filtering_ratio": [(1 / 5 + 4 / 5) / 2, (2 / 4 + 3 / 4 + 3 / 4 + 0) / 4, 0.0],
     }
+
     for key, value in expected.items():
         assert found[key] == pytest.approx(value), key
     root = -(4 / 6 * np.log(4 / 6) + 2 / 6 * np.log(2 / 6))
@@ -93,8 +95,8 @@ def test_worked_example(worked):
 
 
 def test_every_key_is_documented_and_json(worked):
-    found = stats.catalogue_statistics(*worked)
-    assert list(found) == list(stats.KEYS)
+    found = catalogue_statistics(*worked)
+    assert list(found) == list(KEYS)
     assert json.loads(json.dumps(found)) == found
 
 
@@ -105,7 +107,8 @@ def test_counts_equal_brute_force(name, entropy):
     targets = np.repeat(np.arange(len(paths)), counts)
     rows = (targets, targets)
     dataset = make_dataset("", len(paths), train=rows, valid=rows, test=rows)
-    found = stats.catalogue_statistics(dataset, *make_catalogue(paths, counts), entropy)
+    found = catalogue_statistics(dataset, *make_catalogue(paths, counts), entropy)
+
     _, items = brute_force(paths)
     children = {}
     for prefix in items:
@@ -117,6 +120,7 @@ def test_counts_equal_brute_force(name, entropy):
             tokens += 1
             zero += sum(counts[i] for i in items[before]) == sum(counts[i] for i in items[after])
             forced += len(children[before] - {()}) == 1
+
     assert (found["target_tokens"], found["zero_ig_tokens"], found["forced_tokens"]) == (
         tokens,
         zero,
@@ -140,5 +144,5 @@ def test_command(worked, flags, monkeypatch, capsys):
     if flags:
         assert json.loads(printed)["zero_ig_tokens"] == 12 and printed.count("\n") == 1
     else:
-        assert [line.split()[0] for line in printed.splitlines()] == list(stats.KEYS)
+        assert [line.split()[0] for line in printed.splitlines()] == list(KEYS)
         assert "66.67%" in printed

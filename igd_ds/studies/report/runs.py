@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 import yaml
 
 from igd_ds.baselines.leaves import build_catalogue
-from igd_ds.commands.stats import catalogue_statistics
 from igd_ds.data.dataset import InteractionDataset
+from igd_ds.data.statistics import catalogue_statistics
 from igd_ds.errors import UsageError
 from igd_ds.evaluation import metrics
 from igd_ds.items.decisiveness import mean_by_token, purity_gain
