@@ -12,7 +12,7 @@ import torch
 import transformers
 import yaml
 
-from igd_ds.backbones.saved import DESCRIPTION_FILE
+from igd_ds.backbones.saved import DESCRIPTION_FILE, describe
 from igd_ds.backbones.tokenizer import load_tokenizer
 from igd_ds.data.dataset import InteractionDataset, item_table, user_table, write_dataset
 from igd_ds.data.prompts import PromptBuilder, Template
@@ -41,6 +41,7 @@ TRAIN_TARGETS = [0, 0, 1, 2, 3, 3, 4, 5, 6, 6, 6, 7]
 NUM_TEST = 11
 """Rows of the validation split, and of the test split."""
 
+TokenPath = tuple[int, ...]
 USERS = [7, 7, 7, 8, 9, 9, 10, 11, 12, 12, 13]
 EOS = 256
 MAX_LENGTH = 160
@@ -154,3 +155,42 @@ class Plain:
     def prompt(self, history) -> list[int]:
         """Return the token ids of a history's prompt."""
         return self.prompts.encode(np.asarray(history)).tolist()
+
+    def siblings(self, path: TokenPath, t: int) -> list[int]:
+        """Return the tokens that can follow the first t tokens of a path in the catalogue."""
+        return sorted({p[t] for p in self.different_paths if len(p) > t and p[:t] == path[:t]})
+
+    @torch.no_grad()
+    def masked_logprobs(
+        self, prompt: list[int], path: TokenPath, temperature: float
+    ) -> list[float]:
+        """Return log p of each token of a path under a softmax over its siblings alone, nats.
+
+        It is computed in fp64 from the logits of one full forward pass.
+        """
+        logits = self.model(torch.tensor([[*prompt, *path]])).logits[0].double() / temperature
+        values = []
+        for t, token in enumerate(path):
+            siblings = self.siblings(path, t)
+            legal = logits[len(prompt) + t - 1, siblings]
+            values.append(legal.log_softmax(0)[siblings.index(token)].item())
+        return values
+
+    def masked_ranking(
+        self, prompt: list[int], temperature: float
+    ) -> list[tuple[float, TokenPath]]:
+        """Return [(score, path)] of the whole catalogue, best first, by `masked_logprobs`."""
+        scored = [
+            (sum(self.masked_logprobs(prompt, path, temperature)), path)
+            for path in self.different_paths
+        ]
+        return sorted(scored, reverse=True)
+
+
+def set_likelihood(model: Path, likelihood: dict | None) -> None:
+    """Record in a model's description what it was trained with; None: as older models, nothing."""
+    description = describe(model)
+    description.pop("likelihood", None)
+    if likelihood is not None:
+        description["likelihood"] = likelihood
+    write_json(model / DESCRIPTION_FILE, description)
