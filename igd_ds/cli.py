@@ -48,7 +48,7 @@ def dispatch(argv: Sequence[str]) -> int:
     name = argv[0]
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
+        hint = f"; did you mean '{near[0]}'?" if near else "."
         raise UsageError(f"igd: no subcommand '{name}'{hint} Known: {', '.join(COMMANDS)}")
 
     # Each main reads sys.argv, as it does under a launcher.

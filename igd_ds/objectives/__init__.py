@@ -85,7 +85,7 @@ def check_objective(name: str, settings: Any) -> Any:
     """
     if name not in OBJECTIVES:
         near = difflib.get_close_matches(name, OBJECTIVES, n=1)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
+        hint = f"; did you mean '{near[0]}'?" if near else "."
         raise UsageError(f"--objective {name}: unknown{hint} Known: {', '.join(OBJECTIVES)}")
 
     own = {field.name: field for field in options_of(name)}

@@ -4,12 +4,12 @@ import dataclasses
 
 import pytest
 
-from igd_ds.config import options as configuration
-from igd_ds.config.options import EvalConfig, TrainConfig
-from igd_ds.objectives import check_flags
-from igd_ds.runlog import claim_run_folder
-from igd_ds.search.engine import Limits
-from igd_ds.search.scoring import ScoringOptions
+from igd_ds.config.options import parse
+from igd_ds.config.search import Limits, ScoringOptions
+from igd_ds.errors import UsageError
+from igd_ds.eval_config import EvalConfig
+from igd_ds.run_folder import claim_run_folder
+from igd_ds.train_config import TrainConfig
 
 REQUIRED = [
     "--ds_config",
@@ -23,8 +23,12 @@ REQUIRED = [
 ]
 
 
+UNIFORM = ("--objective", "uniform")  # needs no flag of its own
+EVALUATION = ["--model", "m", "--dataset", "d", "--output_dir", "o"]
+
+
 def train(*flags):
-    return configuration.parse(TrainConfig, [*REQUIRED, *flags])
+    return parse(TrainConfig, [*REQUIRED, *flags])
 
 
 def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path):
@@ -44,20 +48,12 @@ def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path):
 def test_the_run_folders_settings_read_back(tmp_path):
     """What claim_run_folder writes as config.yaml is a --config file."""
     config = train("--igd_beta", "0.3", "--prompt", "alpaca", "--output_dir", str(tmp_path / "run"))
-    claim_run_folder(
-        tmp_path / "run",
-        dataclasses.asdict(config),
-        {"gradient_accumulation_steps": 1},
-        world_size=1,
-    )
-    assert (
-        configuration.parse(TrainConfig, ["--config", str(tmp_path / "run" / "config.yaml")])
-        == config
-    )
+    claim_run_folder(tmp_path / "run", config, {"gradient_accumulation_steps": 1}, world_size=1)
+    assert parse(TrainConfig, ["--config", str(tmp_path / "run" / "config.yaml")]) == config
 
 
 def test_the_launchers_local_rank_is_accepted():
-    assert configuration.parse(TrainConfig, ["--local_rank=1", *REQUIRED]) == train()
+    assert parse(TrainConfig, ["--local_rank=1", *REQUIRED, *UNIFORM]) == train(*UNIFORM)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +71,7 @@ def test_the_launchers_local_rank_is_accepted():
 def test_bad_yaml(tmp_path, text, message):
     file = tmp_path / "bad.yaml"
     file.write_text(text)
-    with pytest.raises(ValueError, match=message) as caught:
+    with pytest.raises(UsageError, match=message) as caught:
         train("--config", str(file))
     assert "bad.yaml" in str(caught.value)
 
@@ -92,13 +88,13 @@ def test_bad_yaml(tmp_path, text, message):
     ],
 )
 def test_values_no_run_can_use(flags, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UsageError, match=message):
         train(*flags)
 
 
 def test_missing_settings_are_named():
-    with pytest.raises(ValueError, match="--ds_config.*--output_dir"):
-        configuration.parse(TrainConfig, ["--dataset", "d"])
+    with pytest.raises(UsageError, match="--ds_config.*--output_dir"):
+        parse(TrainConfig, ["--dataset", "d"])
 
 
 @pytest.mark.parametrize(
@@ -119,34 +115,72 @@ def test_missing_settings_are_named():
     ],
 )
 def test_bad_evaluations(flags, message):
-    with pytest.raises(ValueError, match=message):
-        configuration.parse(
-            EvalConfig, ["--model", "m", "--dataset", "d", "--output_dir", "o", *flags]
-        )
+    with pytest.raises(UsageError, match=message):
+        parse(EvalConfig, [*EVALUATION, *flags])
 
 
 def test_an_evaluations_defaults_are_those_of_the_search():
-    config = configuration.parse(
-        EvalConfig, ["--model", "m", "--dataset", "d", "--output_dir", "o"]
-    )
+    config = parse(EvalConfig, EVALUATION)
+    assert config.scoring_options() == ScoringOptions()
     for defaults in (ScoringOptions(), Limits()):
         for name, value in dataclasses.asdict(defaults).items():
-            assert getattr(config, name) == (list(value) if isinstance(value, tuple) else value)
+            assert getattr(config, name) == value
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--weighting", "idg"], "unknown; one of uniform, igd"),
-        (["--weighting", "igd"], "needs --igd_beta"),
-        (["--weighting", "uniform", "--igd_beta", "0.1"], "has no effect with --weighting uniform"),
         (
-            ["--weighting", "igd", "--igd_beta", "0.1", "--position_floor", "0.1"],
+            ["--objective", "idg"],
+            "--objective idg: unknown; did you mean 'igd'[?] Known: uniform, igd",
+        ),
+        (
+            ["--objective", "nothing-like-it"],
+            "--objective nothing-like-it: unknown. Known: uniform",
+        ),
+        (["--objective", "igd"], "--objective igd needs --igd_beta"),
+        (
+            ["--objective", "uniform", "--igd_beta", "0.1"],
+            "--igd_beta 0.1 has no effect with --objective uniform: drop it, or use igd, ",
+        ),
+        (
+            ["--objective", "igd", "--igd_beta", "0.1", "--position_floor", "0.1"],
             "--position_floor 0.1 has no effect",
         ),
-        (["--weighting", "position"], "needs --position_floor"),
+        (["--objective", "position"], "--objective position needs --position_floor"),
     ],
 )
-def test_flags_and_weighting_must_fit(flags, message):
-    with pytest.raises(ValueError, match=message):
-        check_flags(train(*flags))
+def test_flags_and_objective_must_fit(flags, message):
+    with pytest.raises(UsageError, match=message):
+        train(*flags)
+
+
+def test_the_former_name_of_the_objective_is_still_accepted(tmp_path):
+    """`--weighting` and the YAML key `weighting` set the objective."""
+    expected = train("--objective", "position", "--position_floor", "0.5")
+    assert expected.objective == "position"
+    assert train("--weighting", "position", "--position_floor", "0.5") == expected
+    file = tmp_path / "run.yaml"
+    file.write_text("weighting: position\nposition_floor: 0.5\n")
+    assert train("--config", str(file)) == expected
+    assert "weighting" not in dataclasses.asdict(expected)
+
+    # A flag wins over the file, by whichever name.
+    for flag in ("--objective", "--weighting"):
+        assert train("--config", str(file), flag, "cft", "--cft_lambda", "1").objective == "cft"
+
+
+def test_a_resumed_run_may_have_the_former_name_in_its_config_yaml(tmp_path):
+    run = tmp_path / "run"
+    flags = ("--output_dir", str(run), "--objective", "position", "--position_floor", "0.5")
+    ds = {"zero_optimization": {"stage": 1}}
+    claim_run_folder(run, train(*flags), ds, world_size=1)
+    (run / "metrics.jsonl").write_text("")
+    text = (run / "config.yaml").read_text()
+    assert "objective: position\n" in text
+    (run / "config.yaml").write_text(text.replace("objective:", "weighting:"))
+
+    claim_run_folder(run, train(*flags, "--resume", "auto"), ds, world_size=1)
+    other = train(*flags[:2], *UNIFORM, "--resume", "auto")
+    with pytest.raises(UsageError, match="these settings differ: .*objective"):
+        claim_run_folder(run, other, ds, world_size=1)

@@ -1,41 +1,44 @@
-"""The DeepSpeed file: every shipped one resolves, every mistake names its key."""
+"""The DeepSpeed file: each that we ship resolves, each mistake is named; checkpoints on disk."""
 
 import json
 import re
+import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from igd_ds import engine
+from igd_ds.config.training import LoopOptions
+from igd_ds.engine import checkpoint
+from igd_ds.engine.build import schedule_factor
+from igd_ds.engine.checkpoint import check_disk_space, newest_checkpoint
+from igd_ds.engine.ds_config import dtype_of, resolve_ds_config, zero_stage
+from igd_ds.errors import UsageError
 
 FOLDER = Path(__file__).parents[2] / "ds_configs"
 
 
-def config(path, **changes):
-    values = {
-        "ds_config": str(path),
-        "global_batch_size": 64,
-        "max_grad_norm": 1.0,
-        "load_in_4bit": False,
-    }
-    return SimpleNamespace(**values | changes)
+def options(path, **changes) -> LoopOptions:
+    return LoopOptions(ds_config=str(path), dataset="unused", output_dir="unused", **changes)
+
+
+def resolve(path, world, load_in_4bit=False, **changes):
+    return resolve_ds_config(options(path, **changes), world, load_in_4bit)
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.json")), ids=lambda p: p.stem)
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_shipped_files_resolve_for_any_number_of_ranks(path, world, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    ds = engine.resolve_ds_config(config(path, global_batch_size=256), world)
+    ds = resolve(path, world, global_batch_size=256)
     micro = ds["train_micro_batch_size_per_gpu"]
     assert micro * ds["gradient_accumulation_steps"] * world == ds["train_batch_size"] == 256
     assert ds["gradient_clipping"] == 1.0
-    assert engine.zero_stage(ds) == int(path.stem[4])
+    assert zero_stage(ds) == int(path.stem[4])
     expected = {"fp32": torch.float32, "fp16": torch.float16}.get(
         path.stem.split("-")[-1], torch.bfloat16
     )
-    assert engine.dtype_of(ds) == expected
+    assert dtype_of(ds) == expected
     assert ("offload" in path.stem) == ("offload_optimizer" in ds["zero_optimization"])
 
 
@@ -43,9 +46,7 @@ def test_shipped_files_resolve_for_any_number_of_ranks(path, world, monkeypatch)
     ("batch", "world", "micro"), [(32, 1, 32), (32, 8, 4), (256, 2, 64), (64, 1, 64)]
 )
 def test_a_micro_batch_is_at_most_the_global_batch_over_the_ranks(batch, world, micro):
-    ds = engine.resolve_ds_config(
-        config(FOLDER / "zero1-batch64-fp32.json", global_batch_size=batch), world
-    )
+    ds = resolve(FOLDER / "zero1-batch64-fp32.json", world, global_batch_size=batch)
     assert (ds["train_micro_batch_size_per_gpu"], ds["gradient_accumulation_steps"]) == (
         micro,
         batch // (micro * world),
@@ -101,17 +102,17 @@ def test_mistakes_name_file_and_key(tmp_path, monkeypatch, change, settings, mes
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     file = tmp_path / "ds.json"
     file.write_text(json.dumps(GOOD | change))
-    with pytest.raises(ValueError, match=message) as caught:
-        engine.resolve_ds_config(config(file, **settings), 2)
+    with pytest.raises(UsageError, match=message) as caught:
+        resolve(file, 2, **settings)
     assert "ds.json" in str(caught.value)
 
 
 def test_a_missing_or_broken_file(tmp_path):
-    with pytest.raises(ValueError, match="--ds_config: no file"):
-        engine.resolve_ds_config(config(tmp_path / "none.json"), 1)
+    with pytest.raises(UsageError, match="--ds_config: no file"):
+        resolve(tmp_path / "none.json", 1)
     (tmp_path / "broken.json").write_text("{")
-    with pytest.raises(ValueError, match="broken.json: not JSON"):
-        engine.resolve_ds_config(config(tmp_path / "broken.json"), 1)
+    with pytest.raises(UsageError, match="broken.json: not JSON"):
+        resolve(tmp_path / "broken.json", 1)
 
 
 @pytest.mark.parametrize(
@@ -123,28 +124,28 @@ def test_a_missing_or_broken_file(tmp_path):
     ],
 )
 def test_schedule(schedule, expected):
-    factor = engine.schedule_factor(SimpleNamespace(warmup_ratio=1 / 3, schedule=schedule), 6)
+    factor = schedule_factor(options("unused", warmup_ratio=1 / 3, schedule=schedule), 6)
     assert [factor(s) for s in range(6)] == pytest.approx(expected)
 
 
 def test_disk_space(tmp_path, monkeypatch):
-    engine.check_disk_space(tmp_path, 1_000_000, 2)
-    monkeypatch.setattr(engine.shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000_000))
-    with pytest.raises(ValueError, match="--output_dir .*GiB free"):
-        engine.check_disk_space(tmp_path, 1_000_000, 2)
+    check_disk_space(tmp_path, 1_000_000, 2)
+    usage = shutil.disk_usage(tmp_path)._replace(free=10_000_000)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(UsageError, match="--output_dir .*GiB free"):
+        check_disk_space(tmp_path, 1_000_000, 2)
     (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / "state").write_bytes(
-        b"0" * 50_000_000
-    )  # what lies there already need not be found anew
-    engine.check_disk_space(tmp_path, 1_000_000, 2)
+    # What lies there already takes no further space.
+    (tmp_path / "checkpoints" / "state").write_bytes(b"0" * 50_000_000)
+    check_disk_space(tmp_path, 1_000_000, 2)
 
 
 def test_torn_checkpoints_are_removed(tmp_path, capsys):
     def newest():
-        """The newest whole one, and those that are said to be removed."""
-        return engine.newest_checkpoint(tmp_path), re.findall(
-            r"warning: checkpoint (\S+) was not whole", capsys.readouterr().out
-        )
+        """Return the newest whole checkpoint, and those whose removal is reported."""
+        found = newest_checkpoint(tmp_path)
+        warning = r"warning: checkpoint (\S+) is not complete .* and is removed"
+        return found, re.findall(warning, capsys.readouterr().out)
 
     for step, size in ((1, 3), (2, 3), (3, 3)):
         folder = tmp_path / f"step-{step:08d}"
@@ -157,14 +158,13 @@ def test_torn_checkpoints_are_removed(tmp_path, capsys):
     (tmp_path / "step-00000003" / "weights").write_text("ab")
     (tmp_path / "step-00000002" / "manifest.json").unlink()
     assert newest() == ("step-00000001", ["step-00000003", "step-00000002"])
-    assert [path.name for path in tmp_path.iterdir()] == [
-        "step-00000001"
-    ]  # so that pruning never counts a torn one
+    # Torn ones are gone, so that pruning never counts them.
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
     (tmp_path / "step-00000001" / "manifest.json").write_text(
         json.dumps({"world_size": 2, "files": {"weights": 3}})
     )
-    with pytest.raises(ValueError, match="saved by 2 ranks, this run has 1"):
-        engine.newest_checkpoint(tmp_path)
+    with pytest.raises(UsageError, match="saved by 2 ranks, this run has 1"):
+        newest_checkpoint(tmp_path)
     (tmp_path / "step-00000001" / "weights").unlink()
     assert newest() == (None, ["step-00000001"])
 
@@ -175,5 +175,5 @@ def test_torn_checkpoints_are_removed(tmp_path, capsys):
 )
 def test_malformed_files(tmp_path, text):
     (tmp_path / "ds.json").write_text(text)
-    with pytest.raises(ValueError, match="ds.json: .*must be JSON objects"):
-        engine.resolve_ds_config(config(tmp_path / "ds.json"), 1)
+    with pytest.raises(UsageError, match="ds.json: .*must be JSON objects"):
+        resolve(tmp_path / "ds.json", 1)
