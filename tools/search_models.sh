@@ -1,25 +1,34 @@
 #!/usr/bin/env bash
-# The trained models that tools/bench/search.py and docs/search.md search with: books-small and industrial (titles), instruments
-# (semantic IDs); a Qwen2 of 5 M parameters on two CPU ranks, about 45 minutes in all on two idle cores. Resumable: start it again.
+# Trains the models that tools/bench/search.py and docs/search.md search with: books-small and
+# industrial (titles), instruments (semantic IDs). Each is a Qwen2 of 5 M parameters, trained on two
+# CPU ranks; all together take about 45 minutes on two idle cores. After an interruption, start it
+# again and it goes on. It needs the virtual environment's bin folder on the PATH.
+#
 #   tools/search_models.sh ../shared/data [runs/search]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 data="$1" out="${2:-runs/search}"
 export OMP_NUM_THREADS=1
 
-prepare() {  # NAME DOMAIN MAX_HISTORY NUM_USERS [options of train_tokenizer.py]
-    igd prepare --source sequences --input "$data/$1" --protocol leave-one-out --max_history "$3" \
-        --num_users "$4" --seed 0 --name "$1" --domain "$2" --output "$out/$1/data"
+prepare() {  # NAME DOMAIN MAX_HISTORY NUM_USERS [options of igd tokenizer]
+    igd prepare --source sequences --input "$data/$1" --protocol leave-one-out \
+        --max_history "$3" --num_users "$4" --seed 0 --name "$1" --domain "$2" \
+        --output "$out/$1/data"
     igd tokenizer --dataset "$out/$1/data" --vocab_size 8192 --output "$out/$1/tokenizer" "${@:5}"
 }
-train() {  # NAME [options of train.py]
-    torchrun --standalone --nproc_per_node 2 igd_ds/train.py --ds_config ds_configs/zero1-fp32.json --dataset "$out/$1/data" \
-        --model_config tools/models/qwen2-5m.json --tokenizer "$out/$1/tokenizer" --max_length 512 --validation_rows 500 \
-        --patience 0 --seed 0 --log_every 50 --output_dir "$out/$1/run" --resume auto "${@:2}"
+
+train() {  # NAME [options of igd train]
+    torchrun --standalone --nproc_per_node 2 igd_ds/train.py --ds_config ds_configs/zero1-fp32.json \
+        --dataset "$out/$1/data" --model_config tools/models/qwen2-5m.json \
+        --tokenizer "$out/$1/tokenizer" --max_length 512 --validation_rows 500 --patience 0 --seed 0 \
+        --log_every 50 --output_dir "$out/$1/run" --resume auto "${@:2}"
 }
+
 prepare books-small books 5 5000
-train books-small --weighting uniform --global_batch_size 16 --learning_rate 2e-3 --epochs 3
+train books-small --objective uniform --global_batch_size 16 --learning_rate 2e-3 --epochs 3
+
 prepare instruments instruments 10 3000 --semantic_ids
-train instruments --weighting uniform --global_batch_size 32 --learning_rate 1e-3 --epochs 1
+train instruments --objective uniform --global_batch_size 32 --learning_rate 1e-3 --epochs 1
+
 prepare industrial "industrial products" 10 0
-train industrial --weighting igd --igd_beta 0.1 --global_batch_size 32 --learning_rate 1e-3 --epochs 2
+train industrial --objective igd --igd_beta 0.1 --global_batch_size 32 --learning_rate 1e-3 --epochs 2
