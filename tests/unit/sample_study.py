@@ -92,7 +92,7 @@ def curves(random, settings: dict) -> dict[str, list]:
             for decile in range(10)
         },
     }
-    if settings.get("weighting") == "multi-target":
+    if settings.get("objective") == "multi-target":
         share = STEPS / STEPS[-1] / 2
         found |= {
             "train/alpha_fg": [
@@ -147,9 +147,9 @@ def make(seeds: int = 3) -> Study:
     """Return two datasets: one with a β grid and every kind of run, one with baselines and semantic IDs' weightings."""
     random, runs = np.random.default_rng(0), []
     for seed in range(seeds):
-        runs.append(run(random, "books-small", "uniform", {"weighting": "uniform"}, seed, 0.03))
+        runs.append(run(random, "books-small", "uniform", {"objective": "uniform"}, seed, 0.03))
         for beta in (0.08, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6):
-            settings = {"weighting": "igd", "igd_beta": beta}
+            settings = {"objective": "igd", "igd_beta": beta}
             tested = {} if beta == 0.2 else {"state": "no test", "test": None}
             runs.append(
                 run(
@@ -163,16 +163,16 @@ def make(seeds: int = 3) -> Study:
                 )
             )
         for method, settings, level in (
-            ("igd-linear β=0.4", {"weighting": "igd-linear", "igd_beta": 0.4}, 0.035),
-            ("position", {"weighting": "position"}, 0.031), ("cft", {"weighting": "cft"}, 0.033),
+            ("igd-linear β=0.4", {"objective": "igd-linear", "igd_beta": 0.4}, 0.035),
+            ("position", {"objective": "position"}, 0.031), ("cft", {"objective": "cft"}, 0.033),
             ("popularity", {"recommender": "popularity"}, 0.012), ("SASRec", {"recommender": "sasrec"}, 0.028),
         ):  # fmt: skip
             runs.append(run(random, "books-small", method, settings, seed, level))
         for method, settings, level in (
-            ("uniform", {"weighting": "uniform"}, 0.05), ("frequency", {"weighting": "frequency"}, 0.052),
-            ("multi-target", {"weighting": "multi-target"}, 0.053),
-            ("multi-target + curriculum cT=2", {"weighting": "multi-target", "curriculum_cT": 2.0}, 0.056),
-            ("multi-target + curriculum cT=4", {"weighting": "multi-target", "curriculum_cT": 4.0}, 0.054),
+            ("uniform", {"objective": "uniform"}, 0.05), ("frequency", {"objective": "frequency"}, 0.052),
+            ("multi-target", {"objective": "multi-target"}, 0.053),
+            ("multi-target + curriculum cT=2", {"objective": "multi-target", "curriculum_cT": 2.0}, 0.056),
+            ("multi-target + curriculum cT=4", {"objective": "multi-target", "curriculum_cT": 4.0}, 0.054),
             ("LRURec", {"recommender": "lrurec"}, 0.045),
         ):  # fmt: skip
             runs.append(run(random, "instruments", method, settings, seed, level))

@@ -132,7 +132,7 @@ def sweep_row(name: str, state: str = "finished", **changes) -> dict:
         "group": "g",
         "seed": 0,
     }
-    return row | {"settings": {"weighting": "uniform"}, "chosen": True} | changes
+    return row | {"settings": {"objective": "uniform"}, "chosen": True} | changes
 
 
 def write_sweep(folder: Path, rows: list[dict]) -> Path:

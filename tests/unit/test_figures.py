@@ -207,7 +207,7 @@ def test_beta_is_drawn_and_judged_as_averaged_by_hand(study):
     for run in (
         run
         for run in study.runs
-        if run.dataset == "books-small" and run.settings.get("weighting") in ("igd", "uniform")
+        if run.dataset == "books-small" and run.settings.get("objective") in ("igd", "uniform")
     ):
         entry = run.valid["alpha"]["0.0"]["token_match"]
         values.setdefault(run.settings.get("igd_beta"), []).append(
@@ -267,7 +267,7 @@ def test_nothing_but_seeds_is_averaged_in_a_sensitivity(study, dataset, name):
         )
 
     other = [
-        worse(run) for run in study.runs if run.dataset == dataset and "weighting" in run.settings
+        worse(run) for run in study.runs if run.dataset == dataset and "objective" in run.settings
     ]
     both = by_name(dataclasses.replace(study, runs=[*study.runs, *other]))[name]
     for alone, axes in zip(drawn(by_name(study)[name]).axes, drawn(both).axes, strict=True):

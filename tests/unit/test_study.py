@@ -18,10 +18,19 @@ from igd_ds import distributed, eval
 from igd_ds.data.batches import sample_rows
 from igd_ds.data.dataset import InteractionDataset
 from igd_ds.studies.report.runs import environment_of, read_runs, thinned
-from igd_ds.studies.report.study import Run, family_of, labels, lines_by, load, method_of, save
+from igd_ds.studies.report.study import (
+    Run,
+    family_of,
+    labels,
+    lines_by,
+    load,
+    method_of,
+    objective_of,
+    save,
+)
 from igd_ds.studies.report.tables import groups_of
 
-UNIFORM = {"weighting": "uniform", "seed": 0}
+UNIFORM = {"objective": "uniform", "seed": 0}
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +51,7 @@ def run(source, tmp_path):
 
     def write(name, seed=0, **settings):
         changes = settings.pop("changes", {})
-        settings = {"weighting": "uniform", "seed": seed} | settings
+        settings = {"objective": "uniform", "seed": seed} | settings
         return write_run(
             tmp_path / "runs" / name,
             source,
@@ -62,12 +71,12 @@ def only(study):
 @pytest.mark.parametrize(
     ("settings", "method"),
     [
-        ({"weighting": "uniform"}, "uniform"), ({"weighting": "igd", "igd_beta": 0.1}, "igd β=0.1"),
-        ({"weighting": "igd-linear", "igd_beta": 1.0}, "igd-linear β=1"), ({"weighting": "rank", "rank_tau": 0.8}, "rank τ=0.8"),
-        ({"weighting": "cft", "cft_lambda": 0.5, "position_floor": 0.1}, "cft"),
-        ({"weighting": "front-greater"}, "front-greater"),
-        ({"weighting": "multi-target", "curriculum_c": None}, "multi-target"),
-        ({"weighting": "multi-target", "curriculum_cT": 2.0}, "multi-target + curriculum"),
+        ({"objective": "uniform"}, "uniform"), ({"objective": "igd", "igd_beta": 0.1}, "igd β=0.1"),
+        ({"objective": "igd-linear", "igd_beta": 1.0}, "igd-linear β=1"), ({"objective": "rank", "rank_tau": 0.8}, "rank τ=0.8"),
+        ({"objective": "cft", "cft_lambda": 0.5, "position_floor": 0.1}, "cft"),
+        ({"objective": "front-greater"}, "front-greater"),
+        ({"objective": "multi-target", "curriculum_c": None}, "multi-target"),
+        ({"objective": "multi-target", "curriculum_cT": 2.0}, "multi-target + curriculum"),
         ({"recommender": "last-item-knn"}, "last-item kNN"), ({"recommender": "sasrec"}, "SASRec"),
     ],
 )  # fmt: skip
@@ -76,19 +85,19 @@ def test_the_method_of_a_configuration(settings, method):
 
 
 def test_labels_name_what_differs_within_a_method():
-    base = {"weighting": "cft", "seed": 0, "output_dir": "a", "cft_lambda": 0.5}
+    base = {"objective": "cft", "seed": 0, "output_dir": "a", "cft_lambda": 0.5}
     many = [
         base,
         base | {"seed": 1, "output_dir": "b"},
         base | {"cft_lambda": 1.0},
-        {"weighting": "uniform", "epochs": 3},
+        {"objective": "uniform", "epochs": 3},
     ]
     assert labels(many) == ["cft λ=0.5", "cft λ=0.5", "cft λ=1", "uniform"]
 
 
 def test_a_family_shares_all_but_what_validation_chooses():
     base = {
-        "weighting": "multi-target",
+        "objective": "multi-target",
         "seed": 0,
         "output_dir": "a",
         "epochs": 2,
@@ -111,12 +120,12 @@ def test_a_family_shares_all_but_what_validation_chooses():
 
 def test_a_line_differs_in_one_setting_and_the_seed_alone():
     settings = [
-        {"weighting": "multi-target", "mixing_form": form, "curriculum_c": c, "seed": seed}
+        {"objective": "multi-target", "mixing_form": form, "curriculum_c": c, "seed": seed}
         for form in ("loss", "logits") for c in (2e-5, 1e-5) for seed in (0, 1)
     ]  # fmt: skip
     settings.append(
         {
-            "weighting": "multi-target",
+            "objective": "multi-target",
             "mixing_form": "loss",
             "curriculum_c": 1e-5,
             "epochs": 9,
@@ -182,8 +191,8 @@ def test_a_whole_run(run):
 @pytest.mark.parametrize(
     ("settings", "best"),
     [
-        ({"weighting": "igd", "igd_beta": 0.1}, True), ({"weighting": "igd-linear", "igd_beta": 0.1}, True),
-        ({"weighting": "uniform"}, False), ({"weighting": "cft"}, False), ({"weighting": "multi-target"}, False),
+        ({"objective": "igd", "igd_beta": 0.1}, True), ({"objective": "igd-linear", "igd_beta": 0.1}, True),
+        ({"objective": "uniform"}, False), ({"objective": "cft"}, False), ({"objective": "multi-target"}, False),
         ({"recommender": "sasrec"}, False),
     ],
 )  # fmt: skip
@@ -197,7 +206,7 @@ def test_igd_alone_is_reported_at_the_best_alpha(source, tmp_path, settings, bes
 
 
 @pytest.mark.parametrize(
-    ("weighting", "lacking", "state"),
+    ("objective", "lacking", "state"),
     [
         ("igd", "0.2", "unfinished"),
         ("uniform", "0.2", "finished"),
@@ -205,7 +214,7 @@ def test_igd_alone_is_reported_at_the_best_alpha(source, tmp_path, settings, bes
         ("uniform", "0.0", "unfinished"),
     ],
 )
-def test_a_test_must_hold_the_alpha_that_is_reported(source, tmp_path, weighting, lacking, state):
+def test_a_test_must_hold_the_alpha_that_is_reported(source, tmp_path, objective, lacking, state):
     ranks = {
         split: {"0.0": [2] * len(rows), "0.2": [1] * len(rows)} for split, rows in ROWS.items()
     }
@@ -216,7 +225,7 @@ def test_a_test_must_hold_the_alpha_that_is_reported(source, tmp_path, weighting
                 write_run(
                     tmp_path / "run",
                     source,
-                    {"weighting": weighting, "igd_beta": 0.1, "seed": 0},
+                    {"objective": objective, "igd_beta": 0.1, "seed": 0},
                     ranks,
                 )
             ],
@@ -227,7 +236,7 @@ def test_a_test_must_hold_the_alpha_that_is_reported(source, tmp_path, weighting
     assert run.note == (
         ""
         if state == "finished"
-        else f"eval/test lacks α = {lacking}, at which it is to be reported"
+        else f"eval/test lacks α = {lacking}, which the run is to be reported at"
     )
 
 
@@ -239,7 +248,7 @@ def test_a_validation_without_alpha_0_is_not_whole(source, tmp_path):
                 write_run(
                     tmp_path / "run",
                     source,
-                    {"weighting": "igd", "igd_beta": 0.1, "seed": 0},
+                    {"objective": "igd", "igd_beta": 0.1, "seed": 0},
                     ranks,
                 )
             ],
@@ -277,6 +286,25 @@ def test_ranks_are_those_of_the_predictions(source, run):
         ]
 
 
+def test_runs_that_call_their_objective_a_weighting_are_read_alike(source, run, tmp_path):
+    """Before version 0.2 the setting `objective` was called `weighting`."""
+    now, before = run("now", objective="igd", igd_beta=0.1), tmp_path / "before"
+    shutil.copytree(now, before, symlinks=True)
+    path = before / "config.yaml"
+    path.write_text(path.read_text().replace("objective", "weighting"))
+    assert "weighting" in yaml.safe_load(path.read_text())
+    one, other = only(read_runs([now], 0)), only(read_runs([before], 0))
+    assert (one.method, one.objective, one.alpha, one.family) == (
+        other.method,
+        other.objective,
+        other.alpha,
+        other.family,
+    )
+    assert one.settings == other.settings
+    old = {"weighting": "igd-linear", "igd_beta": 0.3}  # in a stored study it stays
+    assert method_of(old) == "igd-linear β=0.3" and objective_of(old) == "igd-linear"
+
+
 def test_groups_of_a_real_evaluation_are_those_that_it_measured(source, tmp_path, monkeypatch):
     """tiny_run's model, searched by eval.py: head, tail, warm and cold from the kept ranks equal metrics.json."""
     monkeypatch.setattr(distributed, "init", lambda: None)
@@ -284,7 +312,7 @@ def test_groups_of_a_real_evaluation_are_those_that_it_measured(source, tmp_path
     folder, data = shutil.copytree(source, tmp_path / "run"), source.parent / "data"
     settings = {
         "dataset": str(data),
-        "weighting": "igd",
+        "objective": "igd",
         "igd_beta": 0.1,
         "seed": 3,
         "model_config": "q.json",
@@ -369,7 +397,7 @@ def test_states_and_notes_of_a_sweep(run, tmp_path):
     ]  # fmt: skip
     assert all(run.valid and "valid" in run.ranks for run in study.runs if run.whole)
     assert study.runs[0].family == family_of(study.runs[0].settings) and study.runs[4].family == "f"
-    assert study.runs[-1].settings == {"weighting": "uniform"}  # from the table
+    assert study.runs[-1].settings == {"objective": "uniform"}  # from the table
 
 
 def drop(path, *keys):
@@ -386,12 +414,12 @@ def drop(path, *keys):
         (lambda run: shutil.rmtree(run / "eval" / "valid"), "unfinished", "no eval/valid"),
         (lambda run: shutil.rmtree(run / "eval" / "test"), "no test", "not evaluated on test"),
         (lambda run: (run / "eval/test/metrics.json").write_text("{"), "unfinished", "eval/test/metrics.json is not JSON"),
-        (lambda run: (run / "config.yaml").write_text("weighting: uniform\ndataset: d"), "unfinished", "KeyError: 'seed'"),
-        (lambda run: (run / "config.yaml").write_text("weighting: uniform\nseed: 0"), "unfinished", "KeyError: 'dataset'"),
-        (lambda run: (run / "config.yaml").write_text("weighting: igd\nseed: 0"), "unfinished", "KeyError: 'igd_beta'"),
-        (lambda run: drop(run / "summary.json", "seconds"), "finished", "summary.json lacks seconds (an older version?)"),
+        (lambda run: (run / "config.yaml").write_text("objective: uniform\ndataset: d"), "unfinished", "KeyError: 'seed'"),
+        (lambda run: (run / "config.yaml").write_text("objective: uniform\nseed: 0"), "unfinished", "KeyError: 'dataset'"),
+        (lambda run: (run / "config.yaml").write_text("objective: igd\nseed: 0"), "unfinished", "KeyError: 'igd_beta'"),
+        (lambda run: drop(run / "summary.json", "seconds"), "finished", "summary.json lacks seconds (written by an older version?)"),
         (lambda run: (run / "env.json").unlink(), "finished", "env.json lacks world_size"),
-        (lambda run: drop(run / "eval/valid/metrics.json", "alpha"), "unfinished", "an older version's"),
+        (lambda run: drop(run / "eval/valid/metrics.json", "alpha"), "unfinished", "written by an older version"),
         (lambda run: (run / "eval/test/timing.json").unlink(), "finished", ""),
     ],
 )  # fmt: skip
@@ -421,7 +449,7 @@ def test_a_metric_that_is_not_a_number_leaves_the_run_out(run, split):
     ("damage", "why"),
     [
         (lambda path: path.write_bytes(path.read_bytes()[:-9]), "damaged"),
-        (lambda path: path.unlink(), "not there"),
+        (lambda path: path.unlink(), "missing"),
         (
             lambda path: pq.write_table(pq.read_table(path).drop_columns("item_ids"), path),
             "damaged",
@@ -429,7 +457,7 @@ def test_a_metric_that_is_not_a_number_leaves_the_run_out(run, split):
     ],
 )
 def test_damaged_predictions_cost_a_run_its_groups_alone(run, split, damage, why):
-    folders = [run("uniform"), run("igd", weighting="igd", igd_beta=0.1)]
+    folders = [run("uniform"), run("igd", objective="igd", igd_beta=0.1)]
     damage(folders[0] / "eval" / split / "predictions-alpha0.0.parquet")
     study = read_runs(folders, 2)
     assert [found.state for found in study.runs] == ["finished", "finished"] and not study.runs[
@@ -556,7 +584,7 @@ def test_runs_of_two_datasets_stand_side_by_side(run):
 
 
 def test_a_folder_of_run_folders_is_read_and_others_are_refused(run, tmp_path):
-    run("uniform"), run("igd", weighting="igd", igd_beta=0.1)
+    run("uniform"), run("igd", objective="igd", igd_beta=0.1)
     (tmp_path / "runs" / "data").mkdir()
     study = read_runs([tmp_path / "runs"], 0)
     assert [run.method for run in study.runs] == ["igd β=0.1", "uniform"] and study.name == "runs"
@@ -569,7 +597,7 @@ def test_a_folder_of_run_folders_is_read_and_others_are_refused(run, tmp_path):
 def test_a_run_that_is_there_twice_counts_once(run):
     study = read_runs([run("uniform"), run("again")], 0)
     assert [run.state for run in study.runs] == ["finished", "unfinished"]
-    assert study.runs[1].note == "left out: method and seed of uniform"
+    assert study.runs[1].note == "left out: same method and seed as uniform"
 
 
 def test_without_its_dataset_a_study_has_no_groups_but_its_figures(run, source, tmp_path):
@@ -591,7 +619,7 @@ def test_a_dataset_that_changed_is_not_taken_for_the_old_one(run):
 
 
 def test_examples_show_rows_that_the_methods_rank_differently(run, source):
-    folders = [run("uniform"), run("igd", weighting="igd", igd_beta=0.1)]
+    folders = [run("uniform"), run("igd", objective="igd", igd_beta=0.1)]
     study = read_runs(folders, 3)
     dataset, ranks = (
         InteractionDataset.load(source.parent / "data"),
@@ -610,7 +638,7 @@ def test_examples_show_rows_that_the_methods_rank_differently(run, source):
 
 
 def test_equal_runs_give_equal_bytes_and_so_does_what_was_kept(run, tmp_path):
-    folders = [run("uniform"), run("uniform1", 1), run("igd", weighting="igd", igd_beta=0.1)]
+    folders = [run("uniform"), run("uniform1", 1), run("igd", objective="igd", igd_beta=0.1)]
     for name in ("first", "second"):
         save(read_runs(folders, 2), tmp_path / name)
     save(load(tmp_path / "first"), tmp_path / "third")
@@ -631,11 +659,11 @@ def test_equal_runs_give_equal_bytes_and_so_does_what_was_kept(run, tmp_path):
         (damaged / name).write_bytes((damaged / name).read_bytes()[:-9])
         with pytest.raises(
             ValueError,
-            match=f"damaged {name}/{name} is damaged .*: make the report from its runs again",
+            match=f"damaged {name}/{name} is damaged .*; make the report from its runs again",
         ):
             load(damaged)
     (tmp_path / "third" / "study.json").write_text(
         '{"runs": [{"name": "uniform", "of": "another version"}]}'
     )
-    with pytest.raises(ValueError, match="third: damaged, or of another version"):
+    with pytest.raises(ValueError, match="third is damaged or was written by another version"):
         load(tmp_path / "third")

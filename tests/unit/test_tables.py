@@ -33,7 +33,7 @@ def make_run(
     method: str, seed: int, valid: dict[str, float], test: dict[str, float] | None, **changes
 ) -> Run:
     """A run with NDCG@10 by α; a run without test is a candidate that was not chosen."""
-    settings = {"weighting": method.split()[0]}
+    settings = {"objective": method.split()[0]}
     settings |= {"igd_beta": float(method.split("β=")[1])} if "β=" in method else {}
     common = {
         "rows": 4,
@@ -368,7 +368,7 @@ def test_mtc_ablation_relaxed_match_and_quantizers():
     for dataset in ("rq data", "pq data"):
         for method in ("uniform", "frequency", "multi-target", "multi-target + curriculum cT=2"):
             level += 0.01
-            settings = {"weighting": method.split()[0]} | (
+            settings = {"objective": method.split()[0]} | (
                 {"curriculum_cT": 2.0} if "curriculum" in method else {}
             )
             run = make_run(
@@ -409,16 +409,16 @@ def test_mtc_ablation_relaxed_match_and_quantizers():
 
 def test_mtc_ablation_has_a_line_for_each_part():
     base = {
-        "weighting": "multi-target",
+        "objective": "multi-target",
         "mixing": "learned",
         "curriculum_c": None,
         "mixing_form": "loss",
     }
     many = {
-        "uniform": {"weighting": "uniform"}, "front-greater → CE": base | {"mixing": "fg-ce", "mixing_form": None},
+        "uniform": {"objective": "uniform"}, "front-greater → CE": base | {"mixing": "fg-ce", "mixing_form": None},
         "front-greater → CE → frequency": base | {"mixing": "fg-ce-fr", "mixing_form": None}, "multi-target": base,
         "multi-target + curriculum": base | {"curriculum_c": 1e-5}, "worse": base | {"curriculum_c": 2e-5},
-        "front-greater": {"weighting": "front-greater"}, "frequency": {"weighting": "frequency"},
+        "front-greater": {"objective": "front-greater"}, "frequency": {"objective": "frequency"},
         "multi-target on logits": base | {"mixing_form": "logits"},
         "multi-target + curriculum on logits": base | {"mixing_form": "logits", "curriculum_c": 1e-5},
     }  # fmt: skip
