@@ -1,4 +1,4 @@
-"""The Python API against a plain search: lists, filters, guidance, batches, errors."""
+"""The Python API, compared with a plain search: lists, filters, guidance, batches, errors."""
 
 import dataclasses
 import shutil
@@ -9,12 +9,21 @@ import pytest
 import tiny_run
 import transformers
 import yaml
-from oracle import assert_same_lists, plain_search, ranking, weight_by_path
+from oracle import (
+    SCORE_ATOL,
+    SCORE_RTOL,
+    assert_same_lists,
+    plain_search,
+    ranking,
+    weight_by_path,
+)
 from tiny_run import TITLES, Plain
 
+from igd_ds.config.search import Limits, ScoringOptions
+from igd_ds.contracts import Likelihood
+from igd_ds.errors import UsageError
 from igd_ds.evaluation.recommender import Recommender
-from igd_ds.search.engine import Limits
-from igd_ds.search.scoring import ScoringOptions, edge_weights
+from igd_ds.search.scoring import edge_weights
 
 HISTORIES = [[1, 2], [0], [7, 7, 3, 9, 4], [5, 6], [8], [2, 4], [9, 1, 0]]
 
@@ -42,11 +51,18 @@ def plain(run):
 
 
 def as_paths(plain, ranked):
+    """Return a RankedList as [(score, path)]."""
     return [(r.score, plain.paths[r.item_ids[0]]) for r in ranked]
 
 
 def leaves(lists):
+    """Return the items of each leaf of each list."""
     return [[r.item_ids for r in ranked] for ranked in lists]
+
+
+def items(lists):
+    """Return the items of each list, ascending."""
+    return [sorted(item for r in ranked for item in r.item_ids) for ranked in lists]
 
 
 def test_three_lines(run, capsys, monkeypatch):
@@ -54,52 +70,50 @@ def test_three_lines(run, capsys, monkeypatch):
     recommender = Recommender.load("run")
     for recommendation in recommender.recommend([[3, 7, 5]], k=5, alpha=0.2)[0]:
         print(recommendation.rank, recommendation.title, recommendation.score)
+
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert [line[0] for line in lines] == ["1", "2", "3", "4", "5"] and {
-        line[1] for line in lines
-    } < set(TITLES)
+    assert [line[0] for line in lines] == ["1", "2", "3", "4", "5"]
+    assert {line[1] for line in lines} < set(TITLES)
     scores = [float(line[2]) for line in lines]
     assert scores == sorted(scores, reverse=True)
 
 
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0])
-def test_lists_equal_a_plain_search(recommender, plain, length_penalty):
+@pytest.mark.parametrize("search", ["beam", "exact"])
+def test_lists_equal_a_plain_search(recommender, plain, search, length_penalty):
     weight = weight_by_path(plain.trie, edge_weights(plain.trie, plain.gain, "per-node", 0.3))
-    for search in ("beam", "exact"):
-        lists = recommender.recommend(
-            HISTORIES, k=3, alpha=0.3, search=search, length_penalty=length_penalty
-        )
-        for history, ranked in zip(HISTORIES, lists, strict=True):
-            prompt = plain.prompt(history)
-            if search == "beam":
-                expected = plain_search(
-                    plain.model, prompt, plain.different_paths, weight, 3, length_penalty
-                )
-            else:
-                expected = ranking(
-                    plain.model, prompt, plain.different_paths, weight, length_penalty
-                )[:3]
-            assert_same_lists(as_paths(plain, ranked), expected)
-            assert [r.rank for r in ranked] == [1, 2, 3] and not ranked.short
-            assert all(
-                r.title == TITLES[r.item_ids[0]] and r.certified == (search == "exact")
-                for r in ranked
-            )
+    arguments = {"k": 3, "alpha": 0.3, "length_penalty": length_penalty}
+    lists = recommender.recommend(HISTORIES, search=search, **arguments)
+
+    for history, ranked in zip(HISTORIES, lists, strict=True):
+        model, prompt, paths = plain.model, plain.prompt(history), plain.different_paths
+        if search == "beam":
+            expected = plain_search(model, prompt, paths, weight, 3, length_penalty)
+        else:
+            expected = ranking(model, prompt, paths, weight, length_penalty)[:3]
+        assert_same_lists(as_paths(plain, ranked), expected)
+        assert [r.rank for r in ranked] == [1, 2, 3]
+        assert not ranked.short
+        assert all(r.title == TITLES[r.item_ids[0]] for r in ranked)
+        assert all(r.certified == (search == "exact") for r in ranked)
+
+
+def test_recommendations_cannot_be_changed(recommender):
+    ((first,),) = recommender.recommend([[1]], k=1)
     with pytest.raises(dataclasses.FrozenInstanceError):
-        lists[0][0].rank = 2
+        first.rank = 2
 
 
 def test_exact_lists_are_never_worse(recommender):
-    beam, exact = (
-        recommender.recommend(HISTORIES, k=2, alpha=0.0, search=search)
-        for search in ("beam", "exact")
-    )
+    beam = recommender.recommend(HISTORIES, k=2, alpha=0.0, search="beam")
+    exact = recommender.recommend(HISTORIES, k=2, alpha=0.0, search="exact")
     pairs = [
         (e.score, b.score)
         for ours, theirs in zip(exact, beam, strict=True)
         for e, b in zip(ours, theirs, strict=True)
     ]
-    assert all(e >= b for e, b in pairs) and any(e > b for e, b in pairs)
+    assert all(e >= b for e, b in pairs)
+    assert any(e > b for e, b in pairs)
 
 
 def test_lists_do_not_depend_on_the_batch(recommender, monkeypatch):
@@ -113,8 +127,11 @@ def test_lists_do_not_depend_on_the_batch(recommender, monkeypatch):
         for h, a, d in zip(HISTORIES, allow, deny, strict=True)
     ]
     assert leaves(together) == leaves(in_batches) == leaves(alone)
+
+    # Matrix products of another shape add in another order.
     for ours, theirs in zip(together, alone, strict=True):
-        assert [r.score for r in ours] == pytest.approx([r.score for r in theirs], abs=2e-5)
+        expected = [r.score for r in theirs]
+        assert [r.score for r in ours] == pytest.approx(expected, rel=SCORE_RTOL, abs=SCORE_ATOL)
     assert recommender.recommend([]) == []
 
 
@@ -123,20 +140,20 @@ def test_filters(recommender, search):
     allow = [[4, 7, 9, 0], None, [2], None, None, None, [3, 2]]
     deny = [[0], [0, 1, 2, 9], None, [], None, list(range(2, 10)), None]
     lists = recommender.recommend(HISTORIES, k=6, search=search, allow=allow, deny=deny)
-    items = [sorted(item for ids in ranked for item in ids) for ranked in leaves(lists)]
-    assert (
-        items[0] == [4, 7, 9]
-        and items[1] == [3, 4, 5, 6, 7, 8]
-        and items[2] == [2]
-        and items[5] == [0, 1]
-    )
-    assert items[6] == [2, 3] and len(lists[6]) == 1  # one leaf
+    found = items(lists)
+    assert found[0] == [4, 7, 9]
+    assert found[1] == [3, 4, 5, 6, 7, 8]
+    assert found[2] == [2]
+    assert found[5] == [0, 1]
+    assert found[6] == [2, 3]
+    assert len(lists[6]) == 1  # one leaf
     assert [ranked.short for ranked in lists] == [True, False, True, False, False, True, True]
 
 
 def test_more_than_the_catalogue_has(recommender):
-    (ranked,) = recommender.recommend([[1]], k=10**9)
-    assert ranked.short and sorted(item for r in ranked for item in r.item_ids) == list(range(10))
+    lists = recommender.recommend([[1]], k=10**9)
+    assert lists[0].short
+    assert items(lists) == [list(range(10))]
 
 
 def test_guidance(recommender, monkeypatch):
@@ -146,40 +163,71 @@ def test_guidance(recommender, monkeypatch):
     monkeypatch.setattr(recommender, "batch_size", 3)
     strong = recommender.recommend(HISTORIES, k=3, guidance=(q, 100.0))
     assert [ranked[0].item_ids for ranked in strong] == [(item,) for item in wanted]
-    free, weak = (
-        recommender.recommend(HISTORIES, k=3),
-        recommender.recommend(HISTORIES, k=3, guidance=(q, 0.0)),
-    )
-    assert leaves(free) == leaves(weak) != leaves(strong)
+
+    free = recommender.recommend(HISTORIES, k=3)
+    without_weight = recommender.recommend(HISTORIES, k=3, guidance=(q, 0.0))
+    assert leaves(free) == leaves(without_weight) != leaves(strong)
 
 
-def test_a_guides_taste_for_denied_items_leads_no_beam_astray(recommender):
+def test_guidance_to_denied_items_leads_no_beam_astray(recommender):
+    # The guide prefers the denied "abc". The only other item with its first two letters is "ab",
+    # which the guide forbids.
     q = np.zeros((1, 10))
-    q[0, 1], q[0, 4] = (
-        1,
-        1e-3,
-    )  # the denied "abc", whose prefix has only the allowed "ab" besides, which the guide forbids
+    q[0, 1], q[0, 4] = 1, 1e-3
     (ranked,) = recommender.recommend([[5]], k=1, deny=[[1]], guidance=(q, 5.0))
-    assert [r.title for r in ranked] == ["bcc"] and not ranked.short
+    assert [r.title for r in ranked] == ["bcc"]
+    assert not ranked.short
 
 
-def test_the_run_may_be_named_by_its_model_folder_and_the_dataset_may_move(
-    run, recommender, tmp_path
-):
+def load_trained(run, folder, likelihood):
+    """Load a copy of the run whose model was trained with this likelihood."""
+    shutil.copytree(run / "model", folder / "model")
+    tiny_run.set_likelihood(folder / "model", likelihood)
+    return Recommender.load(folder / "model", dataset=run.parent / "data")
+
+
+def test_auto_is_the_softmax_that_the_model_was_trained_with(run, recommender, plain, tmp_path):
+    trained = load_trained(run, tmp_path, {"softmax": "masked", "temperature": 2.0})
+    assert trained.likelihood == Likelihood("masked", 2.0)
+
+    auto = trained.recommend(HISTORIES, k=5, alpha=0.0, search="exact")
+    given = recommender.recommend(
+        HISTORIES, k=5, alpha=0.0, search="exact", softmax="masked", temperature=2.0
+    )
+    assert auto == given  # the same computation
+    for history, ranked in zip(HISTORIES, auto, strict=True):
+        expected = plain.masked_ranking(plain.prompt(history), 2.0)[:5]
+        assert_same_lists(as_paths(plain, ranked), expected)
+
+    # Options override what the model was trained with.
+    full = trained.recommend(HISTORIES, k=5, softmax="full", temperature=1.0)
+    assert full == recommender.recommend(HISTORIES, k=5)
+
+
+def test_models_without_a_likelihood_have_the_full_softmax(run, recommender, tmp_path):
+    older = load_trained(run, tmp_path, None)
+    assert older.likelihood == Likelihood("full", 1.0)
+    auto = older.recommend(HISTORIES, k=5)
+    assert auto == recommender.recommend(HISTORIES, k=5, softmax="full", temperature=1.0)
+    assert auto != recommender.recommend(HISTORIES, k=5, softmax="masked")
+
+
+def test_the_run_may_be_named_by_its_model_folder(run, recommender):
     expected = leaves(recommender.recommend(HISTORIES[:2], k=3))
     assert leaves(Recommender.load(run / "model").recommend(HISTORIES[:2], k=3)) == expected
+
+
+def test_the_dataset_may_move(run, recommender, tmp_path):
+    expected = leaves(recommender.recommend(HISTORIES[:2], k=3))
     shutil.copytree(run / "model", tmp_path / "model")
-    with pytest.raises(ValueError, match="no config.yaml in .* give dataset="):
+    with pytest.raises(UsageError, match="no config.yaml in .* give dataset="):
         Recommender.load(tmp_path)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"dataset": "gone"}))
-    with pytest.raises(ValueError, match="was trained on gone, which is not there"):
+    with pytest.raises(UsageError, match="was trained on gone, which is not there"):
         Recommender.load(tmp_path / "model")
-    assert (
-        leaves(
-            Recommender.load(tmp_path, dataset=run.parent / "data").recommend(HISTORIES[:2], k=3)
-        )
-        == expected
-    )
+
+    moved = Recommender.load(tmp_path, dataset=run.parent / "data")
+    assert leaves(moved.recommend(HISTORIES[:2], k=3)) == expected
 
 
 def test_an_eos_that_tokenizer_and_catalogue_disagree_on(run, tmp_path):
@@ -187,9 +235,8 @@ def test_an_eos_that_tokenizer_and_catalogue_disagree_on(run, tmp_path):
     tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "model")
     tokenizer.add_special_tokens({"eos_token": "<stop>"})
     tokenizer.save_pretrained(tmp_path / "model")
-    with pytest.raises(
-        ValueError, match="end in token 256, but the tokenizer's EOS is 257 .'<stop>'.: undo"
-    ):
+    message = "end in token 256, but the tokenizer's EOS is 257 .'<stop>'.: undo"
+    with pytest.raises(UsageError, match=message):
         Recommender.load(tmp_path, dataset=run.parent / "data")
 
 
@@ -207,6 +254,7 @@ def test_an_eos_that_tokenizer_and_catalogue_disagree_on(run, tmp_path):
         ({"histories": [[1]], "k": 0}, "k must be a whole number and at least 1, found 0"),
         ({"histories": [[1]], "alpha": 1.5}, "--alpha must lie in"),
         ({"histories": [[1]], "search": "best"}, "unknown search 'best'; known: beam, exact"),
+        ({"histories": [[1]], "softmax": "half"}, "unknown --softmax 'half'"),
         (
             {"histories": [[1]], "search": "exact", "decoding_rule": "pooled"},
             "--decoding_rule pooled depends",
@@ -234,21 +282,20 @@ def test_an_eos_that_tokenizer_and_catalogue_disagree_on(run, tmp_path):
     ],
 )
 def test_bad_input_names_the_user(recommender, arguments, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UsageError, match=message):
         recommender.recommend(**arguments)
 
 
 def test_limits_and_precision_are_checked(run, recommender, monkeypatch):
     monkeypatch.setattr(recommender, "limits", Limits(pass_positions=4))
-    with pytest.raises(
-        ValueError, match="--pass_positions 4 is less than one position for each of 5 beams"
-    ):
+    message = "--pass_positions 4 is less than one position for each of 5 beams"
+    with pytest.raises(UsageError, match=message):
         recommender.recommend([[1]], k=5)
-    with pytest.raises(ValueError, match="found 'half-ish'"):
+    with pytest.raises(UsageError, match="found 'half-ish'"):
         Recommender.load(run, dtype="half-ish")
 
 
-def test_options_are_laid_out_once(recommender):
-    once = recommender.scoring(ScoringOptions(alpha=[0.1, 0.2]))
+def test_the_arrays_of_equal_options_are_made_once(recommender):
+    once = recommender.scoring(ScoringOptions(alpha=(0.1, 0.2)))
     assert recommender.scoring(ScoringOptions(alpha=(0.1, 0.2))) is once
     assert recommender.scoring(ScoringOptions(alpha=(0.1,))) is not once
