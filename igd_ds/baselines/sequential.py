@@ -80,7 +80,7 @@ class SequentialModel(nn.Module, ABC):
 
 
 class GRU4Rec(SequentialModel):
-    """A GRU over item embeddings, which are the output weights too (Hidasi et al. 2016 and 2018).
+    """GRU4Rec: a GRU over item embeddings, which are the output weights too.
 
     The published code calls these shared weights `constrained`.
     """
@@ -110,10 +110,11 @@ class GRU4Rec(SequentialModel):
 
 
 class SASRec(SequentialModel):
-    """Blocks of causal self-attention and a point-wise feed-forward net (Kang and McAuley 2018).
+    """SASRec: blocks of causal self-attention and a point-wise feed-forward net.
 
-    Each sub-layer is normalised before. Positions count from the oldest item of a history on, so
-    that a row's scores do not depend on the rows that it is trained with.
+    Each sub-layer is normalised before. Positions count from the
+    oldest item of a history on, so that a row's scores do not depend on the rows that it is trained
+    with.
     """
 
     def __init__(
@@ -184,7 +185,7 @@ class AttentionBlock(nn.Module):
 
 
 class LRURec(SequentialModel):
-    """Blocks of a linear recurrent unit and a feed-forward net (Yue et al. 2024).
+    """LRURec: blocks of a linear recurrent unit and a feed-forward net.
 
     Each sub-layer is normalised behind its residual connection.
     """

@@ -1,4 +1,4 @@
-"""Give a dataset's items semantic IDs, learned from their embeddings or taken over and made unique.
+"""Give a dataset's items semantic IDs: learned from embeddings, or existing ones made unique.
 
     igd ids --dataset DATASET --embeddings EMBEDDINGS --quantizer rq-vae --levels 4 --codes 256 \\
         --collisions reassign --output DATASET2
@@ -6,9 +6,9 @@
 
 DATASET2 is a copy of DATASET with new semantic IDs and a new data card; its dataset.json has a
 report under "semantic_ids". --quantizer existing keeps the IDs that the dataset has, resolves their
-collisions and measures them. What training leaves lies in DATASET2.quantizer/, or in --log_dir:
-tensorboard/, quantizer.safetensors (codebooks and networks) and semantic_ids.json (the report, and
-the purity gain by token of MTC Figure 1).
+collisions and measures them. DATASET2.quantizer/, or --log_dir, holds tensorboard/,
+quantizer.safetensors (codebooks and networks) and semantic_ids.json (the report, and the purity
+gain by token of MTC Figure 1).
 
 If DATASET2 is complete and was made from the same request, the command does nothing. If it was made
 from another request, the command refuses.
@@ -64,7 +64,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--log_dir",
         type=Path,
-        help="folder to make for what training leaves (default: DATASET2.quantizer)",
+        help="folder to make for logs, quantizer and report (default: DATASET2.quantizer)",
     )
     for name, what in HELP.items():
         default = DEFAULTS[name]

@@ -151,13 +151,12 @@ def describe(view: CatalogueView, item: int) -> dict[str, Any]:
         `CatalogueView.item` and
 
         - tokens: for each token `CatalogueView.edge` (items and train_count are those under the
-        prefix
-          that ends with it), its share of the item's whole gain (None if that is 0), zero_gain (the
-          token rules out no training row), forced (the prefix before it has no other continuation),
-          and its siblings;
+          prefix that ends with it), its share of the item's whole gain (None if that is 0),
+          zero_gain (the token rules out no training row), forced (the prefix before it has no
+          other continuation), and its siblings;
         - gain: the item's whole gain in nats;
-        - deciding: the number, from 1 on, of the last token that is not forced; None if all are
-        forced; - forced_runs: [first, last] number of each stretch of forced tokens;
+        - deciding: the number, from 1 on, of the last token that is not forced; None if all are;
+        - forced_runs: [first, last] number of each stretch of forced tokens;
         - parting: the prefixes behind which other items go another way, the longest first;
         - same_path: other items with the same tokens.
     """
@@ -234,11 +233,9 @@ def worst(view: CatalogueView, count: int) -> dict[str, Any]:
         - latest: the items whose deciding token comes last; of these, first the ones where it gains
           least;
         - duplicate_paths: how many token paths belong to several items, and duplicates: their
-        items, the
-          largest groups first;
+          items, the largest groups first;
         - prefix_items: how many items have a deciding token that only ends what other items
-        continue,
-          and prefixes: the first of these items.
+          continue, and prefixes: the first of these items.
     """
     trie, offsets = view.trie, view.catalogue.offsets
     nodes, begin, length = trie.path_nodes(offsets), offsets[:-1], np.diff(offsets)

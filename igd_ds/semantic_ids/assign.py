@@ -1,7 +1,7 @@
 """Give a dataset's items semantic IDs: fit a quantizer, resolve collisions, write the new dataset.
 
-What training leaves lies in a log folder: tensorboard/, quantizer.safetensors (codebooks and
-networks) and semantic_ids.json (the report, and the purity gain by token of MTC Figure 1).
+The log folder holds tensorboard/, quantizer.safetensors (codebooks and networks) and
+semantic_ids.json (the report, and the purity gain by token of MTC Figure 1).
 
 Letters in shapes: N items, L levels.
 """
@@ -49,7 +49,7 @@ class IDRequest:
     output: Path
     """Dataset folder to make."""
     log_dir: Path
-    """Folder to make for what training leaves."""
+    """Folder to make for logs, the fitted quantizer and the report."""
     quantizer: str
     """A key of QUANTIZERS, or EXISTING."""
     collisions: str = collisions.COLLISIONS[0]

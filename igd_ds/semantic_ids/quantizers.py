@@ -5,7 +5,7 @@ codeword, B rows of a batch, n rows of a k-means sample. Codes are integers in [
 level l is written as the token `<a_c>` for l = 0, `<b_c>` for l = 1, and so on.
 
 RQ-VAE is by Lee et al. 2022 (arXiv:2203.01941), with the settings of LETTER and LC-Rec. TIGER
-(arXiv:2305.05065) introduced its use for item IDs.
+introduced its use for item IDs.
 """
 
 from __future__ import annotations
