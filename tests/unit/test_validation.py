@@ -1,7 +1,11 @@
-"""The validation loss by information gain: groups, borders and means against a loop over the tokens."""
+"""Validation, compared with one forward pass per row and a loop over its tokens.
+
+NLLs are compared relatively, with 1e-5: they are sums of fp32 log-probabilities in batches of other
+shapes. The brute force computes them in fp64.
+"""
 
 import math
-import types
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -12,13 +16,37 @@ from test_trie import CASES, ragged
 from tiny_run import Plain
 
 from igd_ds import distributed
-from igd_ds.backbones import causal_lm
-from igd_ds.data.batches import MASKED_ROW, Collator
-from igd_ds.evaluation import validation
+from igd_ds.backbones import CausalLM
+from igd_ds.contracts import MASKED_ROW, Objective, ObjectiveContext
+from igd_ds.data.batches import Collator, TokenColumns
+from igd_ds.evaluation.validation import ValidationTask, validation_ndcg, validation_nll
 from igd_ds.items import decisiveness
-from igd_ds.items.catalogue import Catalogue
-from igd_ds.items.store import StoredCatalogue
+from igd_ds.items.search_trie import SearchTrie
 from igd_ds.items.trie import TokenTrie
+from igd_ds.objectives.msl import MSL, MSLOptions
+from igd_ds.objectives.position import Uniform
+from igd_ds.objectives.weighted import NoOptions
+
+RTOL = 1e-5
+TAU = 2.5
+ROWS = np.arange(tiny_run.NUM_TEST)
+IN_BATCHES = [ROWS[:4], ROWS[4:8], np.array([*ROWS[8:], MASKED_ROW])]
+
+UNIFORM = Uniform(NoOptions(), total_steps=1)
+MASKED = MSL(MSLOptions(msl_tau=str(TAU)), total_steps=1)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What validation uses of a DeepSpeed engine: the model, and the stage of ZeRO."""
+
+    module: torch.nn.Module
+
+    def __call__(self, *arguments, **named):
+        return self.module(*arguments, **named)
+
+    def zero_optimization_stage(self) -> int:
+        return 0
 
 
 @pytest.fixture(scope="module")
@@ -27,11 +55,15 @@ def plain(tmp_path_factory):
 
 
 def decile_of(gain, every):
-    """The first decile j whose border, the least gain that (j + 1) / 10 of all tokens do not exceed, is not below `gain`."""
+    """Return the first decile whose border is not below `gain`.
+
+    The border of decile j is the smallest gain that (j + 1) / 10 of all tokens do not exceed.
+    """
     ordered = sorted(every)
-    return next(
-        (j for j in range(9) if gain <= ordered[math.ceil((j + 1) * len(ordered) / 10) - 1]), 9
-    )
+    for j in range(9):
+        if gain <= ordered[math.ceil((j + 1) * len(ordered) / 10) - 1]:
+            return j
+    return 9
 
 
 @pytest.mark.parametrize("entropy", decisiveness.ENTROPIES)
@@ -42,94 +74,156 @@ def test_borders_of_the_deciles(name, entropy):
     trie = TokenTrie.build(token_ids, offsets, counts)
     gain = decisiveness.information_gain(trie, entropy)
     nodes, mass = trie.path_nodes(offsets), Definitions(paths, counts).mass
-    every = []  # the gain of each training target's tokens that drop any mass
+
+    # The gain of each training target's tokens that rule out some training target.
+    every = []
     for item, count in enumerate(counts):
         for t in range(len(paths[item])):
             if mass(tuple(paths[item][:t])) != mass(tuple(paths[item][: t + 1])):
                 every += [gain[nodes[offsets[item] + t]]] * int(count)
+
     borders = decisiveness.gain_deciles(trie, gain)
     if not every:
         assert len(borders) == 0
     else:
-        assert [int(np.searchsorted(borders, g)) for g in sorted(set(every))] == [
-            decile_of(g, every) for g in sorted(set(every))
-        ]
+        found = [int(np.searchsorted(borders, g)) for g in sorted(set(every))]
+        assert found == [decile_of(g, every) for g in sorted(set(every))]
 
 
-def measure(plain, batches):
-    """What validation says of batches of rows of the validation split."""
-    catalogue = Catalogue.build(
-        plain.dataset, causal_lm.load_tokenizer(str(plain.model.name_or_path))
-    )
-    stored = StoredCatalogue(catalogue, plain.trie, plain.gain.astype(np.float32), "prior")
-    zero = decisiveness.zero_gain(plain.trie)[plain.trie.path_nodes(catalogue.offsets)]
-    weights = np.ones((len(zero), 1), np.float32)
+def task_of(plain: Plain, objective: Objective) -> ValidationTask:
+    """Return the validation of the tiny run's test rows under an objective."""
+    trie = SearchTrie.build(plain.trie)
+    context = ObjectiveContext(plain.stored, trie, str(plain.dataset.folder))
+    columns = TokenColumns.build(plain.stored, objective.weights(context))
     split = plain.dataset.splits["test"]
-    collator = Collator(
-        split, plain.prompts, catalogue.token_ids, catalogue.offsets, weights, zero, tiny_run.EOS
-    )
-    with torch.no_grad():
-        return validation.validation_nll(plain.model, causal_lm, collator, stored, batches)
+    rows = Collator(split, plain.prompts, columns, tiny_run.EOS)
+    return ValidationTask(CausalLM(), objective, context, rows)
 
 
-def brute_force(plain, rows):
-    """The same by one forward pass per row and a loop over its tokens; every group's list of NLLs."""
+@torch.no_grad()
+def measured_nll(plain: Plain, batches, objective: Objective = UNIFORM) -> dict[str, float]:
+    return validation_nll(Engine(plain.model), task_of(plain, objective), batches)
+
+
+@torch.no_grad()
+def full_logprobs(plain: Plain, prompt, path) -> list[float]:
+    """Return log p of each token of a path under a softmax over the vocabulary, in fp64."""
+    logits = plain.model(torch.tensor([[*prompt, *path]])).logits[0].double().log_softmax(-1)
+    return [logits[len(prompt) + t - 1, token].item() for t, token in enumerate(path)]
+
+
+def masked_logprobs(plain: Plain, prompt, path) -> list[float]:
+    return plain.masked_logprobs(prompt, path, TAU)
+
+
+def nll_by_group(plain: Plain, logprobs) -> dict[str, list[float]]:
+    """Return the NLLs of the tokens of all rows, by group of information gain."""
     counts = np.bincount(tiny_run.TRAIN_TARGETS, minlength=10)
-    defined, split, groups = Definitions(plain.paths, counts), plain.dataset.splits["test"], {}
+    defined, split = Definitions(plain.paths, counts), plain.dataset.splits["test"]
 
     def gain(path, t):
-        return defined.prior(path[:t]) - defined.prior(path[: t + 1])
+        return np.float32(defined.prior(path[:t]) - defined.prior(path[: t + 1]))
 
-    every = [
-        np.float32(gain(plain.paths[item], t))
-        for item in tiny_run.TRAIN_TARGETS
-        for t in range(len(plain.paths[item]))
-        if defined.mass(plain.paths[item][:t]) != defined.mass(plain.paths[item][: t + 1])
-    ]
-    for row in rows:
+    def is_zero(path, t):
+        return defined.mass(path[:t]) == defined.mass(path[: t + 1])
+
+    trained = [plain.paths[item] for item in tiny_run.TRAIN_TARGETS]
+    every = [gain(path, t) for path in trained for t in range(len(path)) if not is_zero(path, t)]
+
+    groups = {}
+    for row in ROWS:
         prompt, path = plain.prompt(split.history(row)), plain.paths[split.targets[row]]
-        with torch.no_grad():
-            logits = plain.model(torch.tensor([[*prompt, *path]])).logits[0].double()
-        for t, token in enumerate(path):
-            zero = defined.mass(path[:t]) == defined.mass(path[: t + 1])
-            group = "zero" if zero else decile_of(np.float32(gain(path, t)), every)
-            nll = -torch.log_softmax(logits[len(prompt) + t - 1], 0)[token].item()
-            groups.setdefault(f"valid/nll_gain_{group}", []).append(nll)
+        for t, logprob in enumerate(logprobs(plain, prompt, path)):
+            group = "zero" if is_zero(path, t) else decile_of(gain(path, t), every)
+            groups.setdefault(f"valid/nll_gain_{group}", []).append(-logprob)
     return groups
 
 
-def test_validation_by_gain(plain):
-    rows = np.arange(tiny_run.NUM_TEST)
-    found = measure(plain, [rows[:4], rows[4:8], np.array([*rows[8:], MASKED_ROW])])
-    groups = brute_force(plain, rows)
-    assert {tag for tag in found if "gain" in tag} == set(groups) and len(
-        groups
-    ) > 4  # a group without tokens is left out
+@pytest.mark.parametrize(
+    ("objective", "logprobs"),
+    [(UNIFORM, full_logprobs), (MASKED, masked_logprobs)],
+    ids=["uniform", "msl"],
+)
+def test_nll_is_that_of_the_objectives_softmax(plain, objective, logprobs):
+    found, groups = measured_nll(plain, IN_BATCHES, objective), nll_by_group(plain, logprobs)
+    assert len(groups) > 4
+    assert {tag for tag in found if "gain" in tag} == set(groups)  # no group without tokens
     for tag, losses in groups.items():
-        assert found[tag] == pytest.approx(np.mean(losses), rel=1e-5), tag
+        assert found[tag] == pytest.approx(np.mean(losses), rel=RTOL), tag
+
     every = np.concatenate(list(groups.values()))
-    assert found["valid/nll_per_token"] == pytest.approx(every.mean(), rel=1e-5)
-    assert found["valid/nll"] == pytest.approx(every.sum() / len(rows), rel=1e-5)
+    assert found["valid/nll_per_token"] == pytest.approx(every.mean(), rel=RTOL)
+    assert found["valid/nll"] == pytest.approx(every.sum() / len(ROWS), rel=RTOL)
+
+
+def test_the_masked_softmax_gives_another_nll_than_the_full_one(plain):
+    full = measured_nll(plain, IN_BATCHES, UNIFORM)
+    masked = measured_nll(plain, IN_BATCHES, MASKED)
+    assert masked["valid/nll"] < full["valid/nll"] / 2
+
+
+@torch.no_grad()
+def test_forced_tokens_have_a_masked_nll_of_exactly_zero(plain):
+    task = task_of(plain, MASKED)
+    batch = task.rows(ROWS)
+    logits = CausalLM().label_logits(plain.model, batch)
+    nll = MASKED.nll(batch, logits, task.context).tolist()
+
+    targets = plain.dataset.splits["test"].targets
+    number = [len(plain.siblings(plain.paths[i], t)) for i in targets
+              for t in range(len(plain.paths[i]))]  # fmt: skip
+    forced = [value for value, n in zip(nll, number, strict=True) if n == 1]
+    others = [value for value, n in zip(nll, number, strict=True) if n > 1]
+    assert set(forced) == {0.0}
+    assert len(forced) > 10
+    assert min(others) > 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("objective", "logprobs"),
+    [(UNIFORM, full_logprobs), (MASKED, masked_logprobs)],
+    ids=["uniform", "msl"],
+)
+def test_ndcg_is_that_of_a_ranking_by_the_objectives_softmax(plain, objective, logprobs):
+    """Ten beams are more than the catalogue has leaves, so the beam search misses nothing."""
+    found = validation_ndcg(Engine(plain.model), task_of(plain, objective), IN_BATCHES)
+    assert found == {"valid/ndcg@10": pytest.approx(ranked_ndcg(plain, logprobs))}
+
+
+def test_the_two_softmaxes_rank_differently(plain):
+    assert ranked_ndcg(plain, full_logprobs) != ranked_ndcg(plain, masked_logprobs)
+
+
+def ranked_ndcg(plain: Plain, logprobs) -> float:
+    """Return the mean NDCG of the targets in a ranking of the whole catalogue."""
+    split, gains = plain.dataset.splits["test"], []
+    for row in ROWS:
+        prompt, target = plain.prompt(split.history(row)), plain.paths[split.targets[row]]
+        scores = {path: sum(logprobs(plain, prompt, path)) for path in plain.different_paths}
+        rank = 1 + sum(score > scores[target] for score in scores.values())
+        gains.append(1 / math.log2(rank + 1))
+    return float(np.mean(gains))
 
 
 def test_sums_are_over_all_ranks(plain, monkeypatch):
-    """Two ranks, one of them with a batch that only fills up: each returns what one rank with all rows does."""
-    rows = np.arange(tiny_run.NUM_TEST)
-    whole = measure(plain, [rows])
-    shares = [[rows[::2]], [rows[1::2], np.array([MASKED_ROW, MASKED_ROW])]]
+    """Two ranks return what one rank with all rows returns; one has a batch without real rows."""
+    whole = measured_nll(plain, [ROWS])
+    shares = [[ROWS[::2]], [ROWS[1::2], np.array([MASKED_ROW, MASKED_ROW])]]
+
+    # Each rank alone: note what it adds.
     sums = []
-    monkeypatch.setattr(
-        validation,
-        "distributed",
-        types.SimpleNamespace(
-            device=distributed.device, all_reduce_sum=lambda s: sums.append(s.clone()) or s
-        ),
-    )
-    alone = [measure(plain, share) for share in shares]
+
+    def note(own):
+        sums.append(own.clone())
+        return own
+
+    monkeypatch.setattr(distributed, "all_reduce_sum", note)
+    alone = [measured_nll(plain, share) for share in shares]
     assert alone[0] != whole
+
+    # Each rank together with the other.
     for rank, share in enumerate(shares):
         other = sums[1 - rank]
-        monkeypatch.setattr(
-            validation.distributed, "all_reduce_sum", lambda s, other=other: s + other
-        )
-        assert measure(plain, share) == pytest.approx(whole, rel=1e-5)
+        monkeypatch.setattr(distributed, "all_reduce_sum", lambda own, other=other: own + other)
+        assert measured_nll(plain, share) == pytest.approx(whole, rel=RTOL)
