@@ -1,4 +1,4 @@
-"""For tests of the sources: reading raw files, and what was read by the source's own names, to compare with plain Python."""
+"""For tests of the sources: read raw files, and name what was read as the source does."""
 
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -11,11 +11,15 @@ from igd_ds.data.dataset import METADATA_SCHEMA, SourceData
 from igd_ds.data.raw import RawReader
 from igd_ds.data.raw_files import RawRequest
 from igd_ds.data.sources import SOURCES, find_files
+from igd_ds.errors import UsageError
 
 
 @contextmanager
 def reading(name: str, inputs: Sequence[Path], **options) -> Iterator[SourceData]:
-    """Read `inputs` as source `name`; the data, whose metadata needs the reader, lives inside the `with`."""
+    """Yield the data that source `name` reads from `inputs`.
+
+    Its metadata needs the reader, so the data can be used inside of the `with` block only.
+    """
     files = find_files(name, inputs)
     request = RawRequest(tuple(path for paths in files.values() for path in paths), **options)
     with tempfile.TemporaryDirectory() as scratch, RawReader(request, Path(scratch)) as raw:
@@ -34,7 +38,10 @@ def events_of(data: SourceData) -> list[tuple]:
 
 
 def items_of(data: SourceData) -> dict[str, tuple]:
-    """Return source id → (title, semantic id, description, categories, brand, price), None for what there is not."""
+    """Return source id → (title, semantic ID, description, categories, brand, price).
+
+    What an item does not have is None.
+    """
     table = data.metadata(np.arange(len(data.titles)))
     nothing = [None] * len(data.titles)
     columns = [
@@ -50,11 +57,11 @@ def items_of(data: SourceData) -> dict[str, tuple]:
 
 
 def refused_or_read(name: str, inputs: Sequence[Path]) -> None:
-    """What a fuzz test asks: the files give data that hangs together, or a ValueError that names one of them."""
+    """Check that files give consistent data, or a UsageError that names one of them (for fuzz)."""
     try:
         with reading(name, inputs) as data:
             events, items = events_of(data), items_of(data)
-    except ValueError as error:
+    except UsageError as error:
         assert any(path.name in str(error) for path in inputs), error
     else:
         assert events and {item for _, item, _ in events} <= items.keys()

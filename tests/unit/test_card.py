@@ -25,11 +25,15 @@ TITLES = [
 ]
 DAY = 86_400
 INFO = {
-    "name": "toy|\n*set*", "domain": "books", "protocol": "d3", "parameters": {"k_core": 5, "window": None, "seed": 12_345},
+    "name": "toy|\n*set*", "domain": "books", "protocol": "d3",
+    "parameters": {"k_core": 5, "window": None, "seed": 12_345},
     "counts": {}, "sources": [{"path": "re|views_5.json", "sha256": "ab" * 32}],
-    "hygiene": {"policy": "placeholder", "entities": {"count": 1234, "examples": [[3, "A &amp; <b>|\nB", "A & B"]]},
-                "whitespace": {"count": 1, "examples": [[4, "a  b", "a b"]]}, "unusable": {"count": 0, "examples": []}},
-    "funnel": [{"step": "read re|views", "rows": 1_234_567}, {"step": "5-core, pass 1", "users": 10, "items": 9, "years": 2}],
+    "hygiene": {"policy": "placeholder",
+                "entities": {"count": 1234, "examples": [[3, "A &amp; <b>|\nB", "A & B"]]},
+                "whitespace": {"count": 1, "examples": [[4, "a  b", "a b"]]},
+                "unusable": {"count": 0, "examples": []}},
+    "funnel": [{"step": "read re|views", "rows": 1_234_567},
+               {"step": "5-core, pass 1", "users": 10, "items": 9, "years": 2}],
     "expected": {"items": [8, 10], "sparsity": [0.5, 0.25], "users": [0, 3]},
 }  # fmt: skip
 
@@ -45,7 +49,7 @@ def items_table(titles, codes=None, **metadata):
 
 
 def rows_table(rows):
-    """Rows are (user, history, target, time); the table has several chunks, as the protocols make them."""
+    """Return a table of rows (user, history, target, time) in several chunks, as protocols make."""
     types = [pa.int64(), pa.list_(pa.int32()), pa.int32(), pa.int64()]
     names = ["user_id", "history", "target", "timestamp"]
     parts = [part for part in (rows[: len(rows) // 3], rows[len(rows) // 3 :]) if part]
@@ -112,6 +116,7 @@ def test_numbers_equal_plain_counting(rows, tmp_path):
         "9 items have a title, none a semantic ID." in text
         and "brand (50.0 % of the items)" in text
     )
+
     popularity = Counter(row[2] for row in rows["train"])
     times = [popularity[item] for item in range(10)]
     for name, found in rows.items():
@@ -123,6 +128,7 @@ def test_numbers_equal_plain_counting(rows, tmp_path):
             cold,
             *dates,
         ]
+
     words = [len(title.split()) for title in TITLES if title is not None]
     for what, values in [
         *(
@@ -136,12 +142,14 @@ def test_numbers_equal_plain_counting(rows, tmp_path):
         wanted = [f"{len(values):,}", f"{sum(values) / len(values):,.2f}"]
         wanted += [f"{quantile(values, share):,}" for share in (0, 0.1, 0.5, 0.9, 0.99, 1)]
         assert row_of(text, what) == wanted
+
     cold = times.count(0)
     assert cold and row_of(text, "cold items") == [str(cold), f"{10 * cold:.1f} % of the items"]
     assert row_of(text, "the most popular 1 % of the items") == [
         "1",
         f"{100 * max(times) / 120:.1f} % of the training targets",
     ]
+
     random = np.random.default_rng(1)
     many = [(0, [1], int(target), None) for target in random.zipf(1.5, 3000) % 250]
     splits = {
@@ -180,6 +188,7 @@ def test_what_dataset_json_says_is_quoted(rows, tmp_path):
     assert "InteractionDataset.load(" in text and all(
         line.count("|") > 2 for line in text.splitlines() if line[:1] == "|"
     )
+
     bare = {key: INFO[key] for key in INFO.keys() - {"funnel", "expected"}} | {
         "sources": [],
         "hygiene": {},
@@ -203,7 +212,7 @@ def test_what_dataset_json_says_is_quoted(rows, tmp_path):
 
 
 def test_figures(rows, tmp_path):
-    """They open, show something, are small, and are the same bytes whatever the user's matplotlib is set to."""
+    """The figures open, show something and are small; matplotlib settings do not change a byte."""
     splits = {name: rows_table(found) for name, found in rows.items()}
     text = make(tmp_path / "a", INFO, items_table(TITLES), splits)
     with matplotlib.rc_context(
@@ -213,6 +222,7 @@ def test_figures(rows, tmp_path):
         assert (
             matplotlib.rcParams["font.size"] == 20 and matplotlib.rcParams["axes.spines.top"]
         )  # the user's are back
+
     figures = sorted(path.name for path in (tmp_path / "a").glob("*.png"))
     assert figures == ["history_length.png", "popularity.png", "time.png", "title_length.png"]
     for name in figures:
@@ -221,6 +231,7 @@ def test_figures(rows, tmp_path):
         with Image.open(path) as image:
             assert image.size == (640, 400) and len(image.convert("RGB").getcolors(100_000)) > 2
         assert path.stat().st_size < 60_000
+
     first, second = (
         {
             path.name: hashlib.sha256(path.read_bytes()).digest()
@@ -250,11 +261,13 @@ def test_three_rows_of_semantic_ids(tmp_path, time):
         and "No figure of title lengths" in text
     )
     assert "title words" not in text and row_of(text, "cold items") == ["2", "66.7 % of the items"]
+
     drawn = {path.name for path in (tmp_path / "d").glob("*.png")}
     assert drawn == {"history_length.png", "popularity.png"} | (
         {"time.png"} if time == 1_500_000_000 else set()
     )
     assert ("No figure over time" in text) == (time != 1_500_000_000)
+
     date = {None: None, 1_500_000_000: "2017-07-14", 10**13: "318857-05-20"}[time]
     assert row_of(text, "train") == ["1", "1", "0.0 %", *([date, date] if date else [])]
     assert ("There are no timestamps." in text) == (time is None)

@@ -1,4 +1,4 @@
-"""The dataset folder: round trip, equal bytes, strict checks, memory mapping, concurrent loading."""
+"""The dataset folder: round trip, equal bytes, strict checks, memory maps, concurrent loading."""
 
 import json
 import os
@@ -19,6 +19,7 @@ from igd_ds.data.dataset import (
     user_table,
     write_dataset,
 )
+from igd_ds.errors import UsageError
 
 INFO = {
     "name": "toy",
@@ -120,7 +121,7 @@ def test_semantic_ids(tmp_path):
         write(tmp_path / "d", item_table([None] * 4, codes, pa.array(range(4))))
     )
     assert dataset.semantic_ids == codes and dataset.titles == [None] * 4
-    with pytest.raises(ValueError, match="item 1 has semantic_id None"):
+    with pytest.raises(UsageError, match="item 1 has semantic_id None"):
         InteractionDataset.load(
             write(
                 tmp_path / "e",
@@ -155,7 +156,11 @@ def test_rewritten_at_the_same_path_is_not_read_from_the_cache(tmp_path):
 
 def test_two_processes_load_at_once_and_quietly(tmp_path):
     folder = write(tmp_path / "d")
-    code = f"from igd_ds.data.dataset import InteractionDataset as D; print(D.load({str(folder)!r}).splits['train'].history(2))"
+    code = (
+        "from igd_ds.data.dataset import InteractionDataset\n"
+        f"dataset = InteractionDataset.load({str(folder)!r})\n"
+        "print(dataset.splits['train'].history(2))"
+    )
     env = os.environ | {
         "HF_DATASETS_CACHE": str(tmp_path / "cache"),
         "HF_HUB_OFFLINE": "1",
@@ -181,9 +186,9 @@ def test_progress_bars_are_as_they_were(tmp_path):
 
 def test_write_refuses_existing_folder_and_empty_split(tmp_path):
     folder = write(tmp_path / "d")
-    with pytest.raises(ValueError, match="exists already"):
+    with pytest.raises(UsageError, match="exists already"):
         write(folder)
-    with pytest.raises(ValueError, match=r"empty split: valid \(rows: train 3, valid 0, test 2\)"):
+    with pytest.raises(UsageError, match=r"empty split: valid \(rows: train 3, valid 0, test 2\)"):
         write(tmp_path / "e", valid=rows([], []))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["d"]
 
@@ -233,29 +238,29 @@ def test_failed_write_leaves_nothing(tmp_path):
 def test_load_refuses_bad_files(tmp_path, name, table, message):
     folder = write(tmp_path / "d")
     rewrite(folder, name, table)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UsageError, match=message):
         InteractionDataset.load(folder)
 
 
 def test_load_refuses_incomplete_and_changed_folders(tmp_path):
-    with pytest.raises(ValueError, match="no dataset.json"):
+    with pytest.raises(UsageError, match="no dataset.json"):
         InteractionDataset.load(tmp_path)
     folder = write(tmp_path / "d")
     pq.write_table(rows([[1]], [2]), folder / "valid.parquet")
-    with pytest.raises(ValueError, match="not the file that dataset.json describes"):
+    with pytest.raises(UsageError, match="not the file that dataset.json describes"):
         InteractionDataset.load(folder)
     (folder / "valid.parquet").unlink()
-    with pytest.raises(ValueError, match="valid.parquet is missing"):
+    with pytest.raises(UsageError, match="valid.parquet is missing"):
         InteractionDataset.load(folder)
     info = json.loads((folder / "dataset.json").read_text())
     (folder / "dataset.json").write_text(json.dumps(info | {"version": 1}))
-    with pytest.raises(ValueError, match="version 1"):
+    with pytest.raises(UsageError, match="version 1"):
         InteractionDataset.load(folder)
     (folder / "dataset.json").write_text("{")
-    with pytest.raises(ValueError, match="not valid JSON"):
+    with pytest.raises(UsageError, match="not valid JSON"):
         InteractionDataset.load(folder)
 
 
 def test_broken_unicode_is_named():
-    with pytest.raises(ValueError, match="not valid Unicode"):
+    with pytest.raises(UsageError, match="not valid Unicode"):
         item_table(["ok", "half \ud83d"], None, pa.array(range(2)))

@@ -1,10 +1,11 @@
-"""Title hygiene: what is repaired, what is left alone, what happens to items without a usable title."""
+"""Title hygiene: what it repairs, what it leaves alone, and items without a usable title."""
 
 import json
 
 import pytest
 
 from igd_ds.data.hygiene import clean_title, clean_titles
+from igd_ds.errors import UsageError
 
 
 @pytest.mark.parametrize(
@@ -91,7 +92,7 @@ def test_drop_marks_items_and_policies_are_named():
         and report["unusable"]["count"] == 1
         and report["items_sharing_a_title"] == 0
     )
-    with pytest.raises(ValueError, match="known: placeholder, drop"):
+    with pytest.raises(UsageError, match="known: placeholder, drop"):
         clean_titles(["a"], "guess")
 
 
@@ -100,7 +101,8 @@ def test_report_is_json_even_with_broken_unicode():
     json.dumps(report, ensure_ascii=False).encode()
 
 
-# Counts from the data's README and from grep: entities 166 / 87, debris 27, double spaces 13 / 43 (the rest non-breaking spaces).
+# The counts come from the README of the data and from grep: entities 166 and 87, debris 27, double
+# spaces 13 and 43 (the other changes of white space are non-breaking spaces).
 @pytest.mark.parametrize(
     ("name", "entities", "unusable"),
     [

@@ -1,19 +1,21 @@
-"""Prompts: segments tokenized apart and joined; history cut oldest-first by whole items so that the target always fits."""
+"""Prompts: their segments, and histories that are cut by whole items from the oldest on."""
 
-from types import SimpleNamespace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from igd_ds.data.dataset import InteractionDataset, Split
 from igd_ds.data.prompts import PromptBuilder, Template
+from igd_ds.errors import UsageError
 
 TITLES = ["a", "bb", "cccc", "dd dd", "e{item}"]
 
 
 def tokenizer(bos: bool = False):
-    """One token per character; with `bos`, a BOS is put before every text, as LLaMA-3 does."""
+    """Return a tokenizer of characters; with `bos` it puts BOS before a text, as LLaMA-3 does."""
     characters = sorted({*"abcde {}itm\n\"'s,.:;#/RNxtkopf", *map(chr, range(33, 127))})
     core = Tokenizer(
         models.WordLevel(
@@ -30,8 +32,20 @@ def tokenizer(bos: bool = False):
     )
 
 
+def dataset_of(titles):
+    """Return a dataset of items alone, with the domain "books"."""
+    return InteractionDataset(
+        folder=Path("none"),
+        info={"domain": "books"},
+        titles=titles,
+        semantic_ids=None,
+        splits={},
+        fingerprint="",
+    )
+
+
 def builder(budget=1000, bos=False, template="short", titles=TITLES):
-    dataset = SimpleNamespace(titles=titles, semantic_ids=None, info={"domain": "books"})
+    dataset = dataset_of(titles)
     return PromptBuilder.build(Template.load(template), tokenizer(bos), dataset, "text", budget)
 
 
@@ -83,29 +97,41 @@ def test_whole_items_are_cut_oldest_first(budget):
 
 def test_lengths_without_building_the_prompts():
     histories = [[0], [0, 1, 2], [2, 2, 2, 2], [], [4, 3, 1]]
-    split = SimpleNamespace(
-        history_items=np.concatenate([np.array(h, dtype=np.int32) for h in histories]).astype(
-            np.int32
-        ),
+    split = Split(
+        name="test",
+        user_ids=np.arange(len(histories)),
+        history_items=np.concatenate([np.array(h, dtype=np.int32) for h in histories]),
         history_offsets=np.concatenate([[0], np.cumsum([len(h) for h in histories])]),
+        targets=np.zeros(len(histories), dtype=np.int32),
+        timestamps=None,
     )
     for budget in (1000, 33):
         prompts = builder(budget)
         built = [len(prompts.encode(np.array(h, dtype=np.int32))) for h in histories]
         found = prompts.lengths(split)
-        assert all(
-            f == b if b < budget and f < budget else b <= f <= budget
-            for f, b in zip(found, built, strict=True)
+        for length, exact in zip(found, built, strict=True):
+            if exact < budget and length < budget:
+                assert length == exact
+            else:
+                assert exact <= length <= budget
+
+
+def test_items_without_the_texts_that_are_asked_for_are_named():
+    with pytest.raises(UsageError, match="some items have no title"):
+        builder(titles=["a", None])
+    with pytest.raises(UsageError, match="the dataset has no semantic IDs"):
+        PromptBuilder.build(
+            Template.load("short"), tokenizer(), dataset_of(TITLES), "semantic-id", 100
         )
 
 
 def test_a_title_longer_than_the_context_is_named():
-    with pytest.raises(ValueError, match="--max_length leaves 30 tokens.*item 1 .*100 tokens"):
+    with pytest.raises(UsageError, match="--max_length leaves 30 tokens.*item 1 .*100 tokens"):
         builder(30, titles=["a", "b" * 100])
 
 
 def test_templates_are_checked(tmp_path):
-    with pytest.raises(ValueError, match="no template 'shrt'; known names: alpaca, codes, short"):
+    with pytest.raises(UsageError, match="no template 'shrt'; known names: alpaca, codes, short"):
         Template.load("shrt")
     file = tmp_path / "mine.yaml"
     file.write_text("prefix: a\nitem: '{item}'\nseparator: ','\nsuffix: b\n")
@@ -116,8 +142,8 @@ def test_templates_are_checked(tmp_path):
         "suffix": "b",
     }
     file.write_text("prefix: a\nitem: title\nseparator: ','\nsuffix: b\n")
-    with pytest.raises(ValueError, match="mine.yaml: 'item' must contain"):
+    with pytest.raises(UsageError, match="mine.yaml: 'item' must contain"):
         Template.load(str(file))
     file.write_text("prefix: a\n")
-    with pytest.raises(ValueError, match="mine.yaml: a prompt template has exactly the texts"):
+    with pytest.raises(UsageError, match="mine.yaml: a prompt template has exactly the texts"):
         Template.load(str(file))

@@ -25,6 +25,7 @@ from igd_ds.data.protocols import (
     years_before,
 )
 from igd_ds.data.sources import sequences
+from igd_ds.errors import UsageError
 
 DAY = 86_400
 
@@ -92,7 +93,10 @@ def brute_duplicates(events, policy):
 
 
 def brute_core(events, k):
-    """Return the core and the sizes after each pass: the first always, the last, which drops nothing, not."""
+    """Return the core and the sizes after each pass, without the last pass, which drops nothing.
+
+    The first pass is always there.
+    """
     passes = []
     while k:
         users, items = Counter(e[0] for e in events), Counter(e[1] for e in events)
@@ -159,7 +163,7 @@ def rows_of(table, timed=True):
 
 
 def check(found, expected, timed=True):
-    """Compare the rows, whose items are places in kept_items, with `expected`, which has the source's item ids."""
+    """Compare rows, whose items are places in kept_items, with rows that have the source's ids."""
     kept = found.kept_items.tolist()
     for name, table in found.splits.items():
         assert table.schema == ROW_SCHEMA
@@ -182,6 +186,7 @@ def test_leave_one_out_equals_a_loop(seed, k, timed, monkeypatch):
     expected = brute_leave_one_out(events, 4)
     check(found, expected, timed)
     assert found.kept_items.tolist() == (sorted({e[1] for e in events}) if k else list(range(15)))
+
     short = sum(len(sequence) < 3 for sequence in by_user(events).values())
     rows = {"users_too_short": short} | {name: len(rows) for name, rows in expected.items()}
     assert found.counts["rows"] == rows
@@ -190,6 +195,7 @@ def test_leave_one_out_equals_a_loop(seed, k, timed, monkeypatch):
         *[{"step": f"3-core, pass {i}"} | left for i, left in enumerate(passes, start=1)],
         {"step": "rows"} | rows,
     ]
+
     check(
         leave_one_out(source(interactions), ProtocolOptions(0, k)),
         brute_leave_one_out(events, 10_000),
@@ -249,7 +255,8 @@ def test_rules_together_equal_loops(triples, rules, protocol):
     cold = dict.fromkeys(rules["cold"], "drop")
     options = ProtocolOptions(
         2, rules["k_core"], min_items=1, window=(start, end), duplicates=rules["duplicates"], **cold
-    )  # one item is enough for d3's window: its start moves back, to before everything, only if nothing is left
+    )
+    # One item is enough for d3's window, so that its start moves back only if nothing is left.
     for begin in [start] if protocol == "leave-one-out" else [start, None]:
         windowed = brute_window(listed(data.interactions), begin, end)
         kept = brute_duplicates(windowed, options.duplicates)
@@ -258,7 +265,7 @@ def test_rules_together_equal_loops(triples, rules, protocol):
             break
     if not events:
         with pytest.raises(
-            ValueError, match="nothing is left after the .-core: pass 1 left|holds none of"
+            UsageError, match="nothing is left after the .-core: pass 1 left|holds none of"
         ):
             PROTOCOLS[protocol](data, options)
         return
@@ -267,7 +274,7 @@ def test_rules_together_equal_loops(triples, rules, protocol):
     gone = {name: len(before[name]) - len(expected[name]) for name in ("valid", "test")}
     if any(gone[name] and not expected[name] for name in gone):
         with pytest.raises(
-            ValueError, match=r"--cold_(items|users) drop leaves none of \d+ (valid|test) rows"
+            UsageError, match=r"--cold_(items|users) drop leaves none of \d+ (valid|test) rows"
         ):
             PROTOCOLS[protocol](data, options)
         return
@@ -279,6 +286,7 @@ def test_rules_together_equal_loops(triples, rules, protocol):
     }
     assert [left for step, left in steps.items() if "-core, pass" in step] == passes
     assert steps.get(f"duplicates: {options.duplicates}", sizes(windowed)) == sizes(kept)
+
     texts = [step.split(": ")[1].split() for step in steps if step.startswith("cold")]
     assert len(texts) == len(rules["cold"])
     assert [sum(int(words[i]) for words in texts) for i in (0, 3)] == list(gone.values())
@@ -310,7 +318,8 @@ def test_order_by_equals_lexsort(length, bits, seed):
 )
 @pytest.mark.parametrize("end", [None, second(2016, 5, 1), second(2040, 1, 1)])
 def test_d3_window_moves_back_a_calendar_year_at_a_time(min_items, start, end):
-    # Every year at the end of April three users meet the same three new items: every whole year adds three items to the core.
+    # Every year at the end of April three users meet the same three new items, so that every whole
+    # year adds three items to the core.
     times = (
         np.repeat([second(year, 5, 1) - 800 for year in range(2011, 2017)], 9)
         + np.tile(np.arange(9), 6) * 100
@@ -318,7 +327,7 @@ def test_d3_window_moves_back_a_calendar_year_at_a_time(min_items, start, end):
     items = (np.repeat(np.arange(6), 9) * 3 + np.tile([0, 1, 2], 18)).astype(np.int32)
     data = Interactions(np.repeat(np.arange(18), 3), items, times)
     if start is not None and end is not None and start > end:
-        with pytest.raises(ValueError, match="--from 2030-01-01 is after --to 2016-05-01"):
+        with pytest.raises(UsageError, match="--from 2030-01-01 is after --to 2016-05-01"):
             ProtocolOptions(10, 3, window=(start, end))
         return
     anchor = datetime.fromtimestamp(times.max() if start is None else start, UTC)
@@ -345,6 +354,7 @@ def test_d3_window_moves_back_a_calendar_year_at_a_time(min_items, start, end):
     assert found.counts["window"] == {"years": years} | core
     assert found.kept_items.tolist() == sorted({event[1] for event in events})
     assert found.funnel[1:-1] == expected
+
     check(found, brute_d3(events, 10))
 
 
@@ -389,12 +399,13 @@ def test_options_that_cannot_be():
             "--duplicates exact .* no timestamps",
         ),
     ]:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(UsageError, match=message):
             protocol(source(interactions), options)
-    with pytest.raises(ValueError, match="--duplicates last: must be one of keep, exact, first"):
+    with pytest.raises(UsageError, match="--duplicates last: must be one of keep, exact, first"):
         ProtocolOptions(10, 0, duplicates="last")
-    with pytest.raises(ValueError, match="--cold_users yes: must be one of keep, drop"):
+    with pytest.raises(UsageError, match="--cold_users yes: must be one of keep, drop"):
         ProtocolOptions(10, 0, cold_users="yes")
+
     found = leave_one_out(source(untimed), ProtocolOptions(10, 0, duplicates="first"))
     check(found, brute_leave_one_out(brute_duplicates(listed(untimed), "first"), 10), timed=False)
 
@@ -412,7 +423,7 @@ def test_k_core_equals_a_loop(k):
 
 
 def a_chain():
-    """A path: user u meets items u and u+1. Its ends have one interaction, so a 2-core eats it one by one."""
+    """User u meets items u and u + 1. The ends have one interaction, so a 2-core peels them."""
     users = np.repeat(np.arange(50), 2)
     return Interactions(
         users, (users + np.tile([0, 1], 50)).astype(np.int32), second(2014, 1, 1) + users * DAY
@@ -430,10 +441,20 @@ def test_k_core_peels_a_chain_to_nothing():
 
 @pytest.mark.parametrize("protocol", [leave_one_out, d3])
 def test_the_rule_that_leaves_nothing_is_named(protocol):
-    few = r"nothing is left after the 1000-core: pass 1 left 0 users, 0 items, 0 interactions. Lower --k_core or widen --from"
-    many = r"2-core: pass 1 left 50 users, 49 items, 98 .*; pass 2 left 48 .*; pass 3 [^;…]* … pass \d+ [^;]*; pass \d+ left 0 u"
+    few = (
+        "nothing is left after the 1000-core: pass 1 left 0 users, 0 items, 0 interactions. Lower "
+        "--k_core or widen --from"
+    )
+    many = (
+        "2-core: pass 1 left 50 users, 49 items, 98 .*; pass 2 left 48 .*; "
+        r"pass 3 [^;…]* … pass \d+ [^;]*; pass \d+ left 0 u"
+    )
     interval = "1999-10-01 to 2000-11-01" if protocol is leave_one_out else "to 2000-11-01"
-    window = f"the window {interval} holds none of 100 interactions, which lie between 2014-01-01 and 2014-02-19; change --from"
+    window = (
+        f"the window {interval} holds none of 100 interactions, which lie between 2014-01-01 and "
+        "2014-02-19; change --from"
+    )
+
     nothing = Interactions(*(np.zeros(0, dtype) for dtype in (np.int64, np.int32, np.int64)))
     for interactions, options, message in [
         (random_interactions(1), ProtocolOptions(10, 1000), few),
@@ -445,7 +466,7 @@ def test_the_rule_that_leaves_nothing_is_named(protocol):
         ),
         (nothing, ProtocolOptions(10, 0), "the source has no interactions"),
     ]:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(UsageError, match=message):
             protocol(source(interactions, 51), options)
 
 
@@ -481,6 +502,7 @@ def given_splits(seed):
             ],
             ROW_SCHEMA.names,
         )
+
         splits[name] = pa.concat_tables(
             [table[:4], table[4:]]
         )  # several chunks, one with an offset
@@ -496,6 +518,7 @@ def test_given_takes_the_rows_of_the_source(seed):
     check(found, rows)
     assert found.kept_items.tolist() == list(range(13))
     assert found.counts == {"rows": {"train": 40, "valid": 15, "test": 15}}
+
     users = sorted({row[0] for split in rows.values() for row in split})
     sample = {users[i] for i in np.random.default_rng(5).permutation(len(users))[:12]}
     expected = {
@@ -518,13 +541,13 @@ def test_given_and_the_others_refuse_each_others_sources():
         ({"window": (None, 5)}, "--from and --to"),
         ({"duplicates": "first"}, "--duplicates first"),
     ]:
-        with pytest.raises(ValueError, match=f"as they are; leave out {flag}$"):
+        with pytest.raises(UsageError, match=f"as they are; leave out {flag}$"):
             given(data, ProtocolOptions(**{"max_history": 0, "k_core": 0} | rule))
-    with pytest.raises(ValueError, match="this source makes none; use another --protocol"):
+    with pytest.raises(UsageError, match="this source makes none; use another --protocol"):
         given(source(random_interactions(0)), ProtocolOptions(0, 0))
     for protocol in (leave_one_out, d3):
         with pytest.raises(
-            ValueError, match="brings its own rows of train, valid and test; use --protocol given"
+            UsageError, match="brings its own rows of train, valid and test; use --protocol given"
         ):
             protocol(data, ProtocolOptions(10, 0))
 

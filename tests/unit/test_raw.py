@@ -1,4 +1,7 @@
-"""Reading raw lines: what is rejected and counted, what is refused, and that nothing else ever comes out (fuzz)."""
+"""Reading raw lines: what is rejected and counted, and what is refused.
+
+Fuzz tests check that any other input gives data or a UsageError, and never another exception.
+"""
 
 import gzip
 import json
@@ -12,6 +15,7 @@ from hypothesis import strategies as st
 
 from igd_ds.data.raw import RawReader
 from igd_ds.data.raw_files import RawRequest, parse_python, sniff
+from igd_ds.errors import UsageError
 
 COLUMNS = {"user": "VARCHAR", "item": "VARCHAR", "time": "BIGINT"}
 INTERACTIONS = 'SELECT "user", item, "time", rowid AS position FROM lines'
@@ -67,17 +71,16 @@ def test_broken_lines_are_counted_up_to_a_limit(tmp_path):
     assert events(data) == [("u", f"i{n}", DAY * n) for n in range(1, 98)]
     assert data.funnel[0] == {"step": "read r.json.gz", "rows": 100}
     assert data.funnel[1] == {
-        "step": "broken lines in r.json.gz: line 42: no such object: b'{broken\\n'; line 101: no such object: b'[1, 2]\\n'; "
+        "step": "broken lines in r.json.gz: line 42: no such object: b'{broken\\n'; "
+        "line 101: no such object: b'[1, 2]\\n'; "
         "line 102: no such object: b'{\"other\": 1}\\n'",
         "rows": 3,
     }
-    assert (
-        data.funnel[2]["rows"] == 3
-    )  # the same three lines, as interactions without user, item, time
-    with pytest.raises(
-        ValueError,
-        match=r"r.json.gz: 3 of 100 lines cannot be used \(3.00%, --max_bad_lines allows 0.10%\): line 42",
-    ):
+    # The same three lines, as interactions without user, item and time.
+    assert data.funnel[2]["rows"] == 3
+
+    message = r"r.json.gz: 3 of 100 lines cannot be used \(3.00%, --max_bad_lines allows 0.10%\): "
+    with pytest.raises(UsageError, match=message + "line 42"):
         read_json(path)
 
 
@@ -98,7 +101,7 @@ def test_broken_lines_are_counted_up_to_a_limit(tmp_path):
     ],
 )
 def test_what_is_refused(tmp_path, lines, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UsageError, match=message):
         read_json(written(tmp_path / "r.json", lines))
 
 
@@ -108,13 +111,17 @@ def test_truncated_and_mislabelled_gzip(tmp_path):
     ).read_bytes()
     for cut in (len(whole) // 2, 15, 5):
         (tmp_path / "cut.json.gz").write_bytes(whole[:cut])
-        with pytest.raises(ValueError, match="cut.json.gz: .*download it again"):
+        with pytest.raises(UsageError, match="cut.json.gz: .*download it again"):
             read_json(tmp_path / "cut.json.gz")
+
+    # Gzip is recognised by its content, not by its name.
     (tmp_path / "members.json").write_bytes(
         gzip.compress(line() + b"\n") + gzip.compress(line(user="v"))
-    )  # gzip by content
+    )
     assert events(read_json(tmp_path / "members.json")) == [("u", "i", DAY), ("v", "i", DAY)]
-    plain = written(tmp_path / "r [1]*'s.json", [line()])  # not a pattern, not the end of a string
+
+    # The name is no pattern, and its quote does not end a string.
+    plain = written(tmp_path / "r [1]*'s.json", [line()])
     plain.rename(tmp_path / "plain [1]*'s.json.gz")
     assert events(read_json(tmp_path / "plain [1]*'s.json.gz")) == [("u", "i", DAY)]
 
@@ -130,24 +137,24 @@ def test_csv_rejects_and_missing_columns(tmp_path):
     path = written(tmp_path / "r.csv", rows)
     data = read_csv(path, max_bad_lines=0.1)
     assert events(data) == [*[("u", f"i{n}", n) for n in range(50)], ('u, "q"\nnew', "i", 7)]
-    assert [step["rows"] for step in data.funnel[:2]] == [
-        51,
-        2,
-    ] and "line 52: missing columns: '1,2,3'" in data.funnel[1]["step"]
-    with pytest.raises(ValueError, match="r.csv: 2 of 53 lines cannot be used"):
+    assert [step["rows"] for step in data.funnel[:2]] == [51, 2]
+    assert "line 52: missing columns: '1,2,3'" in data.funnel[1]["step"]
+    with pytest.raises(UsageError, match="r.csv: 2 of 53 lines cannot be used"):
         read_csv(path)
-    with pytest.raises(ValueError, match="no column user, item; its header has x, time"):
+    with pytest.raises(UsageError, match="no column user, item; its header has x, time"):
         read_csv(written(tmp_path / "s.csv", [b"x,time", b"1,2"]))
+
+    # Two errors on a line.
     twice = [
         b"user,item,time",
         *[b"u,i%d,%d" % (n, n) for n in range(200)],
         b"u,i,x,y",
         b"u,i,x,",
-    ]  # two errors on a line
+    ]
     assert read_csv(written(tmp_path / "t.csv", twice), max_bad_lines=0.01).funnel[1]["rows"] == 2
-    with pytest.raises(ValueError, match="the first line is blank"):
+    with pytest.raises(UsageError, match="the first line is blank"):
         read_csv(written(tmp_path / "b.csv", [b"", *twice]))
-    with pytest.raises(ValueError, match="names a column twice"):
+    with pytest.raises(UsageError, match="names a column twice"):
         read_csv(written(tmp_path / "s.csv", [b"user,item,time,User", b"1,2,3,4"]))
     assert events(read_csv(written(tmp_path / "s.csv", [b"user,item,time,it's", b"1,2,3,4"]))) == [
         ("1", "2", 3)
@@ -166,7 +173,7 @@ def test_a_full_disk_is_one_clear_error(tmp_path, monkeypatch):
 
     monkeypatch.setattr(RawReader, "_choose_lines", full)
     with pytest.raises(
-        ValueError, match="r.json: .*No space left on device; make room on the disk of --output"
+        UsageError, match="r.json: .*No space left on device; make room on the disk of --output"
     ):
         read_json(written(tmp_path / "r.json", [line()]))
 
@@ -176,14 +183,12 @@ def test_no_times_at_all_and_windows_line_ends(tmp_path):
         tmp_path / "r.json", [b'{"user": "u", "item": 5}', b'{"user": 7, "item": "i"}'], end=b"\r\n"
     )
     with pytest.raises(
-        ValueError, match=r"2 of 2 interactions cannot be used \(without user 0, item 0, time 2\)"
+        UsageError, match=r"2 of 2 interactions cannot be used \(without user 0, item 0, time 2\)"
     ):
         read_json(path)
     data = read_json(path, timed=False)
-    assert (
-        events(data) == [("u", "5", None), ("7", "i", None)]
-        and data.interactions.timestamps is None
-    )
+    assert events(data) == [("u", "5", None), ("7", "i", None)]
+    assert data.interactions.timestamps is None
 
 
 def test_python_lines_are_literals_only(tmp_path):
@@ -202,6 +207,7 @@ def test_python_lines_are_literals_only(tmp_path):
         b"{" * 300,
     ):
         assert parse_python(text) is None
+
     big = b"{'user': 0x" + b"f" * 5000 + b"}"
     for odd in (
         b"{'user': 'u', 'item': [b'x']}",
@@ -210,9 +216,10 @@ def test_python_lines_are_literals_only(tmp_path):
         big,
     ):
         path = written(tmp_path / "odd.json", [repr(json.loads(line())).encode(), odd])
-        with pytest.raises(ValueError, match="lines cannot be used"):
+        with pytest.raises(UsageError, match="lines cannot be used"):
             read_json(path)
         assert events(read_json(path, max_bad_lines=0.5)) == [("u", "i", DAY)]
+
     lines = [
         repr({"user": f"u{n}", "item": "it's", "time": n, "text": 'a "b"\n'}).encode()
         for n in range(1, 40)
@@ -245,7 +252,7 @@ ODD_LINES = st.lists(
 
 
 def wanted(raw):
-    """The event on a line by plain Python, or None where there is none."""
+    """Return the event on a line by plain Python, or None if there is none."""
     try:
         entry = json.loads(raw)
     except ValueError:
@@ -263,7 +270,7 @@ def wanted(raw):
 compared = []
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=120, deadline=None, derandomize=True)
 @given(LINES | ODD_LINES)
 def test_any_lines_give_the_events_of_plain_python_or_an_error(lines):
     with tempfile.TemporaryDirectory() as folder:
@@ -272,7 +279,7 @@ def test_any_lines_give_the_events_of_plain_python_or_an_error(lines):
         expected = [wanted(text) for text in lines]
         try:
             found = events(read_json(path, max_bad_lines=1.0))
-        except ValueError as error:
+        except UsageError as error:
             assert "fuzz.json" in str(error)
             assert not all(isinstance(event, tuple) for event in expected)
         else:
@@ -282,7 +289,7 @@ def test_any_lines_give_the_events_of_plain_python_or_an_error(lines):
 
 
 def test_the_fuzz_compared_something():
-    """Runs behind the test above: most of its examples were read and compared, not refused."""
+    """The test before this one read and compared many of its examples instead of refusing them."""
     assert not compared or len(compared) > 20
 
 
@@ -295,7 +302,7 @@ def test_any_bytes_can_be_sniffed(data):
             path.write_bytes(data)
             try:
                 form, keys = sniff(path)
-            except ValueError as error:
+            except UsageError as error:
                 assert str(path) in str(error)
             else:
                 assert form in ("json", "python", "text") and all(

@@ -16,6 +16,7 @@ from igd_ds.data.sources.synthetic import (
     make_synthetic,
     oracle_hit_rate,
 )
+from igd_ds.errors import UsageError
 
 ITEMS = [
     {"item_id": 1, "title": "b"},
@@ -121,16 +122,16 @@ def test_sequences_reads_items_in_any_order(tmp_path):
     ],
 )
 def test_sequences_errors_name_file_and_line(tmp_path, change, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UsageError, match=message):
         read("sequences", folder_of(tmp_path / "s", **change))
 
 
 def test_sequences_refuses_wrong_arguments(tmp_path):
-    with pytest.raises(ValueError, match=r"needs --input with items \(items.jsonl\), got nothing"):
+    with pytest.raises(UsageError, match=r"needs --input with items \(items.jsonl\), got nothing"):
         read("sequences")
     folder_of(tmp_path / "s")
     (tmp_path / "s" / "items.jsonl").unlink()
-    with pytest.raises(ValueError, match="needs --input with items"):
+    with pytest.raises(UsageError, match="needs --input with items"):
         read("sequences", tmp_path / "s")
 
 
@@ -218,10 +219,12 @@ def test_oracle_is_the_best_ranking_and_is_reached(synthetic, k):
     for column, prob in enumerate(SUCCESSOR_PROBS):
         law[np.arange(len(last)), chain.successors[last, column]] += (1 - EPSILON) * prob
     assert np.allclose(law.sum(axis=1), 1)
+
     best = np.argsort(-law, axis=1, kind="stable")[:, :k]
     expected = np.take_along_axis(law, best, axis=1).sum(axis=1).mean()
     assert oracle_hit_rate(chain, last, k) == pytest.approx(expected, abs=1e-12)
     assert (best == targets[:, None]).any(axis=1).mean() == pytest.approx(expected, abs=0.04)
+
     # What the docstring promises.
     popular = np.argsort(
         -np.bincount(rows.splits["train"]["target"].to_numpy(), minlength=600), kind="stable"
@@ -254,7 +257,7 @@ def test_synthetic_scales(synthetic):
 
 
 def test_synthetic_refuses_wrong_arguments(tmp_path):
-    with pytest.raises(ValueError, match="leave out --input"):
+    with pytest.raises(UsageError, match="leave out --input"):
         find_files("synthetic", [tmp_path])
-    with pytest.raises(ValueError, match="at least 10 items"):
+    with pytest.raises(UsageError, match="at least 10 items"):
         make_synthetic(3, 10, 0)

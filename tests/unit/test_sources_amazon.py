@@ -1,4 +1,4 @@
-"""Amazon's three releases: real bytes of 2018, the published forms of 2014 and 2023 generated here; whole commands to the end."""
+"""Amazon's three releases: real bytes of 2018, generated files of 2014 and 2023, whole commands."""
 
 import gzip
 import json
@@ -9,47 +9,58 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from raw_source import events_of, items_of, reading
-from test_prepare_data import prepare
+from test_prepare import prepare
 
 from igd_ds.data.dataset import FILES, InteractionDataset
 from igd_ds.data.sources import find_files
+from igd_ds.errors import UsageError
 
 META_2018 = [
-    {"category": ["Beauty", "Hair"], "tech1": "", "description": ["One.", "Two &amp; three"], "title": "Comb", "brand": "X",
+    {"category": ["Beauty", "Hair"], "tech1": "", "description": ["One.", "Two &amp; three"],
+     "title": "Comb", "brand": "X",
      "price": "$1,012.50", "asin": "B1"},
-    {"category": [], "description": [], "title": "A\tB \"C\"\n‏D", "brand": "", "price": ".a-box-inner{color:red}", "asin": "B2"},
-    {"category": ["Beauty"], "description": [""], "title": "", "brand": "Y", "price": "", "asin": "B3"},
-    {"category": ["Beauty"], "description": [""], "title": "Late title", "brand": "Z", "price": "$3", "asin": "B3"},
+    {"category": [], "description": [], "title": "A\tB \"C\"\n\u200fD", "brand": "",
+     "price": ".a-box-inner{color:red}", "asin": "B2"},
+    {"category": ["Beauty"], "description": [""], "title": "", "brand": "Y", "price": "",
+     "asin": "B3"},
+    {"category": ["Beauty"], "description": [""], "title": "Late title", "brand": "Z",
+     "price": "$3", "asin": "B3"},
     {"category": ["Beauty"], "title": "x" * 10_000, "asin": "B4"},
     {"category": ["Nobody"], "title": "never reviewed", "asin": "B9"},
 ]  # fmt: skip
 META_2014 = [
-    {"asin": "B1", "categories": [["Toys", "Cars"], ["Toys", "Red"]], "title": "It's a \"car\"", "price": 9.99,
+    {"asin": "B1", "categories": [["Toys", "Cars"], ["Toys", "Red"]], "title": "It's a \"car\"",
+     "price": 9.99,
      "imUrl": "http://x", "salesRank": {"Toys": 3}, "brand": "B", "description": "Small, red."},
     {"asin": "B2", "categories": [["Toys"]], "imUrl": "http://y"},
 ]  # fmt: skip
 META_2023 = [
-    {"main_category": "Musical Instruments", "title": "Tuner", "average_rating": 4.5, "description": ["Clip.", "On."],
-     "price": 12.5, "store": "Snark", "categories": ["Musical Instruments", "Tuners"], "parent_asin": "B1", "details": {}},
-    {"main_category": None, "title": "Strings", "description": [], "price": "from 3.99", "store": None, "categories": [],
+    {"main_category": "Musical Instruments", "title": "Tuner", "average_rating": 4.5,
+     "description": ["Clip.", "On."], "price": 12.5, "store": "Snark",
+     "categories": ["Musical Instruments", "Tuners"], "parent_asin": "B1", "details": {}},
+    {"main_category": None, "title": "Strings", "description": [], "price": "from 3.99",
+     "store": None, "categories": [],
      "parent_asin": "B2"},
 ]  # fmt: skip
 
 
 def review_2018(user, item, time, **more):
-    return {"overall": 5.0, "verified": True, "reviewTime": "09 1, 2016", "reviewerID": user, "asin": item,
-            "style": {"Size:": " 7"}, "reviewerName": "N", "reviewText": "Text, \"quoted\" \u00e9",
-            "summary": "S", "unixReviewTime": time} | more  # fmt: skip
+    return {"overall": 5.0, "verified": True, "reviewTime": "09 1, 2016", "reviewerID": user,
+            "asin": item, "style": {"Size:": " 7"}, "reviewerName": "N",
+            "reviewText": "Text, \"quoted\" \u00e9", "summary": "S",
+            "unixReviewTime": time} | more  # fmt: skip
 
 
 def review_2014(user, item, time):
-    return {"reviewerID": user, "asin": item, "reviewerName": "N", "helpful": [0, 0], "reviewText": "t", "overall": 5.0,
-            "summary": "s", "unixReviewTime": time, "reviewTime": "07 9, 2013"}  # fmt: skip
+    return {"reviewerID": user, "asin": item, "reviewerName": "N", "helpful": [0, 0],
+            "reviewText": "t", "overall": 5.0, "summary": "s", "unixReviewTime": time,
+            "reviewTime": "07 9, 2013"}  # fmt: skip
 
 
 def review_2023(user, item, time):
-    return {"rating": 5.0, "title": "Good", "text": "t", "images": [], "asin": "B0", "parent_asin": item, "user_id": user,
-            "timestamp": time, "helpful_vote": 0, "verified_purchase": True}  # fmt: skip
+    return {"rating": 5.0, "title": "Good", "text": "t", "images": [], "asin": "B0",
+            "parent_asin": item, "user_id": user, "timestamp": time, "helpful_vote": 0,
+            "verified_purchase": True}  # fmt: skip
 
 
 def write_lines(path, entries, spell=json.dumps):
@@ -102,7 +113,8 @@ def test_real_reviews_to_a_dataset(shared, tmp_path, capsys):
     command += ["--protocol", "d3", "--from", "2017-10-01", "--to", "2018-11-01", "--titles", "d3"]
     assert prepare([*command, "--output", str(tmp_path / "d")]) == 0
     assert "window 2016-10-01 to 2018-11-01" in capsys.readouterr().out
-    # The same by loops: 5-core inside a window that starts a year earlier until 50 items are left, rows in order of time.
+
+    # The same by loops: the 5-core inside a window whose start moves back until 50 items are left.
     for year in range(2017, 1995, -1):
         begin, end = (
             int(np.datetime64(day, "s").astype(int)) for day in (f"{year}-10-01", "2018-11-01")
@@ -154,6 +166,7 @@ def test_2018_metadata_and_duplicates(tmp_path):
         write_lines(tmp_path / "Beauty.json.gz", reviews),
         write_lines(tmp_path / "meta_Beauty.json.gz", META_2018),
     ]
+
     with reading("amazon-2018", paths) as data:
         assert items_of(data) == {
             "B1": ("Comb", None, "One. Two &amp; three", ["Beauty", "Hair"], "X", 1012.5),
@@ -175,6 +188,7 @@ def test_2014_python_lines(tmp_path):
     ]
     write_lines(tmp_path / "reviews_Toys_5.json.gz", reviews)
     write_lines(tmp_path / "meta_Toys.json.gz", META_2014, repr)
+
     with reading("amazon-2014", [tmp_path]) as data:
         assert events_of(data) == [("u1", "B1", 9), ("u2", "B2", 9), ("u1", "B2", 3)]
         items = items_of(data)
@@ -222,16 +236,18 @@ def test_2023_milliseconds_decide_and_csv_equals_jsonl(tmp_path):
     )
     assert found[0]["B2"] == ("Strings", None, "", [], None, None)
     with (
-        pytest.raises(ValueError, match="either a file of reviews or CSVs"),
+        pytest.raises(UsageError, match="either a file of reviews or CSVs"),
         reading("amazon-2023", [raw, table]),
     ):
         pass
+
     splits = [
         write_lines(tmp_path / f"Y.{name}.csv", [header, row])
         for name, row in zip(("test", "train", "valid"), rows, strict=True)
     ]
     with reading("amazon-2023", splits) as data:
         assert events_of(data) == ordered
+
     same = [
         write_lines(tmp_path / f"Z.{name}.csv", [header, f"U,{name},5,1"])
         for name in ("test", "train", "valid")
@@ -239,11 +255,11 @@ def test_2023_milliseconds_decide_and_csv_equals_jsonl(tmp_path):
     with reading("amazon-2023", same) as data:  # of equal time: in the order train, valid, test
         assert [item for _, item, _ in events_of(data)] == ["train", "valid", "test"]
     with (
-        pytest.raises(ValueError, match="need one .csv file, or NAME.train.csv, "),
+        pytest.raises(UsageError, match="need one .csv file, or NAME.train.csv, "),
         reading("amazon-2023", [table, *same]),
     ):
         pass
-    with pytest.raises(ValueError, match="names .*X.csv.gz twice"):
+    with pytest.raises(UsageError, match="names .*X.csv.gz twice"):
         find_files("amazon-2023", [table, tmp_path / "." / "X.csv.gz"])
 
 
@@ -251,36 +267,40 @@ def test_wrong_files_are_told_whose_they_are(tmp_path):
     old = write_lines(tmp_path / "old.json", [review_2014("u", "B1", 9)])
     new = write_lines(tmp_path / "new.jsonl", [review_2023("u", "B1", 9)])
     with pytest.raises(
-        ValueError, match=r"new.jsonl: this looks like amazon-2023 \(reviews\), not amazon-2018"
+        UsageError, match=r"new.jsonl: this looks like amazon-2023 \(reviews\), not amazon-2018"
     ):
         find_files("amazon-2018", [new])
-    with pytest.raises(ValueError, match=r"old.json: this looks like amazon-2014 \(reviews\)"):
+    with pytest.raises(UsageError, match=r"old.json: this looks like amazon-2014 \(reviews\)"):
         find_files("amazon-2018", [old])
+
     incomplete = write_lines(
         tmp_path / "part.json", [{"reviewerID": "u", "asin": "B1", "verified": True, "x": 1}]
     )
     with pytest.raises(
-        ValueError,
-        match="as reviews it lacks unixReviewTime; its first line has reviewerID, asin, verified, x",
+        UsageError,
+        match="as reviews it lacks unixReviewTime; its first line has reviewerID, asin, verified",
     ):
         find_files("amazon-2018", [incomplete])
+
     meta = write_lines(tmp_path / "meta_X.json", META_2018)
     with pytest.raises(
-        ValueError,
-        match=r"needs --input with reviews \(lines with asin, reviewerID, unixReviewTime, verified\), got",
+        UsageError,
+        match=r"with reviews \(lines with asin, reviewerID, unixReviewTime, verified\), got",
     ):
         find_files("amazon-2018", [meta])
-    with pytest.raises(ValueError, match="there is no such file"):
+    with pytest.raises(UsageError, match="there is no such file"):
         find_files("amazon-2018", [tmp_path / "nothing.json"])
+
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / "reviews.json").symlink_to(old)
-    with pytest.raises(ValueError, match="is a link to .*old.json, outside of --input"):
+    with pytest.raises(UsageError, match="is a link to .*old.json, outside of --input"):
         find_files("amazon-2014", [folder])
+
     (folder / "reviews.json").unlink()
     for name in ("a.json", "b.json"):
         write_lines(folder / name, [review_2014("u", "B1", 9)])
-    with pytest.raises(ValueError, match="reads one file of reviews, found .*a.json, .*b.json"):
+    with pytest.raises(UsageError, match="reads one file of reviews, found .*a.json, .*b.json"):
         find_files("amazon-2014", [folder])
     assert find_files("amazon-2014", [folder / "b.json"]) == {"reviews": [folder / "b.json"]}
 
@@ -298,12 +318,15 @@ def test_equal_bytes_on_any_number_of_cores(tmp_path, monkeypatch):
         tmp_path / "meta_R.json",
         [{"asin": f"B{i}", "title": f"Item {i}", "category": ["c"]} for i in range(300)],
     )
+
     made = []
     for threads in (1, 3):
         monkeypatch.setattr("igd_ds.data.raw.THREADS", {"threads": threads})
         output = tmp_path / f"t{threads}"
-        assert prepare(["--source", "amazon-2018", "--input", str(tmp_path / "R.json"), str(tmp_path / "meta_R.json"), "--name",
-            "same", "--protocol", "d3", "--min_items", "100", "--output", str(output)]) == 0  # fmt: skip
+        inputs = [str(tmp_path / name) for name in ("R.json", "meta_R.json")]
+        command = ["--source", "amazon-2018", "--input", *inputs, "--name", "same"]
+        command += ["--protocol", "d3", "--min_items", "100", "--output", str(output)]
+        assert prepare(command) == 0
         made.append({path.name: path.read_bytes() for path in output.iterdir()})
     assert made[0] == made[1] and {*FILES, "dataset.json", "README.md"} <= made[0].keys()
 
@@ -321,8 +344,10 @@ def test_preset_prints_found_beside_expected(tmp_path, capsys):
         )
         == 0
     )
+
     printed = capsys.readouterr().out
     assert "items 24,587 (MTC Table 2), found 2: -24,585 (-99.99%)" in printed
+
     info = InteractionDataset.load(tmp_path / "d").info
     assert info["expected"] == {
         "interactions": [511836, 30],
@@ -334,12 +359,13 @@ def test_preset_prints_found_beside_expected(tmp_path, capsys):
         and info["parameters"]["max_history"] == 20
         and info["domain"] == "musical instruments"
     )
+
     card = Path(tmp_path / "d" / "README.md").read_text()
     assert "24,587" in card
-    with pytest.raises(SystemExit):
+    with pytest.raises(UsageError, match="--preset yelp is made of source yelp, not of --source s"):
         prepare(["--preset", "yelp", "--source", "steam", "--output", str(tmp_path / "e")])
-    assert "--preset yelp is made of source yelp" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         prepare(["--preset", "games", "--help"])
+
     shown = capsys.readouterr().out
     assert "https://nijianmo.github.io/amazon/" in shown and "12 GB" in shown

@@ -1,4 +1,4 @@
-"""Source `d3-csv`: rows as D3's process.py and MiniOneRec write them, generated and real, against csv.DictReader and ast."""
+"""Source `d3-csv` on generated and real rows of D3 and MiniOneRec, against csv and ast."""
 
 import ast
 import csv
@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from raw_source import events_of, items_of, reading, refused_or_read
 
 from igd_ds.data.dataset import ROW_SCHEMA, SPLITS
+from igd_ds.errors import UsageError
 
 TITLES = {
     4: 'Inch "marks" 6" \tx',
@@ -36,11 +37,13 @@ ROWS = {
 
 
 def d3_text(rows):
-    """As csv.writer of D3 writes it: lists as Python prints them, lines that end in a carriage return."""
+    """Return the text that D3's csv.writer writes: Python lists, lines ending in CR LF."""
     text = io.StringIO(newline="")
     writer = csv.writer(text)
-    names = "user_id,item_asins,item_asin,history_item_id,item_id,history_item_title,item_title,history_rating,rating"
-    writer.writerow([*names.split(","), "history_timestamp", "timestamp"])
+    names = "user_id,item_asins,item_asin,history_item_id,item_id,history_item_title,item_title"
+    names += ",history_rating,rating,history_timestamp,timestamp"
+    writer.writerow(names.split(","))
+
     for user, history, target, at in rows:
         titles = [TITLES.get(item, "?") + "\nnext line" for item in history]
         asins, ratings, times = (
@@ -66,7 +69,7 @@ def d3_text(rows):
 
 
 def minionerec_text(rows):
-    """As pandas writes it for MiniOneRec."""
+    """Return the text that pandas writes for MiniOneRec."""
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     names = (
@@ -135,6 +138,7 @@ def test_d3_rows_stay_as_they_are(tmp_path, milliseconds):
         )
         expected = {str(item): (title or None, *[None] * 5) for item, title in TITLES.items()}
         assert items_of(data) == expected and data.semantic_ids is None
+
     orders = set()
     for seed in range(5):
         with reading("d3-csv", [tmp_path / "d3"], seed=seed) as data:
@@ -216,7 +220,7 @@ INFO = "".join(f"{title}\t{item}\n" for item, title in TITLES.items())
 )
 def test_d3_csv_refuses(tmp_path, change, message):
     with (
-        pytest.raises(ValueError, match=message),
+        pytest.raises(UsageError, match=message),
         reading("d3-csv", [write(tmp_path / "d", **change)]),
     ):
         pass
@@ -225,19 +229,19 @@ def test_d3_csv_refuses(tmp_path, change, message):
 def test_d3_csv_refuses_what_it_cannot_read(tmp_path):
     folder = write(tmp_path / "d")
     (folder / "info" / "X.txt").write_bytes(b"caf\xe9\t0\n")
-    with pytest.raises(ValueError, match="X.txt:1: not UTF-8"), reading("d3-csv", [folder]):
+    with pytest.raises(UsageError, match="X.txt:1: not UTF-8"), reading("d3-csv", [folder]):
         pass
     write(folder)
     shutil.copy(folder / "valid" / "X.csv", folder / "valid" / "Y.csv")
     with (
-        pytest.raises(ValueError, match="X.csv, .*Y.csv: name the one"),
+        pytest.raises(UsageError, match="X.csv, .*Y.csv: name the one"),
         reading("d3-csv", [folder]),
     ):
         pass
     (folder / "valid" / "Y.csv").unlink()
     packed = gzip.compress((folder / "test" / "X.csv").read_bytes())
     (folder / "test" / "X.csv").write_bytes(packed[:-12])
-    with pytest.raises(ValueError, match="test/X.csv"), reading("d3-csv", [folder]):
+    with pytest.raises(UsageError, match="test/X.csv"), reading("d3-csv", [folder]):
         pass
 
 
@@ -269,6 +273,7 @@ def test_real_minionerec_files_equal_plain_parsing(shared, tmp_path):
         assert {item: (title, codes) for item, (title, codes, *_) in items.items()} == {
             item: (title, index[item]) for _, title, item in info
         }
+
     files = [
         tmp_path / "train.csv.gz",
         *(folder / name for name in ("valid.csv.gz", "test.csv.gz", "info.txt")),

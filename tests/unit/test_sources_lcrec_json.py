@@ -1,4 +1,4 @@
-"""Source `lcrec-json`: against json.load on generated and real files, and the same rows as `sequences` makes of the same data."""
+"""Source `lcrec-json` against json.load and, for the same data, against source `sequences`."""
 
 import gzip
 import json
@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from raw_source import events_of, items_of, reading, refused_or_read
 
 from igd_ds.data.protocols import ProtocolOptions, leave_one_out
+from igd_ds.errors import UsageError
 
 INTER = {"0": [0, 1, 2, 1], "1": [], "B07": [2]}
 INDEX = {
@@ -35,7 +36,7 @@ ITEM = {
 
 
 def write(folder, inter=INTER, index=INDEX, item=ITEM):
-    """Write what is not None, each pretty-printed like the published files; a text is written as it is."""
+    """Write what is not None: objects pretty-printed as published, and texts as they are."""
     folder.mkdir()
     for name, content in [("inter", inter), ("index", index), ("item", item)]:
         if content is not None:
@@ -67,6 +68,7 @@ def test_lcrec_json_equals_plain_parsing(tmp_path):
         assert {item: codes for item, (_, codes, *_) in items_of(data).items()} == INDEX
     with reading("lcrec-json", [folder / "X.inter.json", folder / "X.item.json"]) as data:
         assert events_of(data) == events and data.semantic_ids is None and len(data.titles) == 3
+
     orders = set()
     for seed in range(6):
         with reading("lcrec-json", [folder], seed=seed) as data:
@@ -124,7 +126,7 @@ def test_lcrec_json_equals_plain_parsing(tmp_path):
 )
 def test_lcrec_json_refuses(tmp_path, change, message):
     with (
-        pytest.raises(ValueError, match=message),
+        pytest.raises(UsageError, match=message),
         reading("lcrec-json", [write(tmp_path / "x", **change)]),
     ):
         pass
@@ -136,7 +138,7 @@ def test_lcrec_json_refuses_cut_gzip(tmp_path):
     (folder / "X.inter.json").unlink()
     (folder / "X.inter.json.gz").write_bytes(gzip.compress(whole)[:-5])
     with (
-        pytest.raises(ValueError, match="X.inter.json.gz: not a whole gzip file"),
+        pytest.raises(UsageError, match="X.inter.json.gz: not a whole gzip file"),
         reading("lcrec-json", [folder]),
     ):
         pass
@@ -146,6 +148,7 @@ def test_real_lcrec_json_makes_the_rows_of_sequences(shared):
     folder = shared / "data" / "raw" / "lcrec-json"
     plain = json.loads(gzip.decompress((folder / "Instruments.inter.json.gz").read_bytes()))
     index = json.loads((folder / "Instruments.index.json").read_bytes())
+
     splits = []
     for name, inputs in [("lcrec-json", folder), ("sequences", shared / "data" / "instruments")]:
         with reading(name, [inputs], seed=5) as data:
@@ -162,6 +165,7 @@ def test_real_lcrec_json_makes_the_rows_of_sequences(shared):
                 assert codes == index and items != sorted(items)
             else:
                 users, items = range(len(plain)), range(len(index))
+
         splits.append({})
         for split in ("valid", "test"):
             columns = (
@@ -172,10 +176,9 @@ def test_real_lcrec_json_makes_the_rows_of_sequences(shared):
                 for user, history, target in zip(*columns, strict=True)
             )
         assert rows["train"].num_rows == 131_837
-    assert splits[0] == splits[1] and [len(split) for split in splits[0].values()] == [
-        24_772,
-        24_772,
-    ]
+
+    assert splits[0] == splits[1]
+    assert [len(split) for split in splits[0].values()] == [24_772, 24_772]
 
 
 PARTS = st.recursive(

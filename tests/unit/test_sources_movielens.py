@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from raw_source import events_of, items_of, reading, refused_or_read
 
 from igd_ds.data.sources.movielens import GENRES
+from igd_ds.errors import UsageError
 
 RATINGS = [
     (1, 3, 5, 978300760),
@@ -78,6 +79,7 @@ def files_of(folder, form, movies, encoding="utf-8"):
             ("ratings.csv", "movies.csv"),
         ),
     }[form]
+
     (folder / names[0]).write_bytes(ratings.encode())
     (folder / names[1]).write_bytes(text.encode(encoding))
     return folder
@@ -100,6 +102,7 @@ def test_movielens_equals_plain_parsing(tmp_path, form, encoding):
             for key, title, genres in movies
         }
         assert items_of(data) == expected and len(data.titles) == 5  # all movies, rated or not
+
     for path in folder.iterdir():  # gzip makes no difference
         path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
         path.unlink()
@@ -118,7 +121,7 @@ def test_movielens_refuses(tmp_path):
         ),
         ([folder, other], "ratings"),
     ]:
-        with pytest.raises(ValueError, match=message), reading("movielens", inputs):
+        with pytest.raises(UsageError, match=message), reading("movielens", inputs):
             pass
     for name, text, message in [
         (
@@ -141,20 +144,21 @@ def test_movielens_refuses(tmp_path):
     ]:
         before = (other / name).read_text()
         (other / name).write_text(text)
-        with pytest.raises(ValueError, match=message), reading("movielens", [other]):
+        with pytest.raises(UsageError, match=message), reading("movielens", [other]):
             pass
         (other / name).write_text(before)
     (folder / "movies.csv").write_text("movieId,name\r\n1,x\r\n")
     with (
-        pytest.raises(ValueError, match="movies.csv: no column title, genres"),
+        pytest.raises(UsageError, match="movies.csv: no column title, genres"),
         reading("movielens", [folder]),
     ):
         pass
+
     path = other / "movies.dat"
     (other / "movies.dat.gz").write_bytes(gzip.compress(path.read_bytes())[:-9])
     path.unlink()
     with (
-        pytest.raises(ValueError, match="movies.dat.gz: not a whole gzip file"),
+        pytest.raises(UsageError, match="movies.dat.gz: not a whole gzip file"),
         reading("movielens", [other]),
     ):
         pass

@@ -1,4 +1,4 @@
-"""Source `recbole` on atomic files as RecBole's conversion tools write them, against plain Python."""
+"""Source `recbole` on atomic files of the form that RecBole's tools write, against plain Python."""
 
 import gzip
 
@@ -7,22 +7,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from raw_source import events_of, items_of, reading, refused_or_read
 
+from igd_ds.errors import UsageError
+
 INTER = "user_id:token\titem_id:token\trating:float\ttimestamp:float\n"
-ML = (
-    INTER
-    + "196\t242\t3\t881250949\n186\t302\t3\t891717742\n22\t377\t1\t878887116.0\n196\t302\t2\t8.81250949E8\n"
+ML = INTER + (
+    "196\t242\t3\t881250949\n186\t302\t3\t891717742\n"
+    "22\t377\t1\t878887116.0\n196\t302\t2\t8.81250949E8\n"
 )
 ML_ITEMS = """item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq
 242\tKolya\t1996\tComedy
 302\tL.A. "Confidential\t1997\tCrime Film-Noir  Mystery
 5\tNever rated\t1990\t
 """
-# As pandas writes it: quotes around what holds quotes, categories as Python prints a set of them.
-AMAZON_ITEMS = """item_id:token\ttitle:token\tsales_type:token\tsales_rank:float\tcategories:token_seq\tprice:float\tbrand:token
-242\t"6"" x 4"" frame, black"\tHome\t5.0\t"'Arts, Crafts & Sewing', ""Kid's"", 'Toys'"\t12.99\tAcme & Co
-302\t\tHome\t\t'Sports & Outdoors'\t\t
-377\tÜber\tHome\t\tPubs, Bars & Food\tfree\t
-"""
+# The form that pandas writes: quotes around fields that hold quotes, and Python's text of a set as
+# categories.
+AMAZON_ITEMS = (
+    "item_id:token\ttitle:token\tsales_type:token\tsales_rank:float\t"
+    "categories:token_seq\tprice:float\tbrand:token\n"
+    '242\t"6"" x 4"" frame, black"\tHome\t5.0\t'
+    '"\'Arts, Crafts & Sewing\', ""Kid\'s"", \'Toys\'"\t12.99\tAcme & Co\n'
+    "302\t\tHome\t\t'Sports & Outdoors'\t\t\n"
+    "377\tÜber\tHome\t\tPubs, Bars & Food\tfree\t\n"
+)
 
 
 def write(folder, **texts):
@@ -42,6 +48,7 @@ def test_recbole_equals_plain_parsing(tmp_path):
     )
     plain = [line.split("\t") for line in ML.splitlines()[1:]]
     events = [(user, item, int(float(at))) for user, item, _, at in plain]
+
     with reading("recbole", [folder]) as data:
         assert events_of(data) == sorted(events, key=lambda event: event[2])
         assert items_of(data) == {
@@ -56,9 +63,9 @@ def test_recbole_equals_plain_parsing(tmp_path):
             ),
             "377": (None,) * 6,
         }
-    with reading(
-        "recbole", [write(tmp_path / "amazon", Toys__inter=ML, Toys__item=AMAZON_ITEMS)]
-    ) as data:
+
+    amazon = write(tmp_path / "amazon", Toys__inter=ML, Toys__item=AMAZON_ITEMS)
+    with reading("recbole", [amazon]) as data:
         assert items_of(data) == {
             "242": (
                 '6" x 4" frame, black',
@@ -71,14 +78,16 @@ def test_recbole_equals_plain_parsing(tmp_path):
             "302": (None, None, None, ["Sports & Outdoors"], None, None),
             "377": ("Über", None, None, ["Pubs", "Bars & Food"], None, None),
         }
-    with reading("recbole", [tmp_path / "amazon" / "Toys.inter"]) as data:  # .item is optional
-        assert events_of(data) == sorted(events, key=lambda event: event[2]) and set(
-            items_of(data).values()
-        ) == {(None,) * 6}
+
+    # The .item file is optional.
+    with reading("recbole", [tmp_path / "amazon" / "Toys.inter"]) as data:
+        assert events_of(data) == sorted(events, key=lambda event: event[2])
+        assert set(items_of(data).values()) == {(None,) * 6}
 
 
 def test_recbole_finds_columns_by_name_and_joins_benchmark_files(tmp_path):
-    steam = "user_id:token\tplay_hours:float\tproduct_id:token\ttimestamp:float\nu\t0.1\t7\t1513468800\n"
+    steam = "user_id:token\tplay_hours:float\tproduct_id:token\ttimestamp:float\n"
+    steam += "u\t0.1\t7\t1513468800\n"
     games = "app_name:token\tid:token\ttitle:token\nKitty\t7\tLost Kitty\n"
     with reading(
         "recbole", [write(tmp_path / "steam", steam__inter=steam, steam__item=games)]
@@ -86,20 +95,25 @@ def test_recbole_finds_columns_by_name_and_joins_benchmark_files(tmp_path):
         assert (
             events_of(data) == [("u", "7", 1513468800)] and items_of(data)["7"][0] == "Lost Kitty"
         )
+
     yelp = "review_id:token\tuser_id:token\tbusiness_id:token\tdate:float\nr\tu\tb\t1531001351\n"
-    shops = "business_id:token\titem_name:token_seq\tcategories:token_seq\nb\tCafé 1\tBubble Tea, Food\n"
+    shops = "business_id:token\titem_name:token_seq\tcategories:token_seq\n"
+    shops += "b\tCafé 1\tBubble Tea, Food\n"
     with reading("recbole", [write(tmp_path / "yelp", yelp__inter=yelp, yelp__item=shops)]) as data:
         assert events_of(data) == [("u", "b", 1531001351)]
         assert items_of(data)["b"] == ("Café 1", None, None, ["Bubble Tea", "Food"], None, None)
+
     fractions = "user_id:token\titem_id:token\ttimestamp:float\nu\ta\t100.9\nu\tb\t100.1\n"
     with reading("recbole", [write(tmp_path / "fractions", x__inter=fractions)]) as data:
         assert events_of(data) == [("u", "b", 100), ("u", "a", 100)]
+
     untimed = write(
         tmp_path / "untimed", x__inter="user_id:token\titem_id:token\nb\t1\na\t2\nb\t2\n"
     )
     with reading("recbole", [untimed]) as data:
         assert events_of(data) == [("b", "1", None), ("a", "2", None), ("b", "2", None)]
         assert data.interactions.timestamps is None
+
     head, *rows = ML.splitlines(keepends=True)
     parts = {
         "x.test": head + rows[3],
@@ -156,7 +170,7 @@ def test_recbole_finds_columns_by_name_and_joins_benchmark_files(tmp_path):
 )
 def test_recbole_refuses(tmp_path, texts, message):
     with (
-        pytest.raises(ValueError, match=message),
+        pytest.raises(UsageError, match=message),
         reading("recbole", [write(tmp_path / "r", **texts)]),
     ):
         pass

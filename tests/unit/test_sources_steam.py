@@ -1,4 +1,4 @@
-"""Source `steam` on files in the published form (lines of Python 2 dicts), against ast.literal_eval."""
+"""Source `steam` on files in the published form (Python 2 dicts), against ast.literal_eval."""
 
 import ast
 import calendar
@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from raw_source import events_of, items_of, reading, refused_or_read
 
 from igd_ds.data.sources import find_files
+from igd_ds.errors import UsageError
 
 
 def python2(value):
-    """What Python 2 prints for a dict of the crawler: unicode strings with a u, everything beyond ASCII escaped."""
+    """Return what Python 2 prints for a dict of the crawler: u'' strings, all but ASCII escaped."""
     if isinstance(value, str):
         return f"u{ascii(value)}"
     if isinstance(value, list):
@@ -120,6 +121,7 @@ def test_steam_equals_plain_parsing(tmp_path):
             "steam_games.json.gz",
         }
         first = [data.interactions.items.tolist(), data.item_names.to_pylist()]
+
     numbered = set()
     for seed in range(5):  # the numbers depend on the seed, what they stand for does not
         with reading("steam", inputs, seed=seed) as data:
@@ -154,7 +156,7 @@ def test_steam_equals_plain_parsing(tmp_path):
 )
 def test_steam_refuses(tmp_path, change, message):
     with (
-        pytest.raises(ValueError, match=message),
+        pytest.raises(UsageError, match=message),
         reading("steam", folder_of(tmp_path / "s", **change)),
     ):
         pass
@@ -170,7 +172,7 @@ def test_steam_skips_few_bad_lines_and_refuses_cut_gzip(tmp_path):
     path = inputs[0] / "steam_reviews.json.gz"
     path.write_bytes(path.read_bytes()[:-20])
     with (
-        pytest.raises(ValueError, match="steam_reviews.json.gz: not a whole gzip file"),
+        pytest.raises(UsageError, match="steam_reviews.json.gz: not a whole gzip file"),
         reading("steam", inputs),
     ):
         pass

@@ -9,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from raw_source import events_of, items_of, reading, refused_or_read
 
+from igd_ds.errors import UsageError
+
 
 def review(user, business, date, **more):
     start = {
@@ -72,6 +74,7 @@ def test_yelp_equals_plain_parsing(tmp_path):
     lines = (tmp_path / "yelp" / "yelp_academic_dataset_review.json").read_text().splitlines()
     plain = [json.loads(line) for line in lines]
     times = [calendar.timegm(time.strptime(entry["date"], "%Y-%m-%d %H:%M:%S")) for entry in plain]
+
     with reading("yelp", inputs) as data:
         assert events_of(data) == [
             (e["user_id"], e["business_id"], t) for e, t in zip(plain, times, strict=True)
@@ -112,7 +115,7 @@ def test_yelp_equals_plain_parsing(tmp_path):
 )
 def test_yelp_refuses(tmp_path, change, message):
     with (
-        pytest.raises(ValueError, match=message),
+        pytest.raises(UsageError, match=message),
         reading("yelp", folder_of(tmp_path / "y", **change)),
     ):
         pass

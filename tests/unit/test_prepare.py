@@ -1,8 +1,11 @@
-"""igd prepare, run in this process."""
+"""igd prepare, run in this process: whole commands, bad input, equal bytes."""
 
+import errno
 import json
 import os
 import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -10,8 +13,10 @@ import pytest
 
 from igd_ds.commands import prepare as prepare_command
 from igd_ds.data.dataset import FILES, InteractionDataset
+from igd_ds.errors import UsageError
 
 prepare = prepare_command.main
+REPOSITORY = Path(__file__).parents[2]
 TITLES = [
     "A &amp; B",
     None,
@@ -50,10 +55,12 @@ def rows(dataset, name):
 
 def test_sequences_end_to_end(source, tmp_path, capsys):
     assert prepare(arguments(source, tmp_path / "d", "--domain", "books")) == 0
+
     printed = capsys.readouterr().out
     assert (
         str(tmp_path / "d") in printed and "users_too_short 1" in printed and "train 6" in printed
     )
+
     dataset = InteractionDataset.load(tmp_path / "d")
     assert rows(dataset, "test")[0] == (0, [0, 1, 2, 3], 4) and rows(dataset, "valid")[0] == (
         0,
@@ -63,6 +70,7 @@ def test_sequences_end_to_end(source, tmp_path, capsys):
     assert rows(dataset, "train")[:3] == [(0, [0], 1), (0, [0, 1], 2), (1, [5], 6)]
     assert dataset.titles[0] == "A & B" and dataset.titles[2:4] == ["Same", "Same"]
     assert all(dataset.titles[i].startswith("Untitled item ") for i in (1, 4))
+
     info = dataset.info
     assert (info["name"], info["domain"], info["protocol"]) == ("d", "books", "leave-one-out")
     assert info["parameters"]["max_history"] == 20 and info["parameters"]["titles"] == "placeholder"
@@ -76,17 +84,20 @@ def test_sequences_end_to_end(source, tmp_path, capsys):
 
 def test_hygiene_off_and_drop(source, tmp_path):
     assert prepare(arguments(source, tmp_path / "raw", "--titles", "verbatim")) == 0
+
     raw = InteractionDataset.load(tmp_path / "raw")
     assert raw.titles == TITLES and raw.info["hygiene"] == {
         "policy": "verbatim",
         "items_sharing_a_title": 2,
     }
     assert prepare(arguments(source, tmp_path / "clean")) == 0
+
     clean = InteractionDataset.load(tmp_path / "clean")
     assert all(
         rows(raw, name) == rows(clean, name) for name in raw.splits
     )  # hygiene changes titles, not rows
     assert prepare(arguments(source, tmp_path / "drop", "--titles", "drop")) == 0
+
     dropped = InteractionDataset.load(tmp_path / "drop")
     assert dropped.titles == [
         "A & B",
@@ -114,62 +125,125 @@ def test_k_core_closes_ranks_and_remembers_the_source(source, tmp_path):
 def test_equal_bytes_no_op_and_refusal(source, tmp_path, capsys):
     for name in ("a", "b"):
         assert prepare(arguments(source, tmp_path / name, "--name", "same")) == 0
-    assert all(
-        (tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes()
-        for f in (*FILES, "dataset.json")
-    )
+    for name in (*FILES, "dataset.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+    # The same request again changes nothing.
     before = (tmp_path / "a" / "dataset.json").stat().st_mtime_ns
     capsys.readouterr()
     assert prepare(arguments(source, tmp_path / "a", "--name", "same")) == 0
-    assert (
-        "nothing to do" in capsys.readouterr().out
-        and (tmp_path / "a" / "dataset.json").stat().st_mtime_ns == before
-    )
-    assert prepare(arguments(source, tmp_path / "a", "--name", "same", "--seed", 1)) == 2
-    assert "holds another dataset (parameters" in capsys.readouterr().err
+    assert "nothing to do" in capsys.readouterr().out
+    assert (tmp_path / "a" / "dataset.json").stat().st_mtime_ns == before
+
+    # Another request, other input and a broken output are refused.
+    with pytest.raises(UsageError, match=r"holds another dataset \(parameters"):
+        prepare(arguments(source, tmp_path / "a", "--name", "same", "--seed", 1))
     with open(source / "sequences.jsonl", "a") as file:
         file.write('{"user_id": 9, "items": [1, 2, 3]}\n')
-    assert prepare(arguments(source, tmp_path / "a", "--name", "same")) == 2
-    assert "sources" in capsys.readouterr().err
+    with pytest.raises(UsageError, match=r"holds another dataset \(sources"):
+        prepare(arguments(source, tmp_path / "a", "--name", "same"))
     (tmp_path / "a" / "test.parquet").unlink()
-    assert prepare(arguments(source, tmp_path / "a", "--name", "same")) == 2
-    assert "test.parquet is missing" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="test.parquet is missing"):
+        prepare(arguments(source, tmp_path / "a", "--name", "same"))
 
 
-def test_bad_input_is_one_clear_line(source, tmp_path, capsys):
-    where = ["--source", "sequences", "--input", str(source), "--output", str(tmp_path / "d")]
-    assert prepare([*where, "--protocol", "d3"]) == 2
-    assert "no timestamps; use --protocol leave-one-out" in capsys.readouterr().err
-    assert prepare(arguments(source, tmp_path / "d", "--k_core", 50)) == 2
-    assert "nothing is left after the 50-core: pass 1 left 0 users" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        prepare(arguments(source, tmp_path / "d", "--max_history", -1))
-    assert "--max_history -1: must be at least 0" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--k_core", "50"], "nothing is left after the 50-core: pass 1 left 0 users"),
+        (["--max_history", "-1"], "--max_history -1: must be at least 0"),
+        (["--max_bad_lines", "1"], "--max_bad_lines 1.0: a share, from 0 to below 1"),
+        (["--num_items", "5"], "--num_items is for synthetic data"),
+        (["--min_items", "5"], "--min_items 5 is for --protocol d3"),
+        (["--from", "2017"], "--from 2017: need a date like 2017-10-01"),
+    ],
+)
+def test_bad_flags_are_named(source, tmp_path, flags, message):
+    with pytest.raises(UsageError, match=message):
+        prepare(arguments(source, tmp_path / "d", *flags))
     assert not list(tmp_path.glob("d*"))
 
 
-def test_an_interrupted_run_leaves_nothing(source, tmp_path, monkeypatch, capsys):
+def test_missing_flags_are_named(source, tmp_path):
+    where = ["--source", "sequences", "--input", str(source), "--output", str(tmp_path / "d")]
+    with pytest.raises(UsageError, match="--protocol is missing: give it, or a --preset"):
+        prepare(where)
+    with pytest.raises(UsageError, match="no timestamps; use --protocol leave-one-out"):
+        prepare([*where, "--protocol", "d3"])
+    with pytest.raises(UsageError, match="--source is missing"):
+        prepare(["--protocol", "d3", "--output", str(tmp_path / "d")])
+
+
+def test_the_command_prints_one_line_and_exits_with_2(source, tmp_path):
+    command = [sys.executable, "-m", "igd_ds.cli", "prepare"]
+    command += arguments(source, tmp_path / "d", "--k_core", 50)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.returncode == 2 and done.stdout == ""
+    told = [line for line in done.stderr.splitlines() if "nothing is left" in line]
+    assert len(told) == 1 and told == done.stderr.splitlines()[-1:]
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            PermissionError(errno.EACCES, "Permission denied", "x.jsonl"),
+            "x.jsonl: Permission denied",
+        ),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            "/d: No space left .*; make room on the",
+        ),
+    ],
+)
+def test_errors_of_the_system_that_users_can_repair_are_one_line(
+    source, tmp_path, monkeypatch, error, message
+):
+    def fails(*arguments):
+        raise error
+
+    monkeypatch.setattr("igd_ds.data.prepare.write_dataset", fails)
+    with pytest.raises(UsageError, match=message):
+        prepare(arguments(source, tmp_path / "d"))
+
+
+def test_other_errors_of_the_system_are_defects(source, tmp_path, monkeypatch):
+    def fails(*arguments):
+        raise OSError("a library's own")
+
+    monkeypatch.setattr("igd_ds.data.prepare.write_dataset", fails)
+    with pytest.raises(OSError, match="a library's own"):
+        prepare(arguments(source, tmp_path / "d"))
+
+
+def test_an_output_below_a_file_is_refused(source, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="file"):
+        prepare(arguments(source, tmp_path / "file" / "d"))
+
+
+def test_an_interrupted_command_leaves_nothing(source, tmp_path, monkeypatch, capsys):
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
+    # Everything is written but the card.
     with monkeypatch.context() as patch:
-        patch.setattr(
-            "igd_ds.data.dataset.write_card", interrupted
-        )  # everything but the card is written
+        patch.setattr("igd_ds.data.dataset.write_card", interrupted)
         with pytest.raises(KeyboardInterrupt):
             prepare(arguments(source, tmp_path / "out" / "d"))
     assert not list((tmp_path / "out").iterdir())
+
+    # Folders of a killed process are removed; the folder of a living process stays.
     process = subprocess.Popen(["true"])
     process.wait()
-    for kind in ("scratch", "tmp"):  # of a run that was killed
+    for kind in ("scratch", "tmp"):
         (tmp_path / "out" / f"d.{kind}-{process.pid}").mkdir()
-    (tmp_path / "out" / f"d.scratch-{os.getppid()}").mkdir()  # of a run that lives
+    living = f"d.scratch-{os.getppid()}"
+    (tmp_path / "out" / living).mkdir()
     assert prepare(arguments(source, tmp_path / "out" / "d")) == 0
-    assert capsys.readouterr().err.count("left by a run that was killed") == 2
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "d",
-        f"d.scratch-{os.getppid()}",
-    ]
+    assert capsys.readouterr().err.count("left by a process that was killed") == 2
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["d", living]
 
 
 def test_synthetic_d3_and_a_user_with_many_rows(tmp_path):
@@ -196,10 +270,12 @@ def test_real_data(shared, tmp_path, name):
         prepare(arguments(shared / "data" / name, tmp_path / name, "--num_users", 300, "--seed", 1))
         == 0
     )
+
     dataset = InteractionDataset.load(tmp_path / name)
     assert len(dataset.splits["test"]) == len(dataset.splits["valid"]) == 300
     with open(shared / "data" / name / "items.jsonl", encoding="utf-8") as file:
         assert dataset.num_items == sum(1 for _ in file)
+
     sequences = {}
     with open(shared / "data" / name / "sequences.jsonl", encoding="utf-8") as file:
         for line in file:
