@@ -58,7 +58,7 @@ def single(world, run, tmp_path_factory) -> Path:
     return output
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.isa), 3])
 def test_any_number_of_ranks_gives_the_same_bytes(world, run, single, tmp_path, size):
     output = tmp_path / "test"
     text = ranks.run(size, tmp_path / "log", ranks.entry, *entry(flags(world, run, output, *GRID)))
@@ -118,6 +118,7 @@ def test_exact_filtered_and_guided_lists_are_the_same_on_any_number_of_ranks(wor
     )  # a pass may exceed it
 
 
+@pytest.mark.isa
 def test_more_ranks_than_batches(world, run, tmp_path):
     results = []
     for size in (1, 3):
