@@ -1,4 +1,4 @@
-"""The run's record: named tags only, and each step once after a resume."""
+"""The run's record: it has known tags only, and each step once after a resume."""
 
 import json
 import re
@@ -6,7 +6,15 @@ import re
 import pytest
 
 from igd_ds.folders import write_json
+from igd_ds.objectives import OBJECTIVES
 from igd_ds.runlog import LAYOUT, TAGS, RunLog, drop_entries_after
+
+
+def tags_of_objectives() -> set[str]:
+    """Return the tags that the objectives declare, and those of the losses of several targets."""
+    declared = {tag for objective in OBJECTIVES.values() for tag in objective.tags}
+    several = {name for o in OBJECTIVES.values() if len(o.targets) > 1 for name in o.targets}
+    return declared | {f"train/loss_{name}" for name in several}
 
 
 def test_unknown_tags_are_refused(tmp_path):
@@ -18,18 +26,32 @@ def test_unknown_tags_are_refused(tmp_path):
     log.close()
 
 
+def test_a_run_may_have_tags_of_its_own(tmp_path):
+    log = RunLog(tmp_path, enabled=True, tags={"train/msl_tau": "temperature"})
+    log.log(1, {"train/msl_tau": 1.5, "train/loss": 2.0})
+    log.close()
+    entry = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert entry == {"step": 1, "train/msl_tau": 1.5, "train/loss": 2.0}
+    assert "train/msl_tau" not in TAGS
+
+
+def test_objectives_declare_no_tag_again():
+    assert tags_of_objectives() >= {"train/msl_tau", "train/alpha_fg", "train/loss_fg"}
+    assert not tags_of_objectives() & set(TAGS)
+
+
 def test_every_chart_has_curves():
     """TensorBoard matches a chart's regular expressions from the beginning of a tag."""
+    every = set(TAGS) | tags_of_objectives()
     charts = {title: tags for charts in LAYOUT.values() for title, (_, tags) in charts.items()}
     drawn = {
-        title: {tag for tag in TAGS if any(re.match(pattern, tag) for pattern in tags)}
-        for title, tags in charts.items()
+        title: {tag for tag in every if any(re.match(pattern, tag) for pattern in patterns)}
+        for title, patterns in charts.items()
     }
-    assert all(drawn.values()) and drawn["nats per item"] == {"valid/nll"}
-    assert drawn["training: zero and non-zero gain"] == {
-        "train/nll_zero_gain",
-        "train/nll_nonzero_gain",
-    }
+    assert all(drawn.values())
+    assert drawn["nats per item"] == {"valid/nll"}
+    both = {"train/nll_zero_gain", "train/nll_nonzero_gain"}
+    assert drawn["training: zero and non-zero gain"] == both
     assert len(drawn["validation: zero gain and deciles of non-zero gain"]) == 11
 
 
@@ -56,17 +78,14 @@ def test_a_resumed_log_has_each_step_once(tmp_path):
     log.close()
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 6, "train/lo')  # a kill cut this line off
+
     log = RunLog(tmp_path, enabled=True, resume_step=3)
     log.log(4, {"train/loss": 40.0})
     log.hparams({"igd_beta": 0.1, "alphas": [1]}, {"best_validation": 1.0})
     log.close()
-    entries = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [(e["step"], e["train/loss"]) for e in entries] == [
-        (1, 1.0),
-        (2, 2.0),
-        (3, 3.0),
-        (4, 40.0),
-    ]
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    entries = [(entry["step"], entry["train/loss"]) for entry in map(json.loads, lines)]
+    assert entries == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
 
 
 def test_drop_entries_of_a_missing_file(tmp_path):
@@ -77,4 +96,4 @@ def test_drop_entries_of_a_missing_file(tmp_path):
 def test_json_is_atomic_and_ordered(tmp_path):
     write_json(tmp_path / "a.json", {"b": 1, "a": [1.5]})
     assert (tmp_path / "a.json").read_text() == '{\n  "a": [\n    1.5\n  ],\n  "b": 1\n}\n'
-    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
