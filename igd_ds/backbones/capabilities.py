@@ -64,7 +64,7 @@ def capabilities_of(model_config: PreTrainedConfig) -> Capabilities:
             packed_training=has_trees,
             tree_search=has_trees,
             attention=attention_kernels(type(model)),
-            adapters=bool(adaptable_layers(model)),
+            adapters=len(adaptable_layers(model)) > 1,  # one is the output layer
         )
     return _FOUND[key]
 

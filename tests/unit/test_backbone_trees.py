@@ -40,6 +40,17 @@ TREES = {
                                      "num_local_experts": 4, "num_experts_per_tok": 2}),
     "phi3": ("phi3", COMMON | {"sliding_window": 6}),
     "gpt2": ("gpt2", GPT2),
+    "smollm3 (layers without positions)": ("smollm3", COMMON | {"num_hidden_layers": 4}),
+    "olmo3 with windows": ("olmo3", COMMON | {"num_hidden_layers": 4, "sliding_window": 5}),
+    "deepseek v3 (values of another width)": ("deepseek_v3", COMMON | {
+        "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8,
+        "v_head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
+        "topk_group": 1, "moe_intermediate_size": 16, "first_k_dense_replace": 1,
+        "num_key_value_heads": 4}),
+    "opt (learned positions with an offset)": ("opt", {
+        "vocab_size": VOCABULARY, "hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "init_std": 0.3,
+        "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}),
 }  # fmt: skip
 FALLBACKS = {
     "bloom (ALiBi)": ("bloom", {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 2,
