@@ -102,6 +102,7 @@ class PublishedTrainer(Trainer):
             report_to="none",
             disable_tqdm=True,
         )
+
         super().__init__(
             model,
             arguments,
