@@ -4,6 +4,16 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from oracle import (
+    assert_same_lists,
+    build_trie,
+    found_lists,
+    random_items,
+    random_prompts,
+    random_weights,
+    ranking,
+    weight_by_path,
+)
 
 from igd_ds.backbones import CausalLM
 from igd_ds.backbones.cache_tree import CachePromptTree
@@ -160,6 +170,21 @@ def test_the_fallback_is_right_for_any_model(name):
     tree = CachePromptTree(model)
     assert_tree_equals_full_passes(model, tree)
     assert bool(tree.stored) is (name != "gemma3")  # whose cache forgets what lies before a window
+
+
+@pytest.mark.parametrize("method", ["beam", "exact"])
+@pytest.mark.parametrize("name", ["gemma3", "gpt-oss", "bloom (ALiBi)", "mamba (recurrent)"])
+def test_searches_rank_every_item(name, method):
+    """A beam as wide as the catalogue finds the ranking of all items, the exact search its top."""
+    model = tiny(*(TREES | FALLBACKS)[name])
+    items, prompts = random_items(25), random_prompts(3)
+    trie = build_trie(items)
+    weights = random_weights(trie)
+    k = len(items) if method == "beam" else 6
+    found = found_lists(model, prompts, trie, weights, k, 0.0, method=method)
+    for ranked, prompt in zip(found, prompts, strict=True):
+        expected = ranking(model, prompt, items, weight_by_path(trie, weights), 0.0)
+        assert_same_lists(ranked, expected[:k])
 
 
 def test_the_fallback_bounds_the_tokens_of_a_pass(monkeypatch):
