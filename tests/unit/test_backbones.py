@@ -213,6 +213,7 @@ def multimodal(folder, kind: str):
         "image_size": 8,
         "patch_size": 4,
     }
+
     if kind == "gemma3":
         text = SIZES | {"num_hidden_layers": 7, "sliding_window": 4}
         config = transformers.Gemma3Config(
@@ -225,6 +226,7 @@ def multimodal(folder, kind: str):
             vision_config=vision | {"model_type": "clip_vision_model"},
         )
         model = transformers.LlavaForConditionalGeneration(config)
+
     model.save_pretrained(folder)
     return model.eval()
 

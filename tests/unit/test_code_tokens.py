@@ -221,11 +221,13 @@ def test_lora_trains_the_new_rows_and_saves_them(tmp_path, case):
     model = build(config, added)
     before = vocabulary_rows(model)
     step(model)
+
     after = vocabulary_rows(model)
     for old, new in zip(before, after, strict=True):
         assert torch.equal(new[:OWN], old[:OWN]) and torch.equal(new[OWN + 9 :], old[OWN + 9 :])
         assert (new[OWN : OWN + 9] != old[OWN : OWN + 9]).any(1).sum() >= 5
     assert torch.equal(*after) is tied
+
     expected = loss_of(model.eval())
     model.save_pretrained(tmp_path / "model", save_embedding_layers=False)
     saved = sum(p.stat().st_size for p in (tmp_path / "model").glob("*.safetensors"))
@@ -235,6 +237,7 @@ def test_lora_trains_the_new_rows_and_saves_them(tmp_path, case):
         assert torch.equal(new, restored)
     with torch.no_grad():
         torch.testing.assert_close(loss_of(loaded), expected, rtol=1e-5, atol=0)
+
     without = CausalLM().num_trained_parameters(model.config, config)
     assert CausalLM().num_trained_parameters(model.config, config, added) - without == 9 * 32 * (
         1 if tied else 2

@@ -68,6 +68,7 @@ def test_packed_runs_equal_full_decoder_passes_also_after_users_retire(model):
     first = tree.prefill([np.array(prompt) for prompt in prompts])
     expected = torch.stack([full_pass(model, p, [])[-1] for p in prompts])
     torch.testing.assert_close(first, expected, rtol=SCORE_RTOL, atol=SCORE_ATOL)
+
     path = {run: ([], run) for run in range(3)}
     for parents, runs, left in [
         ([0, 1, 2, 1], [[7], [8, 9, 10], [9], [11]], [0, 1, 2]),
@@ -94,6 +95,7 @@ def test_wide_and_exact_searches_rank_every_item(model, method):
     tree = EncoderPromptTree(model)
     tree.prefill([np.array(prompt) for prompt in prompts])
     width = len(items) if method == "beam" else 12
+
     result = search(tree, SearchTrie.build(trie), scoring_of(weights), width, method=method)
     weight = weight_by_path(trie, weights)
     for prompt, found in zip(

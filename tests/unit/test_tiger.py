@@ -95,15 +95,18 @@ def folder(tmp_path_factory):
         )
         == 0
     )
+
     (folder / "model.json").write_text(json.dumps({"model_type": "t5", "vocab_size": 9, **SIZES}))
     tokenizer, dataset = (
         load_tokenizer(str(folder / "tokenizer")),
         InteractionDataset.load(folder / "data"),
     )
+
     out = folder / "run" / "model"
     build(options_of(folder), tokenizer).save_pretrained(out)
     tokenizer.save_pretrained(out)
     save_catalogue(out / "catalogue", tiny_run.store(Catalogue.build(dataset, tokenizer)))
+
     description = {
         "prompt": Template.load("codes").as_dict(),
         "max_length": 5 + 20,
@@ -172,6 +175,7 @@ def test_prompts_are_the_codes_and_nothing_else(folder, tokenizer):
             (SEMANTIC_IDS[i] for i in history[-5:]), []
         )  # 5 items of 3 or 4 codes are what 20 tokens have room for
         assert tokenizer.convert_ids_to_tokens(prompts.encode(np.array(history)).tolist()) == codes
+
     assert prompts.null.tolist() == [tokenizer.unk_token_id] == [2]
     with pytest.raises(
         ValueError, match=r"--prompt: the tokenizer has no token for the template's '.*items:\\n'"
@@ -251,6 +255,7 @@ def test_label_logits_give_transformers_own_loss_and_gradient(folder, tokenizer)
                 module.p = 0.0
             elif hasattr(module, "dropout") and isinstance(module.dropout, float):
                 module.dropout = 0.0  # of the attention weights
+
         ours.train()
         logits = T5().label_logits(ours, found)
         assert logits.shape == (len(found.targets), len(tokenizer))
@@ -267,6 +272,7 @@ def test_label_logits_give_transformers_own_loss_and_gradient(folder, tokenizer)
         ours.zero_grad()
         theirs.backward()
         gradients.append({name: p.grad.clone() for name, p in ours.named_parameters()})
+
     for other in gradients[1:]:
         torch.testing.assert_close(other, gradients[0])
 
