@@ -12,7 +12,7 @@ DS = {"train_micro_batch_size_per_gpu": 2, "bf16": {"enabled": False}, "fp16": {
 
 @dataclass(frozen=True)
 class World:
-    """Folders of a generated dataset, its tokenizer, a model config, and pretrained (random) weights."""
+    """Folders of a generated dataset, its tokenizer, a model config, and saved random weights."""
 
     folder: Path
     dataset: str
@@ -28,7 +28,7 @@ class World:
         return str(path)
 
     def train_flags(self, run: Path, stage: int = 2, **settings) -> list[str]:
-        """Flags of a short training; settings override, None drops."""
+        """Return the flags of a short training. `settings` override them; None drops a flag."""
         flags = {
             "ds_config": self.ds_config(stage),
             "dataset": self.dataset,
@@ -45,8 +45,11 @@ class World:
             "patience": 0,
             "log_every": 1,
         } | settings
-        return [word for key, value in flags.items() if value is not None
-                for word in ([f"--{key}"] if value is True else [f"--{key}", str(value)])]  # fmt: skip
+        words = []
+        for key, value in flags.items():
+            if value is not None:
+                words += [f"--{key}"] if value is True else [f"--{key}", str(value)]
+        return words
 
 
 @pytest.fixture(scope="session")
@@ -61,28 +64,32 @@ def world(tmp_path_factory) -> World:
 
 
 def _build(folder: Path) -> None:
-    # In a child: the parent must stay free of thread pools, because the ranks are forked from it.
+    # This runs in a child, because the ranks are forked from the parent, which must have no thread
+    # pools.
     import torch
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 
-    from igd_ds.commands import prepare as prepare_data
-    from igd_ds.commands import tokenizer as train_tokenizer
+    from igd_ds.commands import prepare, tokenizer
 
-    prepare_data.main(["--source", "synthetic", "--num_items", "60", "--num_users", "80", "--protocol", "d3", "--k_core", "0",
-                       "--min_items", "1", "--output", str(folder / "data")])  # fmt: skip
-    train_tokenizer.main(
-        [
-            "--dataset",
-            str(folder / "data"),
-            "--vocab_size",
-            "400",
-            "--output",
-            str(folder / "tokenizer"),
-        ]
+    # The dataset and its tokenizer.
+    data = str(folder / "data")
+    source = ["--source", "synthetic", "--num_items", "60", "--num_users", "80"]
+    protocol = ["--protocol", "d3", "--k_core", "0", "--min_items", "1"]
+    prepare.main([*source, *protocol, "--output", data])
+    vocabulary = ["--vocab_size", "400", "--output", str(folder / "tokenizer")]
+    tokenizer.main(["--dataset", data, *vocabulary])
+
+    # A model.
+    config = Qwen2Config(
+        vocab_size=len(PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
     )
-    vocabulary = len(PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer"))
-    config = Qwen2Config(vocab_size=vocabulary, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-                         num_key_value_heads=1, max_position_embeddings=512, tie_word_embeddings=True)  # fmt: skip
     config.to_json_file(folder / "model.json")
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder / "pretrained")

@@ -1,4 +1,7 @@
-"""Forked ranks: a 2-rank job in 3 s instead of the launcher's 15, because the parent has imported everything already."""
+"""Forked ranks. A job of two ranks takes 3 s, because the parent has imported everything already.
+
+With a launcher it takes 15 s.
+"""
 
 import multiprocessing
 import os
@@ -12,13 +15,17 @@ FORK = multiprocessing.get_context("fork")
 
 
 def warm_up() -> None:
-    """Import in the parent what every rank needs; no tensor work, so that no thread pool crosses the fork."""
+    """Import in the parent what every rank needs.
+
+    No tensor work is done, so that no thread pool crosses the fork.
+    """
     os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed  # noqa: F401
     import peft  # noqa: F401
     import transformers
     from torch.utils.tensorboard import SummaryWriter  # noqa: F401
 
+    import igd_ds.baseline
     import igd_ds.eval
     import igd_ds.train  # noqa: F401
 
@@ -51,7 +58,10 @@ def _child(
 
 
 def start(world: int, log: Path, function: Callable, *arguments) -> list:
-    """Fork `world` ranks that run function(*arguments); their output goes to `log`. Returns the processes."""
+    """Fork `world` ranks that run function(*arguments); return the processes.
+
+    Their output goes to `log`.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -65,7 +75,7 @@ def start(world: int, log: Path, function: Callable, *arguments) -> list:
 
 
 def wait(processes: list, timeout: float = 240) -> list[int]:
-    """Return the exit codes; as a launcher does, stop all ranks when one fails."""
+    """Return the exit codes. When a rank fails, all are stopped, as a launcher does it."""
     waiting = list(processes)
     while waiting and timeout > 0:
         for process in list(waiting):
