@@ -88,8 +88,7 @@ def single(world, run, tmp_path_factory) -> Path:
     return output
 
 
-@pytest.mark.isa
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.isa), 3])
 def test_any_number_of_ranks_gives_the_same_bytes(world, run, single, tmp_path, size):
     output = tmp_path / "test"
     text = evaluate(size, tmp_path / "log", flags(world, run, output, *GRID))
@@ -101,7 +100,6 @@ def test_any_number_of_ranks_gives_the_same_bytes(world, run, single, tmp_path, 
     assert not (output / "parts").exists()
 
 
-@pytest.mark.isa
 def test_exact_filtered_and_guided_lists_are_the_same_on_any_number_of_ranks(world, run, tmp_path):
     import numpy as np
     import pyarrow as pa
@@ -132,7 +130,6 @@ def test_exact_filtered_and_guided_lists_are_the_same_on_any_number_of_ranks(wor
     assert 0 <= found["alpha"]["0.3"]["proof_share"] < 1
 
 
-@pytest.mark.isa
 def test_a_model_trained_by_msl_is_searched_with_its_softmax(world, tmp_path):
     run = train(world, tmp_path / "run", objective="msl", msl_tau=2.0, igd_beta=None)
     description = json.loads((run / "model" / "igd_ds.json").read_text())
@@ -149,6 +146,7 @@ def test_a_model_trained_by_msl_is_searched_with_its_softmax(world, tmp_path):
     assert read_metrics(outputs["one"])["softmax"] == "masked"
 
 
+@pytest.mark.isa
 def test_more_ranks_than_batches(world, run, tmp_path):
     results = []
     for size in (1, 3):
