@@ -48,7 +48,9 @@ def read(run: Path, split: str) -> dict:
     return json.loads((run / "eval" / split / "metrics.json").read_text())
 
 
-@pytest.mark.parametrize("name", ["gru4rec", "sasrec", "lrurec"])
+@pytest.mark.parametrize(
+    "name", ["gru4rec", pytest.param("sasrec", marks=pytest.mark.isa), "lrurec"]
+)
 def test_two_ranks_are_one(world, tmp_path, name):
     """Without dropout: the same losses, and lists that differ by rounding at most; each rank ranks its own batches."""
     common = (

@@ -266,6 +266,7 @@ def expected(world, tmp_path_factory):
 
 
 # ranks × accumulation at stage 0, and every other stage on two ranks
+@pytest.mark.isa
 @pytest.mark.parametrize(
     ("size", "accumulation", "stage"),
     [(1, 4, 0), (2, 2, 0), (4, 1, 0), (2, 2, 1), (2, 2, 2), (2, 2, 3)],
