@@ -78,7 +78,7 @@ def search(
     everything that the model computes.
 
     Args:
-        tree: a prompt tree after `prefill`. It cannot be used again afterwards.
+        tree: a prompt tree after `prefill`. Prefill it again before another search.
         trie: the catalogue's trie on the tree's device.
         scoring: how a path is scored, on the same device.
         num_beams: K.

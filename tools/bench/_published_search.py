@@ -1,25 +1,34 @@
-"""What tools/bench/search.py compares with: `model.generate` with a mask over the vocabulary, in three ways.
+"""What tools/bench/search.py compares with: `model.generate` with a mask over the vocabulary.
 
-* `DictTrieProcessor`, as the published code does it: a trie of dicts, walked row by row in Python, a dense mask. Written so that
-  it costs less than the original, which normalises the gains of a node's children at every visit: here nodes keep their weights.
-* `IGDLogitsProcessor` of this repository: the same rule without a loop over rows.
-* `CsrMaskProcessor`, after STATIC: items of one length, the children of all rows read as one block. No weights.
+The mask is made in one of three ways:
 
-`generate` keeps the scores of every step if it is asked for scores (`output_scores=True`, which the published code sets: 97 MB a
-step at 160 rows of 151,936 tokens). Here they are read from its beams instead, so that it need not.
+* `DictTrieProcessor` does it as the published code: it walks a trie of dicts row by row in Python
+  and makes a dense mask. It costs less than the original, which normalises the gains of a node's
+  children at every visit; here the nodes keep their weights.
+* `IGDLogitsProcessor` of this repository follows the same rule without a loop over rows.
+* `CsrMaskProcessor` follows STATIC: items have one length, the children of all rows are read as one
+  block, and there are no weights.
+
+If `generate` is asked for scores (`output_scores=True`, which the published code sets), it keeps
+the scores of every step: 97 MB per step at 160 rows of 151,936 tokens. Here the scores are read
+from its beams instead.
 """
 
+from collections.abc import Callable
 from unittest import mock
 
 import numpy as np
 import torch
-from transformers import LogitsProcessor
+from transformers import LogitsProcessor, PreTrainedModel
 
-FILLER = -1e9  # `generate` fills up short lists with scores of this and below
+from igd_ds.items.trie import TokenTrie
+
+# `generate` fills up short lists with entries that have this score or less.
+FILLER = -1e9
 
 
 def left_padded(prompts: list[np.ndarray], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (input_ids, attention_mask), int64 (B, P), of prompts padded on the left, as `generate` takes them."""
+    """Return (input_ids, attention_mask), int64 (B, P), of prompts padded on the left."""
     width = max(len(p) for p in prompts)
     input_ids = torch.full((len(prompts), width), pad_token_id, dtype=torch.int64)
     attention_mask = torch.zeros((len(prompts), width), dtype=torch.int64)
@@ -30,20 +39,21 @@ def left_padded(prompts: list[np.ndarray], pad_token_id: int) -> tuple[torch.Ten
 
 
 class DictTrieProcessor(LogitsProcessor):
-    """w_d·log p on the tokens that continue an item, −inf elsewhere (IGD Eq. 8, 9).
+    """Gives w_d·log p to tokens that continue an item and −inf to the others (IGD Eq. 8, 9).
 
     Args:
-        trie: TokenTrie of M nodes (numpy arrays).
+        trie: the catalogue's trie, M nodes.
         edge_weights: w_d per edge, float32 (M,).
-        prompt_length: of the padded prompts in `input_ids`.
+        prompt_length: number of tokens of the padded prompts in `input_ids`.
     """
 
-    def __init__(self, trie, edge_weights: np.ndarray, prompt_length: int):
+    def __init__(self, trie: TokenTrie, edge_weights: np.ndarray, prompt_length: int):
         self.prompt_length = prompt_length
         nodes = [{} for _ in range(trie.num_nodes)]
         self.root = {"children": nodes[0]}
         for node in range(1, trie.num_nodes):
             nodes[trie.parent[node]][int(trie.token[node])] = {"children": nodes[node]}
+
         begin = trie.child_begin.tolist()
         stack = [(0, self.root)]
         while stack:
@@ -54,7 +64,7 @@ class DictTrieProcessor(LogitsProcessor):
             stack += enumerate(node["children"].values(), edges.start)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Walk each row's generated tokens, weight its children's log-probabilities, mask all the other tokens."""
+        """Walk each row's generated tokens; weight the log p of its children, mask the rest."""
         logprob = torch.log_softmax(scores, dim=-1)
         mask = torch.full_like(scores, -torch.inf)
         for row, tokens in enumerate(input_ids[:, self.prompt_length :].tolist()):
@@ -70,19 +80,21 @@ class DictTrieProcessor(LogitsProcessor):
 
 
 class CsrMaskProcessor(LogitsProcessor):
-    """log p on the tokens that continue an item, −inf elsewhere, for items of one length.
+    """Gives log p to tokens that continue an item and −inf to the others; items have one length.
 
-    A row's state is its trie node. On each level as many slots are read for every row as the level's widest node has children.
-    `generate` re-orders its beams without telling: the states are found again from the tokens, at most one read per level.
+    A row's state is its trie node. On each level as many slots are read for every row as the
+    level's widest node has children. `generate` does not tell a processor how it re-orders its
+    beams, so the states are found again from the tokens, with at most one read per level.
 
     Args:
-        trie: TokenTrie (numpy arrays) whose items are all of one length.
-        prompt_length: of the padded prompts in `input_ids`; 1 for encoder-decoder models.
+        trie: the catalogue's trie, all of whose items have one length.
+        prompt_length: number of tokens of the padded prompts in `input_ids`; 1 for encoder-decoder
+            models.
     """
 
-    def __init__(self, trie, prompt_length: int):
+    def __init__(self, trie: TokenTrie, prompt_length: int):
         assert np.all(np.diff(trie.depth[trie.is_leaf].astype(int)) == 0), (
-            "a CSR mask of this kind takes items of one length"
+            "a CSR mask of this kind needs items of one length"
         )
         self.prompt_length = prompt_length
         self.row_begin = torch.tensor(trie.child_begin, dtype=torch.int64)
@@ -104,7 +116,7 @@ class CsrMaskProcessor(LogitsProcessor):
         return child, self.token[child], inside
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Find each row's state, read its children, mask all the other tokens."""
+        """Find each row's state, read its children, mask all other tokens."""
         state = torch.zeros(len(input_ids), dtype=torch.int64)
         generated = input_ids[:, self.prompt_length :]
         for level, chosen in enumerate(generated.unbind(1)):
@@ -123,15 +135,22 @@ class Generate:
 
     Args:
         model: a causal LM or an encoder-decoder model in eval mode.
-        trie: TokenTrie (numpy arrays).
-        make_processor: from the length of the padded prompt to a processor.
+        trie: the catalogue's trie.
+        make_processor: function of the length of the padded prompts that returns a processor.
         num_beams: K.
         length_penalty: p in score / n^p.
     """
 
-    def __init__(self, model, trie, make_processor, num_beams: int, length_penalty: float):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        trie: TokenTrie,
+        make_processor: Callable[[int], LogitsProcessor],
+        num_beams: int,
+        length_penalty: float,
+    ):
         self.model, self.trie, self.make_processor = model, trie, make_processor
-        self.processors = {}
+        self.processors: dict[int, LogitsProcessor] = {}
         self.eos = int(trie.token[np.argmax(trie.is_leaf)])
         self.settings = {
             "num_beams": num_beams,
@@ -139,21 +158,27 @@ class Generate:
             "length_penalty": length_penalty,
             "max_new_tokens": int(trie.depth.max()),
             "do_sample": False,
-            "early_stopping": "never",  # stops as soon as it safely can; at penalty 0 the same as False
+            "early_stopping": "never",  # stops as soon as it is right to; at penalty 0 as False
             "eos_token_id": self.eos,
             "pad_token_id": self.eos,
         }
 
     def warm_up(self, prompts: list[np.ndarray]) -> None:
-        """Touch everything once, and build the trie."""
+        """Search once, so that trie and memory are there before the time is taken."""
         self(prompts)
 
     def __call__(self, prompts: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Search for one batch: generated tokens int64 (B·K, length), scores float32 (B, K), best first."""
+        """Search for one batch.
+
+        Returns:
+            Generated tokens, int64 (B·K, length), and scores, float32 (B, K), best first.
+        """
         input_ids, attention_mask = left_padded(prompts, self.eos)
         start = 1 if self.model.config.is_encoder_decoder else input_ids.shape[1]
         if start not in self.processors:  # the trie is built once, not per batch
             self.processors = {start: self.make_processor(start)}
+
+        # Keep the scores of the finished beams, which `generate` updates at every step.
         update, scores = self.model._update_finished_beams, None
 
         def update_and_keep(**beams):
@@ -162,15 +187,20 @@ class Generate:
             scores = updated[1]
             return updated
 
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
         with mock.patch.object(self.model, "_update_finished_beams", update_and_keep):
             sequences = self.model.generate(
-                **inputs, logits_processor=[self.processors[start]], **self.settings
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                logits_processor=[self.processors[start]],
+                **self.settings,
             )
         return sequences[:, start:], scores
 
     def lists(self, found: tuple[torch.Tensor, torch.Tensor]) -> tuple[np.ndarray, np.ndarray]:
-        """Return what a call found as our search does: leaves int64 and scores float32, (1, B, K), −1 and −inf where none is."""
+        """Return the lists of a call as our search does: leaves int64, scores float32, (1, B, K).
+
+        Where there is no item, they are −1 and −inf.
+        """
         sequences, scores = found
         listed = scores.numpy() > FILLER
         leaves = np.array(
@@ -179,8 +209,8 @@ class Generate:
         return np.where(listed, leaves, -1)[None], np.where(listed, scores.numpy(), -np.inf)[None]
 
 
-def leaf_of(trie, tokens: list[int], eos: int) -> int:
-    """Return the leaf that generated tokens lead to; −1 if they end in none (a filler)."""
+def leaf_of(trie: TokenTrie, tokens: list[int], eos: int) -> int:
+    """Return the leaf to which generated tokens lead; −1 if they lead to none (a filler)."""
     node = 0
     for token in tokens:
         begin, end = trie.child_begin[node : node + 2]

@@ -1,4 +1,4 @@
-"""What tools/bench/search.py searches: trained models with their catalogues and prompts, or random ones."""
+"""The problems of tools/bench/search.py: trained models, catalogues and prompts, or random ones."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,34 +14,36 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from igd_ds.backbones import causal_lm
+from igd_ds.backbones.saved import describe
+from igd_ds.backbones.tokenizer import load_tokenizer
+from igd_ds.config.search import Limits
 from igd_ds.data.batches import sample_rows
-from igd_ds.data.dataset import InteractionDataset
+from igd_ds.data.dataset import InteractionDataset, Split
 from igd_ds.data.prompts import PromptBuilder, Template
 from igd_ds.items.catalogue import Catalogue
 from igd_ds.items.decisiveness import information_gain
 from igd_ds.items.store import load_catalogue
 from igd_ds.items.trie import TokenTrie
-from igd_ds.search.engine import Limits
 
 VOCABULARY = 151_936
-# In the tokenizer, never in a training text: training has made its logit negative everywhere, and eight times that is very
-# negative, so that 143,744 rows more of embedding and head take hardly any probability (plain copies take 0.2; measured).
+# This token is in the tokenizer and in no training text, so training has made its logit negative
+# everywhere. Eight times its row is very negative: 143,744 more rows of embedding and head take
+# hardly any probability. (Unscaled copies take 0.2; measured.)
 UNUSED_TOKEN, UNUSED_SCALE = "<|im_end|>", 8
 
 
 @dataclass(frozen=True)
 class Line:
-    """One setting. `users`: per side, how many of the prompts it searches for; the other fields are as in the table's head.
-
-    `source` names a folder under --runs, or is "generated:N" (random items and weights) or "t5" (instruments' semantic IDs).
-    `prompt`: tokens of every prompt; 0: as the evaluator would make them.
-    """
+    """One setting of the benchmark; all sides search the same problem."""
 
     name: str
     users: dict[str, int]
+    """For how many of the prompts each side searches."""
     source: str = "books-small"
+    """A folder under --runs, "generated:N" (N random items, random weights), or "t5" (the semantic
+    IDs of instruments)."""
     prompt: int = 256
+    """Tokens of every prompt; 0: as the evaluator would make them."""
     beams: int = 10
     batch: int = 16
     penalty: float = 0.0
@@ -52,17 +54,18 @@ class Line:
 
 @dataclass
 class Problem:
-    """What a line's sides search: a model, a TokenTrie with its gains, prompts; `notes` are figures for the reader."""
+    """What the sides of a line search."""
 
     model: torch.nn.Module
     trie: TokenTrie
     gain: np.ndarray
     prompts: list[np.ndarray]
-    notes: dict = field(default_factory=dict)
+    notes: dict[str, float] = field(default_factory=dict)
+    """Figures for the reader."""
 
 
 def load(line: Line, runs: Path, generated: Path) -> Problem:
-    """Make a line's problem, the same at every call; prompts for as many users as the side with the most needs."""
+    """Make a line's problem, the same at every call, with prompts for the side with most users."""
     num_users = max(line.users.values())
     if line.source == "t5":
         return load_t5(runs / "instruments", generated, num_users)
@@ -72,13 +75,14 @@ def load(line: Line, runs: Path, generated: Path) -> Problem:
 
 
 def load_trained(folder: Path, line: Line, num_users: int) -> Problem:
-    """A run of tools/search_models.sh."""
+    """Load a model that tools/search_models.sh has trained."""
     model_folder = folder / "run" / "model"
-    description = causal_lm.describe(model_folder)
+    description = describe(model_folder)
     dataset = InteractionDataset.load(folder / "data")
-    tokenizer = causal_lm.load_tokenizer(str(model_folder), False)
+    tokenizer = load_tokenizer(str(model_folder))
     stored = load_catalogue(model_folder / "catalogue", tokenizer=tokenizer, dataset=dataset)
     template = Template.from_dict(description["prompt"], str(model_folder))
+
     budget = description["max_length"] - stored.catalogue.max_length
     builder = PromptBuilder.build(template, tokenizer, dataset, stored.catalogue.kind, budget)
     split = dataset.splits["test"]
@@ -87,6 +91,7 @@ def load_trained(folder: Path, line: Line, num_users: int) -> Problem:
         prompts = [cut_prompt(builder, split, row, line.prompt) for row in rows]
     else:
         prompts = [builder.encode(split.history(row)) for row in rows]
+
     model = AutoModelForCausalLM.from_pretrained(
         model_folder, attn_implementation="sdpa", dtype=torch.float32
     ).eval()
@@ -99,16 +104,19 @@ def load_trained(folder: Path, line: Line, num_users: int) -> Problem:
     return problem
 
 
-def cut_prompt(builder: PromptBuilder, split, row: int, length: int) -> np.ndarray:
-    """Return a prompt of exactly `length` tokens: the newest of the row's history, with those of the rows before it in front."""
+def cut_prompt(builder: PromptBuilder, split: Split, row: int, length: int) -> np.ndarray:
+    """Return a prompt of exactly `length` tokens.
 
-    def history(row):
+    It holds the newest tokens of the row's history, behind the histories of the rows before it.
+    """
+
+    def history(row: int) -> np.ndarray:
         return builder.encode(split.history(row))[len(builder.begin) : -len(builder.end)]
 
-    begin = (
-        builder.begin if length > 2 * len(builder.begin) else builder.begin[:0]
-    )  # the instruction, where there is room
+    # The instruction is left out if it would take half of the prompt.
+    begin = builder.begin if length > 2 * len(builder.begin) else builder.begin[:0]
     room = length - len(begin) - len(builder.end)
+
     body = history(row)
     while len(body) < room:
         row = (row - 1) % len(split)
@@ -118,7 +126,7 @@ def cut_prompt(builder: PromptBuilder, split, row: int, length: int) -> np.ndarr
 
 @torch.no_grad()
 def pad_vocabulary(problem: Problem, size: int, unused: int) -> float:
-    """Pad embedding and head (one matrix) to `size` rows that nothing predicts; return how much probability they take."""
+    """Pad embedding and head (one matrix) to `size` rows; return the new rows' probability."""
     model, first = problem.model, problem.model.config.vocab_size
     model.resize_token_embeddings(size, mean_resizing=False)
     rows = model.get_input_embeddings().weight
@@ -129,16 +137,15 @@ def pad_vocabulary(problem: Problem, size: int, unused: int) -> float:
 
 
 def load_generated(folder: Path, line: Line, num_users: int) -> Problem:
-    """Items of tools/bench/trie.py (written to `folder` by `generate_items`), random weights, random prompts."""
+    """Make a problem of items of tools/bench/trie.py in `folder`, random weights and prompts."""
     token_ids, offsets, counts = (
         np.load(folder / f"{name}.npy") for name in ("token_ids", "offsets", "counts")
     )
     trie = TokenTrie.build(token_ids, offsets, counts)
     config = Qwen2Config.from_pretrained(REPOSITORY / "tools" / "models" / "qwen2-5m.json")
     config.vocab_size = VOCABULARY
-    config.initializer_range = (
-        0.1  # logits that differ; at 0.02 all items of one length score nearly the same
-    )
+    config.initializer_range = 0.1  # at 0.02 all items of one length score nearly the same
+
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(
         config, attn_implementation="sdpa", dtype=torch.float32
@@ -148,7 +155,10 @@ def load_generated(folder: Path, line: Line, num_users: int) -> Problem:
 
 
 def load_t5(folder: Path, generated: Path, num_users: int) -> Problem:
-    """TIGER's T5 (METHOD 4) with random weights over instruments' semantic IDs; prompts are the codes of the histories' items."""
+    """Make a problem of TIGER's T5 with random weights over the semantic IDs of instruments.
+
+    Prompts are the codes of the histories' items. Without instruments' data, codes are random.
+    """
     if (folder / "tokenizer").exists():
         dataset = InteractionDataset.load(folder / "data")
         catalogue = Catalogue.build(
@@ -163,23 +173,22 @@ def load_t5(folder: Path, generated: Path, num_users: int) -> Problem:
             for name in ("token_ids", "offsets", "counts")
         )
         histories = np.random.default_rng(2).integers(len(counts), size=(num_users, 10))
+
     trie = TokenTrie.build(token_ids, offsets, counts)
     prompts = [
         np.concatenate([token_ids[offsets[item] : offsets[item + 1] - 1] for item in history])
         for history in histories
     ]
-    sizes = {
-        "d_model": 128,
-        "d_kv": 64,
-        "d_ff": 1024,
-        "num_layers": 4,
-        "num_decoder_layers": 4,
-        "num_heads": 6,
-    }
+
     eos = int(token_ids[-1])
     config = T5Config(
         vocab_size=int(token_ids.max()) + 1,
-        **sizes,
+        d_model=128,
+        d_kv=64,
+        d_ff=1024,
+        num_layers=4,
+        num_decoder_layers=4,
+        num_heads=6,
         eos_token_id=eos,
         pad_token_id=eos,
         decoder_start_token_id=eos,
@@ -190,7 +199,7 @@ def load_t5(folder: Path, generated: Path, num_users: int) -> Problem:
 
 
 def generate_codes(folder: Path, num_items: int) -> None:
-    """Write random semantic IDs of four codes out of 256 each, without duplicates."""
+    """Write random semantic IDs of four codes, each out of 256, without duplicates."""
     rng = np.random.default_rng(0)
     codes = np.unique(rng.integers(256, size=(num_items, 4)), axis=0)
     tokens = np.concatenate(

@@ -1,25 +1,36 @@
-"""Benchmark: constrained search with our engine against `model.generate`, same model, same prompts, same lists.
+"""Benchmark: our constrained search against `model.generate`: same model, same prompts, same lists.
 
     python tools/bench/search.py [--quick] [--runs runs/search]
 
-Headline: books-small's catalogue and the Qwen2 (hidden 256, 4 layers) that tools/search_models.sh trains on it, embedding and
-head padded to 151,936 rows, fp32, CPU, 2 threads; 64 users of the test split (--quick: 16; some sides on fewer), prompts of
-exactly 256 tokens (newest tokens of the user's history, other users' before it where it is short), 10 beams, batch 16, α = 0.2,
-penalty 0. Without that model the same is run with random weights on a generated catalogue, and says so. The sides:
+The headline searches books-small's catalogue with the Qwen2 (hidden size 256, 4 layers) that
+tools/search_models.sh trains on it. Embedding and head are padded to 151,936 rows; fp32, CPU, 2
+threads, 10 beams, batch 16, α = 0.2, length penalty 0. It searches for 64 users of the test split
+(--quick: 16), on some sides for fewer. Prompts have exactly 256 tokens: the newest tokens of the
+user's history, behind those of other users where it is short. Without that model, the benchmark
+takes random weights and a generated catalogue, and says so. The sides:
 
-* generate: a trie of dicts walked in Python per beam, a dense mask; what users of the published code run (_published_search.py).
+* generate: `generate` with a trie of dicts that is walked in Python for each beam, and a dense
+  mask. This is what users of the published code have (_published_search.py).
 * vectorised: `generate` with our `IGDLogitsProcessor`.
 * CSR mask: `generate` with a mask after STATIC, on semantic IDs and T5.
-* beam, exact: our search; grid: our beam search for five values of α from one prefill.
+* beam, exact: our searches.
+* grid: our beam search for five values of α in one search.
 
-Every side runs in a process of its own, forked off one that has loaded model and catalogue: it searches for one user to warm up,
-then for all. Peak memory is the peak during the search above what lay in memory before it. The lists of all sides must be the
-same: scores to 5e-4, items in the same order but for swaps of items whose scores are within 5e-4 (both plus 4e-7 of the score).
+Every side has a process of its own, forked off one that has loaded model and catalogue. It searches
+for one user to warm up, then for all users. Peak memory is the peak during the search, above what
+lay in memory before it. The lists of all sides must be the same: equal scores to 5e-4, and the same
+items in the same order, except for swaps of items whose scores are within 5e-4 (both plus 4e-7 of
+the score).
 
-Counts are per user. *Passes*: calls of the model that the user took part in, the prompt's apart; a *token step* is a pass that a
-search with one token a step would have made for that user. *Prompt positions*: tokens through the decoder in its first call;
-*positions*: in all others, padding and beams that have ended included. *lm-head rows*: positions whose logits were computed.
-*Scoring* is log-softmax and the logits processors, *rest* everything but model and scoring.
+Counts are per user:
+
+* passes: calls of the model with tokens of the user, without the prompt's call. A token step is a
+  pass that a search of one token per step would have made for that user.
+* prompt positions: tokens through the decoder in its first call.
+* positions: tokens through the decoder in all other calls, padding and ended beams included.
+* lm-head rows: positions whose logits were computed.
+
+Times: *scoring* is log-softmax and the logits processors; *rest* is neither model nor scoring.
 """
 
 import argparse
@@ -42,16 +53,18 @@ from _common import REPOSITORY, finish, peak_bytes, print_table, run_fresh
 from _published_search import CsrMaskProcessor, DictTrieProcessor, Generate
 from _search_problems import VOCABULARY, Line, Problem, generate_codes, load
 
-from igd_ds.backbones.prompt_tree import EncoderPromptTree, PromptTree
+from igd_ds.backbones import backbone_of
+from igd_ds.config.search import Limits, ScoringOptions
 from igd_ds.items.search_trie import SearchTrie
-from igd_ds.search.engine import Limits, search
+from igd_ds.search.engine import SearchResult, search
 from igd_ds.search.processor import IGDLogitsProcessor
-from igd_ds.search.scoring import Scoring, ScoringOptions, edge_weights
+from igd_ds.search.scoring import Scoring, edge_weights
 
 THREADS = 2
-GRID = [0.0, 0.1, 0.2, 0.3, 0.4]
-# In nats, and relative to the score. The books-small model amplifies fp32 rounding: where two sides are 2.7e-4 apart, fp64 lies
-# between, as far from either. With random weights scores lie near −200, where fp32 numbers are 1.5e-5 apart.
+GRID = (0.0, 0.1, 0.2, 0.3, 0.4)
+# In nats, and relative to the score. The books-small model amplifies fp32 rounding: where two sides
+# are 2.7e-4 apart, the fp64 score lies in the middle between them. With random weights scores lie
+# near −200, where fp32 numbers are 1.5e-5 apart.
 SCORE_TOLERANCE, SWAP_GAP, RELATIVE = 5e-4, 5e-4, 4e-7
 GENERATE = {
     "generate": DictTrieProcessor,
@@ -59,9 +72,9 @@ GENERATE = {
     "CSR mask": CsrMaskProcessor,
 }
 
-
 HEADLINE = Line("headline", {"generate": 64, "vectorised": 64, "beam": 64, "exact": 16, "grid": 64})
-# Prompts of other users in front of one's own are not what the model has learned: proofs are measured on the evaluator's prompts.
+# The model has not learned prompts that begin with other users' tokens, so proofs are measured on
+# the evaluator's own prompts.
 OWN = replace(
     HEADLINE, name="own prompts", prompt=0, users={"generate": 16, "beam": 64, "exact": 64}
 )
@@ -110,21 +123,16 @@ LINES = [
 class Search:
     """Our search with the interface of `Generate`."""
 
-    def __init__(self, problem: Problem, line: Line, method: str, alphas: list[float]):
-        self.tree = (EncoderPromptTree if problem.model.config.is_encoder_decoder else PromptTree)(
-            problem.model
-        )
+    def __init__(self, problem: Problem, line: Line, method: str, alphas: tuple[float, ...]):
+        self.model = problem.model
+        self.tree = backbone_of(self.model.config).prompt_tree(self.model)
         self.trie = SearchTrie.build(problem.trie)
-        self.scoring = Scoring.build(
-            problem.trie, problem.gain, ScoringOptions(alpha=alphas, length_penalty=line.penalty)
-        )
-        self.num_beams, self.method, self.limits = (
-            line.beams,
-            method,
-            Limits(row_positions=line.row_positions),
-        )
+        options = ScoringOptions(alpha=alphas, length_penalty=line.penalty)
+        self.scoring = Scoring.build(problem.trie, problem.gain, options)
+        self.num_beams, self.method = line.beams, method
+        self.limits = Limits(row_positions=line.row_positions)
 
-    def __call__(self, prompts: list[np.ndarray]):
+    def __call__(self, prompts: list[np.ndarray]) -> SearchResult:
         """Search for one batch."""
         self.tree.prefill(prompts)
         return search(
@@ -132,11 +140,11 @@ class Search:
         )
 
     def warm_up(self, prompts: list[np.ndarray]) -> None:
-        """Touch everything once; by a beam search, which does not take long even where an exact one does."""
+        """Make a beam search, which is short even where an exact search is not."""
         self.tree.prefill(prompts)
         search(self.tree, self.trie, self.scoring, self.num_beams)
 
-    def lists(self, found) -> tuple[np.ndarray, np.ndarray]:
+    def lists(self, found: SearchResult) -> tuple[np.ndarray, np.ndarray]:
         """Return leaves int64 and scores float32, each (nA, B, K)."""
         return found.leaves.long().numpy(), found.scores.numpy()
 
@@ -144,12 +152,9 @@ class Search:
 def make_side(side: str, problem: Problem, line: Line) -> Generate | Search:
     """Build the trie or masks of a side; the time it takes is not measured."""
     if side in ("beam", "exact", "grid"):
-        return Search(
-            problem,
-            line,
-            "exact" if side == "exact" else "beam",
-            GRID if side == "grid" else [line.alpha],
-        )
+        method = "exact" if side == "exact" else "beam"
+        return Search(problem, line, method, GRID if side == "grid" else (line.alpha,))
+
     weights = edge_weights(problem.trie, problem.gain, "per-node", line.alpha)
     arguments = (problem.trie,) if side == "CSR mask" else (problem.trie, weights)
     assert side != "CSR mask" or line.alpha == 0, "a CSR mask has no weights"
@@ -159,10 +164,11 @@ def make_side(side: str, problem: Problem, line: Line) -> Generate | Search:
 
 
 class Probe:
-    """Watches a model while a side searches: seconds inside the model and in scoring, passes, positions, lm-head rows.
+    """Measures a side while it searches: seconds in model and scoring, passes, positions.
 
-    By hooks: a wrapper around `forward` would change its signature, and `generate` would then ask for the logits of whole
-    prompts. The decoder's first call in a batch is the prompt's and is counted apart.
+    It uses hooks. A wrapper around `forward` would change its signature, and `generate` would then
+    ask for the logits of whole prompts. The decoder's first call in a batch is the prompt's and is
+    counted apart.
     """
 
     def __init__(self, model: torch.nn.Module):
@@ -180,7 +186,8 @@ class Probe:
         handles += [model.lm_head.register_forward_hook(self.count_rows)]
         for handle in handles:
             stack.callback(handle.remove)
-        # `generate` takes log_softmax from torch.nn.functional, everybody else from torch.
+
+        # `generate` takes log_softmax from torch.nn.functional, the other sides from torch.
         for owner, name in [
             (torch, "log_softmax"),
             (F, "log_softmax"),
@@ -238,19 +245,21 @@ class Probe:
 
 
 def measure(line: Line, problem: Problem, side: str) -> dict:
-    """In a process of its own: search for all users of a side; return its lists and figures."""
+    """Search for all users of a side, in a process of its own; return its lists and figures."""
     torch.set_num_threads(THREADS)
     searcher, prompts = make_side(side, problem, line), problem.prompts[: line.users[side]]
     searcher.warm_up(prompts[:1])
+
     with open("/proc/self/statm") as file:
         loaded = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak of loading is forgotten
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     with Probe(problem.model) as probe:
         found, began = [], time.perf_counter()
         for begin in range(0, len(prompts), line.batch):
             probe.begin_batch()
             found.append(searcher(prompts[begin : begin + line.batch]))
         seconds = time.perf_counter() - began
+
     peak, (leaves, scores) = peak_bytes() - loaded, zip(*map(searcher.lists, found), strict=True)
     users, batches = len(prompts), len(found)
     figures = {
@@ -272,7 +281,7 @@ def measure(line: Line, problem: Problem, side: str) -> dict:
 
 
 def search_figures(searcher: Search, found: list, prompts: list[np.ndarray]) -> dict:
-    """What only our search tells."""
+    """Return the figures that only our search has."""
     counts = {
         name: torch.cat([part.counts[name] for part in found]).double() for name in found[0].counts
     }
@@ -283,12 +292,13 @@ def search_figures(searcher: Search, found: list, prompts: list[np.ndarray]) -> 
             counts["positions"].sum() / counts["beam_positions"].sum()
         ).item(),
     }
-    if not searcher.tree.model.config.is_encoder_decoder:
+
+    if not searcher.model.config.is_encoder_decoder:
         searcher.tree.prefill(prompts[:16])
-        tokens, heads, width = sum(map(len, prompts[:16])), *searcher.tree.cache.keys[0].shape[2:]
-        figures["prompt_cache_copies"] = searcher.tree.cache.keys[0].numel() / (
-            tokens * heads * width
-        )
+        tokens, keys = sum(map(len, prompts[:16])), searcher.tree.cache.keys[0]
+        heads, width = keys.shape[2:]
+        figures["prompt_cache_copies"] = keys.numel() / (tokens * heads * width)
+
     if searcher.method == "exact":
         leaves = torch.cat([part.leaves[0] for part in found])
         beam_leaves = torch.cat([part.beam_leaves[0] for part in found])
@@ -304,7 +314,7 @@ def search_figures(searcher: Search, found: list, prompts: list[np.ndarray]) -> 
 
 
 def check_line(line: Line, measured: dict[str, dict]) -> None:
-    """Assert that all of a line's beam searches found the same lists, and the exact search nothing worse."""
+    """Assert that all beam searches found the same lists, and the exact search nothing worse."""
     expected, differences = measured["beam"], []
     for side, found in measured.items():
         alpha = GRID.index(line.alpha) if side == "grid" else 0
@@ -315,6 +325,7 @@ def check_line(line: Line, measured: dict[str, dict]) -> None:
             assert not worse.any(), (
                 f"{line.name}: the exact search lists a lower score than the beam search"
             )
+
         users = min(found["users"], expected["users"])
         name = f"{line.name}: {side} and beam"
         arrays = (array[:users] for array in (*lists, expected["leaves"][0], expected["scores"][0]))
@@ -325,18 +336,19 @@ def check_line(line: Line, measured: dict[str, dict]) -> None:
 def check_same(name: str, leaves, scores, expected_leaves, expected_scores) -> float:
     """Assert that lists (B, K) are the same, and return the largest difference of their scores.
 
-    Items may stand in each other's place, or in that of one just outside the list, where the scores are within SWAP_GAP.
+    Items may change places, also with an item behind the end of the list, if their scores are
+    within SWAP_GAP.
     """
     assert np.array_equal(leaves < 0, expected_leaves < 0), (
         f"{name} list different numbers of items"
     )
+
     listed = leaves >= 0
-    difference, rounding = (
-        np.abs(scores - expected_scores)[listed],
-        RELATIVE * np.abs(expected_scores),
-    )
+    difference = np.abs(scores - expected_scores)[listed]
+    rounding = RELATIVE * np.abs(expected_scores)
     worst = (difference - rounding[listed]).max()
     assert worst <= SCORE_TOLERANCE, f"{name} differ in scores by {difference.max():.1e}"
+
     for user, rank in np.argwhere(leaves != expected_leaves):
         places = np.flatnonzero(expected_leaves[user] == leaves[user, rank])
         place = places[0] if len(places) else np.flatnonzero(listed[user])[-1]
@@ -348,7 +360,7 @@ def check_same(name: str, leaves, scores, expected_leaves, expected_scores) -> f
 
 
 def in_own_process(function, *arguments):
-    """Fork, call, return the result. The child has what this process has loaded; large arguments are not copied."""
+    """Return what `function` returns in a fork of this process, which shares its memory."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=lambda: sender.send(function(*arguments)))
@@ -361,12 +373,11 @@ def in_own_process(function, *arguments):
 
 def run_line(line: Line, runs: Path, generated: Path) -> dict[str, dict]:
     """Measure all sides of a line, check that they agree, print their table."""
-    print(
-        f"\n{line.name}: {line.beams} beams, batch {line.batch}, penalty {line.penalty:g}, α {line.alpha:g}",
-        flush=True,
-    )
+    settings = f"{line.beams} beams, batch {line.batch}, penalty {line.penalty:g}"
+    print(f"\n{line.name}: {settings}, α {line.alpha:g}", flush=True)
     problem = load(line, runs, generated)
     measured = {side: in_own_process(measure, line, problem, side) for side in line.users}
+
     rows = []
     for side, found in measured.items():
         model, scoring, seconds = found["model"], found["scoring"], found["seconds"]
@@ -381,31 +392,30 @@ def run_line(line: Line, runs: Path, generated: Path) -> dict[str, dict]:
     print_table([*header, "model", "scoring", "rest", "peak MiB"], rows)
     for name, value in problem.notes.items():
         print(f"{name}: {value:.2g}")
+
     beam = measured["beam"]
-    steps, positions = beam["passes_per_token_step"], beam["positions_per_beam_position"]
     print(
-        f"beam: {steps:.0%} of the token steps, {positions:.2f} × the positions of a search with one token a step"
+        f"beam: {beam['passes_per_token_step']:.0%} of the token steps, "
+        f"{beam['positions_per_beam_position']:.2f} × the positions of a search of one token per "
+        "step"
     )
     if exact := measured.get("exact"):
-        time_ratio, proofs, recall = (
-            rate(beam) / rate(exact),
-            exact["proof_share"],
-            exact["beam_recall"],
-        )
         print(
-            f"exact: proof for {proofs:.1%} of the users, {time_ratio:.2f} × the beam's time; beam recall {recall:.1%}"
+            f"exact: proof for {exact['proof_share']:.1%} of the users, "
+            f"{rate(beam) / rate(exact):.2f} × the beam's time; "
+            f"beam recall {exact['beam_recall']:.1%}"
         )
     check_line(line, measured)
     return measured
 
 
 def rate(found: dict) -> float:
-    """Users per second."""
+    """Return users per second."""
     return found["users"] / found["seconds"]
 
 
 def write_chart(measured: dict[str, dict], path: Path) -> None:
-    """Draw the headline's users per second as bars, in plain SVG."""
+    """Draw the headline's users per second as bars, as SVG."""
     bars = {side: rate(found) for side, found in measured.items()}
     bars["grid"] *= len(GRID)
     labels = {
@@ -421,7 +431,11 @@ def write_chart(measured: dict[str, dict], path: Path) -> None:
         )
         lines.append(f'<rect x="160" y="{y}" width="{width:.0f}" height="20" fill="#4a7ab5"/>')
         lines.append(f'<text x="{165 + width:.0f}" y="{y + 15}">{value:.2g}</text>')
-    title = f"Users per second: {HEADLINE.beams} beams, prompts of {HEADLINE.prompt} tokens, vocabulary {VOCABULARY:,}, CPU"
+
+    title = (
+        f"Users per second: {HEADLINE.beams} beams, prompts of {HEADLINE.prompt} tokens, "
+        f"vocabulary {VOCABULARY:,}, CPU"
+    )
     size = f'width="640" height="{50 + 30 * len(bars)}"'
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="13">'
@@ -440,7 +454,7 @@ def write_chart(measured: dict[str, dict], path: Path) -> None:
 def figures_of(
     headline: dict[str, dict], own: dict[str, dict], t5: dict[str, dict]
 ) -> dict[str, float]:
-    """The closing line's figures."""
+    """Return the closing line's figures."""
     beam, exact = headline["beam"], own["exact"]
     return {
         "users_per_s_vs_generate": rate(beam) / rate(headline["generate"]),
@@ -458,7 +472,7 @@ def figures_of(
 
 
 def choose_lines(quick: bool, runs: Path) -> list[Line]:
-    """Return the lines to run: three if `quick`, and none that needs a model that is not there."""
+    """Return the lines to measure: three if `quick`, and none whose model is missing."""
     lines = LINES
     if quick:
         users = {"generate": 4, "vectorised": 8, "beam": 16, "grid": 16}
@@ -468,30 +482,29 @@ def choose_lines(quick: bool, runs: Path) -> list[Line]:
             own,
             replace(T5, users={"CSR mask": 64, "beam": 64}),
         ]
+
     there = {line.source for line in lines if (runs / line.source / "run" / "model").is_dir()}
     if HEADLINE.source not in there:
         print(f"No model in {runs}/{HEADLINE.source}/run (see tools/search_models.sh).")
         print(
-            "RANDOM weights on a GENERATED catalogue instead: speeds are comparable, lists and proofs mean nothing."
+            "RANDOM weights on a GENERATED catalogue instead: speeds are comparable, lists and "
+            "proofs mean nothing."
         )
-        random = {
-            "source": "generated:6000",
-            "row_positions": 256,
-        }  # without a trained model there is nothing to prove
+        # Without a trained model there is nothing to prove.
+        random = {"source": "generated:6000", "row_positions": 256}
         lines = [
             replace(line, **random) if line.source == HEADLINE.source else line for line in lines
         ]
-    if missing := [
-        line.name
-        for line in lines
-        if line.source in ("industrial", "instruments") and line.source not in there
-    ]:
+
+    needed = {"industrial", "instruments"} - there
+    missing = [line.name for line in lines if line.source in needed]
+    if missing:
         print(f"Left out, no model in {runs}: {', '.join(missing)}")
     return [line for line in lines if line.name not in missing]
 
 
 def main() -> None:
-    """Run the lines, print tables and figures."""
+    """Measure the lines, print tables and figures."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -507,6 +520,7 @@ def main() -> None:
         help="what tools/search_models.sh made",
     )
     arguments = parser.parse_args()
+
     transformers.utils.logging.disable_progress_bar()
     lines = choose_lines(arguments.quick, arguments.runs)
     with tempfile.TemporaryDirectory() as folder:
@@ -521,6 +535,7 @@ def main() -> None:
                 generated / source,
             )
         measured = {line.name: run_line(line, arguments.runs, generated) for line in lines}
+
     if not arguments.quick:
         write_chart(measured[HEADLINE.name], REPOSITORY / "docs" / "benchmarks" / "search.svg")
     finish(
@@ -532,7 +547,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks
-    torch.set_num_threads(
-        1
-    )  # the process that forks must have no thread pool, which children cannot use
+    # A process that forks must have no thread pool, because its children could not use it.
+    torch.set_num_threads(1)
     main()

@@ -1,13 +1,16 @@
-"""Benchmark: token trie, prior gain and zero flags from given token ids, against a plain dict-of-dicts trie.
+"""Benchmark: token trie, prior gain and zero-gain flags, against a trie of dicts.
 
     python tools/bench/trie.py [--quick]
 
-Recipe: synthetic items of about 12 tokens in the manner of book titles (seed 0): Zipf tokens out of 151,936, half of the
-items in series that share their first tokens, tails of their own, "\\n", EOS; Zipf training counts, one item in ten cold.
-Every measurement runs in a process of its own, one thread; memory is the peak of the process over what it had with the
-input loaded; time is the median of the runs. The plain trie is written below as one would write it: a node is a dict
-from token to child that keeps its numbers under string keys. Both sides' outputs are compared array by array.
-Tokenization is timed apart, through `Catalogue.build` on as many synthetic titles.
+Items are synthetic and resemble book titles (seed 0): about 12 tokens, Zipf-distributed out of
+151,936. Half of the items belong to series that share their first tokens. Every item ends in tokens
+of its own, "\\n" and EOS. Training counts are Zipf-distributed, and one item in ten is cold.
+
+Every measurement takes place in a process of its own, with one thread. Memory is the process's peak
+above what it had with the input loaded. Time is the median of the measurements. The trie of dicts
+is written as one would usually write it: a node is a dict from token to child, and keeps its
+numbers under string keys. The outputs of both sides are compared array by array. Tokenization is
+timed apart: `Catalogue.build` on synthetic titles.
 """
 
 import argparse
@@ -19,7 +22,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 from _common import finish, peak_bytes, print_table, run_fresh
@@ -29,18 +31,18 @@ from igd_ds.items.trie import TokenTrie
 
 EOS, NEWLINE, VOCABULARY = 0, 1, 151_936
 OUTPUTS = ("token", "parent", "depth", "num_items", "train_count", "zero", "gain")
-GAIN_TOLERANCE = 1e-6  # relative: ours is stored as fp32, the plain trie keeps Python floats
+GAIN_TOLERANCE = 1e-6  # relative: ours is stored as fp32 (6e-8), the trie of dicts keeps fp64
 
 
 def make_items(num_items: int, folder: Path) -> None:
     """Write token_ids, offsets and counts of `num_items` synthetic items."""
     rng = np.random.default_rng(0)
 
-    def zipf_tokens(
-        size, kinds=VOCABULARY - 2
-    ):  # log-uniform ranks: density 1/rank; 0 and 1 are EOS and newline
+    def zipf_tokens(size, kinds=VOCABULARY - 2):
+        # Log-uniform ranks have the density 1/rank. Tokens 0 and 1 are EOS and newline.
         return 2 + (np.exp(rng.random(size) * np.log(kinds)) - 1).astype(np.int32)
 
+    # Which items belong to which series, and how many tokens each has.
     num_series = max(num_items // 20, 1)
     series_length = rng.integers(2, 7, num_series)
     series_tokens = zipf_tokens((num_series, 6))
@@ -49,13 +51,17 @@ def make_items(num_items: int, folder: Path) -> None:
     shared = np.where(rng.random(num_items) < 0.5, series_length[series], 0)
     own = 2 + rng.poisson(6.2, num_items)
     length = shared + own + 2
+
+    # Their tokens: first those of the series, then their own.
     offsets = np.concatenate([[0], np.cumsum(length)])
     token_ids = zipf_tokens(offsets[-1])
     token_ids[offsets[:-1]] = zipf_tokens(num_items, 5_000)  # few of the tokens start a title
     for k in range(6):
         in_series = np.flatnonzero(shared > k)
         token_ids[offsets[in_series] + k] = series_tokens[series[in_series], k]
-    token_ids[offsets[1:] - 2], token_ids[offsets[1:] - 1] = NEWLINE, EOS
+    token_ids[offsets[1:] - 2] = NEWLINE
+    token_ids[offsets[1:] - 1] = EOS
+
     counts = np.minimum(rng.zipf(1.6, num_items), 10_000) * (rng.random(num_items) > 0.1)
     np.save(folder / "token_ids.npy", token_ids.astype(np.int32))
     np.save(folder / "offsets.npy", offsets)
@@ -64,19 +70,19 @@ def make_items(num_items: int, folder: Path) -> None:
 
 
 def build_ours(token_ids, offsets, counts):
-    """Structure, fp32 prior gain, zero flags."""
+    """Return our trie, its prior gain in fp32 and its zero-gain flags."""
     trie = TokenTrie.build(token_ids, offsets, counts)
     return trie, information_gain(trie, "prior", np.float32), zero_gain(trie)
 
 
 def flatten_ours(built) -> dict:
-    """Output arrays by name."""
+    """Return the output arrays by name."""
     trie, gain, zero = built
     return {"zero": zero, "gain": gain} | {name: getattr(trie, name) for name in OUTPUTS[:5]}
 
 
 def build_plain(token_ids, offsets, counts):
-    """Do the same with dicts: insert every item, then entropies and gains on the way back from a recursion."""
+    """Do the same with dicts: insert every item, then compute entropies and gains recursively."""
     root = {"items": 0, "count": 0}
     for item in range(len(offsets) - 1):
         count = int(counts[item])
@@ -91,6 +97,7 @@ def build_plain(token_ids, offsets, counts):
             node["items"] += 1
             node["count"] += count
         node.setdefault("ids", []).append(item)
+
     total = root["count"]
 
     def add_gains(node):  # returns the entropy
@@ -110,7 +117,7 @@ def build_plain(token_ids, offsets, counts):
 
 
 def flatten_plain(root) -> dict:
-    """Output arrays by name, in the breadth-first order of the flat trie."""
+    """Return the output arrays by name, in the breadth-first order of the flat trie."""
     out = {name: [] for name in OUTPUTS}
     level, depth, next_node = [(-1, -1, root)], 0, 1
     while level:
@@ -137,11 +144,15 @@ def flatten_plain(root) -> dict:
 
 
 def measure(side: str, folder: Path, save: bool) -> None:
-    """In a fresh process: load, build once, report seconds and peak; optionally write the outputs for `compare`."""
+    """Load, build once, and print seconds and peak memory; with `save`, write the outputs, too.
+
+    It takes place in a fresh process.
+    """
     token_ids, offsets, counts = (
         np.load(folder / f"{name}.npy") for name in ("token_ids", "offsets", "counts")
     )
     build, flatten = (build_ours, flatten_ours) if side == "ours" else (build_plain, flatten_plain)
+
     loaded = peak_bytes()
     start = time.perf_counter()
     built = build(token_ids, offsets, counts)
@@ -155,7 +166,7 @@ def measure(side: str, folder: Path, save: bool) -> None:
 
 
 def compare(folder: Path) -> None:
-    """Assert that both sides wrote the same trie: integers and flags equal, gains to fp32."""
+    """Assert that both sides wrote the same trie: equal integers and flags, gains equal to fp32."""
     for name in OUTPUTS:
         ours, plain = (np.load(folder / f"{side}-{name}.npy") for side in ("ours", "plain"))
         if name == "gain":
@@ -166,13 +177,13 @@ def compare(folder: Path) -> None:
 
 
 def tokenize(num_items: int) -> None:
-    """Time `Catalogue.build` (tokenization of titles) with a small byte-level BPE trained on the spot."""
+    """Time `Catalogue.build` on titles, with a small byte-level BPE that is trained here."""
     from tokenizers import ByteLevelBPETokenizer
     from transformers import PreTrainedTokenizerFast
 
-    from igd_ds.items.catalogue import (
-        Catalogue,  # here, with transformers: not in the processes that measure memory
-    )
+    # Imported here, so that the processes that measure memory do not load them.
+    from igd_ds.data.dataset import InteractionDataset, Split
+    from igd_ds.items.catalogue import Catalogue
 
     rng = np.random.default_rng(0)
     words = np.array(
@@ -180,19 +191,29 @@ def tokenize(num_items: int) -> None:
     )
     ranks = (np.exp(rng.random((num_items, 7)) * np.log(len(words))) - 1).astype(int)
     titles = [" ".join(row) for row in words[ranks]]
+
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(
         titles[:20_000], 8_192, special_tokens=["<|endoftext|>"], show_progress=False
     )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|endoftext|>")
-    train = SimpleNamespace(targets=np.zeros(1, np.int32))
-    dataset = SimpleNamespace(
+    train = Split(
+        name="train",
+        user_ids=np.zeros(1, np.int64),
+        history_items=np.empty(0, np.int32),
+        history_offsets=np.zeros(2, np.int64),
+        targets=np.zeros(1, np.int32),
+        timestamps=None,
+    )
+    dataset = InteractionDataset(
+        folder=Path("in memory"),
+        info={},
         titles=titles,
         semantic_ids=None,
         splits={"train": train},
         fingerprint="",
-        num_items=num_items,
     )
+
     start = time.perf_counter()
     catalogue = Catalogue.build(dataset, tokenizer)
     seconds = time.perf_counter() - start
@@ -200,7 +221,7 @@ def tokenize(num_items: int) -> None:
 
 
 def run_step(step: str, size: int, folder: Path, save: bool) -> None:
-    """What a child process does."""
+    """Do the step of a child process."""
     if step == "make":
         make_items(size, folder)
     elif step == "compare":
@@ -211,8 +232,30 @@ def run_step(step: str, size: int, folder: Path, save: bool) -> None:
         measure(step, folder, save)
 
 
+def measure_size(size: int) -> dict[str, dict[str, float]]:
+    """Return the medians of seconds, bytes and nodes of each side; above 1 M items of ours alone.
+
+    By its bytes per node at 1 M items, the trie of dicts would need over 10 GiB at 5 M.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        run_fresh(__file__, "make", size, folder)
+        repeats = {"ours": 3, "plain": 1 if size == 10**6 else 3}
+        if size > 10**6:
+            del repeats["plain"]
+
+        medians = {}
+        for side, times in repeats.items():
+            measured = [run_fresh(__file__, side, size, folder, time == 0) for time in range(times)]
+            medians[side] = {
+                key: statistics.median(values[key] for values in measured) for key in measured[0]
+            }
+        if "plain" in medians:
+            run_fresh(__file__, "compare", size, folder)
+    return medians
+
+
 def main() -> None:
-    """Run all sizes and print the table and the figures."""
+    """Measure all sizes, print the table and the figures."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -220,63 +263,42 @@ def main() -> None:
         "--quick", action="store_true", help="10 k and 100 k items only; under 50 s"
     )
     quick = parser.parse_args().quick
+
     sizes = [10_000, 100_000] if quick else [10_000, 100_000, 1_000_000, 5_000_000]
     rows, figures = [], {}
     for size in sizes:
         label = f"{size // 1000}k" if size < 10**6 else f"{size // 10**6}m"
-        with tempfile.TemporaryDirectory() as folder:
-            run_fresh(__file__, "make", size, folder)
-            runs = [run_fresh(__file__, "ours", size, folder, run == 0) for run in range(3)]
-            ours = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-            row = [f"{size:,}", f"{int(ours['nodes']):,}", ours["seconds"], ours["bytes"] / 2**20]
-            figures["bytes_per_node"] = ours["bytes"] / ours["nodes"]
-            if size <= 10**6:
-                runs = [
-                    run_fresh(__file__, "plain", size, folder, run == 0)
-                    for run in range(1 if size == 10**6 else 3)
-                ]
-                plain = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-                run_fresh(__file__, "compare", size, folder)
-                speedup, ratio = plain["seconds"] / ours["seconds"], plain["bytes"] / ours["bytes"]
-                row += [plain["seconds"], plain["bytes"] / 2**20, speedup, ratio]
-                if size == (100_000 if quick else 10**6):
-                    figures |= {f"speedup_{label}": speedup, f"memory_ratio_{label}": ratio}
-            else:
-                row += [
-                    "-",
-                    "-",
-                    "-",
-                    "-",
-                ]  # by the plain trie's bytes per node it would need over 10 GiB
-                figures |= {
-                    f"seconds_{label}": ours["seconds"],
-                    f"peak_gib_{label}": ours["bytes"] / 2**30,
-                }
+        medians = measure_size(size)
+        ours = medians["ours"]
+        figures["bytes_per_node"] = ours["bytes"] / ours["nodes"]
+        row = [f"{size:,}", f"{int(ours['nodes']):,}", ours["seconds"], ours["bytes"] / 2**20]
+
+        if plain := medians.get("plain"):
+            speedup, ratio = plain["seconds"] / ours["seconds"], plain["bytes"] / ours["bytes"]
+            row += [plain["seconds"], plain["bytes"] / 2**20, speedup, ratio]
+            if size == (100_000 if quick else 10**6):
+                figures |= {f"speedup_{label}": speedup, f"memory_ratio_{label}": ratio}
+        else:
+            row += ["-"] * 4
+            figures |= {
+                f"seconds_{label}": ours["seconds"],
+                f"peak_gib_{label}": ours["bytes"] / 2**30,
+            }
         rows.append([*row, figures["bytes_per_node"]])
+
+    header = "items,nodes,s,peak MiB,dicts s,dicts MiB,speed x,memory x,bytes/node"
+    print_table(header.split(","), rows)
     titles = 20_000 if quick else 100_000
     text = run_fresh(__file__, "tokenize", titles, "")
-    print_table(
-        [
-            "items",
-            "nodes",
-            "s",
-            "peak MiB",
-            "plain s",
-            "plain MiB",
-            "speed x",
-            "memory x",
-            "bytes/node",
-        ],
-        rows,
-    )
     print(
-        f"tokenization, apart: {titles:,} titles ({text['tokens_per_item']:.1f} tokens each) in {text['seconds']:.2f} s"
+        f"tokenization, apart: {titles:,} titles ({text['tokens_per_item']:.1f} tokens each) in "
+        f"{text['seconds']:.2f} s"
     )
     finish("trie", figures, quick)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 2:  # one step in its own process: STEP SIZE FOLDER [SAVE]
+    if len(sys.argv) > 2:  # a step in its own process: STEP SIZE FOLDER [SAVE]
         run_step(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]), save=sys.argv[4:] == ["True"])
     else:
         main()
