@@ -1,13 +1,18 @@
-"""Synthetic raw files in the exact published forms, fast: pieces of lines are rendered once, lines are joined from them.
+"""Make synthetic raw files in the exact published forms, fast, for benchmarks.
 
     python tools/bench/_raw_files.py FORM REVIEWS FOLDER [--gz]
 
-Who meets what (`draw`, seed 0): R reviews, about 0.3 R users, R/17 items, both with power-law activity, so that the 5-core of all
-time keeps about half of the reviews. A user is active around a time of their own (days, density growing with the fourth power of
-time over 1996-2018), files are grouped by item as the published ones are, 0.5 % of the lines repeat the line before.
-Texts are made-up words, lengths log-normal as in real reviews; one body serves many reviews, far apart. About 2 % of the items
-have no metadata line, 2 % have two (every tenth of them with another title), some titles are missing, debris, too long or hold
-entities. The forms of histories (d3-csv, lcrec-json, sequences) hold the same reviews, by user and day, and one title per item.
+Pieces of lines are rendered once, and lines are joined from them. `draw` decides who meets what
+(seed 0): R reviews have about 0.3 R users and R/17 items, both with power-law activity, so that the
+5-core of all time keeps about half of the reviews. A user is active around a time of their own, in
+days, with a density that grows with the fourth power of time over 1996-2018. The files are grouped
+by item as the published files are, and 0.5 % of the lines repeat the line before.
+
+Texts are made-up words with log-normal lengths as in real reviews. One body serves many reviews
+that stand far apart. About 2 % of the items have no metadata line, and 2 % have two lines (every
+tenth of them with another title). Some titles are missing, debris or too long, or hold entities.
+The forms with histories (d3-csv, lcrec-json, sequences) hold the same reviews, by user and day, and
+one title per item.
 """
 
 import argparse
@@ -17,20 +22,21 @@ import json
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise, zip_longest
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 SEED = 0
-BATCH = 1 << 17  # lines joined at a time: about 64 MB
+BATCH = 1 << 17  # lines that are joined at a time, about 64 MB
 THREADS = 2
-BODIES = 1 << 15  # texts rendered, shared by all reviews
+BODIES = 1 << 15  # texts that are rendered; all reviews share them
 USERS_PER_REVIEW, REVIEWS_PER_ITEM = 0.3, 17
 USER_TAIL, ITEM_TAIL, MOST_ACTIVE = 1.4, 1.1, 3_000.0  # P(activity > x) ~ x^-tail
 SINGLE_USERS = 0.6  # users with one review
@@ -45,20 +51,25 @@ UPPER, BASE32, DECIMAL = (
     "0123456789",
 )
 BASE64 = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
-GENRES = "Action Adventure Animation Children's Comedy Crime Documentary Drama Fantasy Film-Noir Horror Musical Mystery Romance"
+GENRES = """Action Adventure Animation Children's Comedy Crime Documentary Drama Fantasy Film-Noir
+Horror Musical Mystery Romance"""
 D3_HEADER = (
     "user_id,history_item_title,item_title,history_item_id,item_id,history_item_sid,item_sid\n"
 )
 Columns = list[pa.Array | bytes]
+"""The pieces of lines, joined from left to right; constant bytes are the same on every line."""
 
 
 @dataclass(frozen=True)
 class Draw:
-    """Reviews in file order: `users`, `items`, `days` (since 1970) int32 (R,)."""
+    """Reviews in file order."""
 
     users: np.ndarray
+    """int32 (R,)."""
     items: np.ndarray
+    """int32 (R,)."""
     days: np.ndarray
+    """int32 (R,), since 1970."""
     num_items: int
 
     def ordered(self, *keys: np.ndarray) -> "Draw":
@@ -68,29 +79,28 @@ class Draw:
 
 
 def draw(num_reviews: int) -> Draw:
-    """Draw who met what and when; grouped by item, in random order within an item."""
+    """Draw who met what and when, grouped by item and in random order within an item."""
     rng = np.random.default_rng([SEED, num_reviews])
     num_users, num_items = int(num_reviews * USERS_PER_REVIEW), num_reviews // REVIEWS_PER_ITEM
 
-    def activity(
-        size: int, tail: float, single: float
-    ) -> np.ndarray:  # at least 1 each, num_reviews in all
-        weights = np.minimum(rng.random(size) ** (-1 / tail), MOST_ACTIVE) * (
-            rng.random(size) >= single
-        )
+    def activity(size: int, tail: float, single: float) -> np.ndarray:
+        """Return numbers of reviews, at least 1 each and num_reviews in all."""
+        weights = np.minimum(rng.random(size) ** (-1 / tail), MOST_ACTIVE)
+        weights *= rng.random(size) >= single
         return 1 + rng.multinomial(num_reviews - size, weights / weights.sum())
 
-    users = np.repeat(
-        np.arange(num_users, dtype=np.int32), activity(num_users, USER_TAIL, SINGLE_USERS)
-    )
+    # Users and their days.
+    reviews_per_user = activity(num_users, USER_TAIL, SINGLE_USERS)
+    users = np.repeat(np.arange(num_users, dtype=np.int32), reviews_per_user)
     centres = FIRST_DAY + (LAST_DAY - FIRST_DAY) * rng.random(num_users, dtype=np.float32) ** 0.2
     days = rng.standard_exponential(num_reviews, dtype=np.float32) * (
         ACTIVE_DAYS * rng.choice([-1, 1], num_reviews)
     )
     days = (centres[users] + days).astype(np.int32)
-    days = np.clip(
-        np.where(days > LAST_DAY, 2 * LAST_DAY - days, days), FIRST_DAY, LAST_DAY
-    ).astype(np.int32)
+    days = np.where(days > LAST_DAY, 2 * LAST_DAY - days, days)
+    days = np.clip(days, FIRST_DAY, LAST_DAY).astype(np.int32)
+
+    # Items, and lines that repeat the line before.
     order = rng.permutation(num_reviews).astype(np.int32)
     users, days = users[order], days[order]
     items = np.repeat(np.arange(num_items, dtype=np.int32), activity(num_items, ITEM_TAIL, 0))
@@ -101,7 +111,10 @@ def draw(num_reviews: int) -> Draw:
 
 
 def metadata_items(num_items: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return (item, variant) per metadata line: some items have no line, some a second one, which is variant 1 if it differs."""
+    """Return (item, variant) per metadata line.
+
+    Some items have no line. Some have a second line, whose variant is 1 if it differs.
+    """
     rng = np.random.default_rng([SEED, num_items, 1])
     chance = rng.random(num_items)
     lines = 1 + (chance > 1 - TWO_METADATA).astype(np.int64) - (chance < NO_METADATA)
@@ -137,7 +150,10 @@ def digits(numbers: np.ndarray, alphabet: str, width: int) -> pa.Array:
 
 
 def codes(ids: np.ndarray, alphabet: str, width: int) -> Columns:
-    """Return columns that together spell a unique random-looking code of `width` (even, at least 6) characters per id."""
+    """Return columns that spell a unique, random-looking code per id.
+
+    A code has `width` characters: an even number, at least 6.
+    """
     base = len(alphabet)
     columns: Columns = [
         digits(ids.astype(np.uint64) * np.uint64(1_000_003) % np.uint64(base**6), alphabet, 6)
@@ -149,7 +165,10 @@ def codes(ids: np.ndarray, alphabet: str, width: int) -> Columns:
 
 
 def asins(items: np.ndarray, num_items: int) -> pa.Array:
-    """Spell ascending ASINs: 40 % ISBN-10 with leading zeros, the others "B0" and eight characters."""
+    """Spell ascending ASINs.
+
+    40 % are ISBN-10 with leading zeros, the others are "B0" and eight characters.
+    """
     isbns = num_items * 2 // 5
     split = int(np.searchsorted(items, isbns)) if np.all(np.diff(items) >= 0) else None
     if split is None:
@@ -226,22 +245,27 @@ def texts(
 
 @dataclass(frozen=True)
 class Titles:
-    """Titles as pieces: a head and, for the first `whole` heads, a space and a tail; None is a line without the title field."""
+    """Titles as pieces: a head and, for most heads, a space and a tail."""
 
     heads: list[str | None]
+    """None makes a line without the title field."""
     tails: list[str]
     whole: int
+    """The first `whole` heads get a tail."""
 
     def columns(
         self,
         items: np.ndarray,
         variants: np.ndarray,
-        escape: Callable,
+        escape: Callable[[str], str],
         start: str,
         end: str,
         hole: str = "",
     ) -> Columns:
-        """Return two columns that spell `start title end` per item, or `hole` where there is none. A variant has another tail."""
+        """Return two columns that spell `start title end` per item, or `hole` without a title.
+
+        A variant has another tail.
+        """
         head = mix(items, 1, len(self.heads))
         tail = np.where(
             head < self.whole, 1 + mix(items + 50_000_017 * variants, 2, len(self.tails)), 0
@@ -256,7 +280,10 @@ class Titles:
 def make_titles(
     rng: np.random.Generator, words: np.ndarray, clean: bool = False, tail_words: int = 4
 ) -> Titles:
-    """Make pieces of titles, tails of about `tail_words`; unless `clean`, 3 % are missing, debris, too short, around 20 words."""
+    """Make pieces of titles, with tails of about `tail_words` words.
+
+    Unless `clean`, 3 % are missing, debris, too short, or about 20 words long.
+    """
     plain = np.array([word.replace("\n\n", "-").replace("\t", "/") for word in words], dtype=object)
     heads: list[str | None] = [head.title() for head in texts(rng, plain, 7_000, 3, 0.4, 8)]
     tails = texts(rng, plain, 8_000, tail_words, 0.5, tail_words * 9 // 4)
@@ -283,14 +310,19 @@ Lines = Callable[..., Columns]
 
 @dataclass(frozen=True)
 class Part:
-    """The lines of a file: `about`, arrays (L,) that say what is on each; `lines(rng, *slices of them)` makes columns."""
+    """The lines of a file."""
 
     about: Sequence[np.ndarray]
+    """Arrays (L,) that say what is on each line."""
     lines: Lines
+    """Called with a random generator and slices of these arrays; returns columns."""
 
 
 def two_parts(draw: Draw, reviews: Lines, metadata: Lines) -> list[Part]:
-    """Return the parts of a form with a line per review, from (users, items, days), and per item, from (items, variants)."""
+    """Return the parts of a form with a line per review and a line per item.
+
+    `reviews` takes (users, items, days), and `metadata` takes (items, variants).
+    """
     return [
         Part((draw.users, draw.items, draw.days), reviews),
         Part(metadata_items(draw.num_items), metadata),
@@ -308,7 +340,8 @@ def fields(**values) -> str:
 
 
 def python_quoted(text: str) -> str:
-    """Return text as Python 2 prints it between single quotes; with both marks in a text these are what repr chooses."""
+    """Return text as Python 2 prints it between single quotes."""
+    # With both kinds of quotes in a text, the representation stands between single quotes.
     return ascii(text + "'\"")[1:-4]
 
 
@@ -325,7 +358,10 @@ def day_pool(spell: Callable[[int], str]) -> pa.Array:
 def other_asins(
     rng: np.random.Generator, number: int, lines: int, num_items: int, mark: bytes
 ) -> Columns:
-    """Return columns that spell a list of `number` ASINs, without its brackets, per line; each between marks."""
+    """Return columns that spell a list of `number` ASINs per line, each between marks.
+
+    The brackets of the list are left out.
+    """
     listed = [asins(rng.integers(num_items, size=lines), num_items) for _ in range(number)]
     return [piece for one in listed for piece in (mark, one, mark + b", ")][:-1] + [mark]
 
@@ -337,7 +373,10 @@ def american(day: int) -> str:
 
 
 def amazon_2018(rng: np.random.Generator, draw: Draw) -> list[Part]:
-    """Reviews and metadata of the 2018 release; texts of about 270 characters make lines of about 466."""
+    """Return reviews and metadata of the 2018 release.
+
+    Texts of about 270 characters make lines of about 466 characters.
+    """
     words = make_words(rng)
     pieces = make_titles(rng, words)
     starts = pool(
@@ -384,12 +423,11 @@ def amazon_2018(rng: np.random.Generator, draw: Draw) -> list[Part]:
             for name, text in zip(names, descriptions, strict=False)
         ]
     )
-    brands = pool(
-        [
-            f'], {fields(tech2="", brand=name, feature=[name], rank=f"{place:,} in Books (")}, "also_view": ['
-            for place, name in enumerate(names[:4096])
-        ]
-    )
+    brands = []
+    for place, name in enumerate(names[:4096]):
+        brand = fields(tech2="", brand=name, feature=[name], rank=f"{place:,} in Books (")
+        brands.append(f'], {brand}, "also_view": [')
+    brands = pool(brands)
     broken = ".a-box-inner{background-color:#fff}#alohaBuyBoxWidget{padding:14px}"
     spelled = ["", broken, *(f"${cents / 100:,.2f}" for cents in rng.integers(99, 200_000, 2_000))]
     prices = pool(
@@ -431,17 +469,25 @@ def amazon_2018(rng: np.random.Generator, draw: Draw) -> list[Part]:
 
 
 def amazon_2014(rng: np.random.Generator, draw: Draw) -> list[Part]:
-    """Reviews of the 2014 release as JSON lines, metadata as Python-dict lines; texts are as long as those of 2018."""
+    """Return reviews of the 2014 release as JSON lines, and metadata as Python-dict lines.
+
+    The texts are as long as those of 2018.
+    """
     words = make_words(rng)
     pieces = make_titles(rng, words)
     names, summaries = texts(rng, words, BODIES, 2, 0.3, 3), texts(rng, words, BODIES, 3, 0.6, 20)
-    bodies = zip(names, texts(rng, words, BODIES, 20, 1.15), summaries, strict=True)
-    bodies = pool(
-        [
-            f'", {fields(reviewerName=name, helpful=[n % 3, n % 4], reviewText=text, overall=n % 5 + 1.0, summary=summary)}'
-            for n, (name, text, summary) in enumerate(bodies)
-        ]
-    )
+    review_texts = texts(rng, words, BODIES, 20, 1.15)
+    bodies = []
+    for n, (name, text, summary) in enumerate(zip(names, review_texts, summaries, strict=True)):
+        body = fields(
+            reviewerName=name,
+            helpful=[n % 3, n % 4],
+            reviewText=text,
+            overall=n % 5 + 1.0,
+            summary=summary,
+        )
+        bodies.append(f'", {body}')
+    bodies = pool(bodies)
     times = day_pool(
         lambda day: f', "unixReviewTime": {day * 86_400}, "reviewTime": "{american(day)}"}}\n'
     )
@@ -473,7 +519,8 @@ def amazon_2014(rng: np.random.Generator, draw: Draw) -> list[Part]:
     )
     ends = pool(
         [
-            f"]}}, 'salesRank': {{'Books': {n}}}, 'brand': '{name}', 'categories': [['Books'], ['Books', '{name}']]}}\n"
+            f"]}}, 'salesRank': {{'Books': {n}}}, 'brand': '{name}', "
+            f"'categories': [['Books'], ['Books', '{name}']]}}\n"
             for n, name in enumerate(map(python_quoted, names[:4096]))
         ]
     )
@@ -496,7 +543,7 @@ def amazon_2014(rng: np.random.Generator, draw: Draw) -> list[Part]:
 def metadata_2023(
     rng: np.random.Generator, words: np.ndarray, pieces: Titles, num_items: int
 ) -> Lines:
-    """Metadata of the 2023 release."""
+    """Return the metadata lines of the 2023 release."""
     described = texts(rng, words, 8_192, 70, 0.9)
     names = texts(rng, words, 8_192, 2, 0.3, 3)
     prices, link = [None, 12.99, 199.0, "from 9.99"], "https://m.media-amazon.com/images/I/"
@@ -521,9 +568,8 @@ def metadata_2023(
             store=name,
         )
         details = {"Brand": name, "Package Dimensions": f"9 x 6 x {place % 9} inches"}
-        scores.append(
-            f'{numbers}, {media}, {fields(categories=["Books", name], details=details)}, "parent_asin": "'
-        )
+        categories = fields(categories=["Books", name], details=details)
+        scores.append(f'{numbers}, {media}, {categories}, "parent_asin": "')
     scores = pool(scores)
 
     def metadata(rng: np.random.Generator, items: np.ndarray, variants: np.ndarray) -> Columns:
@@ -541,13 +587,17 @@ def metadata_2023(
 
 
 def amazon_2023(rng: np.random.Generator, draw: Draw) -> list[Part]:
-    """Reviews and metadata of the 2023 release; half of the reviews name another item in `asin` than in `parent_asin`."""
+    """Return reviews and metadata of the 2023 release.
+
+    Half of the reviews name another item in `asin` than in `parent_asin`.
+    """
     words = make_words(rng)
     pieces = make_titles(rng, words)
     summaries, bodies = texts(rng, words, BODIES, 3, 0.6, 20), texts(rng, words, BODIES, 20, 1.15)
     bodies = pool(
         [
-            f'{{"rating": {1 + place % 5}.0, "title": "{quoted(title)}", "text": "{quoted(text)}", "images": [], "asin": "'
+            f'{{"rating": {1 + place % 5}.0, "title": "{quoted(title)}", "text": "{quoted(text)}", '
+            '"images": [], "asin": "'
             for place, (title, text) in enumerate(zip(summaries, bodies, strict=True))
         ]
     )
@@ -587,7 +637,7 @@ def milliseconds(users: np.ndarray, days: np.ndarray) -> pa.Array:
 
 
 def amazon_2023_csv(rng: np.random.Generator, draw: Draw) -> list[Part]:
-    """Ratings of the 2023 release's benchmark, and its metadata."""
+    """Return the ratings of the 2023 release's benchmark, and its metadata."""
     words = make_words(rng)
     metadata = metadata_2023(rng, words, make_titles(rng, words), draw.num_items)
     stars = pool([f",{number}.0," for number in range(1, 6)])
@@ -613,7 +663,7 @@ def amazon_2023_csv(rng: np.random.Generator, draw: Draw) -> list[Part]:
 
 
 def steam(rng: np.random.Generator, draw: Draw) -> list[Part]:
-    """Reviews and games as Python 2 printed them: dict lines with u'' strings."""
+    """Return reviews and games as Python 2 printed them: dict lines with u'' strings."""
     words = make_words(rng)
     pieces = make_titles(rng, words, clean=True)
     names = pool(
@@ -691,7 +741,7 @@ def steam(rng: np.random.Generator, draw: Draw) -> list[Part]:
 
 
 def yelp(rng: np.random.Generator, draw: Draw) -> list[Part]:
-    """Reviews and businesses of the academic data set."""
+    """Return reviews and businesses of the academic data set."""
     words = make_words(rng)
     pieces = make_titles(rng, words, clean=True)
     bodies = texts(rng, words, BODIES, 60, 0.9)
@@ -755,28 +805,23 @@ def yelp(rng: np.random.Generator, draw: Draw) -> list[Part]:
 
 
 def decimal(numbers: np.ndarray) -> pa.Array:
-    """Spell integers."""
+    """Spell integers as decimal text."""
     return pc.cast(pc.cast(pa.array(numbers), pa.string()), pa.binary())
 
 
 def delimited(
     rng: np.random.Generator, draw: Draw, mark: str, title_mark: str, genre_mark: str, time_end: str
 ) -> list[Part]:
-    """Delimited ratings (user, item, rating, seconds) and items (item, title, genres)."""
+    """Return delimited ratings (user, item, rating, seconds) and items (item, title, genres)."""
     pieces = make_titles(rng, make_words(rng), clean=True)
     words = GENRES.split()
     genres = pool(
         [genre_mark.join(rng.choice(words, 1 + n % 3, replace=False)) for n in range(512)]
     )
     between = mark.encode()
-    stars = pool(
-        [
-            f"{mark}{half / 2}{mark}"
-            if "." in time_end or mark == ","
-            else f"{mark}{half // 2}{mark}"
-            for half in range(2, 11)
-        ]
-    )
+    has_halves = "." in time_end or mark == ","
+    stars = [half / 2 if has_halves else half // 2 for half in range(2, 11)]
+    stars = pool([f"{mark}{number}{mark}" for number in stars])
 
     def reviews(
         rng: np.random.Generator, users: np.ndarray, items: np.ndarray, days: np.ndarray
@@ -806,7 +851,10 @@ def delimited(
 
 
 def histories(draw: Draw) -> tuple[Draw, np.ndarray]:
-    """Return the reviews by user, then day, and int64 (U + 1,) where each user's start, with the end."""
+    """Return the reviews by user, then day, and where the reviews of each user start.
+
+    The starts are int64 (U + 1,), with the end as the last one.
+    """
     visits = draw.ordered(draw.days, draw.users)
     return visits, np.flatnonzero(np.diff(visits.users, prepend=-1, append=-1))
 
@@ -830,7 +878,10 @@ def spell(columns: Columns) -> pa.Array:
 
 
 def semantic_ids(items: np.ndarray, letters: str, mark: bytes = b'", "') -> Columns:
-    """Return columns that spell a unique semantic id, codes like <a_236> for the given letters with marks between."""
+    """Return columns that spell a unique semantic ID: codes like <a_236>, with marks between.
+
+    There is one code per letter.
+    """
     numbers = items.astype(np.uint64) * np.uint64(0x9E3779B1) % np.uint64(256 ** len(letters))
     columns: Columns = []
     for place, letter in enumerate(letters):
@@ -840,7 +891,10 @@ def semantic_ids(items: np.ndarray, letters: str, mark: bytes = b'", "') -> Colu
 
 
 def d3_csv(rng: np.random.Generator, draw: Draw) -> list[Part]:
-    """Rows of MiniOneRec's form, split by time, of all reviews but each user's first; titles of about 80 characters."""
+    """Return rows of MiniOneRec's form, split by time, of all reviews but each user's first.
+
+    The titles have about 80 characters.
+    """
     visits, bounds = histories(draw)
     pieces = make_titles(rng, make_words(rng), clean=True, tail_words=14)
     catalogue = np.arange(draw.num_items)
@@ -897,7 +951,10 @@ def d3_csv(rng: np.random.Generator, draw: Draw) -> list[Part]:
 
 
 def users_part(draw: Draw, fronts: tuple[bytes, bytes], mark: bytes, ends: tuple[str, str]) -> Part:
-    """Return a part with a list of items per user: front, user, front, items with marks between, end; another end at the last."""
+    """Return a part with a line per user: front, user, front, items with marks between, end.
+
+    The last line has another end.
+    """
     visits, bounds = histories(draw)
     numbers = decimal(np.arange(draw.num_items))
 
@@ -917,7 +974,7 @@ def users_part(draw: Draw, fronts: tuple[bytes, bytes], mark: bytes, ends: tuple
 
 
 def lcrec_json(rng: np.random.Generator, draw: Draw) -> list[Part]:
-    """Two JSON objects, indented and not, as published: users' items and items' codes."""
+    """Return two JSON objects as published: users with items (indented), items with codes."""
     inter = users_part(
         draw, (b'\n    "', b'": [\n        '), b",\n        ", ("\n    ],", "\n    ]\n}")
     )
@@ -931,7 +988,7 @@ def lcrec_json(rng: np.random.Generator, draw: Draw) -> list[Part]:
 
 
 def sequences(rng: np.random.Generator, draw: Draw) -> list[Part]:
-    """Users' items and a catalogue with titles and codes, as JSON lines."""
+    """Return users with items and a catalogue with titles and codes, as JSON lines."""
     users = users_part(draw, (b'{"user_id": ', b', "items": ['), b", ", ("]}\n", "]}\n"))
     pieces = make_titles(rng, make_words(rng), clean=True)
 
@@ -944,13 +1001,15 @@ def sequences(rng: np.random.Generator, draw: Draw) -> list[Part]:
 
 @dataclass(frozen=True)
 class Form:
-    """One published form: what makes its parts, their files, headers and encoding, and whether users are together."""
+    """One published form."""
 
     parts: Callable[[np.random.Generator, Draw], list[Part]]
+    """Makes the parts, one per file."""
     files: tuple[str, ...]
     headers: tuple[str, ...] = ()
     encoding: str = "utf-8"
     by_user: bool = False
+    """Whether the reviews of a user stand together."""
 
 
 FORMS = {
@@ -997,7 +1056,7 @@ FORMS = {
 
 
 def join(columns: Columns) -> memoryview:
-    """Join columns (constant bytes are the same on every line) into the bytes of all lines."""
+    """Join columns into the bytes of all lines."""
     lines = spell(columns)
     first, last = np.frombuffer(lines.buffers()[1], dtype=np.int32)[
         [lines.offset, lines.offset + len(lines)]
@@ -1008,7 +1067,10 @@ def join(columns: Columns) -> memoryview:
 def write(
     path: Path, header: bytes, make: Callable[[int, slice], memoryview], size: int, compress: bool
 ) -> None:
-    """Write batches of lines in order, two threads; gzip as one member at level 1, like one stream of many blocks."""
+    """Write batches of lines in order, with two threads.
+
+    Gzip files have one member at level 1, which is one stream of many blocks.
+    """
     slices = [slice(start, min(start + BATCH, size)) for start in range(0, size, BATCH)]
 
     def render(number: int) -> tuple[memoryview | bytes, memoryview | bytes]:
@@ -1030,9 +1092,9 @@ def write(
             file.write(b"\x03\0" + struct.pack("<II", checksum, length % 2**32))
 
 
-def ahead(threads: ThreadPoolExecutor, work: Callable, number: int) -> Iterator:
-    """Yield work(0), work(1) …, computed by threads, few at a time: bounded memory."""
-    waiting = collections.deque()
+def ahead(threads: ThreadPoolExecutor, work: Callable[[int], Any], number: int) -> Iterator[Any]:
+    """Yield work(0), work(1) …, computed by threads, few at a time so that memory is bounded."""
+    waiting: collections.deque[Future[Any]] = collections.deque()
     for index in range(number):
         waiting.append(threads.submit(work, index))
         if len(waiting) > THREADS:
@@ -1070,25 +1132,18 @@ def make_files(
 
 
 def main() -> None:
-    """Write the files of one form; the last line is a JSON object with their paths."""
+    """Write the files of one form; print a JSON object with their paths as the last line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("form", choices=FORMS)
     parser.add_argument("reviews", type=int)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--gz", action="store_true", help="gzip level 1")
+    parser.add_argument("--gz", action="store_true", help="write gzip files, level 1")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
-    print(
-        json.dumps(
-            {
-                "paths": [
-                    str(path) for path in make_files(args.form, args.reviews, args.folder, args.gz)
-                ]
-            }
-        )
-    )
+    paths = make_files(args.form, args.reviews, args.folder, args.gz)
+    print(json.dumps({"paths": list(map(str, paths))}))
 
 
 if __name__ == "__main__":
