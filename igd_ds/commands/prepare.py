@@ -2,9 +2,8 @@
 
     igd prepare --source synthetic --protocol leave-one-out --output DATASET
     igd prepare --source sequences --input FOLDER --protocol leave-one-out --output DATASET
-    igd prepare --preset games --input Video_Games_5.json.gz meta_Video_Games.json.gz \
---output DATASET
-    igd prepare --source amazon-2018 --help      # which files it reads, from which page, how large
+    igd prepare --preset games --input Video_Games_5.json.gz meta_Video_Games.json.gz --output GAMES
+    igd prepare --source amazon-2018 --help    # which files it reads, from which page, how large
 
 Equal inputs and options give equal bytes. If the output is complete and was made from the same
 request, the command does nothing; if it was made from another request, the command refuses. It
@@ -13,7 +12,6 @@ never overwrites anything.
 
 import argparse
 import errno
-import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -86,6 +84,8 @@ def _add_input_flags(parser: argparse.ArgumentParser) -> None:
         choices=SOURCES,
         help="kind of raw files; with --help: which files it reads, from which page",
     )
+
+    # Files.
     parser.add_argument(
         "--input",
         nargs="*",
@@ -97,6 +97,8 @@ def _add_input_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", required=True, type=Path, metavar="DATASET", help="the folder to make"
     )
+
+    # Words.
     parser.add_argument("--name", help="name of the dataset (default: the name of --output)")
     parser.add_argument(
         "--domain", help="plural noun for the items in prompts, such as books (default: items)"
@@ -121,6 +123,8 @@ def _add_protocol_flags(parser: argparse.ArgumentParser) -> None:
         help="least interactions of every user and item; 0 keeps all (default: leave-one-out 0, "
         "d3 5)",
     )
+
+    # The time window.
     parser.add_argument(
         "--from",
         dest="window_start",
@@ -136,6 +140,8 @@ def _add_protocol_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--min_items", type=int, help="d3: items that the time window must hold (default: 10000)"
     )
+
+    # What is left out.
     parser.add_argument(
         "--duplicates",
         choices=DUPLICATES,
@@ -168,6 +174,8 @@ def _add_other_flags(parser: argparse.ArgumentParser) -> None:
         default=0.001,
         help="share of the lines that may be broken (default: 0.001)",
     )
+
+    # Samples, and synthetic data.
     parser.add_argument(
         "--num_users",
         type=int,
@@ -271,6 +279,7 @@ def request(args: argparse.Namespace) -> DatasetRequest:
         num_users=args.num_users,
         seed=args.seed,
     )
+
     return DatasetRequest(
         source=args.source,
         inputs=args.input,
@@ -323,7 +332,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UsageError(f"{place}: {error.strerror}; {REMEDIES[error.errno]}") from error
     print_summary(info, args.output)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

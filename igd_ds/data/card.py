@@ -223,6 +223,7 @@ def _summary(info: Mapping[str, Any], items: pa.Table, measures: Measures) -> st
     options = ", ".join(
         f"{escape(key)} = {_number(value) or 'none'}" for key, value in info["parameters"].items()
     )
+
     sentences = [
         f"{len(items):,} items{domain} and {measures.users:,} users, in {rows[0]}, {rows[1]} and "
         f"{rows[2]} rows.",

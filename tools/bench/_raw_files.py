@@ -203,6 +203,7 @@ def make_words(rng: np.random.Generator) -> np.ndarray:
         "".join(row[:length])
         for row, length in zip(rng.choice(syllables, (20_000, 3)), lengths, strict=True)
     ]
+
     special = [
         '"great"',
         "don't",
@@ -453,6 +454,7 @@ def amazon_2018(rng: np.random.Generator, draw: Draw) -> list[Part]:
         ]
         title = pieces.columns(items, variants, quoted, '"title": "', '", ')
         asin = asins(items, draw.num_items)
+
         return [
             parts[0],
             *title,
@@ -725,6 +727,7 @@ def steam(rng: np.random.Generator, draw: Draw) -> list[Part]:
             game,
             b"/reviews/', u'specs': [u'Single-player'], ",
         ]
+
         return [
             front,
             *title,
