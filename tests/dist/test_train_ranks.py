@@ -1,6 +1,11 @@
-"""Training on two DeepSpeed ranks: every stage resumes bit-identically and leaves a model that loads without DeepSpeed."""
+"""Training on two DeepSpeed ranks.
 
+Every ZeRO stage resumes bit-identically and leaves a model that loads without DeepSpeed.
+"""
+
+import itertools
 import json
+import math
 import os
 import shutil
 import signal
@@ -33,7 +38,8 @@ def metrics(run: Path, tag: str) -> list[float]:
 
 
 LORA = {"model_config": None, "lora_r": 4, "lora_dropout": 0.1, "gradient_checkpointing": True}
-# name: (stage, settings); dropout is on in the LoRA rows, so their resume proves the random numbers too
+ADAPTIVE_MSL = {"objective": "msl", "igd_beta": None, "msl_tau": "adaptive"}
+# name: (stage, settings). Dropout is on with LoRA, so these show the same random numbers too.
 KINDS = {
     "stage 0": (0, {}),
     "stage 1": (1, {}),
@@ -43,11 +49,14 @@ KINDS = {
     "stage 3 LoRA": (3, LORA),
     "stage 2 QLoRA": (2, LORA | {"load_in_4bit": True}),
     "stage 3 QLoRA": (3, LORA | {"load_in_4bit": True}),
+    "stage 2 msl": (2, ADAPTIVE_MSL),
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_stopped_run_resumes_bit_identically(world, tmp_path, kind):
+def test_a_stopped_run_resumes_bit_identically(world, tmp_path, monkeypatch, kind):
+    # A model that has learned nothing is far below msl's least τ: without that bound, τ moves.
+    monkeypatch.setattr("igd_ds.objectives.msl.TAU_LEAST", -math.inf)
     stage, settings = KINDS[kind]
     settings = settings | {"save_every": 1}
     if "model_config" in settings:
@@ -55,7 +64,8 @@ def test_a_stopped_run_resumes_bit_identically(world, tmp_path, kind):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     train(world, tmp_path / "whole.log", world.train_flags(whole, stage, **settings))
 
-    # The same run, killed (stage 1) or stopped by SIGUSR1 as SLURM would, resumed from its last checkpoint.
+    # The same run, resumed from its last checkpoint after it was killed (stage 1) or stopped by
+    # SIGUSR1 as SLURM does it.
     flags = world.train_flags(stopped, stage, **settings, resume="auto")
     processes = ranks.start(2, tmp_path / "stopped.log", ranks.entry, *entry(flags))
     while not list((stopped / "checkpoints").glob("step-*/manifest.json")):
@@ -66,47 +76,62 @@ def test_a_stopped_run_resumes_bit_identically(world, tmp_path, kind):
             process.kill()
         ranks.wait(processes)
     else:
-        os.kill(processes[1].pid, signal.SIGUSR1)  # one rank hears it, all stop
+        os.kill(processes[1].pid, signal.SIGUSR1)  # one rank gets it, all ranks stop
         assert ranks.wait(processes) == [85, 85], (tmp_path / "stopped.log").read_text()
     text = train(world, tmp_path / "stopped.log", flags)
     assert ("stopped by a signal" in text) == (kind != "stage 1") and "resumed" in text
 
     first, second = weights(whole), weights(stopped)
     assert first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
-    assert all(
-        tensor.numel() > 0 for tensor in first.values()
-    )  # ZeRO-3 must not write empty tensors
-    for tag in ("train/loss", "valid/nll", "train/grad_norm"):
+    assert all(tensor.numel() > 0 for tensor in first.values()), "ZeRO-3 must gather its parts"
+    for tag in ("train/loss", "valid/nll", "train/grad_norm", "train/msl_tau"):
         assert metrics(whole, tag) == metrics(stopped, tag)
     losses = metrics(whole, "train/nll")
-    assert len(losses) == 6 and losses[-1] < losses[0]
+    assert len(losses) == 6 and (losses[-1] < losses[0] or kind == "stage 2 msl")
     check_model_loads(world, whole, settings)
+    if kind == "stage 2 msl":
+        check_masked_softmax(whole, stopped)
+
+
+def check_masked_softmax(whole: Path, stopped: Path) -> None:
+    """Check that τ moved in every step, and that both models say how they are to be searched."""
+    taus = metrics(whole, "train/msl_tau")
+    assert taus[0] == 1.5 and all(later < earlier for earlier, later in itertools.pairwise(taus))
+    states = [(run / "model" / "objective.json").read_text() for run in (whole, stopped)]
+    assert states[0] == states[1] and 0 < json.loads(states[0])["tau"] <= taus[3]
+    description = json.loads((whole / "model" / "igd_ds.json").read_text())
+    tau = json.loads(states[0])["tau"]
+    assert description["likelihood"] == {"softmax": "masked", "temperature": tau}
 
 
 def check_model_loads(world, run: Path, settings: dict) -> None:
-    """RUN/model loads through from_pretrained or PEFT, and its NLL on the validation rows is the one training logged."""
+    """Check that RUN/model loads through from_pretrained or PEFT and gives the NLL of training."""
     code = ranks.start(1, run / "load.log", _load_and_measure, world, run, settings)
     assert ranks.wait(code) == [0], (run / "load.log").read_text()
 
 
 def _load_and_measure(world, run, settings) -> None:
     from igd_ds import train
-    from igd_ds.backbones import causal_lm
-    from igd_ds.config.options import EvalConfig, TrainConfig, parse
+    from igd_ds.backbones.saved import describe
+    from igd_ds.config.model import ModelSource
+    from igd_ds.config.options import parse
+    from igd_ds.data.batches import sample_rows
     from igd_ds.evaluation.validation import validation_nll
+    from igd_ds.generative_training import GenerativeTraining
+    from igd_ds.train_config import TrainConfig
 
-    flags = parse(
-        EvalConfig,
-        ["--model", str(run / "model"), "--dataset", world.dataset, "--output_dir", "unused"],
-    )
-    quantised = causal_lm.describe(run / "model")["load_in_4bit"]
+    config = parse(TrainConfig, world.train_flags(run, 2, **settings))
+    training = GenerativeTraining(config, run, train.load_inputs(config), micro_batch=2)
+    if (run / "model" / "objective.json").is_file():
+        training.load_state_dict(json.loads((run / "model" / "objective.json").read_text()))
+
+    quantised = describe(run / "model")["load_in_4bit"]
     assert quantised == settings.get("load_in_4bit", False)
-    model = causal_lm.load_trained(flags, quantised, torch.device("cpu"))
-    config = parse(TrainConfig, world.train_flags(run, 2))
-    task = train.build_task(config, run, train.load_inputs(config))
-    rows = train.sample_rows(len(task.valid.split), 10, seed=0)
+    source = ModelSource(model=str(run / "model"), dataset=world.dataset)
+    model = training.inputs.backbone.load(source, quantised, torch.device("cpu"))
+    rows = sample_rows(len(training.validation.rows.split), 10, seed=0)
     with torch.no_grad():
-        found = validation_nll(model, task.adapter, task.valid, task.stored, [rows])["valid/nll"]
+        found = validation_nll(model, training.validation, [rows])["valid/nll"]
     best = json.loads((run / "summary.json").read_text())["best"]
     assert found == pytest.approx(best, rel=1e-5), (found, best)
 
@@ -125,7 +150,7 @@ def test_torn_checkpoint_falls_back_and_says_so(world, tmp_path):
     newest.write_bytes(newest.read_bytes()[:100])
     text = train(world, tmp_path / "log2", [*flags, "--resume", "auto"])
     assert (
-        "checkpoint step-00000006 was not whole" in text
+        "checkpoint step-00000006 is not complete" in text
         and "resumed" in text
         and "step-00000003" in text
     )
@@ -149,7 +174,10 @@ def test_early_stopping_keeps_the_best_model(world, tmp_path):
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_validation_by_ndcg(world, tmp_path, stage):
-    """Ranks search different users for different numbers of steps; under ZeRO-3 every forward pass is a collective."""
+    """Ranks search for different numbers of steps.
+
+    Under ZeRO-3 every forward pass is a collective, so all must go on until the last one is done.
+    """
     run = tmp_path / "run"
     train(
         world,
@@ -161,18 +189,18 @@ def test_validation_by_ndcg(world, tmp_path, stage):
 
 
 def test_position_linear_and_offload(world, tmp_path):
-    """The other weightings and CPU offload run too; the run folder holds what its readers expect."""
+    """Other objectives and CPU offload run too; the run folder holds what its readers expect."""
     offload, bf16 = {"stage": 2, "offload_optimizer": {"device": "cpu"}}, {"enabled": True}
     for name, settings in {
-        "position": {"weighting": "position", "igd_beta": None, "position_floor": 0.2},
+        "position": {"objective": "position", "igd_beta": None, "position_floor": 0.2},
         "linear": {
-            "weighting": "igd-linear",
+            "objective": "igd-linear",
             "ds_config": world.ds_config(2, zero_optimization=offload),
             "prompt": "alpaca",
         },
         "conditional": {
             "entropy": "conditional",
-            "weighting": "igd-linear",
+            "objective": "igd-linear",
             "ds_config": world.ds_config(3, bf16=bf16),
         },
     }.items():
@@ -180,8 +208,9 @@ def test_position_linear_and_offload(world, tmp_path):
         train(
             world, tmp_path / "log", world.train_flags(run, **settings, max_steps=2, max_length=256)
         )
-        assert {p.name for p in run.iterdir()} >= {"config.yaml", "ds_config.json", "env.json", "metrics.jsonl", "tensorboard",
-                                                   "checkpoints", "model", "summary.json"}  # fmt: skip
+        files = {"config.yaml", "ds_config.json", "env.json", "metrics.jsonl", "summary.json"}
+        folders = {"tensorboard", "checkpoints", "model", "catalogue"}
+        assert {path.name for path in run.iterdir()} >= files | folders
         assert (run / "model" / "catalogue" / "catalogue.json").is_file() and (
             run / "model" / "tokenizer.json"
         ).is_file()
@@ -207,7 +236,7 @@ def test_tensorboard_holds_every_tag_of_the_log(world, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"weighting": "uniform"}, "--igd_beta 0.1 has no effect"),
+        ({"objective": "uniform"}, "--igd_beta 0.1 has no effect"),
         ({"igd_beta": 1.5}, r"--igd_beta must lie in [0, 1]"),
         ({"global_batch_size": 7}, "--global_batch_size 7 is not a multiple"),
         ({"tokenizer": "no/such/tokenizer"}, "no tokenizer at 'no/such/tokenizer'"),
@@ -245,7 +274,7 @@ def test_the_output_folder_of_another_run_is_refused(world, tmp_path):
             "settings differ: learning_rate",
         ),
         (world.train_flags(run, 2, max_steps=1, resume="auto"), "settings differ: ds_config"),
-        (world.train_flags(tmp_path, 1), "not empty and not a run folder"),
+        (world.train_flags(tmp_path, 1), "is not empty and holds no run"),
     ]:
         processes = ranks.start(1, tmp_path / "log2", ranks.entry, *entry(flags))
         assert ranks.wait(processes) == [2]
@@ -275,7 +304,7 @@ def test_one_failing_rank_ends_all(world, tmp_path):
     codes = ranks.wait(processes)
     text = (tmp_path / "log").read_text()
     assert codes[0] == 2 and codes[1] != 0
-    assert "error: --output_dir" in text and "not empty and not a run folder" in text
+    assert "error: --output_dir" in text and "is not empty and holds no run" in text
 
 
 def test_a_foreign_tokenizer_is_refused(world, tmp_path):
