@@ -75,7 +75,7 @@ class CausalLM:
         """
         name = options.model_config or options.model_name_or_path
         can = self.capabilities(model_config)
-        if options.attn_implementation not in can.attention:
+        if options.attn_implementation not in ("auto", *can.attention):
             raise UsageError(
                 f"--attn_implementation {options.attn_implementation}: models of type "
                 f"{model_config.model_type} do not have it; give {' or '.join(can.attention)}"
@@ -172,7 +172,7 @@ class CausalLM:
         from transformers import AutoModelForCausalLM
 
         settings: dict[str, Any] = {
-            "attn_implementation": options.attn_implementation,
+            "attn_implementation": self._kernel(options, model_config),
             "trust_remote_code": options.trust_remote_code,
         }
         if options.model_config:
@@ -193,6 +193,12 @@ class CausalLM:
         if options.lora_r:
             model = lora.with_lora(model, options, added_ids)
         return model
+
+    def _kernel(self, options: ModelOptions, model_config: PreTrainedConfig) -> str:
+        """Return the attention kernel that the options ask for, or the backbone's first choice."""
+        if options.attn_implementation != "auto":
+            return options.attn_implementation
+        return self.capabilities(model_config).attention[0]
 
     def load(
         self, source: ModelSource, load_in_4bit: bool, device: torch.device

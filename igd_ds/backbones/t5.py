@@ -54,7 +54,7 @@ class T5:
                 f"--lora_r adapts causal LMs, and '{name}' is a T5: leave it out to train all "
                 "weights"
             )
-        if options.attn_implementation not in can.attention:
+        if options.attn_implementation not in ("auto", *can.attention):
             raise UsageError(
                 f"--attn_implementation {options.attn_implementation} has no position bias, which "
                 f"T5 needs: give {' or '.join(can.attention)}"
@@ -99,7 +99,10 @@ class T5:
         """
         from transformers import AutoModelForSeq2SeqLM
 
-        settings = {"dtype": dtype, "attn_implementation": options.attn_implementation}
+        kernel = options.attn_implementation
+        if kernel == "auto":
+            kernel = self.capabilities(model_config).attention[0]
+        settings = {"dtype": dtype, "attn_implementation": kernel}
         if options.model_config:
             model = AutoModelForSeq2SeqLM.from_config(model_config, **settings)
         else:

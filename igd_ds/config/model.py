@@ -19,7 +19,9 @@ class ModelOptions:
     tokenizer: str = option("tokenizer folder or hub name; default: model_name_or_path", "")
     trust_remote_code: bool = option("run Python code that comes with the model", False)
     attn_implementation: str = option(
-        "attention kernel", "sdpa", ("sdpa", "eager", "flash_attention_2")
+        "attention kernel; auto: sdpa if the model has it, else eager",
+        "auto",
+        ("auto", "sdpa", "eager", "flash_attention_2"),
     )
     gradient_checkpointing: bool = option(
         "recompute activations in the backward pass to save memory", False

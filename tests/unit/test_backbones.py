@@ -116,8 +116,8 @@ def test_what_a_backbone_is_for():
 @pytest.mark.parametrize(
     ("kind", "settings", "options", "message"),
     [
-        ("gemma2", {}, {}, "--attn_implementation sdpa: models of type gemma2 do not have it; "
-                           "give eager or flash_attention_2"),
+        ("gemma2", {}, {"attn_implementation": "sdpa"}, "--attn_implementation sdpa: models of "
+         "type gemma2 do not have it; give eager or flash_attention_2"),
         ("gpt_oss", {"num_local_experts": 2, "num_experts_per_tok": 1},
          {"attn_implementation": "flash_attention_2"},
          "--attn_implementation flash_attention_2: models of type gpt_oss .* give eager"),
@@ -136,6 +136,16 @@ def test_what_cannot_be_trained_is_refused_before(kind, settings, options, messa
     options = ModelOptions(model_name_or_path="model", **options)
     with pytest.raises(UsageError, match=message):
         CausalLM().fit_model_config(config_of(kind, **settings), options, tokenizer, range(0))
+
+
+@pytest.mark.parametrize(("kind", "kernel"), [("llama", "sdpa"), ("gemma2", "eager")])
+def test_auto_takes_the_best_attention_that_a_model_has(kind, kernel, tokenizer, tmp_path):
+    config = config_of(kind)
+    config.to_json_file(tmp_path / "config.json")
+    options = ModelOptions(model_config=str(tmp_path / "config.json"), tokenizer="tokenizer")
+    CausalLM().fit_model_config(config, options, tokenizer, range(0))
+    model = CausalLM().build(options, config, torch.float32, torch.device("cpu"))
+    assert model.config._attn_implementation == kernel
 
 
 def test_adapters_need_linear_layers(tokenizer, monkeypatch):
