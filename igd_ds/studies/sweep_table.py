@@ -50,7 +50,9 @@ import yaml
 
 from igd_ds.baseline_config import BaselineConfig
 from igd_ds.baselines.sequential import SEQUENTIAL
+from igd_ds.config.model import ModelOptions
 from igd_ds.config.options import checked, current_names
+from igd_ds.config.training import LoopOptions
 from igd_ds.errors import UsageError
 from igd_ds.eval_config import EvalConfig
 from igd_ds.objectives import OBJECTIVES, ObjectiveOptions, options_of
@@ -135,10 +137,10 @@ class Row:
         }
 
     def check_inputs(self) -> None:
-        """Check that the row's dataset and files exist, before anything starts.
+        """Check the row's dataset, its files and its objective's settings, before anything starts.
 
         Raises:
-            UsageError: names the row and what is missing.
+            UsageError: names the row and what is missing or wrong.
         """
         if not (Path(self.settings["dataset"]) / "dataset.json").is_file():
             raise UsageError(
@@ -147,6 +149,10 @@ class Row:
         for name in ("ds_config", "model_config"):
             if (path := self.settings.get(name)) and not Path(path).exists():
                 raise UsageError(f"{self.name}: {name}: no file {path}")
+        try:
+            self.config.check()
+        except UsageError as error:
+            raise UsageError(f"{self.name}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -567,7 +573,7 @@ def _merged(blocks: Iterable[Settings]) -> Settings:
 
 
 def _build(cls: type[C], values: Settings, where: str) -> C:
-    """Return `values` as a checked `cls`."""
+    """Return `values` as a `cls` whose values are checked."""
     required = [
         field.name
         for field in dataclasses.fields(cls)
@@ -579,7 +585,12 @@ def _build(cls: type[C], values: Settings, where: str) -> C:
         )
     config = cls(**values)
     try:
-        config.check()
+        if isinstance(config, TrainConfig):
+            # The objective's settings may name files; `Row.check_inputs` checks them.
+            ModelOptions.check(config)
+            LoopOptions.check(config)
+        else:
+            config.check()
     except UsageError as error:
         raise UsageError(f"{where}: {error}") from None
     return config

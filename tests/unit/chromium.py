@@ -1,6 +1,7 @@
 """A headless Chromium for tests that look at a page: Debian's own, or installed from there.
 
-It reaches nothing but this machine: every other name resolves to nothing, and what a page asks for is reported.
+The browser reaches only this machine: every other name resolves to nothing. The requests of a page
+are reported.
 """
 
 import functools
@@ -14,18 +15,27 @@ from pathlib import Path
 import pytest
 
 SETTINGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync", "--hide-scrollbars", "--enable-logging=stderr", "--v=0",
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--hide-scrollbars",
+    "--enable-logging=stderr",
+    "--v=0",
     "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1 , EXCLUDE localhost",
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
 class Page:
     """A page as it was loaded.
 
-    `dom` is its HTML after its scripts ran, `screenshot` a PNG of the window, `console` what was written to the console,
-    `requests` the URLs that the page itself asked for over a network, loopback included.
+    `dom` is its HTML after its scripts ran, `screenshot` a PNG of the window, `console` the
+    lines of the console, `requests` the URLs that the page itself asked for over a network, loopback included.
     """
 
     dom: str
@@ -37,9 +47,10 @@ class Page:
 def load(
     url: str, folder: Path, width: int = 1200, height: int = 900, milliseconds: int = 5000
 ) -> Page:
-    """Load a page in a new profile below `folder`; `milliseconds` of the page's own (virtual) time pass before it is read.
+    """Load a page in a new profile below `folder`.
 
-    Skips the test where no Chromium is found or can be installed; in CI that is a failure.
+    The page is read after `milliseconds` of its own (virtual) time. Where Chromium is missing and
+    cannot be installed, the test is skipped; in CI it fails.
     """
     if problem := lacking():
         (pytest.fail if os.environ.get("CI") else pytest.skip)(problem)
@@ -71,7 +82,10 @@ def lacking() -> str | None:
 
 
 def requests_of(log: Path) -> list[str]:
-    """Return the URLs that the page asked for: what the browser loads by itself, the page included, has no origin behind it."""
+    """Return the URLs that the page asked for.
+
+    Requests of the browser itself, such as the one for the page, have no origin.
+    """
     record = json.loads(log.read_text())
     start = record["constants"]["logEventTypes"]["URL_REQUEST_START_JOB"]
     jobs = [event.get("params", {}) for event in record["events"] if event["type"] == start]

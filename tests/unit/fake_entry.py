@@ -1,29 +1,33 @@
-"""A launcher of igd_ds/studies/sweep.py that stands in for train.py, eval.py and baseline.py: it leaves their files, or obeys $FAKE_PLAN.
+"""A launcher for `igd sweep` that replaces train.py, eval.py and baseline.py.
 
-That is config.yaml of train.py, and of eval.py request.json without the hashes.
+It writes the files that they would leave: config.yaml of train.py, and request.json of eval.py
+without the hashes. Or it does what the folder $FAKE_PLAN says: `scores.json` has the validation
+NDCG@10 of each row, `defaults.json` the default settings of the scripts by name. A file
+`ROW.SCRIPT` (train, valid, test, test-exact) names another action: "fail", "stop" (exit 85), "hang"
+(until a signal) or "meet" (wait until another row meets).
 
-The plan is a folder: `scores.json` has validation NDCG@10 by row; `ROW.SCRIPT` (train, valid, test, test-exact) what to do
-instead: "fail", "stop" (exit 85), "hang" (until a signal) or "meet" (wait for another row that meets).
+It imports nothing slow, because tests start it hundreds of times. The flags are checked by the test
+that reads `calls.jsonl`.
 """
 
-import dataclasses
 import json
 import os
 import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
-from igd_ds.config.options import EvalConfig, TrainConfig, parse
+LONGEST_WAIT = 20  # seconds
 
 
-def write(path: Path, value) -> None:
+def write(path: Path, value: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value))
 
 
 def flags_of(words: list[str]) -> dict[str, list[str]]:
-    flags = {}
+    flags: dict[str, list[str]] = {}
     for word in words:
         if word.startswith("--"):
             last = flags.setdefault(word[2:], [])
@@ -32,57 +36,79 @@ def flags_of(words: list[str]) -> dict[str, list[str]]:
     return flags
 
 
+def settings_of(flags: dict[str, list[str]], defaults: dict[str, Any]) -> dict[str, Any]:
+    """Return all settings of a script: those of the flags, and the defaults of the others."""
+    settings = dict(defaults)
+    for name, words in flags.items():
+        if not words:
+            settings[name.removeprefix("no-")] = not name.startswith("no-")
+            continue
+        values = [value_of(word) for word in words]
+        is_list = isinstance(defaults.get(name), list)
+        settings[name] = values if is_list else values[0]
+    return settings
+
+
+def value_of(word: str) -> Any:
+    try:
+        return json.loads(word)
+    except ValueError:
+        return word
+
+
+def obey(order: str, plan: Path, row: str, output: Path) -> int | None:
+    """Do what the plan orders; return the exit code, or None to go on as usual."""
+    if order == "fail":
+        print("100 %\rTraceback (most recent call last):\nValueError: the model is broken")
+        print("torchrun: ChildFailedError: rank 0", flush=True)
+        return 1
+    if order == "stop":
+        return 85
+
+    if order == "hang":
+
+        def save(number: int, _: object) -> None:
+            write(output / f"saved-on-{number}", "")
+            os._exit(85)
+
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, save)
+        (plan / "hanging").touch()
+        time.sleep(60)
+
+    if order == "meet":
+        (plan / f"{row}.here").touch()
+        deadline = time.monotonic() + LONGEST_WAIT
+        while len(list(plan.glob("*.here"))) < 2:
+            assert time.monotonic() < deadline, "nobody came"
+            time.sleep(0.02)
+    return None
+
+
 def main() -> int:
-    plan, script, flags = (
-        Path(os.environ["FAKE_PLAN"]),
-        Path(sys.argv[1]).name,
-        flags_of(sys.argv[2:]),
-    )
+    plan, script = Path(os.environ["FAKE_PLAN"]), Path(sys.argv[1]).name
+    flags = flags_of(sys.argv[2:])
     output = Path(flags["output_dir"][0])
     if script == "baseline.py":
         write(output / "summary.json", {})
         output = output / "eval" / flags["splits"][0]
     part = "train" if script == "train.py" else output.name
     row = output.name if script == "train.py" else output.parents[1].name
+
+    call = {"row": row, "part": part, "gpu": os.environ.get("CUDA_VISIBLE_DEVICES")}
     with open(plan / "calls.jsonl", "a") as file:
-        gpu = os.environ.get("CUDA_VISIBLE_DEVICES")
-        file.write(
-            json.dumps(
-                {"row": row, "part": part, "gpu": gpu, "flags": flags, "script": sys.argv[1]}
-            )
-            + "\n"
-        )
+        file.write(json.dumps(call | {"flags": flags, "words": sys.argv[1:]}) + "\n")
     if script != "baseline.py":
-        settings = dataclasses.asdict(
-            parse(TrainConfig if part == "train" else EvalConfig, sys.argv[2:])
-        )
-        settings["max_length"] = settings["max_length"] or TrainConfig.max_length
-        write(
-            output / ("config.yaml" if part == "train" else "request.json"), settings
-        )  # JSON is YAML
-    order = plan / f"{row}.{part}"
-    order = order.read_text() if order.is_file() else ""
-    if order == "fail":
-        print(
-            "100 %\rTraceback (most recent call last):\nValueError: the model is broken\ntorchrun: ChildFailedError: rank 0",
-            flush=True,
-        )
-        return 1
-    if order == "stop":
-        return 85
-    if order == "hang":
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(
-                number, lambda number, _: (write(output / f"saved-on-{number}", ""), os._exit(85))
-            )
-        (plan / "hanging").touch()
-        time.sleep(60)
-    if order == "meet":
-        (plan / f"{row}.here").touch()
-        deadline = time.monotonic() + 20
-        while len(list(plan.glob("*.here"))) < 2:
-            assert time.monotonic() < deadline, "nobody came"
-            time.sleep(0.02)
+        defaults = json.loads((plan / "defaults.json").read_text())[script]
+        settings = settings_of(flags, defaults)
+        settings["max_length"] = settings["max_length"] or 512
+        name = "config.yaml" if part == "train" else "request.json"  # JSON is YAML
+        write(output / name, settings)
+
+    path = plan / f"{row}.{part}"
+    code = obey(path.read_text() if path.is_file() else "", plan, row, output)
+    if code is not None:
+        return code
     if part == "train":
         write(output / "summary.json", {})
     else:

@@ -1,4 +1,4 @@
-"""A study made by hand, with the shapes of real ones: what figures and pages are drawn from without running anything."""
+"""A study made by hand with the shapes of real ones, for tests of figures and pages."""
 
 import numpy as np
 
@@ -17,12 +17,29 @@ GROUPS = {
     "history": 1 + ROWS % 10,
 }
 CATALOGUE = {
-    "kind": "text", "items": 1234, "train_rows": 20_000, "valid_rows": 1500, "test_rows": 1500, "target_tokens": 200_000,
-    "zero_ig_tokens": 120_000, "zero_ig_share": 0.6, "mean_length": 9.1, "median_length": 8.0, "max_length": 30, "nodes": 9000,
-    "cold_item_share": 0.1, "test_unseen_share": 0.2, "forced_share": 0.5, "cold_items": 123, "mean_ig": 0.1, "root_entropy": 6.0,
-    "filtering_ratio": [0.99, 0.8, 0.5, 0.2], "token_purity_gain": [0.01, 0.2, 0.6, 0.95],
-    "purity_gain_by_token": np.geomspace(0.95, 0.001, 100).tolist(), "quantizer": None,
-}  # fmt: skip
+    "kind": "text",
+    "items": 1234,
+    "train_rows": 20_000,
+    "valid_rows": 1500,
+    "test_rows": 1500,
+    "target_tokens": 200_000,
+    "zero_ig_tokens": 120_000,
+    "zero_ig_share": 0.6,
+    "mean_length": 9.1,
+    "median_length": 8.0,
+    "max_length": 30,
+    "nodes": 9000,
+    "cold_item_share": 0.1,
+    "test_unseen_share": 0.2,
+    "forced_share": 0.5,
+    "cold_items": 123,
+    "mean_ig": 0.1,
+    "root_entropy": 6.0,
+    "filtering_ratio": [0.99, 0.8, 0.5, 0.2],
+    "token_purity_gain": [0.01, 0.2, 0.6, 0.95],
+    "purity_gain_by_token": np.geomspace(0.95, 0.001, 100).tolist(),
+    "quantizer": None,
+}
 
 
 def matches(random, level: float) -> dict[str, float]:
@@ -39,11 +56,21 @@ def results(random, split: str, level: float, alphas=("0.0",)) -> dict:
     items = (NUM_ROWS * np.exp(-steps / 3)).astype(int).tolist()
     target = 4 * np.exp(-steps)
     found = {
-        "split": split, "dataset": "toys", "rows": NUM_ROWS, "num_rows": 0, "seed": 0, "num_beams": 10, "length_penalty": 0.0,
-        "leaves": 1234, "cold_targets": 300, "head_targets": 900.0, "popularity_baseline": matches(random, 0.02),
-        "target_popularity_deciles": [0.4, 0.2, 0.1, 0.08, 0.06, 0.05, 0.04, 0.03, 0.02, 0.02], "alpha": {},
+        "split": split,
+        "dataset": "toys",
+        "rows": NUM_ROWS,
+        "num_rows": 0,
+        "seed": 0,
+        "num_beams": 10,
+        "length_penalty": 0.0,
+        "leaves": 1234,
+        "cold_targets": 300,
+        "head_targets": 900.0,
+        "popularity_baseline": matches(random, 0.02),
+        "target_popularity_deciles": [0.4, 0.2, 0.1, 0.08, 0.06, 0.05, 0.04, 0.03, 0.02, 0.02],
+        "alpha": {},
         "target_prefix_entropy": {"nats": target.tolist(), "items": items},
-    }  # fmt: skip
+    }
     for alpha in alphas:
         shares = np.array(
             [0.55, 0.2, 0.08, 0.05, 0.04, 0.03, 0.02, 0.01, 0.01, 0.01]
@@ -144,7 +171,7 @@ def run(
 
 
 def make(seeds: int = 3) -> Study:
-    """Return two datasets: one with a β grid and every kind of run, one with baselines and semantic IDs' weightings."""
+    """Return two datasets: one with a grid of β, one with the objectives of semantic IDs."""
     random, runs = np.random.default_rng(0), []
     for seed in range(seeds):
         runs.append(run(random, "books-small", "uniform", {"objective": "uniform"}, seed, 0.03))
@@ -164,17 +191,28 @@ def make(seeds: int = 3) -> Study:
             )
         for method, settings, level in (
             ("igd-linear β=0.4", {"objective": "igd-linear", "igd_beta": 0.4}, 0.035),
-            ("position", {"objective": "position"}, 0.031), ("cft", {"objective": "cft"}, 0.033),
-            ("popularity", {"recommender": "popularity"}, 0.012), ("SASRec", {"recommender": "sasrec"}, 0.028),
-        ):  # fmt: skip
+            ("position", {"objective": "position"}, 0.031),
+            ("cft", {"objective": "cft"}, 0.033),
+            ("popularity", {"recommender": "popularity"}, 0.012),
+            ("SASRec", {"recommender": "sasrec"}, 0.028),
+        ):
             runs.append(run(random, "books-small", method, settings, seed, level))
         for method, settings, level in (
-            ("uniform", {"objective": "uniform"}, 0.05), ("frequency", {"objective": "frequency"}, 0.052),
+            ("uniform", {"objective": "uniform"}, 0.05),
+            ("frequency", {"objective": "frequency"}, 0.052),
             ("multi-target", {"objective": "multi-target"}, 0.053),
-            ("multi-target + curriculum cT=2", {"objective": "multi-target", "curriculum_cT": 2.0}, 0.056),
-            ("multi-target + curriculum cT=4", {"objective": "multi-target", "curriculum_cT": 4.0}, 0.054),
+            (
+                "multi-target + curriculum cT=2",
+                {"objective": "multi-target", "curriculum_cT": 2.0},
+                0.056,
+            ),
+            (
+                "multi-target + curriculum cT=4",
+                {"objective": "multi-target", "curriculum_cT": 4.0},
+                0.054,
+            ),
             ("LRURec", {"recommender": "lrurec"}, 0.045),
-        ):  # fmt: skip
+        ):
             runs.append(run(random, "instruments", method, settings, seed, level))
     catalogues = {name: CATALOGUE | {"dataset": name} for name in ("books-small", "instruments")}
     catalogues["instruments"] |= {

@@ -1,4 +1,4 @@
-"""Run folders made by hand around a tiny dataset: what train.py and eval.py leave, with lists that the test chooses."""
+"""Run folders made by hand around a tiny dataset, with lists that the test chooses."""
 
 import json
 from pathlib import Path
@@ -33,7 +33,15 @@ def draw(random) -> dict:
 
 
 def write_run(folder: Path, source: Path, settings: dict, ranks: dict, **changes) -> Path:
-    """Write a run folder; `source` is what tiny_run.make left, `ranks` as `draw` gives them; `changes` go into metrics.json."""
+    """Write a run folder.
+
+    Args:
+        folder: the run folder.
+        source: the folder that tiny_run.make left.
+        settings: the config.yaml.
+        ranks: as `draw` returns them.
+        changes: entries of metrics.json.
+    """
     dataset = InteractionDataset.load(source.parent / "data")
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(
@@ -83,9 +91,15 @@ def write_evaluation(folder: Path, dataset, split: str, by_alpha: dict, changes:
         match = {f"ndcg@{k}": float(np.mean([ndcg(rank, k) for rank in ranks])) for k in (5, 10)}
         match |= {f"hr@{k}": float(np.mean([0 < rank <= k for rank in ranks])) for k in (5, 10)}
         results["alpha"][alpha] = {
-            "token_match": match, "item_match": match, "first_token_repetition": 0.5, "score_entropy_bits": 2.0, "coverage": 0.3,
-            "gini_index": 0.4, "popularity_deciles": [0.1] * 10, "cold_share_of_listed": 0.0,
-        }  # fmt: skip
+            "token_match": match,
+            "item_match": match,
+            "first_token_repetition": 0.5,
+            "score_entropy_bits": 2.0,
+            "coverage": 0.3,
+            "gini_index": 0.4,
+            "popularity_deciles": [0.1] * 10,
+            "cold_share_of_listed": 0.0,
+        }
         write_lists(
             folder / f"predictions-alpha{alpha}.parquet",
             ROWS[split],

@@ -1,4 +1,4 @@
-"""Figures of a study against plain averages: what is drawn, when it is there, and bytes that do not change."""
+"""Figures of a study: plain averages, left out without data, bytes that do not change."""
 
 import dataclasses
 import hashlib

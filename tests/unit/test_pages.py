@@ -1,4 +1,4 @@
-"""The report as a reader gets it: the page in a browser, its files, its bytes, and studies of which little is whole."""
+"""The report as a reader gets it: page, files and bytes, also of studies with incomplete runs."""
 
 import dataclasses
 import math
@@ -136,7 +136,8 @@ def test_the_page_loads_in_a_browser(report, tmp_path, width):
 def test_the_browser_tells_what_a_page_does(tmp_path):
     """What the test above trusts in."""
     (tmp_path / "page.html").write_text(
-        '<img src="http://a.example/b.png"><p id=p></p><script>p.innerHTML = "<b>now</b>"; no()</script>'
+        '<img src="http://a.example/b.png"><p id=p></p>'
+        '<script>p.innerHTML = "<b>now</b>"; no()</script>'
     )
     page = chromium.load((tmp_path / "page.html").as_uri(), tmp_path)
     assert page.requests == ["http://a.example/b.png"] and "<b>now</b>" in page.dom
@@ -189,8 +190,10 @@ def test_markup_in_names_is_shown_not_obeyed(small, tmp_path):
 
 
 def test_equal_studies_give_equal_bytes(report, study, tmp_path):
-    code = "import sys; from igd_ds.studies.report.pages import render; from igd_ds.studies.report.study import load\n"
-    code += "render(load(sys.argv[1]), sys.argv[2])"
+    code = "import sys; from pathlib import Path\n"
+    code += "from igd_ds.studies.report.pages import render\n"
+    code += "from igd_ds.studies.report.study import load\n"
+    code += "render(load(Path(sys.argv[1])), Path(sys.argv[2]))"
     environment = os.environ | {"PYTHONHASHSEED": "3", "TZ": "Asia/Tokyo", "LC_ALL": "C"}
     command = [sys.executable, "-c", code, report / "data", tmp_path / "again"]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
@@ -291,8 +294,15 @@ def test_nothing_whole_is_a_report_too(study, tmp_path, count):
 
 
 def test_cost_adds_up(study):
-    one, two, silent, failed = (dataclasses.replace(study.runs[0], seconds=s, eval_seconds=e, rank_seconds=r) for s, e, r in (
-        (3600.0, 1800.0, 5400.0), (7200.0, None, 28800.0), (None, 60.0, None), (None, None, None)))  # fmt: skip
+    one, two, silent, failed = (
+        dataclasses.replace(study.runs[0], seconds=s, eval_seconds=e, rank_seconds=r)
+        for s, e, r in (
+            (3600.0, 1800.0, 5400.0),
+            (7200.0, None, 28800.0),
+            (None, 60.0, None),
+            (None, None, None),
+        )
+    )
     assert (
         cost([one])
         == "1.5 h of wall time (1.0 h training, 30.0 min evaluation), 1.5 h over all ranks"

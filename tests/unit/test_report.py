@@ -1,4 +1,4 @@
-"""igd_ds/commands/report.py: from run folders to a report, the same report from what it keeps, and what it refuses."""
+"""`igd report`: run folders to a report, the same report from its data, and bad input."""
 
 import io
 import json
@@ -150,9 +150,14 @@ def rows_of(content: bytes) -> list[dict]:
 def test_a_sweep_with_rows_that_are_not_whole(made, tmp_path, capsys):
     folder = shutil.copytree(made, tmp_path / "sweep", symlinks=True)
     (folder / "igd-1" / "eval" / "test" / "metrics.json").write_text('{"alpha": ')
-    rows = [sweep_row("uniform-0"), sweep_row("uniform-1", seed=1), sweep_row("igd-0", method="igd β=0.1", group="i"),
-            sweep_row("igd-1", method="igd β=0.1", group="i", seed=1), sweep_row("gone", "failed", seed=2, error="KeyError: 'x'"),
-            sweep_row("large", "not run", backbone="llama")]  # fmt: skip
+    rows = [
+        sweep_row("uniform-0"),
+        sweep_row("uniform-1", seed=1),
+        sweep_row("igd-0", method="igd β=0.1", group="i"),
+        sweep_row("igd-1", method="igd β=0.1", group="i", seed=1),
+        sweep_row("gone", "failed", seed=2, error="KeyError: 'x'"),
+        sweep_row("large", "not run", backbone="llama"),
+    ]
     assert (
         report.main(
             [str(write_sweep(folder, rows)), "-o", str(tmp_path / "out"), "--command", "make it"]

@@ -36,10 +36,19 @@ def test_holm_by_hand():
 
 
 @pytest.mark.parametrize(
-    "first", [[3.0, 5.0, 6.0], [7.0, 8.0, 9.0], [1.0, 4.5], [4.0, 4.0, 5.0], [2.0, 2.0], [5.0, 5.0, 5.0], [4.0] * 4],
-)  # fmt: skip
+    "first",
+    [
+        [3.0, 5.0, 6.0],
+        [7.0, 8.0, 9.0],
+        [1.0, 4.5],
+        [4.0, 4.0, 5.0],
+        [2.0, 2.0],
+        [5.0, 5.0, 5.0],
+        [4.0] * 4,
+    ],
+)
 def test_mann_whitney_equals_an_enumeration(first):
-    """Two-sided p, ties included: twice the smaller share of all ways to deal the ranks whose U is as small, or as large."""
+    """Two-sided p, ties included: twice the smaller share of all permutations with such a U."""
     second = [1.5, 2.0, 4.0]
     pooled = [*first, *second]
     ranks = [
@@ -94,7 +103,7 @@ def test_the_bootstrap_equals_a_plain_loop_over_users():
 
 
 def test_rows_of_one_user_are_no_further_evidence():
-    """Each row three times over: the interval is as wide as before, where rows on their own would make it narrower."""
+    """Rows that are repeated three times leave the interval as wide as it was."""
     random = np.random.default_rng(2)
     user, difference = np.arange(50), random.normal(0.05, 0.3, 50)
     once = bootstrap_over_users(difference, user)
@@ -139,7 +148,7 @@ def make_run(method: str, seed: int, ranks: np.ndarray, **changes) -> Run:
 
 @pytest.fixture
 def study():
-    """Three seeds of a baseline, of a method that is clearly better, and of one that is not, over 60 users with 2 rows each."""
+    """Three seeds of uniform, of a better method and of an equal one; 60 users with 2 rows each."""
     random, runs = np.random.default_rng(0), []
     for seed in range(3):
         for method, hits in (("uniform", 0.3), ("better", 0.7), ("same", 0.3)):
@@ -223,9 +232,11 @@ def test_without_ranks_there_is_the_test_over_seeds_alone(study):
 
 
 def test_another_baseline_may_be_named_one_that_does_not_generate_too(study):
-    assert [(c.method, c.reference) for c in compare(replace(study, reference="better"), "toy")] == [
-        ("uniform", "better"), ("same", "better"),
-    ]  # fmt: skip
+    compared = compare(replace(study, reference="better"), "toy")
+    assert [(c.method, c.reference) for c in compared] == [
+        ("uniform", "better"),
+        ("same", "better"),
+    ]
     sequential = [
         replace(run, backbone="", method="SASRec", settings={"recommender": "sasrec"})
         for run in study.runs[:3:2]

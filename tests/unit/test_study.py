@@ -1,4 +1,4 @@
-"""Run folders → a study: states and notes, refusals, ranks against the predictions, and the bytes that are kept."""
+"""Run folders to a study: states, notes, bad input, ranks of the predictions, stored bytes."""
 
 import dataclasses
 import json
@@ -71,15 +71,18 @@ def only(study):
 @pytest.mark.parametrize(
     ("settings", "method"),
     [
-        ({"objective": "uniform"}, "uniform"), ({"objective": "igd", "igd_beta": 0.1}, "igd β=0.1"),
-        ({"objective": "igd-linear", "igd_beta": 1.0}, "igd-linear β=1"), ({"objective": "rank", "rank_tau": 0.8}, "rank τ=0.8"),
+        ({"objective": "uniform"}, "uniform"),
+        ({"objective": "igd", "igd_beta": 0.1}, "igd β=0.1"),
+        ({"objective": "igd-linear", "igd_beta": 1.0}, "igd-linear β=1"),
+        ({"objective": "rank", "rank_tau": 0.8}, "rank τ=0.8"),
         ({"objective": "cft", "cft_lambda": 0.5, "position_floor": 0.1}, "cft"),
         ({"objective": "front-greater"}, "front-greater"),
         ({"objective": "multi-target", "curriculum_c": None}, "multi-target"),
         ({"objective": "multi-target", "curriculum_cT": 2.0}, "multi-target + curriculum"),
-        ({"recommender": "last-item-knn"}, "last-item kNN"), ({"recommender": "sasrec"}, "SASRec"),
+        ({"recommender": "last-item-knn"}, "last-item kNN"),
+        ({"recommender": "sasrec"}, "SASRec"),
     ],
-)  # fmt: skip
+)
 def test_the_method_of_a_configuration(settings, method):
     assert method_of(settings) == method
 
@@ -191,11 +194,14 @@ def test_a_whole_run(run):
 @pytest.mark.parametrize(
     ("settings", "best"),
     [
-        ({"objective": "igd", "igd_beta": 0.1}, True), ({"objective": "igd-linear", "igd_beta": 0.1}, True),
-        ({"objective": "uniform"}, False), ({"objective": "cft"}, False), ({"objective": "multi-target"}, False),
+        ({"objective": "igd", "igd_beta": 0.1}, True),
+        ({"objective": "igd-linear", "igd_beta": 0.1}, True),
+        ({"objective": "uniform"}, False),
+        ({"objective": "cft"}, False),
+        ({"objective": "multi-target"}, False),
         ({"recommender": "sasrec"}, False),
     ],
-)  # fmt: skip
+)
 def test_igd_alone_is_reported_at_the_best_alpha(source, tmp_path, settings, best):
     ranks = {
         split: {"0.0": [2] * len(rows), "0.2": [1] * len(rows)} for split, rows in ROWS.items()
@@ -306,7 +312,7 @@ def test_runs_that_call_their_objective_a_weighting_are_read_alike(source, run, 
 
 
 def test_groups_of_a_real_evaluation_are_those_that_it_measured(source, tmp_path, monkeypatch):
-    """tiny_run's model, searched by eval.py: head, tail, warm and cold from the kept ranks equal metrics.json."""
+    """NDCG of head, tail, warm and cold rows from the stored ranks equals that of metrics.json."""
     monkeypatch.setattr(distributed, "init", lambda: None)
     monkeypatch.setattr(distributed, "device", lambda: torch.device("cpu"))
     folder, data = shutil.copytree(source, tmp_path / "run"), source.parent / "data"
@@ -379,22 +385,33 @@ def test_states_and_notes_of_a_sweep(run, tmp_path):
     for name in ("training", "failed"):
         shutil.rmtree(folder / name / "eval")
     rows = [
-        sweep_row("whole"), sweep_row("candidate", chosen=False, seed=1),
-        sweep_row("training", "running", chosen=None, seed=2), sweep_row("failed", chosen=None, seed=3, **out_of_memory),
-        sweep_row("undecided", "waiting", chosen=None, seed=4, family="f"), sweep_row("due", "waiting", seed=5),
-        sweep_row("testing", "running", seed=6), sweep_row("untested", seed=7, **out_of_memory),
-        sweep_row("exact", seed=8, **out_of_memory), sweep_row("gone", "waiting", chosen=None, seed=9),
+        sweep_row("whole"),
+        sweep_row("candidate", chosen=False, seed=1),
+        sweep_row("training", "running", chosen=None, seed=2),
+        sweep_row("failed", chosen=None, seed=3, **out_of_memory),
+        sweep_row("undecided", "waiting", chosen=None, seed=4, family="f"),
+        sweep_row("due", "waiting", seed=5),
+        sweep_row("testing", "running", seed=6),
+        sweep_row("untested", seed=7, **out_of_memory),
+        sweep_row("exact", seed=8, **out_of_memory),
+        sweep_row("gone", "waiting", chosen=None, seed=9),
         sweep_row("large", "not run", chosen=None, backbone="llama"),
-    ]  # fmt: skip
+    ]
     study = read_runs([write_sweep(folder, rows)], 0)
     assert (study.name, study.budget) == ("a sweep", "little")
     assert [(run.name, run.state, run.note) for run in study.runs] == [
-        ("whole", "finished", ""), ("candidate", "no test", ""), ("training", "unfinished", "running"),
-        ("failed", "failed", "RuntimeError: out of memory"), ("undecided", "no test", "validation has not chosen yet"),
-        ("due", "no test", "chosen, not tested yet"), ("testing", "no test", "chosen, not tested yet"),
+        ("whole", "finished", ""),
+        ("candidate", "no test", ""),
+        ("training", "unfinished", "running"),
+        ("failed", "failed", "RuntimeError: out of memory"),
+        ("undecided", "no test", "validation has not chosen yet"),
+        ("due", "no test", "chosen, not tested yet"),
+        ("testing", "no test", "chosen, not tested yet"),
         ("untested", "no test", "chosen, not tested yet; RuntimeError: out of memory"),
-        ("exact", "finished", "RuntimeError: out of memory"), ("gone", "waiting", ""), ("large", "not run", ""),
-    ]  # fmt: skip
+        ("exact", "finished", "RuntimeError: out of memory"),
+        ("gone", "waiting", ""),
+        ("large", "not run", ""),
+    ]
     assert all(run.valid and "valid" in run.ranks for run in study.runs if run.whole)
     assert study.runs[0].family == family_of(study.runs[0].settings) and study.runs[4].family == "f"
     assert study.runs[-1].settings == {"objective": "uniform"}  # from the table
@@ -410,19 +427,47 @@ def drop(path, *keys):
 @pytest.mark.parametrize(
     ("damage", "state", "note"),
     [
-        (lambda run: (run / "summary.json").unlink(), "unfinished", "the training has not finished"),
+        (
+            lambda run: (run / "summary.json").unlink(),
+            "unfinished",
+            "the training has not finished",
+        ),
         (lambda run: shutil.rmtree(run / "eval" / "valid"), "unfinished", "no eval/valid"),
         (lambda run: shutil.rmtree(run / "eval" / "test"), "no test", "not evaluated on test"),
-        (lambda run: (run / "eval/test/metrics.json").write_text("{"), "unfinished", "eval/test/metrics.json is not JSON"),
-        (lambda run: (run / "config.yaml").write_text("objective: uniform\ndataset: d"), "unfinished", "KeyError: 'seed'"),
-        (lambda run: (run / "config.yaml").write_text("objective: uniform\nseed: 0"), "unfinished", "KeyError: 'dataset'"),
-        (lambda run: (run / "config.yaml").write_text("objective: igd\nseed: 0"), "unfinished", "KeyError: 'igd_beta'"),
-        (lambda run: drop(run / "summary.json", "seconds"), "finished", "summary.json lacks seconds (written by an older version?)"),
+        (
+            lambda run: (run / "eval/test/metrics.json").write_text("{"),
+            "unfinished",
+            "eval/test/metrics.json is not JSON",
+        ),
+        (
+            lambda run: (run / "config.yaml").write_text("objective: uniform\ndataset: d"),
+            "unfinished",
+            "KeyError: 'seed'",
+        ),
+        (
+            lambda run: (run / "config.yaml").write_text("objective: uniform\nseed: 0"),
+            "unfinished",
+            "KeyError: 'dataset'",
+        ),
+        (
+            lambda run: (run / "config.yaml").write_text("objective: igd\nseed: 0"),
+            "unfinished",
+            "KeyError: 'igd_beta'",
+        ),
+        (
+            lambda run: drop(run / "summary.json", "seconds"),
+            "finished",
+            "summary.json lacks seconds (written by an older version?)",
+        ),
         (lambda run: (run / "env.json").unlink(), "finished", "env.json lacks world_size"),
-        (lambda run: drop(run / "eval/valid/metrics.json", "alpha"), "unfinished", "written by an older version"),
+        (
+            lambda run: drop(run / "eval/valid/metrics.json", "alpha"),
+            "unfinished",
+            "written by an older version",
+        ),
         (lambda run: (run / "eval/test/timing.json").unlink(), "finished", ""),
     ],
-)  # fmt: skip
+)
 def test_a_run_that_is_not_whole_is_noted(run, damage, state, note):
     folder = run("uniform")
     damage(folder)
@@ -545,8 +590,12 @@ def test_the_interactions_of_a_dataset_are_those_that_its_rows_were_made_of(
 ):
     folder, loaded = run("uniform"), InteractionDataset.load(source.parent / "data")
     assert "users" not in read_runs([folder], 0).catalogues["toy"]  # given rows: nothing is known
-    funnel = [{"step": "source", "users": 9, "items": 9, "interactions": 90}, {"step": "left out", "items": 1},
-              {"step": "sample", "users": 4, "items": 8, "interactions": 30}, {"step": "rows", "train": 7}]  # fmt: skip
+    funnel = [
+        {"step": "source", "users": 9, "items": 9, "interactions": 90},
+        {"step": "left out", "items": 1},
+        {"step": "sample", "users": 4, "items": 8, "interactions": 30},
+        {"step": "rows", "train": 7},
+    ]
     known = dataclasses.replace(loaded, info=loaded.info | {"funnel": funnel})
     monkeypatch.setattr(InteractionDataset, "load", lambda *_: known)
     found = read_runs([folder], 0).catalogues["toy"]

@@ -1,5 +1,6 @@
-"""Sweeps: what a table expands to, what validation chooses, and what becomes of rows that fail, stop or run side by side."""
+"""Sweeps: rows of a table, the choice by validation, rows that fail, stop or run side by side."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -18,31 +19,46 @@ import pytest
 import torch
 import yaml
 
-from igd_ds import engine
-from igd_ds.baseline import BaselineConfig
-from igd_ds.config.options import EvalConfig, parse
+from igd_ds.baseline_config import BaselineConfig
+from igd_ds.commands.sweep import main
+from igd_ds.config.options import parse
+from igd_ds.engine.ds_config import resolve_ds_config
+from igd_ds.errors import UsageError
+from igd_ds.eval_config import EvalConfig
 from igd_ds.studies import sweep
 from igd_ds.studies import sweep_table as _sweep_table
-from igd_ds.studies.report.folders import ALIKE
+from igd_ds.studies.report.runs import ALIKE
+from igd_ds.train_config import TrainConfig
 
 ROOT = Path(__file__).parents[2]
 FAKE = f"{sys.executable} {Path(__file__).parent / 'fake_entry.py'}"
 ENTRY = {
     "dataset": "toys",
     "backbone": "tiny",
-    "weighting": "igd",
+    "objective": "igd",
     "igd_beta": [0.1, 0.3],
     "seed": [0, 1],
 }
-UNIFORM = {"dataset": "toys", "backbone": "tiny", "weighting": "uniform", "seed": [0, 1]}
+UNIFORM = {"dataset": "toys", "backbone": "tiny", "objective": "uniform", "seed": [0, 1]}
 U0, U1 = "toys-tiny-uniform-seed0", "toys-tiny-uniform-seed1"
 A0, A1, B0, B1 = [
     f"toys-tiny-igd-igd_beta{beta}-seed{seed}" for beta in (0.1, 0.3) for seed in (0, 1)
 ]
 
 
+CONFIGS = {"train.py": TrainConfig, "eval.py": EvalConfig, "baseline.py": BaselineConfig}
+DEFAULTS = {
+    script: {
+        field.name: field.default
+        for field in dataclasses.fields(config)
+        if field.default is not dataclasses.MISSING
+    }
+    for script, config in CONFIGS.items()
+}
+
+
 def table_of(folder: Path, **changes) -> dict:
-    """A table of one dataset and one backbone, whose files are there: uniform and two β, two seeds each."""
+    """Return a table of one dataset and one backbone: uniform and two β, two seeds each."""
     (folder / "data").mkdir(exist_ok=True)
     (folder / "data" / "dataset.json").touch()
     table = {
@@ -75,7 +91,7 @@ def read(folder: Path, **changes) -> _sweep_table.Table:
 
 @pytest.fixture
 def world(tmp_path, monkeypatch):
-    """A table, a fake train.py and eval.py that follow a plan, and a function that runs the sweep."""
+    """A table, fake entry scripts that follow a plan, and a function that runs the sweep."""
     return World(tmp_path, monkeypatch)
 
 
@@ -96,6 +112,7 @@ class World:
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         self.write()
         (self.plan / "scores.json").write_text(json.dumps(self.scores))
+        (self.plan / "defaults.json").write_text(json.dumps(DEFAULTS))
         monkeypatch.setattr(signal, "signal", lambda *_: None)  # pytest keeps its own handlers
 
     def write(self, **changes) -> None:
@@ -106,13 +123,22 @@ class World:
         path.unlink() if what is None else path.write_text(what)
 
     def run(self, *words) -> int:
-        return sweep.main([self.table, "--output", str(self.runs), "--launcher", FAKE, *words])
+        """Run the sweep and return its exit code; print bad input as `igd` does."""
+        try:
+            return main([self.table, "--output", str(self.runs), "--launcher", FAKE, *words])
+        except UsageError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
 
     def calls(self) -> list[tuple[str, str]]:
         path = self.plan / "calls.jsonl"
         lines = path.read_text().splitlines() if path.is_file() else []
         path.unlink(missing_ok=True)
         self.last = [json.loads(line) for line in lines]
+        for call in self.last:  # what the real scripts would do with their flags
+            script, *words = call["words"]
+            call["script"] = script
+            parse(CONFIGS[Path(script).name], words)
         return [(call["row"], call["part"]) for call in self.last]
 
     def rows(self) -> dict[str, dict]:
@@ -131,7 +157,7 @@ def test_an_entry_is_the_product_of_its_lists(tmp_path):
     entry = {
         "dataset": ["toys", "books"],
         "backbone": ["tiny", "big"],
-        "weighting": "igd",
+        "objective": "igd",
         "igd_beta": [0.1, 0.3, 1],
     }
     entry |= {"epochs": 2, "seed": [0, 7]}
@@ -155,7 +181,7 @@ def test_an_entry_is_the_product_of_its_lists(tmp_path):
     assert rows[0].group == rows[1].group == "toys-tiny-igd-igd_beta0.1-epochs2" != rows[2].group
     big, last = rows[6], rows[-1]
     assert big.settings["epochs"] == 2 and big.evaluation == {
-        "alpha": [0.0, 0.2],
+        "alpha": (0.0, 0.2),
         "num_rows": 50,
         "length_penalty": 1.0,
     }
@@ -168,13 +194,13 @@ def test_an_entry_is_the_product_of_its_lists(tmp_path):
     assert "frequency_beta" not in last.settings  # a default that igd has no use for
 
 
-def test_defaults_reach_the_weightings_that_use_them(tmp_path):
-    entry = UNIFORM | {"weighting": ["uniform", "frequency"], "seed": 0}
+def test_defaults_reach_the_objectives_that_use_them(tmp_path):
+    entry = UNIFORM | {"objective": ["uniform", "frequency"], "seed": 0}
     uniform, frequency = read(tmp_path, runs=[entry]).rows
     assert frequency.settings["frequency_beta"] == 0.9 and "frequency_beta" not in uniform.settings
     for row in (uniform, frequency):
         row.check_inputs()
-    with_own = entry | {"weighting": "uniform", "frequency_beta": 0.5}
+    with_own = entry | {"objective": "uniform", "frequency_beta": 0.5}
     with pytest.raises(
         ValueError,
         match="toys-tiny-uniform-frequency_beta0.5-seed0: --frequency_beta 0.5 has no effect",
@@ -189,14 +215,13 @@ def test_the_exact_search_is_where_it_is_asked_for(tmp_path):
     ]
     without, asked = read(tmp_path, runs=runs).rows
     assert without.exact is None and asked.exact == {
-        "alpha": [0.0, 0.2],
+        "alpha": (0.0, 0.2),
         "num_rows": 5,
         "search": "exact",
     }
-    names = [done.parent.name for done, _ in sweep.steps(asked, tmp_path, 2)]
+    names = [step.done.parent.name for step in sweep.steps(asked, tmp_path, 2)]
     assert names == ["test", "test-exact"] and len(sweep.steps(without, tmp_path, 2)) == 1
-    _, words = sweep.steps(asked, tmp_path, 2)[1]
-    line = " ".join(words)
+    line = " ".join(sweep.steps(asked, tmp_path, 2)[1].words)
     assert "--search exact" in line and "--num_rows 5 " in line and "--alpha " not in line
     assert f"--alpha_from {tmp_path / asked.name / 'eval/valid'}" in line
 
@@ -318,8 +343,8 @@ def test_rows_of_a_dataset_are_evaluated_alike(tmp_path, evaluated, message):
             "run 1: dataset: unknown name 'toyz', did you mean 'toys'",
         ),
         (
-            {"runs": [ENTRY | {"weighting": "idg"}]},
-            "run 1: weighting: unknown name 'idg', did you mean 'igd'",
+            {"runs": [ENTRY | {"objective": "idg"}]},
+            "run 1: objective: unknown name 'idg', did you mean 'igd'",
         ),
         ({"runs": [{k: v for k, v in ENTRY.items() if k != "seed"}]}, "run 1: 'seed' is missing"),
         (
@@ -342,7 +367,7 @@ def test_rows_of_a_dataset_are_evaluated_alike(tmp_path, evaluated, message):
         ({"runs": [ENTRY | {"run": "no"}]}, "run 1: 'run' is true or false"),
         (
             {"runs": [ENTRY | {"output_dir": "x"}]},
-            "run 1: 'output_dir' is what the sweep itself sets",
+            "run 1: 'output_dir' is set by the sweep",
         ),
         (
             {"runs": [ENTRY | {"evaluation": {"aplha": [0]}}]},
@@ -352,7 +377,7 @@ def test_rows_of_a_dataset_are_evaluated_alike(tmp_path, evaluated, message):
             {"defaults": {"ds_confg": "x"}},
             "defaults: unknown setting 'ds_confg', did you mean 'ds_config'",
         ),
-        ({"defaults": {}}, "run 1: 'ds_config' is given neither there nor in what all rows share"),
+        ({"defaults": {}}, "run 1: 'ds_config' is missing in the entry and in the shared settings"),
         (
             {"backbones": {"tiny": "qwen"}},
             "backbone tiny: expected settings of train.py, found 'qwen'",
@@ -377,14 +402,15 @@ def test_rows_of_a_dataset_are_evaluated_alike(tmp_path, evaluated, message):
         ({"evaluation": {"alpha": []}}, "run 1: evaluation: --alpha needs at least one value"),
         ({"evaluation": {"alpha": [0.1]}}, "alpha \\[0.1\\] lacks 0"),
         ({"evaluation": {"num_beams": 5}}, "lists of num_beams 5 have no ndcg@10"),
-        ({"evaluation": {"split": "test"}}, "evaluation: 'split' is what the sweep itself sets"),
+        ({"evaluation": {"split": "test"}}, "evaluation: 'split' is set by the sweep"),
     ],
 )
-def test_bad_tables_are_named(tmp_path, capsys, change, message):
+def test_bad_tables_are_named(tmp_path, change, message):
     path = write(tmp_path, table_of(tmp_path, **change))
-    assert sweep.main([path, "--output", str(tmp_path / "runs")]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith(f"error: {path}: ") and re.search(message, error), error
+    with pytest.raises(UsageError) as raised:
+        main([path, "--output", str(tmp_path / "runs")])
+    error = str(raised.value)
+    assert error.startswith(f"{path}: ") and re.search(message, error), error
     assert not (tmp_path / "runs").exists()
 
 
@@ -408,6 +434,27 @@ def test_rows_that_share_a_folder_are_refused(tmp_path):
         read(tmp_path, runs=[ENTRY | {"igd_beta": 0.1, "prompt": ["x/a.yaml", "y/a.yaml"]}])
 
 
+def test_a_table_may_call_the_objective_by_its_former_name(tmp_path):
+    former = {"weighting" if key == "objective" else key: value for key, value in ENTRY.items()}
+    now, before = (read(tmp_path, runs=[entry]).rows for entry in (ENTRY, former))
+    assert now == before and now[0].settings["objective"] == "igd"
+
+
+def test_a_run_of_the_former_name_is_not_another_one(world):
+    assert world.run() == 0
+    for path in world.runs.glob("*/config.yaml"):
+        path.write_text(path.read_text().replace("objective", "weighting"))
+    assert world.run("--list") == 0
+
+
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
+    words = ["sweep", "nowhere.yaml", "--output", str(tmp_path / "runs")]
+    command = [sys.executable, "-m", "igd_ds.cli", *words]
+    done = subprocess.run(command, capture_output=True, text=True)
+    expected = (2, "", "error: no table nowhere.yaml\n")
+    assert (done.returncode, done.stdout, done.stderr) == expected
+
+
 # What validation chooses
 
 
@@ -417,8 +464,8 @@ def test_the_choice_is_the_best_mean_of_each_family(tmp_path, seed):
     random = np.random.default_rng(seed)
     runs = [ENTRY | {"dataset": ["toys", "books"], "epochs": [1, 2], "igd_beta": [0.1, 0.3, 0.5]}]
     runs += [
-        ENTRY | {"weighting": "igd-linear", "run": False},
-        ENTRY | {"weighting": "igd-linear", "igd_beta": 0.7},
+        ENTRY | {"objective": "igd-linear", "run": False},
+        ENTRY | {"objective": "igd-linear", "igd_beta": 0.7},
     ]
     table = table_of(tmp_path, runs=runs)
     table["datasets"]["books"] = "other"
@@ -428,16 +475,16 @@ def test_the_choice_is_the_best_mean_of_each_family(tmp_path, seed):
     chosen = table.choose(scores | ({missing: None} if missing else {}))
     best, undecided = {}, set()
     for row in table.to_run:
-        family = (row.dataset, row.settings["weighting"], row.settings.get("epochs"))
+        family = (row.dataset, row.settings["objective"], row.settings.get("epochs"))
         if (
-            row.name == missing and row.settings["weighting"] != "igd-linear"
+            row.name == missing and row.settings["objective"] != "igd-linear"
         ):  # which has one group: nothing to choose from
             undecided.add(family)
         total = sum(scores[other.name] for other in table.to_run if other.group == row.group)
         if family not in best or total > best[family][0]:
             best[family] = (total, row.group)
     for row in table.to_run:
-        family = (row.dataset, row.settings["weighting"], row.settings.get("epochs"))
+        family = (row.dataset, row.settings["objective"], row.settings.get("epochs"))
         is_open = family in undecided or row.name == missing
         assert chosen[row.name] == (None if is_open else best[family][1] == row.group)
     assert set(chosen) == {row.name for row in table.rows if row.run}
@@ -564,7 +611,7 @@ def test_signals_reach_the_rows_and_end_the_sweep(world, sent, received):
     world.order(U0, "train", "hang")
     words = [world.table, "--output", str(world.runs), "--launcher", FAKE]
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "igd_ds/studies/sweep.py"), *words], stdout=subprocess.DEVNULL
+        [sys.executable, "-m", "igd_ds.cli", "sweep", *words], stdout=subprocess.DEVNULL
     )
     deadline = time.monotonic() + 60
     while not (world.plan / "hanging").exists():
@@ -730,8 +777,8 @@ def test_missing_files_are_refused_before_anything_starts(world, capsys):
         ({"datasets": {"toys": "nowhere"}}, f"{U0}: no dataset at nowhere"),
         ({"defaults": {"ds_config": "no.json"}}, f"{U0}: ds_config: no file no.json"),
         (
-            {"runs": [ENTRY, ENTRY | {"weighting": "rank"}]},
-            "igd_beta 0.1 has no effect with --weighting rank",
+            {"runs": [ENTRY, ENTRY | {"objective": "rank"}]},
+            "igd_beta 0.1 has no effect with --objective rank",
         ),
     ]:
         world.write(**change)
@@ -820,7 +867,7 @@ def test_test_is_touched_once(world, capsys):
         world.write(runs=[UNIFORM, left])
         assert world.run() == 2
         assert (
-            f"{B0} was tested already, but {world.table} has now no such row to run"
+            f"{B0} was tested already, but {world.table} now has no such row to run"
             in capsys.readouterr().err
         )
     world.write(
@@ -888,7 +935,7 @@ def test_a_torn_or_older_validation_fails_the_row_and_names_the_file(world, text
         ),
         ("10%|#\r20%|##\rsegfault\n\n", 139, "segfault"),
         ("working\n", -9, "killed by SIGKILL; working"),
-        ("", 3, "exit code 3, without a word"),
+        ("", 3, "exit code 3, no output"),
     ],
 )
 def test_the_last_error(text, code, expected):
@@ -940,12 +987,13 @@ def test_the_checked_in_tables_expand_to_runs_that_could_start(name, tmp_path, m
         row.check_inputs()
         for num_ranks in (1, 8):  # of one GPU, and of slurm/sweep.sbatch
             if row.config.global_batch_size:  # None: it only counts
-                engine.resolve_ds_config(row.config, num_ranks)
+                in_4bit = getattr(row.config, "load_in_4bit", False)
+                resolve_ds_config(row.config, num_ranks, in_4bit)
     evaluated = defaultdict(set)
     for row in table.rows:
         config = parse(
             BaselineConfig if row.is_baseline else EvalConfig,
-            sweep.steps(row, tmp_path, 1)[-1][1][1:],
+            sweep.steps(row, tmp_path, 1)[-1].words[1:],
         )
         evaluated[row.dataset].add(
             (
@@ -960,12 +1008,12 @@ def test_the_checked_in_tables_expand_to_runs_that_could_start(name, tmp_path, m
 
 
 def test_a_curriculum_and_none_are_two_methods_whatever_its_speed():
-    """MTC's Table 4: learned weights without curriculum are no candidate of the grid of c, nor is the form on logits."""
+    """In MTC Table 4, runs without a curriculum and runs on logits are no candidates for c."""
     table = _sweep_table.read_table(str(ROOT / "tools/sweeps/mtc.yaml"))
     mixed = [
         row
         for row in table.rows
-        if row.dataset == "yelp-rq-vae" and row.settings.get("weighting") == "multi-target"
+        if row.dataset == "yelp-rq-vae" and row.settings.get("objective") == "multi-target"
     ]
     families = [
         len({row.group for row in mixed if row.family == family})
@@ -980,18 +1028,20 @@ def test_every_checked_in_table_is_expanded_here():
 
 @pytest.mark.parametrize("code", [0, 1, 2, 85])
 def test_the_study_is_reported_though_a_row_failed(tmp_path, code):
-    """tools/cpu_study.sh with a python whose sweep ends with `code`."""
+    """tools/cpu_study.sh with a command `igd` whose sweep ends with `code`."""
     (tmp_path / "tools").mkdir()
     shutil.copy(ROOT / "tools/cpu_study.sh", tmp_path / "tools")
     for ids in ("industrial-rq", "industrial-pq"):
         (tmp_path / "runs/cpu" / ids).mkdir(parents=True)
-    python = tmp_path / "bin/python"
-    python.parent.mkdir()
-    python.write_text(
-        f"#!/bin/sh\ncase $1 in igd_ds/studies/sweep.py) exit {code};; igd_ds/commands/report.py) touch reported;; esac\n"
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "python").write_text("#!/bin/sh\n")
+    (programs / "igd").write_text(
+        f"#!/bin/sh\ncase $1 in sweep) exit {code};; report) touch reported;; esac\n"
     )
-    python.chmod(0o755)
-    environment = os.environ | {"PATH": f"{python.parent}:{os.environ['PATH']}"}
+    for program in programs.iterdir():
+        program.chmod(0o755)
+    environment = os.environ | {"PATH": f"{programs}:{os.environ['PATH']}"}
     done = subprocess.run(["bash", str(tmp_path / "tools/cpu_study.sh"), "data"], env=environment)
     assert done.returncode == code and (tmp_path / "reported").exists() == (code < 2)
 
@@ -1004,8 +1054,24 @@ def test_a_real_sweep(tmp_path):
     from igd_ds.commands import tokenizer as train_tokenizer
 
     data, tokenizer = str(tmp_path / "data"), str(tmp_path / "tokenizer")
-    prepare_data.main(["--source", "synthetic", "--num_items", "60", "--num_users", "80", "--protocol", "d3", "--k_core", "0",
-                       "--min_items", "1", "--output", data])  # fmt: skip
+    prepare_data.main(
+        [
+            "--source",
+            "synthetic",
+            "--num_items",
+            "60",
+            "--num_users",
+            "80",
+            "--protocol",
+            "d3",
+            "--k_core",
+            "0",
+            "--min_items",
+            "1",
+            "--output",
+            data,
+        ]
+    )
     train_tokenizer.main(["--dataset", data, "--vocab_size", "400", "--output", tokenizer])
     model = json.loads((ROOT / "tools/models/qwen2-demo.json").read_text()) | {
         "vocab_size": 400,
@@ -1035,7 +1101,9 @@ def test_a_real_sweep(tmp_path):
     }
     words = [
         sys.executable,
-        str(ROOT / "igd_ds/studies/sweep.py"),
+        "-m",
+        "igd_ds.cli",
+        "sweep",
         write(tmp_path, table),
         "--output",
         str(tmp_path / "runs"),

@@ -41,17 +41,27 @@ def make_run(
         "target_popularity_deciles": DECILES,
     }
     run = Run(
-        name=f"{method}-{seed}", dataset="toys", backbone="qwen", method=method, group=method, seed=seed,
-        state="no test" if test is None else "finished", family=method.split()[0], settings=settings,
+        name=f"{method}-{seed}",
+        dataset="toys",
+        backbone="qwen",
+        method=method,
+        group=method,
+        seed=seed,
+        state="no test" if test is None else "finished",
+        family=method.split()[0],
+        settings=settings,
         valid=common | {"alpha": {alpha: entry(value) for alpha, value in valid.items()}},
-        test=None if test is None else common | {"alpha": {alpha: entry(value) for alpha, value in test.items()}},
-        seconds=1800.0, eval_seconds=360.0,
-    )  # fmt: skip
+        test=None
+        if test is None
+        else common | {"alpha": {alpha: entry(value) for alpha, value in test.items()}},
+        seconds=1800.0,
+        eval_seconds=360.0,
+    )
     return replace(run, **changes)
 
 
 def make_study() -> Study:
-    """Two seeds each of: the baseline, three β of which 0.2 was chosen, another form, a recommender that does not generate."""
+    """Two seeds each of uniform, three β of which 0.2 was chosen, igd-linear, and a baseline."""
     runs = []
     for seed, shift in ((0, -0.01), (1, 0.01)):
         runs += [
@@ -103,9 +113,13 @@ def test_main_results():
     ]
     lines = text(found)
     assert [line[:4] for line in lines] == [
-        ["baseline", "popularity (expected)", "", "–"], ["baseline", "SASRec", "", "2"], ["qwen", "uniform", "0", "2"],
-        ["qwen", "igd β=0.2", "0.1", "2"], ["qwen", "igd-linear β=0.4", "0", "2"], ["qwen", "improvement of igd β=0.2", "", "–"],
-    ]  # fmt: skip
+        ["baseline", "popularity (expected)", "", "–"],
+        ["baseline", "SASRec", "", "2"],
+        ["qwen", "uniform", "0", "2"],
+        ["qwen", "igd β=0.2", "0.1", "2"],
+        ["qwen", "igd-linear β=0.4", "0", "2"],
+        ["qwen", "improvement of igd β=0.2", "", "–"],
+    ]
     sd = f"{0.02 / np.sqrt(2):.4f}"  # of 0.29 and 0.31
     assert (
         lines[3][5] == f"0.3000 ± {sd}"
@@ -134,7 +148,7 @@ def test_results_over_another_baseline():
 
 
 def test_what_was_not_measured_is_no_figure_of_the_ablation():
-    """uniform validated at α = 0 alone: its calibrated form is not known, rather than the plain one again."""
+    """If uniform was validated only at α = 0, its calibrated form is unknown."""
     runs = [
         make_run("uniform", 0, {"0.0": 0.2}, {"0.0": 0.2}),
         make_run("igd β=0.2", 0, {"0.0": 0.2, "0.1": 0.3}, {"0.1": 0.3}),
@@ -144,8 +158,11 @@ def test_what_was_not_measured_is_no_figure_of_the_ablation():
         row[1].text: row[3].text for row in table(Study("s", "", runs), "ablation-igd").rows
     }
     assert ablation == {
-        "igd β=0.2": "0.3000", "w/o w_d (α = 0)": "0.2500", "w/o w_t (uniform)": "–", "w/o both": "0.2000",
-    }  # fmt: skip
+        "igd β=0.2": "0.3000",
+        "w/o w_d (α = 0)": "0.2500",
+        "w/o w_t (uniform)": "–",
+        "w/o both": "0.2000",
+    }
 
 
 def test_each_dataset_has_the_cutoffs_that_its_own_lists_reach():
@@ -168,7 +185,7 @@ def test_each_dataset_has_the_cutoffs_that_its_own_lists_reach():
 
 
 def test_igd_alone_is_reported_at_its_best_alpha():
-    """Validation prefers α = 0.1 for all; uniform's and CFT's test at it is in no table but IGD's ablation."""
+    """Only IGD is reported at the α that validation prefers; the others are at α = 0."""
     runs = [
         make_run(method, seed, {"0.0": 0.2, "0.1": 0.3}, {"0.0": level + 0.01 * seed, "0.1": 0.9})
         for seed in range(2)
@@ -254,8 +271,10 @@ def test_selection_is_shown_and_checked():
     study = make_study()
     found = table(study, "selection")
     assert [(row[1].text, row[3].text, row[4].text[:6], row[4].mark) for row in found.rows] == [
-        ("igd β=0.1", "", "0.1900", ""), ("igd β=0.2", "yes", "0.2600", "best"), ("igd β=0.3", "", "0.2200", "second"),
-    ]  # fmt: skip
+        ("igd β=0.1", "", "0.1900", ""),
+        ("igd β=0.2", "yes", "0.2600", "best"),
+        ("igd β=0.3", "", "0.2200", "second"),
+    ]
     assert found.notes == []
     tested = [
         replace(run, state="finished", test=run.valid) if run.method == "igd β=0.3" else run
@@ -283,8 +302,11 @@ def test_what_was_chosen_and_not_tested_yet_is_validated_and_missed():
 def test_beta_sensitivity_and_its_effective_range():
     found = table(make_study(), "beta")
     assert [(row[1].text, row[2].text, row[4].text[:6]) for row in found.rows] == [
-        ("uniform", "–", "0.2000"), ("igd", "0.1", "0.1900"), ("igd", "0.2", "0.2600"), ("igd", "0.3", "0.2200"),
-    ]  # fmt: skip
+        ("uniform", "–", "0.2000"),
+        ("igd", "0.1", "0.1900"),
+        ("igd", "0.2", "0.2600"),
+        ("igd", "0.3", "0.2200"),
+    ]
     assert found.notes == ["toys, qwen, igd: effective β: 0.2, 0.3."]
     study = make_study()
     longer = [
@@ -306,8 +328,11 @@ def test_beta_sensitivity_and_its_effective_range():
 def test_ablation_of_igd():
     found = table(make_study(), "ablation-igd")
     assert [(row[1].text, row[3].text[:6]) for row in found.rows] == [
-        ("igd β=0.2", "0.3000"), ("w/o w_d (α = 0)", "0.2500"), ("w/o w_t (uniform)", "0.2000"), ("w/o both", "0.2000"),
-    ]  # fmt: skip
+        ("igd β=0.2", "0.3000"),
+        ("w/o w_d (α = 0)", "0.2500"),
+        ("w/o w_t (uniform)", "0.2000"),
+        ("w/o both", "0.2000"),
+    ]
 
 
 def test_linear_and_binary_weights_are_compared_at_alpha_0():
@@ -415,13 +440,18 @@ def test_mtc_ablation_has_a_line_for_each_part():
         "mixing_form": "loss",
     }
     many = {
-        "uniform": {"objective": "uniform"}, "front-greater → CE": base | {"mixing": "fg-ce", "mixing_form": None},
-        "front-greater → CE → frequency": base | {"mixing": "fg-ce-fr", "mixing_form": None}, "multi-target": base,
-        "multi-target + curriculum": base | {"curriculum_c": 1e-5}, "worse": base | {"curriculum_c": 2e-5},
-        "front-greater": {"objective": "front-greater"}, "frequency": {"objective": "frequency"},
+        "uniform": {"objective": "uniform"},
+        "front-greater → CE": base | {"mixing": "fg-ce", "mixing_form": None},
+        "front-greater → CE → frequency": base | {"mixing": "fg-ce-fr", "mixing_form": None},
+        "multi-target": base,
+        "multi-target + curriculum": base | {"curriculum_c": 1e-5},
+        "worse": base | {"curriculum_c": 2e-5},
+        "front-greater": {"objective": "front-greater"},
+        "frequency": {"objective": "frequency"},
         "multi-target on logits": base | {"mixing_form": "logits"},
-        "multi-target + curriculum on logits": base | {"mixing_form": "logits", "curriculum_c": 1e-5},
-    }  # fmt: skip
+        "multi-target + curriculum on logits": base
+        | {"mixing_form": "logits", "curriculum_c": 1e-5},
+    }
     level = {name: 0.3 - 0.01 * place for place, name in enumerate(many)}
     runs = [
         make_run(
@@ -578,7 +608,8 @@ SMALL = Table(
 
 def test_markdown():
     assert SMALL.markdown() == (
-        "### A & B\n\n50 % of β\\_1\n\n| Method | NDCG@10 |\n| --- | --- |\n| a\\|b\\_c | **0.1235 ± 0.0100 \\*** |\n| d | – |\n"
+        "### A & B\n\n50 % of β\\_1\n\n| Method | NDCG@10 |\n| --- | --- |\n"
+        "| a\\|b\\_c | **0.1235 ± 0.0100 \\*** |\n| d | – |\n"
         "| e | <u>0.1000</u> |\n\n* x \\< y\n"
     )
 
@@ -592,17 +623,33 @@ def test_plain_text_is_aligned():
 
 def test_csv_has_six_significant_digits():
     assert list(csv.reader(io.StringIO(SMALL.csv()))) == [
-        ["Method", "NDCG@10", "NDCG@10 sd"], ["a|b_c", "0.123457", "0.01"], ["d", "", ""], ["e", "0.1", ""],
-    ]  # fmt: skip
+        ["Method", "NDCG@10", "NDCG@10 sd"],
+        ["a|b_c", "0.123457", "0.01"],
+        ["d", "", ""],
+        ["e", "0.1", ""],
+    ]
 
 
 def test_latex():
-    assert SMALL.latex() == "\n".join([
-        r"\begin{table}", r"\centering", r"\caption{A \& B. 50 \% of $\beta$\_1 x \textless{} y}",
-        r"\label{tab:small}", r"\begin{tabular}{lr}", r"\toprule", r"Method & NDCG@10 \\", r"\midrule",
-        r"a\textbar{}b\_c & \textbf{0.1235 $\pm$ 0.0100 *} \\", r"d & -- \\", r"e & \underline{0.1000} \\",
-        r"\bottomrule", r"\end{tabular}", r"\end{table}", "",
-    ])  # fmt: skip
+    assert SMALL.latex() == "\n".join(
+        [
+            r"\begin{table}",
+            r"\centering",
+            r"\caption{A \& B. 50 \% of $\beta$\_1 x \textless{} y}",
+            r"\label{tab:small}",
+            r"\begin{tabular}{lr}",
+            r"\toprule",
+            r"Method & NDCG@10 \\",
+            r"\midrule",
+            r"a\textbar{}b\_c & \textbf{0.1235 $\pm$ 0.0100 *} \\",
+            r"d & -- \\",
+            r"e & \underline{0.1000} \\",
+            r"\bottomrule",
+            r"\end{tabular}",
+            r"\end{table}",
+            "",
+        ]
+    )
 
 
 def test_a_row_of_another_length_is_a_mistake():

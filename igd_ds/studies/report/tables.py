@@ -908,7 +908,7 @@ def all_runs(study: Study) -> list[Table]:
     ]
     caption = "All runs and their cost."
     if study.budget:
-        caption = f"Budget, fixed before the first run: {study.budget}"
+        caption = f"Budget: {study.budget}"
     return [Table("runs", "Runs and cost", caption, columns, rows, notes)]
 
 
