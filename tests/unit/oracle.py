@@ -101,6 +101,7 @@ def plain_search(model, prompt, items, weight, num_beams, length_penalty):
     for path in items:
         for t in range(len(path) + 1):
             longest[path[:t]] = max(longest.get(path[:t], 0), len(path))
+
     live, done = [(0.0, ())], []
     while live:
         candidates = []
@@ -110,6 +111,7 @@ def plain_search(model, prompt, items, weight, num_beams, length_penalty):
                     candidates.append(
                         (score + weight[path] * token_logprobs(model, prompt, path)[-1], path)
                     )
+
         candidates = sorted(candidates, reverse=True)[: 2 * num_beams]
         done += [
             (s / len(p) ** length_penalty, p)
@@ -118,6 +120,7 @@ def plain_search(model, prompt, items, weight, num_beams, length_penalty):
         ]
         done = sorted(done, reverse=True)[:num_beams]
         live = [(s, p) for s, p in candidates if p not in finished_paths][:num_beams]
+
         if len(done) == num_beams and all(
             s / longest[p] ** length_penalty <= done[-1][0] for s, p in live
         ):

@@ -158,6 +158,7 @@ def test_packed_runs_of_any_user_and_depth_equal_full_passes(kind):
     model, prompts = tiny_model(kind), random_prompts(3)
     tree = backbone_of(model.config).prompt_tree(model)
     first = tree.prefill([np.array(prompt) for prompt in prompts])
+
     passes = [
         ([0, 1, 0, 1], [[7], [8], [9, 10, 11], [12]]),
         ([4, 3, 5, 2], [[13, 14], [15], [16, 17], [18, 19, 20]]),
@@ -170,10 +171,12 @@ def test_packed_runs_of_any_user_and_depth_equal_full_passes(kind):
                 *[(p, r) for p, r in zip(parents, runs, strict=True) if path[p][1] in left],
                 strict=True,
             )
+
         lengths = torch.tensor([len(run) for run in runs])
         logits, numbers = tree.extend(
             torch.tensor(parents), lengths, torch.tensor([token for run in runs for token in run])
         )
+
         rows = iter(logits)
         for parent, run, number in zip(parents, runs, numbers.tolist(), strict=True):
             above, user = path[parent]
@@ -181,6 +184,7 @@ def test_packed_runs_of_any_user_and_depth_equal_full_passes(kind):
             for end in range(1, len(run) + 1):
                 expected = full_pass(model, prompts[user] + above + run[:end])
                 torch.testing.assert_close(next(rows), expected, atol=SCORE_ATOL, rtol=SCORE_RTOL)
+
     expected = torch.stack([full_pass(model, prompt) for prompt in prompts])
     torch.testing.assert_close(first, expected, atol=SCORE_ATOL, rtol=SCORE_RTOL)
 
@@ -280,8 +284,10 @@ def test_bad_input_is_refused():
     model.lm_head.weight.data[:] = torch.nan
     with pytest.raises(UsageError, match="NaN"):
         found_lists(model, random_prompts(1), trie, random_weights(trie), 3, 0.0)
+
     with pytest.raises(UsageError, match="prompt 1 of the batch has no tokens"):
         found_lists(tiny_model(), [[1], []], trie, random_weights(trie), 3, 0.0)
+
     with pytest.raises(UsageError, match="--pass_positions 2 is less than"):
         run_search(
             tiny_model(),
@@ -291,6 +297,7 @@ def test_bad_input_is_refused():
             3,
             limits=Limits(pass_positions=2),
         )
+
     with pytest.raises(UsageError, match="unknown search 'greedy'; known: beam, exact"):
         run_search(
             tiny_model(),

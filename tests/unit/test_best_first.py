@@ -41,6 +41,7 @@ def test_gives_the_true_best_items(length_penalty):
             method="exact",
         )
         assert (result.certified == width).all() and (result.missing_bound == -torch.inf).all()
+
         for index, alpha in enumerate((0.5, 1.0)):
             weight = weight_by_path(trie, 1 - alpha * (1 - weights))
             found = as_lists(trie, result.leaves[index], result.scores[index])
@@ -73,6 +74,7 @@ def test_a_position_budget_certifies_what_it_can(row_positions):
     result = run_search(
         model, prompts, trie, scoring_of(weights), 10, method="exact", limits=limits
     )
+
     weight = weight_by_path(trie, weights)
     found = as_lists(trie, result.leaves[0], result.scores[0])
     for user, prompt in enumerate(prompts):
@@ -84,6 +86,7 @@ def test_a_position_budget_certifies_what_it_can(row_positions):
         missed = [score for score, path in truth if path not in listed]
         rounding = SCORE_ATOL + SCORE_RTOL * abs(missed[0])
         assert certified == 10 or missed[0] <= bound + rounding
+
     if row_positions == 10:
         assert (result.certified < 10).any()
 
@@ -113,6 +116,7 @@ def test_scores_are_the_beams_to_the_bit_at_any_penalty():
             6,
             method="exact",
         )
+
         both = result.leaves[0][:, :, None] == result.beam_leaves[0][:, None, :]
         _, place, beam_place = both.nonzero().T
         user = both.nonzero()[:, 0]

@@ -106,20 +106,24 @@ def test_semantic_ids_are_one_token_per_code():
 def test_bad_items_are_named(tokenizer):
     with pytest.raises(UsageError, match=r"item 1 has no title \(2 such items\).*hygiene"):
         Catalogue.build(make_dataset(["a", None, None, "b"]), tokenizer)
+
     with pytest.raises(UsageError, match="item 2 .*contains the EOS token '<eos>'"):
         Catalogue.build(make_dataset(["a", "b", "say <eos> now", "c"]), tokenizer)
     with pytest.raises(
-        ValueError, match=r"code '<a_1>' of item 0 is \d+ tokens.*igd tokenizer --semantic_ids"
+        UsageError, match=r"code '<a_1>' of item 0 is \d+ tokens.*igd tokenizer --semantic_ids"
     ):
         Catalogue.build(make_dataset(codes=CODES), tokenizer)
+
     with pytest.raises(UsageError, match="item 1 has no semantic ID"):
         Catalogue.build(make_dataset(codes=[["<eos>"], [], ["<eos>"], ["<eos>"]]), tokenizer)
     with pytest.raises(UsageError, match="item 0 .*contains the EOS token"):
         Catalogue.build(make_dataset(codes=[["<eos>"]] * 4), tokenizer)
+
     with pytest.raises(UsageError, match="no semantic IDs"):
         Catalogue.build(make_dataset(TITLES), tokenizer, "semantic-id")
     with pytest.raises(UsageError, match="known: text, semantic-id"):
         Catalogue.build(make_dataset(TITLES), tokenizer, "title")
+
     with pytest.raises(UsageError, match="no EOS token"):
         Catalogue.build(
             make_dataset(TITLES),

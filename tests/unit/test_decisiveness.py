@@ -98,10 +98,12 @@ def test_entropy_and_gain(case, name):
         rtol=1e-12,
         atol=1e-15,
     )
+
     gain = decisiveness.information_gain(trie, name)
     np.testing.assert_allclose(
         gain, brute.edges(lambda c: by_prefix(c[:-1]) - by_prefix(c)), rtol=1e-11, atol=1e-14
     )
+
     zero = decisiveness.zero_gain(trie)
     assert zero.tolist() == [False] + [
         brute.mass(c) == brute.mass(c[:-1]) for c in brute.prefixes[1:]
@@ -109,6 +111,7 @@ def test_entropy_and_gain(case, name):
     assert np.all(gain[zero] == 0.0) and gain[0] == 0.0
     warm = trie.train_count > 0
     assert np.all(gain[1:][~zero[1:] & warm[1:]] != 0.0)
+
     np.testing.assert_array_equal(
         decisiveness.information_gain(trie, name, np.float32), gain.astype(np.float32)
     )
@@ -210,15 +213,16 @@ def test_equal_siblings_normalise_to_zero_in_any_order():
         for k in range(len(counts))
     ]
     trie = TokenTrie.build(*ragged(paths), np.concatenate(shuffled))
+
     for name in decisiveness.ENTROPIES:
         gain = decisiveness.information_gain(trie, name)
         assert np.ptp(gain[1:4]) <= 1e-13 * gain[1]
         stored = gain.astype(np.float32)
-        neighbour = np.where(
-            np.arange(len(gain)) % 2, stored, np.nextafter(stored, np.float32(9))
-        )  # rounded apart
+        rounded_up = np.nextafter(stored, np.float32(9))
+        neighbour = np.where(np.arange(len(gain)) % 2, stored, rounded_up)
         for values in (gain, stored, neighbour):
             assert np.all(decisiveness.normalised_gain(trie, values)[1:4] == 0.0)
+
     uniform = TokenTrie.build(*ragged(paths), np.ones(len(paths), np.int64))
     noise = decisiveness.purity_gain(uniform)  # 0 in theory at the first two levels
     assert np.all(decisiveness.normalised_gain(uniform, noise)[1:4] == 0.0)

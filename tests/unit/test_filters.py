@@ -50,6 +50,7 @@ def test_every_kind_of_list_against_the_paths(seed):
     items = shared_leaves(seed)
     trie, everything = build_trie(items), set(range(len(items)))
     random = np.random.default_rng(seed)
+
     # With repetitions.
     few, many, other = (random.integers(0, len(items), size=n) for n in (3, 100, 20))
     last = int(random.integers(len(items)))
@@ -64,6 +65,7 @@ def test_every_kind_of_list_against_the_paths(seed):
         few,
         everything - {last},
     ]
+
     item_filter = ItemFilter.build(ItemRanges.build(trie), len(allow), allow, deny)
     only = [everything if ids is None else {int(i) for i in ids} for ids in allow]
     without = [set() if ids is None else {int(i) for i in ids} for ids in deny]
@@ -111,24 +113,29 @@ def test_thousands_of_ids_on_a_large_trie():
     codes = random.integers(1, 257, size=(100_000, 4))
     trie = build_trie(np.concatenate([codes, np.full((len(codes), 1), EOS)], axis=1))
     lists = [random.integers(0, len(codes), size=5_000) for _ in range(4)]
+
     # Two users may get nothing under one first token, so that whole subtrees close.
     branch = np.flatnonzero(codes[:, 0] == 7)
     allow = [lists[0], None, lists[2], None]
     deny = [None, np.concatenate([lists[1], branch]), branch, lists[3]]
     item_filter = ItemFilter.build(ItemRanges.build(trie), 4, allow, deny)
+
     nodes = torch.arange(trie.num_nodes)
     for user in range(4):
         allowed = np.zeros(len(codes), bool)
         allowed[... if allow[user] is None else allow[user]] = True
         allowed[[] if deny[user] is None else deny[user]] = False
+
         is_open = np.zeros(trie.num_nodes, bool)
         node = np.unique(trie.leaf_of_item[allowed])
         while len(node):
             is_open[node] = True
             node = np.unique(trie.parent[node[node > 0]])
+
         found = item_filter.allows(torch.full_like(nodes, user), nodes).numpy()
         np.testing.assert_array_equal(found, is_open)
         assert 0 < is_open.sum() < trie.num_nodes
+
     listed = sum(len(np.unique(ids)) for ids in (*allow, *deny) if ids is not None)
     assert len(item_filter.keys) <= listed + 1
 
@@ -179,18 +186,21 @@ def test_guidance_of_every_edge(weight, as_tensor):
     q = np.random.default_rng(0).gamma(0.3, size=(3, len(items))).astype(np.float32)
     q[:, ::7] = 0
     q[2] *= 1e6  # scores, not probabilities
+
     guidance = Guidance.build(
         ItemRanges.build(trie), torch.from_numpy(q) if as_tensor else q, weight
     )
     user, parent, child = edges_of(trie, 3)
     found = guidance.increments(user, parent, child)
     assert found.dtype == torch.float32 and not found.isnan().any()
+
     kinds = set()
     for u, v, c, increment in zip(*(t.tolist() for t in (user, parent, child, found)), strict=True):
         of_child, of_parent = (math.fsum(float(q[u, i]) for i in below[node]) for node in (c, v))
         expected = weight * math.log(of_child / of_parent) if of_child else -math.inf
         assert increment == pytest.approx(expected, rel=1e-5, abs=1e-6)
         kinds.add((of_child > 0, of_parent > 0))
+
     # Children of parents without mass were asked about, too.
     assert kinds == {(True, True), (False, True), (False, False)}
 
@@ -202,13 +212,16 @@ def test_guidance_never_raises_a_score_and_adds_up_to_the_leaf(weight):
     trie = build_trie(items)
     below = items_below(trie, items)
     q = 10 ** np.random.default_rng(0).uniform(-20, 0, size=(20, len(items)))
+
     guidance = Guidance.build(ItemRanges.build(trie), q, weight)
     user, parent, child = edges_of(trie, 20)
     found = guidance.increments(user, parent, child)
     assert (found <= 0).all()
     assert found.isfinite().all()  # every item has mass, however small: none may be forbidden
+
     forced = torch.from_numpy(np.diff(trie.child_begin) == 1)[parent]
     assert forced.any() and (found[forced] == 0).all()
+
     table = torch.zeros(20, trie.num_nodes, dtype=torch.float64)
     table[user, child] = found.double()
     for leaf in np.flatnonzero(trie.is_leaf):

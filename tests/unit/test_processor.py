@@ -38,6 +38,7 @@ def generate(model, prompts, processor, num_beams, length_penalty):
         output_scores=True,
         logits_processor=[processor],
     )
+
     lists = [[] for _ in prompts]
     scores, sequences = output.sequences_scores.tolist(), output.sequences.tolist()
     for i, (score, tokens) in enumerate(zip(scores, sequences, strict=True)):

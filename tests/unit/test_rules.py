@@ -94,6 +94,7 @@ def test_pooled_weights_of_three_steps(sign):
     """Pairs with beams at two to four nodes, each at its own α, the edges of all pairs shuffled."""
     trie, gain, scoring = pooled_scoring(sign)
     assert scoring.pooled
+
     children = [range(trie.child_begin[n], trie.child_begin[n + 1]) for n in range(trie.num_nodes)]
     branching = [n for n in range(trie.num_nodes) if len(children[n]) > 1]
     steps = {0: branching[:4], 2: branching[4:7], 3: branching[1:3]}  # pair 1 has no beam
@@ -102,10 +103,12 @@ def test_pooled_weights_of_three_steps(sign):
         (pair, child) for pair, nodes in steps.items() for node in nodes for child in children[node]
     ]
     edges = [edges[i] for i in np.random.default_rng(0).permutation(len(edges))]
+
     pair, child = torch.tensor(edges).unbind(1)
     alpha = torch.tensor([alphas[pair] for pair, _ in edges])
     weights = scoring.pooled_weights(alpha, child, pair, 5)
     assert weights.dtype == torch.float32
+
     cold = 0
     for (pair, child), found in zip(edges, weights.tolist(), strict=True):
         warm = [gain[c] for other, c in edges if other == pair and trie.train_count[c] > 0]
@@ -128,19 +131,20 @@ def test_pooled_over_the_children_of_one_node_is_per_node():
 
 def test_pooled_weighs_equal_gains_and_cold_edges_with_one():
     items = [(1, 2, 0), (1, 3, 0), (4, 2, 0), (4, 3, 0), (5, 2, 0), (5, 3, 0)]
-    trie = build_trie(
-        items, [3, 4, 4, 3, 0, 0]
-    )  # 1 and 4 gain the same, 5 is cold, and so is all below it
+    # 1 and 4 gain the same; 5 and everything below it is cold.
+    trie = build_trie(items, [3, 4, 4, 3, 0, 0])
+
     paths = node_paths(trie)
     gain = information_gain(trie)
     one, four = paths.index((1,)), paths.index((4,))
-    gain[four] = np.nextafter(
-        np.float32(gain[one]), np.float32(np.inf)
-    )  # counts summed in another order
+    # As if the counts had been summed in another order.
+    gain[four] = np.nextafter(np.float32(gain[one]), np.float32(np.inf))
+
     scoring = Scoring.build(trie, gain, ScoringOptions(decoding_rule="pooled", alpha=(1.0,)))
     child = torch.tensor([paths.index(path) for path in [(1,), (4,), (5,), (5, 2), (5, 3)]])
     pair = torch.tensor([0, 0, 0, 1, 1])
     assert scoring.pooled_weights(torch.ones(5), child, pair, 2).tolist() == [1.0] * 5
+
     # Against warm edges of another gain the same two edges are decisive, and the cold one is not.
     child = torch.tensor([paths.index(path) for path in [(1,), (4,), (5,), (1, 2)]])
     weights = scoring.pooled_weights(
@@ -162,6 +166,7 @@ def test_popularity_prior_splits_the_items_shares_over_their_tokens():
     trie = build_trie(items, counts)
     logshare = popularity_logshare(trie)
     assert (logshare <= 0).all() and logshare[0] == 0
+
     paths = node_paths(trie)
     mass = [
         sum(int(n) + 1 for item, n in zip(items, counts, strict=True) if item[: len(path)] == path)
@@ -171,11 +176,13 @@ def test_popularity_prior_splits_the_items_shares_over_their_tokens():
         assert logshare[node] == pytest.approx(
             np.log(mass[node] / mass[trie.parent[node]]), abs=1e-12
         )
+
     leaf_shares = [
         np.exp(sum(logshare[paths.index(paths[leaf][:t])] for t in range(1, len(paths[leaf]) + 1)))
         for leaf in np.flatnonzero(trie.is_leaf)
     ]
     assert sum(leaf_shares) == pytest.approx(1)
+
     scoring = Scoring.build(trie, information_gain(trie), ScoringOptions(popularity_prior=0.7))
     assert scoring.prior.dtype == torch.float32 and (scoring.prior <= 0).all()
     np.testing.assert_allclose(scoring.prior, 0.7 * logshare, rtol=1e-6)

@@ -151,6 +151,7 @@ def test_pooled_normalises_over_all_children_of_a_steps_beams(num_beams):
     scoring = Scoring.build(TRIE, gain, ScoringOptions(decoding_rule="pooled", alpha=(0.5,)))
     gain_of = dict(zip(PATHS, gain, strict=True))
     warm = dict(zip(PATHS, TRIE.train_count > 0, strict=True))
+
     model = tiny_model()
     result = run_search(model, PROMPTS, TRIE, scoring, num_beams)
     for prompt, found in zip(
@@ -163,6 +164,7 @@ def test_pooled_normalises_over_all_children_of_a_steps_beams(num_beams):
             ]
             gains = [gain_of[path] for _, path in edges if warm[path]]
             low, high = min(gains, default=0), max(gains, default=0)
+
             candidates = []
             for score, path in edges:
                 normalised = (
@@ -170,6 +172,7 @@ def test_pooled_normalises_over_all_children_of_a_steps_beams(num_beams):
                 )
                 logprob = full_logprob(logits_along(model, prompt, path), path, len(path) - 1)
                 candidates.append((score + (1 - 0.5 * normalised) * logprob, path))
+
             candidates = sorted(candidates, reverse=True)[: 2 * num_beams]
             done = sorted(
                 done + [c for c in candidates[:num_beams] if c[1] in ITEMS], reverse=True

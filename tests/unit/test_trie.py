@@ -68,6 +68,7 @@ def test_structure_equals_brute_force(case):
     prefixes, items = brute_force(paths)
     number = {prefix: n for n, prefix in enumerate(prefixes)}
     assert trie.num_nodes == len(prefixes)
+
     for n, prefix in enumerate(prefixes):
         assert trie.token[n] == (prefix[-1] if prefix else -1)
         assert trie.parent[n] == (number[prefix[:-1]] if prefix else -1)
@@ -77,12 +78,14 @@ def test_structure_equals_brute_force(case):
         assert trie.is_leaf[n] == (not children)
         assert trie.num_items[n] == len(items[prefix])
         assert trie.train_count[n] == sum(int(counts[i]) for i in items[prefix])
+
         first = trie.first_item[n]
         under = trie.item_order[first : first + trie.num_items[n]]
         assert sorted(under) == items[prefix]
         if not children:
             assert list(under) == items[prefix]  # equal paths by item id
             assert all(trie.leaf_of_item[i] == n for i in under)
+
     levels = trie.level_begin()
     assert [trie.depth[b] for b in levels[:-1]] == list(range(len(levels) - 1))
     assert levels[-1] == trie.num_nodes

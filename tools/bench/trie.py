@@ -120,6 +120,7 @@ def flatten_plain(root) -> dict:
     """Return the output arrays by name, in the breadth-first order of the flat trie."""
     out = {name: [] for name in OUTPUTS}
     level, depth, next_node = [(-1, -1, root)], 0, 1
+
     while level:
         below = []
         for token, parent, node in level:
@@ -134,6 +135,7 @@ def flatten_plain(root) -> dict:
             )
             for name, value in zip(OUTPUTS, numbers, strict=True):
                 out[name].append(value)
+
         for number, (_, _, node) in enumerate(level, next_node - len(level)):
             below += [
                 (token, number, node[token])
