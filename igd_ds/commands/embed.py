@@ -7,9 +7,11 @@
     igd embed --dataset DATASET --cooccurrence 64 --output EMBEDDINGS
 
 --model takes any Hugging Face encoder or decoder and stores the mean of its last hidden states over
-an item's tokens; each rank embeds a share of the items. --embeddings stores your own array in the
-order of the item ids. --cooccurrence is for items without texts: it uses which items occur together
-in training rows. The files of EMBEDDINGS are described in igd_ds/items/embeddings.py.
+an item's tokens; each rank embeds a share of the items. --embeddings stores your own array;
+--item_ids says which item each row is of, by the source's ids, and may be left out only where the
+dataset has kept the source's numbers. --cooccurrence is for items without texts: it uses which
+items occur together in training rows. The files of EMBEDDINGS are described in
+igd_ds/items/embeddings.py.
 
 If EMBEDDINGS is complete and was made from the same request, the command does nothing. If it was
 made from another request, the command refuses.
@@ -74,7 +76,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--item_ids",
         type=Path,
         metavar="FILE",
-        help="source ids of the rows of --embeddings: .npy, or .parquet with a column source_id",
+        help="source ids of the rows of --embeddings: .npy, or .parquet with a column source_id "
+        "(DATASET/items.parquet if the rows are in the order of its item_id)",
     )
     parser.add_argument(
         "--fields",

@@ -1,15 +1,16 @@
 """Recommend for histories with a trained run: the API, and the search under the evaluator.
 
     recommender = Recommender.load("runs/demo/igd")
-    for recommendation in recommender.recommend([[3, 17, 5]], k=10, alpha=0.2)[0]:
-        print(recommendation.rank, recommendation.title, recommendation.score)
+    for recommendation in recommender.recommend([["B0031", "B0007"]], k=10, alpha=0.2)[0]:
+        print(recommendation.rank, recommendation.source_ids, recommendation.score)
 
-A history holds a user's item ids of the dataset that the run was trained on, oldest first.
+A history holds the items that a user has met, oldest first, by the ids that the dataset's source
+gives them: texts, or whole numbers. See `igd_ds.items.ids` for the other language, dense item ids.
 """
 
 import functools
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from igd_ds.contracts import Backbone, Likelihood
 from igd_ds.data.dataset import InteractionDataset
 from igd_ds.data.prompts import PromptBuilder, Template
 from igd_ds.errors import UsageError
+from igd_ds.items.ids import SOURCE, SPACES, ItemId, ItemIds, names_of
 from igd_ds.items.ragged import ragged_arange
 from igd_ds.items.search_trie import SearchTrie
 from igd_ds.items.store import StoredCatalogue, load_catalogue
@@ -35,6 +37,9 @@ from igd_ds.search.engine import SearchResult, search
 from igd_ds.search.filters import Guidance, ItemFilter, ItemRanges
 from igd_ds.search.frontier import PerUser
 from igd_ds.search.scoring import Scoring
+
+Ids = Iterable[ItemId] | np.ndarray
+"""A flat list of ids."""
 
 SCORINGS_KEPT = 8
 """Scoring options whose arrays stay on the device. A service has few; a sweep over α must not fill
@@ -48,8 +53,10 @@ class Recommendation:
     rank: int
     """1 is the best."""
     item_ids: tuple[int, ...]
-    """The item, or all items with this token path that the user may get: the model cannot tell them
-    apart."""
+    """Dense ids of the item, or of all items with this token path that the user may get: the model
+    cannot tell them apart."""
+    source_ids: tuple[str, ...]
+    """The source's ids of the same items."""
     title: str | None
     """Title of the first of them; None where the dataset has semantic IDs alone."""
     score: float
@@ -85,6 +92,7 @@ class Recommender:
     Attributes:
         dataset, tokenizer, stored, prompts: dataset, tokenizer, catalogue and prompt builder of the
             run.
+        ids: the source ids of the dataset's items.
         likelihood: the softmax that the model was trained with, used where the options say "auto".
         ranges: the catalogue's ItemRanges, which item filters and guidance are built with.
         batch_size: histories that `recommend` searches at once; may be set.
@@ -109,6 +117,7 @@ class Recommender:
 
         # What the model reads and writes.
         self.dataset = InteractionDataset.load(source.dataset)
+        self.ids = ItemIds.read(source.dataset)
         self.tokenizer = load_tokenizer(source.model, source.trust_remote_code)
         self.stored = _load_catalogue(
             Path(source.model) / "catalogue", self.tokenizer, self.dataset
@@ -202,7 +211,8 @@ class Recommender:
 
         Args:
             labels: what error messages call the users.
-            allow, deny, guidance: as in `recommend`, for these users.
+            allow, deny: dense item ids, per user or None.
+            guidance: floats (users, N), column i is item i's, and the weight.
 
         Raises:
             UsageError: as ItemFilter and Guidance, or a user for whom the two together leave
@@ -246,8 +256,8 @@ class Recommender:
         """Rank the catalogue for one batch of histories, at every α of `scoring`.
 
         Args:
-            histories: item ids, oldest first; the oldest items of a history too long for the prompt
-                are dropped.
+            histories: dense item ids, oldest first; the oldest items of a history too long for the
+                prompt are dropped.
             scoring, num_beams, method, per_user, limits: see `igd_ds.search.engine.search`.
         """
         assert self._backbone is not None, "call load_weights() first"
@@ -278,87 +288,122 @@ class Recommender:
 
     def recommend(
         self,
-        histories: Sequence[Sequence[int]],
+        histories: Sequence[Ids],
         k: int = 10,
         alpha: float = 0.2,
         search: str = "beam",
-        allow: Sequence[Sequence[int] | None] | None = None,
-        deny: Sequence[Sequence[int] | None] | None = None,
-        guidance: tuple[np.ndarray, float] | None = None,
+        allow: Sequence[Ids | None] | None = None,
+        deny: Sequence[Ids | None] | None = None,
+        guidance: tuple[Any, float] | None = None,
+        guidance_ids: Ids | None = None,
+        ids: str = SOURCE,
         **scoring: Any,
     ) -> list[RankedList]:
         """Return one ranked list per history. No list depends on the other histories.
 
         Args:
-            histories: per user the item ids met so far, oldest first, at least one.
+            histories: per user the items met so far, oldest first, at least one.
             k: how many items to list; a user who can get fewer gets a list with `short` set.
             alpha: α in [0, 1], strength of decisiveness calibration (IGD Eq. 9); 0 is plain beam
                 search.
             search: "beam", or "exact" for the provably best items.
-            allow: per user the only item ids to choose from, or None for all items.
-            deny: per user the item ids to leave out (seen, out of stock), or None for none.
-            guidance: a second scorer's item probabilities, array of floats (users, N), and the
-                weight of its log-probabilities; see Guidance.
+            allow: per user the only items to choose from, or None for all items.
+            deny: per user the items to leave out (seen, out of stock), or None for none.
+            guidance: a second scorer's item probabilities, floats (users, columns), and the weight
+                of its log-probabilities; see Guidance.
+            guidance_ids: the item of each column of `guidance`; other columns are ignored. None:
+                the names of the columns, if it is a data frame. An array without names is taken
+                only where the order cannot be mistaken: `ids` is "dense", or the dataset has kept
+                the source's numbers.
+            ids: the language of `histories`, `allow`, `deny` and `guidance_ids`. "source": the
+                source's ids, as texts or whole numbers. "dense": item ids of the dataset folder.
             **scoring: other fields of ScoringOptions, such as length_penalty.
 
         Raises:
             UsageError: names the user (position in `histories`) with an empty history, an item that
-                is not in the catalogue, or nothing left to recommend; or k < 1, an option out of
-                its range, `limits` below one position per item of the list.
+                is not in the catalogue, or nothing left to recommend; or nothing says which item a
+                column of `guidance` is, k < 1, an option out of its range, `limits` below one
+                position per item of the list.
 
         Example:
-            >>> recommender.recommend([[3, 17, 5]], k=10, deny=[[3, 17, 5]])[0][0].title
-            'A title'
+            >>> seen = [["B0031", "B0007"]]
+            >>> recommender.recommend(seen, k=10, deny=seen)[0][0].source_ids
+            ('B0019',)
         """
-        if not isinstance(k, int) or k < 1:
+        if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
             raise UsageError(f"k must be a whole number and at least 1, found {k}")
-        if guidance is not None:
-            guidance = np.asarray(guidance[0], dtype=np.float64), guidance[1]
-        checked = [self._checked(history, user) for user, history in enumerate(histories)]
-        labels = [f"histories[{user}]" for user in range(len(checked))]
-        probabilities = None if guidance is None else guidance[0]
-        per_history = {"allow": allow, "deny": deny, "guidance": probabilities}
-        for name, entries in per_history.items():
-            if entries is not None and len(entries) != len(checked):
-                raise UsageError(
-                    f"{name} takes one entry per history: found {len(entries)} for {len(checked)}"
-                )
+        if ids not in SPACES:
+            raise UsageError(f"ids is one of {', '.join(SPACES)}, found {ids!r}")
+        if guidance_ids is not None and guidance is None:
+            raise UsageError("guidance_ids has no effect without guidance: leave it out")
+
+        # From the outer language of ids to the dense one.
+        users = self._histories(histories, ids)
+        labels = [f"histories[{user}]" for user in range(len(users))]
+        allowed = self._lists("allow", allow, len(users), ids)
+        denied = self._lists("deny", deny, len(users), ids)
+        q, weight = (None, 0.0) if guidance is None else guidance
+        if q is not None:
+            q = self._guidance(q, guidance_ids, len(users), ids)
 
         options = self.scoring(ScoringOptions(alpha=(alpha,), **scoring))
+        k = int(k)
         width = min(k, self.num_leaves)
         lists: list[RankedList] = []
-        for begin in range(0, len(checked), self.batch_size):
+        for begin in range(0, len(users), self.batch_size):
             batch = slice(begin, begin + self.batch_size)
             per_user = self.per_user(
                 labels[batch],
-                None if allow is None else allow[batch],
-                None if deny is None else deny[batch],
-                None if guidance is None else (guidance[0][batch], guidance[1]),
+                None if allowed is None else allowed[batch],
+                None if denied is None else denied[batch],
+                None if q is None else (q[batch], weight),
             )
-            found = self.search(checked[batch], options, width, search, per_user, self.limits)
+            found = self.search(users[batch], options, width, search, per_user, self.limits)
             lists += self._ranked_lists(found, k, per_user.item_filter)
         return lists
 
-    def _checked(self, history: Sequence[int], user: int) -> np.ndarray:
-        """Return a history as int64, or raise UsageError that names the user."""
-        items, num_items = np.asarray(history), self.dataset.num_items
-        if items.ndim != 1 or (items.size and items.dtype.kind not in "iu"):
-            raise UsageError(
-                f"histories[{user}]: a history is a flat list of item ids, whole numbers; found "
-                f"{history!r:.80}"
-            )
-        if not items.size:
-            raise UsageError(
-                f"histories[{user}]: the history is empty; leave the user out, or give at least "
-                "one item"
-            )
-        unknown = items[(items < 0) | (items >= num_items)]
-        if unknown.size:
-            raise UsageError(
-                f"histories[{user}]: item {unknown[0]} is not in the catalogue; ids are 0 to "
-                f"{num_items - 1}"
-            )
-        return items.astype(np.int64)
+    def _histories(self, histories: Sequence[Ids], ids: str) -> list[np.ndarray]:
+        """Return the histories as dense item ids, or raise UsageError that names the user."""
+        dense = [
+            self.ids.item_ids(history, f"histories[{user}]", ids)
+            for user, history in enumerate(histories)
+        ]
+        for user, history in enumerate(dense):
+            if not history.size:
+                raise UsageError(
+                    f"histories[{user}]: the history is empty; leave the user out, or give at "
+                    "least one item"
+                )
+        return dense
+
+    def _lists(
+        self, name: str, lists: Sequence[Ids | None] | None, num_users: int, ids: str
+    ) -> list[np.ndarray | None] | None:
+        """Return lists of `allow` or `deny` as dense item ids, or raise UsageError."""
+        if lists is None:
+            return None
+        _check_length(name, lists, num_users)
+        return [
+            None if entries is None else self.ids.item_ids(entries, f"{name}[{user}]", ids)
+            for user, entries in enumerate(lists)
+        ]
+
+    def _guidance(self, q: Any, guidance_ids: Ids | None, num_users: int, ids: str) -> np.ndarray:
+        """Return probabilities as float64 (users, N), column i is item i's, or raise UsageError."""
+        if guidance_ids is None:
+            guidance_ids = getattr(q, "columns", None)  # of a data frame
+        q = np.asarray(q, dtype=np.float64)
+        _check_length("guidance", q, num_users)
+
+        if guidance_ids is None:
+            if ids == SOURCE:
+                remedy = "give guidance_ids=, the source id of each column"
+                self.ids.refuse_unnamed("guidance", "column", remedy)
+            return q
+        if q.ndim != 2:
+            raise UsageError(f"guidance has one row per history, found shape {q.shape}")
+        names = names_of(guidance_ids, "guidance_ids")
+        return q[:, self.ids.places_in(names, q.shape[1], "guidance_ids", "column", ids)]
 
     def _ranked_lists(
         self, found: SearchResult, k: int, item_filter: ItemFilter | None
@@ -377,12 +422,21 @@ class Recommender:
                 Recommendation(
                     rank=int(p) + 1,
                     item_ids=tuple(ids.tolist()),
+                    source_ids=tuple(self.ids.source_ids[item] for item in ids),
                     title=self.dataset.titles[ids[0]],
                     score=float(scores[u, p]),
                     certified=bool(p < certified[u]),
                 )
             )
         return [RankedList(entries, short=len(entries) < k) for entries in lists]
+
+
+def _check_length(name: str, entries: Sized, num_users: int) -> None:
+    """Raise UsageError unless there is one entry per history."""
+    if len(entries) != num_users:
+        raise UsageError(
+            f"{name} takes one entry per history: found {len(entries)} for {num_users}"
+        )
 
 
 def _load_catalogue(folder: Path, tokenizer: Any, dataset: InteractionDataset) -> StoredCatalogue:

@@ -27,6 +27,7 @@ import pyarrow as pa
 from igd_ds import distributed
 from igd_ds.errors import UsageError
 from igd_ds.folders import is_made, new_folder, write_text
+from igd_ds.items.ids import ItemIds
 
 ARRAY, RECORD = "embeddings.npy", "embeddings.json"
 CHUNK_BYTES = 1 << 26  # bytes of an array that pass through memory at a time (assumed)
@@ -57,8 +58,8 @@ def load_embeddings(folder: str | Path, items: pa.Table) -> Embeddings:
 
     Raises:
         UsageError: the folder holds no embeddings; they belong to other items, or to the same items
-            in another order; there are more or fewer rows than items; values are not finite, or all
-            equal.
+            in another order; nothing says whose order the rows are in; there are more or fewer rows
+            than items; values are not finite, or all equal.
     """
     folder = Path(folder)
     try:
@@ -76,6 +77,11 @@ def load_embeddings(folder: str | Path, items: pa.Table) -> Embeddings:
             f"{folder / RECORD}: the embeddings are of other items, or in another order, than the "
             "dataset's; run igd embed on this dataset"
         )
+
+    # Earlier versions took the rows of a user's array as they came, whatever their order.
+    if "file" in info and "item_ids" not in info:
+        remedy = "run igd embed again, with --item_ids"
+        ItemIds.of(items).refuse_unnamed(f"{folder}, made from {info['file']}", "row", remedy)
     return Embeddings(vectors, info)
 
 

@@ -16,6 +16,7 @@ from igd_ds.config.options import option
 from igd_ds.contracts import ObjectiveContext
 from igd_ds.errors import UsageError
 from igd_ds.items.embeddings import check_vectors, load_embeddings, open_array
+from igd_ds.items.ids import ItemIds
 from igd_ds.items.ragged import ragged_arange
 from igd_ds.items.trie import TokenTrie
 from igd_ds.objectives.per_item import sum_to_length
@@ -29,7 +30,10 @@ CHUNK_BYTES = 1 << 28
 class FrontGreaterOptions:
     """Flags of `front-greater`."""
 
-    item_embeddings: str = option(".npy with one row per item, or a folder that igd embed made")
+    item_embeddings: str = option(
+        "folder that igd embed made; or a .npy with one row per item, in a dataset that has kept "
+        "the source's numbers"
+    )
 
     def check(self) -> None:
         """Raise UsageError if there is nothing at the path."""
@@ -63,7 +67,7 @@ def front_greater_weights(context: ObjectiveContext, item_embeddings: str) -> np
 
     Raises:
         UsageError: the embeddings are missing, of another shape or of other items, not finite, or
-            all equal.
+            all equal, or nothing says whose order they are in.
     """
 
     def reductions() -> list[float]:
@@ -81,12 +85,15 @@ def front_greater_weights(context: ObjectiveContext, item_embeddings: str) -> np
 
 def _vectors(context: ObjectiveContext, path: Path) -> np.ndarray:
     """Map the embeddings, (N, D): a .npy whose row i is item i's, or a folder of igd embed."""
+    items = pq.read_table(Path(context.dataset) / "items.parquet", columns=["source_id", "title"])
     if path.is_dir():
-        items = pq.read_table(
-            Path(context.dataset) / "items.parquet", columns=["source_id", "title"]
-        )
         return load_embeddings(path, items).vectors
 
+    remedy = (
+        f"give the folder that igd embed --embeddings {path.name} --item_ids FILE makes, where "
+        "FILE names the source id of each row"
+    )
+    ItemIds.of(items).refuse_unnamed(f"--item_embeddings {path}", "row", remedy)
     vectors = open_array(path)
     check_vectors(vectors, context.stored.catalogue.num_items, f"--item_embeddings {path}")
     return vectors

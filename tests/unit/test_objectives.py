@@ -175,6 +175,17 @@ def save_vectors(folder, vectors) -> str:
     return str(folder / "vectors.npy")
 
 
+def dataset_of(folder, num_items, prefix=""):
+    """Write the items.parquet of a dataset folder; source ids are the numbers behind `prefix`."""
+    items = pa.table({
+        "item_id": range(num_items),
+        "source_id": [f"{prefix}{item}" for item in range(num_items)],
+        "title": [None] * num_items,
+    })  # fmt: skip
+    pq.write_table(items, folder / "items.parquet")
+    return items
+
+
 @pytest.mark.parametrize("catalogue", small_catalogues())
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_token_weights_match_plain_loops(name, catalogue, tmp_path):
@@ -184,7 +195,8 @@ def test_token_weights_match_plain_loops(name, catalogue, tmp_path):
     objective = make(name, item_embeddings=save_vectors(tmp_path, vectors))
     assert len(TARGETS[name]) == len(objective.targets)
 
-    found = objective.weights(context_of(paths, counts))
+    dataset_of(tmp_path, len(paths))
+    found = objective.weights(context_of(paths, counts, dataset=tmp_path))
     assert found.dtype == np.float32 and found.shape[1] == len(TARGETS[name])
     expected = [np.concatenate(getattr(brute, target)()) for target in TARGETS[name]]
     np.testing.assert_allclose(found, np.stack(expected, 1), rtol=2e-6, atol=1e-7)
@@ -226,7 +238,9 @@ def test_reductions_do_not_depend_on_the_chunking(monkeypatch):
 def test_a_level_that_splits_nothing_gets_nothing(tmp_path):
     """Forced levels give exactly 0; an item of forced tokens keeps weight 1, no scaled noise."""
     paths = [[1, 2, 3, 0], [1, 2, 4, 0], [1, 2, 0]]
-    context, vectors = context_of(paths, np.array([1, 1, 0])), vectors_of(3) * 1e3 + 1 / 3
+    dataset_of(tmp_path, 3)
+    context = context_of(paths, np.array([1, 1, 0]), dataset=tmp_path)
+    vectors = vectors_of(3) * 1e3 + 1 / 3
     assert dispersion_reductions(context.stored.trie, vectors)[:2].tolist() == [0, 0]
     objective = make("front-greater", item_embeddings=save_vectors(tmp_path, vectors))
     assert objective.weights(context)[:, 0].tolist() == [0, 0, 3, 1, 0, 0, 3, 1, 1, 1, 1]
@@ -235,10 +249,7 @@ def test_a_level_that_splits_nothing_gets_nothing(tmp_path):
 def test_embeddings_of_a_folder_must_be_the_datasets(tmp_path):
     """A folder of `igd embed` knows its items; another order, or other items, is an error."""
     paths, counts = small_catalogues()["codes"]
-    items = pa.table(
-        {"item_id": range(40), "source_id": [f"B{i}" for i in range(40)], "title": [None] * 40}
-    )
-    pq.write_table(items, tmp_path / "items.parquet")
+    items = dataset_of(tmp_path, 40, "B")
     np.save(tmp_path / "embeddings.npy", vectors_of(40))
     context = context_of(paths, counts, dataset=tmp_path)
     objective = make("front-greater", item_embeddings=str(tmp_path))
@@ -248,8 +259,17 @@ def test_embeddings_of_a_folder_must_be_the_datasets(tmp_path):
     (tmp_path / "embeddings.json").write_text(
         f'{{"items": "{embeddings.items_fingerprint(items)}"}}'
     )
+    of_folder = objective.weights(context)
+
+    # A bare array of the same vectors names no order.
     of_file = make("front-greater", item_embeddings=save_vectors(tmp_path, vectors_of(40)))
-    np.testing.assert_array_equal(objective.weights(context), of_file.weights(context))
+    message = "whose order its rows are in, and item 0 of this dataset is the source's 'B0'"
+    with pytest.raises(UsageError, match=message):
+        of_file.weights(context)
+    (tmp_path / "numbered").mkdir()
+    dataset_of(tmp_path / "numbered", 40)
+    numbered = context_of(paths, counts, dataset=tmp_path / "numbered")
+    np.testing.assert_array_equal(of_folder, of_file.weights(numbered))
 
     pq.write_table(items.take(list(reversed(range(40)))), tmp_path / "items.parquet")
     with pytest.raises(UsageError, match="in another order"):
@@ -268,8 +288,9 @@ def test_embeddings_of_a_folder_must_be_the_datasets(tmp_path):
 )
 def test_bad_embeddings(tmp_path, spoil, message):
     objective = make("front-greater", item_embeddings=save_vectors(tmp_path, spoil(vectors_of(7))))
+    dataset_of(tmp_path, 7)
     with pytest.raises(UsageError, match=message):
-        objective.weights(context_of(*small_catalogues()["text"]))
+        objective.weights(context_of(*small_catalogues()["text"], dataset=tmp_path))
 
 
 def frequency_ratio(b, counts):

@@ -246,11 +246,11 @@ def test_an_eos_that_tokenizer_and_catalogue_disagree_on(run, tmp_path):
         ({"histories": [[1], []]}, r"histories\[1\]: the history is empty"),
         (
             {"histories": [[1], [2], [3, 10]]},
-            r"histories\[2\]: item 10 is not in the catalogue; ids are 0 to 9",
+            r"histories\[2\]: '10' is no source id of this dataset, and no dense item id",
         ),
-        ({"histories": [[1], [-1]]}, r"histories\[1\]: item -1 is not"),
-        ({"histories": [1, 2]}, r"histories\[0\]: a history is a flat list of item ids"),
-        ({"histories": [["ab"]]}, r"histories\[0\]: a history is a flat list"),
+        ({"histories": [[1], [-1]]}, r"histories\[1\]: '-1' is no source id"),
+        ({"histories": [1, 2]}, r"histories\[0\]: need a flat list of item ids"),
+        ({"histories": [["ab"]]}, r"histories\[0\]: 'ab' is no source id"),
         ({"histories": [[1]], "k": 0}, "k must be a whole number and at least 1, found 0"),
         ({"histories": [[1]], "alpha": 1.5}, "--alpha must lie in"),
         ({"histories": [[1]], "search": "best"}, "unknown search 'best'; known: beam, exact"),
@@ -269,7 +269,7 @@ def test_an_eos_that_tokenizer_and_catalogue_disagree_on(run, tmp_path):
         ),
         (
             {"histories": [[1], [2]], "deny": [None, [11]]},
-            r"\(histories\[1\]\): item 11 of the deny list",
+            r"deny\[1\]: '11' is no source id",
         ),
         (
             {"histories": [[1]], "guidance": (np.ones((1, 9)), 1.0)},
