@@ -1,8 +1,11 @@
-"""Baselines in one process: rows chained to sequences, lists by hand, guidance for eval.py, guards. Training: tests/dist."""
+"""Baselines in one process: rows chained to sequences, lists by hand, guidance, bad input.
+
+How they train is tested in tests/dist.
+"""
 
 import dataclasses
 import json
-from types import SimpleNamespace
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -13,26 +16,25 @@ import torch
 from tiny_run import NUM_TEST, TITLES, TRAIN_TARGETS
 
 from igd_ds import baseline, distributed, eval
-from igd_ds.baseline import BaselineConfig
+from igd_ds.baseline_config import BaselineConfig
 from igd_ds.baselines.leaves import Leaves, build_catalogue
 from igd_ds.baselines.sequences import Chains, SequenceBatch
+from igd_ds.baselines.sequential import Negatives
 from igd_ds.config.options import parse
-from igd_ds.data.batches import MASKED_ROW, sample_rows
-from igd_ds.data.dataset import Split
+from igd_ds.contracts import MASKED_ROW
+from igd_ds.data.batches import sample_rows
+from igd_ds.data.dataset import InteractionDataset, Split
+from igd_ds.engine.step import optimizer_step
+from igd_ds.errors import UsageError
+from igd_ds.sequential_training import SequenceLoss
 
 NUM_ITEMS = len(TITLES)
-SMALL = (
-    "--splits",
-    "test",
-    "--validation_rows",
-    5,
-    "--seed",
-    3,
-)  # a sample without the row that has no history
+# The sample of validation rows leaves out the row that has no history.
+SMALL = ("--splits", "test", "--validation_rows", 5, "--seed", 3)
 
 
 def make_split(rows, name="train"):
-    """A split of (user, history, target) rows."""
+    """Return a split of (user, history, target) rows."""
     users, histories, targets = zip(*rows, strict=True)
     offsets = np.cumsum([0, *map(len, histories)])
     return Split(
@@ -46,14 +48,18 @@ def make_split(rows, name="train"):
 
 
 def random_rows(longest, seed):
-    """Every prefix of random users' items with its last `longest`, in random order; few items, so that much is alike."""
+    """Return every prefix of random users' items, cut to its last `longest`, in random order.
+
+    There are few items, so that much is alike.
+    """
     random, rows = np.random.default_rng(seed), []
     for user in range(30):
         items = random.integers(4, size=random.integers(2, 12))
         rows += [
             (user, items[max(0, end - longest) : end], items[end]) for end in range(1, len(items))
         ]
-        if user % 5 == 0:  # a row that stands alone, and one that is there twice
+        # A row that stands alone, and one that is there twice.
+        if user % 5 == 0:
             rows += [(user, random.integers(4, size=3), 0), rows[-1]]
     return [rows[i] for i in random.permutation(len(rows))]
 
@@ -88,15 +94,16 @@ def test_a_users_prefixes_are_one_sequence_and_truncated_or_other_rows_stay_alon
     prefixes = [(7, [5], 6), (7, [5, 6], 5), (7, [5, 6, 5], 8)]
     assert [len(Chains.build(make_split(rows))) for rows in (prefixes, prefixes[::-1])] == [1, 1]
     others = [(8, [5, 6, 5, 8], 1), (7, [6, 5, 8], 1), (7, [5, 6, 5, 1], 2), (7, [5, 6, 1, 8], 1)]
-    for row in others:  # another user; a truncated history; other last item; other item within
+    # Another user; a truncated history; another last item; another item within.
+    for row in others:
         assert len(Chains.build(make_split([*prefixes, row]))) == 2
     assert len(Chains.of_rows(make_split(prefixes), np.array([1, 2]))) == 2
 
 
 def test_leaves_are_the_different_names_and_their_probabilities_add_up():
     names = [["a"], ["b", "a"], ["a"], ["b"], ["a", "b"], ["a"], ["b"]]
-    dataset = SimpleNamespace(titles=[None] * 7, semantic_ids=names, num_items=7, fingerprint="")
-    dataset.splits = {"train": SimpleNamespace(targets=np.array([0, 2, 2, 3]))}
+    train = make_split([(user, [1], target) for user, target in enumerate([0, 2, 2, 3])])
+    dataset = InteractionDataset(Path(), {}, [None] * 7, names, {"train": train}, "")
     stored = build_catalogue(dataset, "auto")
     leaves = Leaves.build(stored.trie, torch.device("cpu"))
     assert stored.catalogue.kind == "semantic-id" and len(leaves.nodes) == 4
@@ -109,7 +116,7 @@ def test_leaves_are_the_different_names_and_their_probabilities_add_up():
         assert stored.trie.train_count[leaves.nodes[column]] == sum(
             other in (0, 2, 2, 3) for other in alike
         ) + (name == ["a"])
-    with pytest.raises(ValueError, match="--item_kind text: item 0 has no such name"):
+    with pytest.raises(UsageError, match="--item_kind text: item 0 has no such name"):
         build_catalogue(dataset, "text")
 
 
@@ -120,7 +127,7 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def entry(made, tmp_path, monkeypatch):
-    """Run an entry point with flags; returns its exit code."""
+    """Return a function that runs an entry point with flags and returns its exit code."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(distributed, "init", lambda: None)
     monkeypatch.setattr(distributed, "device", lambda: torch.device("cpu"))
@@ -136,7 +143,7 @@ def entry(made, tmp_path, monkeypatch):
 
 
 def flags(tmp_path, name, *more):
-    """A small run's flags."""
+    """Return the flags of a small run."""
     return ["--recommender", name, "--output_dir", tmp_path / name, "--num_beams", 5, *SMALL, *more]
 
 
@@ -148,9 +155,9 @@ def lists(folder):
 def test_popularity_lists_the_catalogue_by_training_count(entry, tmp_path):
     assert entry(baseline, *flags(tmp_path, "popularity")) == 0
     run = tmp_path / "popularity"
-    names = sorted(path.name for path in run.iterdir())
-    assert names == ["checkpoints", "config.yaml", "ds_config.json", "env.json", "eval", "metrics.jsonl", "model", "summary.json",
-                     "tensorboard"]  # fmt: skip
+    files = ["config.yaml", "ds_config.json", "env.json", "metrics.jsonl", "summary.json"]
+    folders = ["checkpoints", "eval", "model", "tensorboard"]
+    assert sorted(path.name for path in run.iterdir()) == sorted(files + folders)
     assert json.loads((run / "summary.json").read_text())["seconds"] > 0
     count = {title: sum(TITLES[target] == title for target in TRAIN_TARGETS) for title in TITLES}
     ranked = sorted(count.values(), reverse=True)
@@ -171,7 +178,7 @@ def test_popularity_lists_the_catalogue_by_training_count(entry, tmp_path):
 
 
 def test_the_metrics_have_eval_pys_keys_and_rows(entry, made, tmp_path):
-    """Same sampled rows, same catalogue of different items, so that runs of both can be compared."""
+    """Rows and catalogue are the same, so that runs of both can be compared."""
     sample = ("--num_rows", 6, "--num_beams", 5)
     assert (
         entry(
@@ -189,12 +196,13 @@ def test_the_metrics_have_eval_pys_keys_and_rows(entry, made, tmp_path):
     assert entry(baseline, *flags(tmp_path, "last-item-knn"), *sample, "--rows_seed", 3) == 0
     mine = json.loads((tmp_path / "last-item-knn" / "eval" / "test" / "metrics.json").read_text())
     other = json.loads((tmp_path / "other" / "metrics.json").read_text())
-    for key in ("dataset", "rows", "num_rows", "seed", "num_beams", "length_penalty", "popularity_baseline", "leaves",
-                "cold_targets", "head_targets", "target_popularity_deciles"):  # fmt: skip
+    settings = ("dataset", "rows", "num_rows", "seed", "num_beams", "length_penalty", "leaves")
+    targets = ("cold_targets", "head_targets", "target_popularity_deciles", "popularity_baseline")
+    for key in (*settings, *targets):
         assert mine[key] == other[key], key
     assert mine["alpha"]["0.0"].keys() == other["alpha"]["0.0"].keys()
-    tables = [pq.read_table(folder / "predictions-alpha0.0.parquet") for folder in
-              (tmp_path / "last-item-knn" / "eval" / "test", tmp_path / "other")]  # fmt: skip
+    folders = (tmp_path / "last-item-knn" / "eval" / "test", tmp_path / "other")
+    tables = [pq.read_table(folder / "predictions-alpha0.0.parquet") for folder in folders]
     assert tables[0].schema == tables[1].schema and tables[0]["row_id"] == tables[1]["row_id"]
     assert set(tables[0]["row_id"].to_pylist()) == set(sample_rows(NUM_TEST, 6, 3))
 
@@ -229,7 +237,7 @@ def test_scores_guide_the_search_of_eval_py(entry, made, tmp_path):
     ):
         mass = [[scores[row, line["item_ids"]].sum() for line in found] for found in (mine, other)]
         assert mass[0] == pytest.approx(mass[1], rel=0.01), (
-            "the guide's say is a thousand times the model's"
+            "the guidance weighs a thousand times as much as the model"
         )
 
 
@@ -242,7 +250,7 @@ def test_a_finished_run_is_evaluated_on_further_splits_and_not_again(
         model.stat().st_mtime_ns,
         (tmp_path / "popularity" / "eval" / "test" / "metrics.json").stat().st_mtime_ns,
     )
-    with pytest.raises(ValueError, match="holds a run already"):
+    with pytest.raises(UsageError, match="holds a run already"):
         entry(baseline, *flags(tmp_path, "popularity"))
     capsys.readouterr()
     assert (
@@ -257,11 +265,11 @@ def test_a_finished_run_is_evaluated_on_further_splits_and_not_again(
         model.stat().st_mtime_ns,
         (tmp_path / "popularity" / "eval" / "test" / "metrics.json").stat().st_mtime_ns,
     )
-    with pytest.raises(ValueError, match="these settings differ: num_beams"):
+    with pytest.raises(UsageError, match="these settings differ: num_beams"):
         entry(baseline, *flags(tmp_path, "popularity", "--resume", "auto", "--num_beams", 4))
     summary = tmp_path / "popularity" / "summary.json"
     summary.write_text(json.dumps(json.loads(summary.read_text()) | {"dataset": "another"}))
-    with pytest.raises(ValueError, match="popularity was trained on another dataset"):
+    with pytest.raises(UsageError, match="popularity was trained on another dataset"):
         entry(baseline, *flags(tmp_path, "popularity", "--resume", "auto"))
 
 
@@ -269,22 +277,32 @@ def test_a_finished_run_is_evaluated_on_further_splits_and_not_again(
     ("score", "norm", "message"), [(torch.nan, 1.0, "the loss"), (0.0, torch.nan, "the gradient")]
 )
 def test_a_step_that_is_not_finite_ends_the_run(score, norm, message):
-    weight = torch.tensor(score, requires_grad=True)
-
     class Engine:
+        """What a step uses of a DeepSpeed engine; each item has the given score."""
+
+        weight = torch.tensor(score, requires_grad=True)
+        updates = 0
+
         def __call__(self, *_):
-            return weight.expand(1, 4)
+            return self.weight.expand(1, 4)
 
         def backward(self, loss, scale_wrt_gas):
             loss.backward()
 
-        step = fp16_enabled = lambda self: None
-        get_global_grad_norm = lambda self: norm  # noqa: E731
+        def step(self):
+            self.updates += 1
+
+        def fp16_enabled(self):
+            return False
+
+        def get_global_grad_norm(self):
+            return norm
 
     batch = SequenceBatch(torch.tensor([[0]]), torch.tensor([0]), torch.tensor([2]))
-    task = SimpleNamespace(negatives=None)
+    loss, engine = SequenceLoss("cross-entropy", Negatives(torch.ones(4), 0)), Engine()
     with pytest.raises(FloatingPointError, match=f"step 7: {message} is not finite"):
-        baseline.train_step(Engine(), task, "cross-entropy", [batch], False, 7)
+        optimizer_step(engine, [batch], loss, step=6)
+    assert engine.updates == (message == "the gradient")
 
 
 TRAINED = ["--ds_config", "ds_configs/zero1-fp32.json"]
@@ -353,7 +371,7 @@ TRAINED = ["--ds_config", "ds_configs/zero1-fp32.json"]
     ],
 )
 def test_bad_input_is_refused_before_a_run_folder_is_made(entry, tmp_path, more, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UsageError, match=message):
         entry(baseline, "--output_dir", tmp_path / "run", *SMALL, *more)
     assert not (tmp_path / "run").exists()
 
@@ -380,7 +398,7 @@ def test_presets_fill_in_what_is_not_given():
             "0.2",
         ],
     )
-    config = baseline.with_preset(given)
+    config = given.with_preset()
     assert (config.hidden_size, config.num_layers, config.num_heads, config.dropout) == (
         50,
         2,
@@ -392,4 +410,4 @@ def test_presets_fill_in_what_is_not_given():
         1e-3,
         None,
     )
-    assert baseline.with_preset(dataclasses.replace(given, loss="bce")).num_negatives == 1
+    assert dataclasses.replace(given, loss="bce").with_preset().num_negatives == 1
