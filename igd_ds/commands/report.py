@@ -69,6 +69,7 @@ def parser() -> argparse.ArgumentParser:
         type=Path,
         help="folder of the report: new, empty, or a report that is replaced",
     )
+
     parser.add_argument(
         "--examples",
         type=int,

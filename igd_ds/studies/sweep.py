@@ -405,7 +405,8 @@ class Runner:
         table: the table.
         runs: folder of the sweep.
         launcher: the words before the script's name.
-        devices: one entry for each row that may run at a time: the GPU that the row sees; None: all.
+        devices: one entry for each row that may run at a time: the GPU that the row sees, or None
+            for all GPUs.
         say: called with one line for every event.
     """
 

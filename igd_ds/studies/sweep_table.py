@@ -583,6 +583,7 @@ def _build(cls: type[C], values: Settings, where: str) -> C:
         raise UsageError(
             f"{where}: '{missing[0]}' is missing in the entry and in the shared settings"
         )
+
     config = cls(**values)
     try:
         if isinstance(config, TrainConfig):

@@ -35,7 +35,8 @@ class Page:
     """A page as it was loaded.
 
     `dom` is its HTML after its scripts ran, `screenshot` a PNG of the window, `console` the
-    lines of the console, `requests` the URLs that the page itself asked for over a network, loopback included.
+    lines of the console, `requests` the URLs that the page itself asked for over a network,
+    loopback included.
     """
 
     dom: str

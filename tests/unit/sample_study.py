@@ -71,6 +71,7 @@ def results(random, split: str, level: float, alphas=("0.0",)) -> dict:
         "alpha": {},
         "target_prefix_entropy": {"nats": target.tolist(), "items": items},
     }
+
     for alpha in alphas:
         shares = np.array(
             [0.55, 0.2, 0.08, 0.05, 0.04, 0.03, 0.02, 0.01, 0.01, 0.01]
@@ -130,6 +131,7 @@ def curves(random, settings: dict) -> dict[str, list]:
                 [int(s), float(0.5 - v / 2)] for s, v in zip(STEPS, share, strict=True)
             ],
         }
+
     return found
 
 
@@ -167,12 +169,14 @@ def run(
         "world_size": 1,
         "ranks": {split: Ranks(ROWS, ranks(random, level)) for split in ("valid", "test")},
     }
+
     return Run(**fields | changes)
 
 
 def make(seeds: int = 3) -> Study:
     """Return two datasets: one with a grid of β, one with the objectives of semantic IDs."""
     random, runs = np.random.default_rng(0), []
+
     for seed in range(seeds):
         runs.append(run(random, "books-small", "uniform", {"objective": "uniform"}, seed, 0.03))
         for beta in (0.08, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6):

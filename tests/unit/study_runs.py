@@ -66,6 +66,7 @@ def write_run(folder: Path, source: Path, settings: dict, ranks: dict, **changes
     (folder / "model").mkdir()
     if not (folder / "model" / "catalogue").exists():
         (folder / "model" / "catalogue").symlink_to(source / "model" / "catalogue")
+
     for split, by_alpha in ranks.items():
         write_evaluation(folder / "eval" / split, dataset, split, by_alpha, changes)
     return folder
@@ -87,6 +88,7 @@ def write_evaluation(folder: Path, dataset, split: str, by_alpha: dict, changes:
         "popularity_baseline": {f"{m}@{k}": 0.1 for m in ("hr", "ndcg") for k in (5, 10)},
     }
     results |= {"target_popularity_deciles": [0.1] * 10}
+
     for alpha, ranks in by_alpha.items():
         match = {f"ndcg@{k}": float(np.mean([ndcg(rank, k) for rank in ranks])) for k in (5, 10)}
         match |= {f"hr@{k}": float(np.mean([0 < rank <= k for rank in ranks])) for k in (5, 10)}

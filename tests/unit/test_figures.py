@@ -243,6 +243,7 @@ def test_beta_is_drawn_and_judged_as_averaged_by_hand(study):
         0 < len(effective) < len(grid)
         and f"igd is effective at β = {', '.join(effective)} (" in figure.caption
     )
+
     without = dataclasses.replace(
         study, runs=[run for run in study.runs if run.method != "uniform"]
     )
@@ -284,6 +285,7 @@ def test_the_entropy_gap_is_listed_minus_target(study):
     steps = sum(items >= 0.01 * target["items"][0] for items in target["items"])
     panel = drawn(by_name(study)[BOOKS + "entropy-gap"]).axes[1]
     assert panel.get_title() == "igd β=0.2"
+
     for alpha, line in zip(runs[0].valid["alpha"], lines_of(panel, steps), strict=True):
         seeds = [
             [
@@ -404,6 +406,7 @@ def test_bytes_do_not_depend_on_process_or_settings(study, tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment
     )
+
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(hashes(study))
 

@@ -110,9 +110,11 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
 def test_the_page_loads_in_a_browser(report, tmp_path, width):
     page = chromium.load((report / "index.html").as_uri(), tmp_path, width=width)
     assert page.console == [] and page.requests == []
+
     found, kept = Reader(page.dom), load(report / "data")
     left_out, *shown = found.tables
     assert left_out == [["run", "state", "why"], ["books-failed", "failed", FAILED]]
+
     tables = all_tables(kept)
     assert (
         shown
@@ -122,12 +124,14 @@ def test_the_page_loads_in_a_browser(report, tmp_path, width):
         ]
         and len(shown) > 10
     )
+
     texts = [
         text for thing in (*tables, *all_figures(kept)) for text in (thing.title, thing.caption)
     ]
     texts += [note for table in tables for note in table.notes]
     assert all(text in found.text for text in texts)
     assert found.tags.isdisjoint({"script", "img", "link", "iframe"})
+
     light = Image.open(page.screenshot).convert("L")
     dark = sum(light.histogram()[:128]) / (light.width * light.height)
     assert light.width >= width and 0.005 < dark < 0.5  # ink on paper

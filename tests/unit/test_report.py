@@ -61,10 +61,13 @@ def refused(*words) -> str:
 def test_run_folders_to_a_report_and_the_same_again(made, tmp_path, capsys):
     first, second = tmp_path / "first", tmp_path / "second"
     assert report.main([str(made), "-o", str(first), "--examples", "2"]) == 0
+
     said = capsys.readouterr().out.splitlines()
     assert said[-1].endswith(f"figures: {first / 'index.html'}")
+
     readme = (first / "README.md").read_text()
     assert f"igd report {made} -o {first} --examples 2" in readme
+
     for run in made.iterdir():
         assert run.name in readme
     test = [
@@ -91,6 +94,7 @@ def test_run_folders_to_a_report_and_the_same_again(made, tmp_path, capsys):
         if line.startswith("| q | igd β=0.1")
     ]
     assert f"{mean:.4f} ±" in line
+
     [line] = [line for line in said if re.match(r"q +igd β=0.1 ", line)]  # on the terminal too
     assert f"{mean:.4f} ±" in line
     assert len(list((first / "figures").glob("*.svg"))) > 2
@@ -164,12 +168,14 @@ def test_a_sweep_with_rows_that_are_not_whole(made, tmp_path, capsys):
         )
         == 0
     )
+
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("incomplete")]
     assert [line.split(" (")[0] for line in said] == ["incomplete: igd-1", "incomplete: gone"]
     assert (
         "eval/test/metrics.json is not JSON" in said[0]
         and said[1] == "incomplete: gone (failed): KeyError: 'x'"
     )
+
     readme = (tmp_path / "out" / "README.md").read_text()
     assert (
         "6: 3 finished, 1 unfinished, 1 failed, 1 not run" in readme

@@ -169,6 +169,7 @@ def test_methods_are_compared_over_the_seeds_and_rows_that_both_have(study):
         [0, 1, 2],
         "same",
     )
+
     values = {
         m: [
             run.test["alpha"]["0.0"]["token_match"]["ndcg@10"]
@@ -183,6 +184,7 @@ def test_methods_are_compared_over_the_seeds_and_rows_that_both_have(study):
     assert better.relative == pytest.approx(
         np.mean(values["better"]) / np.mean(values["uniform"]) - 1
     )
+
     by_row = {
         m: np.mean([ndcg(run.ranks["test"].rank) for run in study.runs if run.method == m], axis=0)
         for m in values

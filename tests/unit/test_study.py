@@ -117,6 +117,7 @@ def test_a_family_shares_all_but_what_validation_chooses():
             {"curriculum_c": None},
         )
     ]
+
     assert len({family_of(settings) for settings in same}) == 1
     assert len({family_of(settings) for settings in (base, *others)}) == 5
 
@@ -140,6 +141,7 @@ def test_a_line_differs_in_one_setting_and_the_seed_alone():
         for i, (one, method) in enumerate(zip(settings, labels(settings), strict=True))
     ]
     found = lines_by(runs, "curriculum_c")
+
     assert {
         line: {c: [run.name for run in its] for c, its in by_value.items()}
         for line, by_value in found.items()
@@ -169,6 +171,7 @@ def test_curves_are_means_over_equal_stretches():
 
 def test_a_whole_run(run):
     found = only(read_runs([run("uniform")], 0))
+
     assert (found.state, found.note, found.dataset, found.backbone, found.method, found.seed) == (
         "finished",
         "",
@@ -238,6 +241,7 @@ def test_a_test_must_hold_the_alpha_that_is_reported(source, tmp_path, objective
             0,
         )
     )
+
     assert run.state == state
     assert run.note == (
         ""
@@ -270,6 +274,7 @@ def test_ranks_are_those_of_the_predictions(source, run):
     folder = run("uniform")
     study = read_runs([folder], 0)
     found, dataset = only(study), InteractionDataset.load(source.parent / "data")
+
     for split in ("valid", "test"):
         expected = dict.fromkeys(ROWS[split], 0)
         for line in pq.read_table(
@@ -353,12 +358,14 @@ def test_groups_of_a_real_evaluation_are_those_that_it_measured(source, tmp_path
         3,
         5,
     )
+
     results = run.test["alpha"][run.alpha]
     gain, groups = (
         np.array([ndcg(rank) for rank in run.ranks["test"].rank]),
         groups_of(study.rows["toy"]["test"]),
     )
     assert gain.mean() == pytest.approx(results["token_match"]["ndcg@10"]) and 0 < gain.mean() < 1
+
     for name in ("head", "tail", "warm", "cold"):
         measured = results[f"token_match_{name}_targets"]["ndcg@10"]
         assert gain @ groups[name] / groups[name].sum() == pytest.approx(measured), name
@@ -377,6 +384,7 @@ def test_states_and_notes_of_a_sweep(run, tmp_path):
         "untested",
         "exact",
     )
+
     for seed, name in enumerate(names):
         run(name, seed)
     folder = tmp_path / "runs"
@@ -696,6 +704,7 @@ def test_equal_runs_give_equal_bytes_and_so_does_what_was_kept(run, tmp_path):
         assert all((tmp_path / other / file).read_bytes() == first for other in ("second", "third"))
     kept, study = load(tmp_path / "first"), read_runs(folders, 2)
     assert groups_of(kept.rows["toy"]["test"]).keys() == groups_of(study.rows["toy"]["test"]).keys()
+
     for one, other in zip(kept.runs, study.runs, strict=True):
         assert one.name == other.name and one.test == other.test and one.curves == other.curves
         assert all(

@@ -179,6 +179,7 @@ def test_an_entry_is_the_product_of_its_lists(tmp_path):
     ]
     assert [r.run for r in rows] == [True] * 24 + [False]
     assert rows[0].group == rows[1].group == "toys-tiny-igd-igd_beta0.1-epochs2" != rows[2].group
+
     big, last = rows[6], rows[-1]
     assert big.settings["epochs"] == 2 and big.evaluation == {
         "alpha": (0.0, 0.2),
@@ -252,6 +253,7 @@ def test_baselines_are_evaluated_like_the_others(world):
     assert world.calls() == [(name, "valid") for name in names] + [
         (name, "test") for name in (names[0], names[2])
     ]
+
     flags = world.last[1]["flags"]
     assert (
         flags["dropout"] == ["0.4"] and "dropout" not in world.last[0]["flags"]
@@ -266,6 +268,7 @@ def test_baselines_are_evaluated_like_the_others(world):
         ["5"],
     )
     assert flags["output_dir"] == [str(world.runs / names[1])] and flags["splits"] == ["valid"]
+
     row = world.rows()[names[2]]
     assert (row["backbone"], row["method"].split()[0], row["state"], row["chosen"]) == (
         "",
@@ -287,6 +290,7 @@ def test_baselines_take_from_the_other_rows_of_their_dataset_how_they_are_evalua
     }
     rows = _sweep_table.read_table(write(tmp_path, table)).rows
     assert [row.is_baseline for row in rows] == [True, True] + [False] * 4  # in the table's order
+
     names = ("num_beams", "num_rows", "rows_seed", "item_kind")
     assert [row.settings[name] for row in rows[:2] for name in names] == [
         15,
@@ -298,6 +302,7 @@ def test_baselines_take_from_the_other_rows_of_their_dataset_how_they_are_evalua
         0,
         "auto",
     ]
+
     table["runs"][0] = popularity | {"num_beams": 12, "dataset": "books"}
     with pytest.raises(
         ValueError,
@@ -474,6 +479,7 @@ def test_the_choice_is_the_best_mean_of_each_family(tmp_path, seed):
     missing = table.to_run[random.integers(len(table.to_run))].name if seed % 2 else None
     chosen = table.choose(scores | ({missing: None} if missing else {}))
     best, undecided = {}, set()
+
     for row in table.to_run:
         family = (row.dataset, row.settings["objective"], row.settings.get("epochs"))
         if (
@@ -495,14 +501,17 @@ def test_the_choice_is_the_best_mean_of_each_family(tmp_path, seed):
 
 def test_a_sweep_trains_chooses_and_tests(world):
     assert world.run() == 0
+
     calls = world.calls()
     names = list(World.scores)
     assert calls[:12] == [(name, part) for name in names for part in ("train", "valid")]
     assert calls[12:] == [
         (name, "test") for name in (U0, U1, B0, B1)
     ]  # the mean over seeds, not the best seed, which is A0
+
     train, valid, test = world.last[4], world.last[5], world.last[-1]
     assert train["script"] == str(ROOT / "igd_ds/train.py")
+
     expected = {
         "igd_beta": ["0.1"],
         "seed": ["0"],
@@ -518,6 +527,7 @@ def test_a_sweep_trains_chooses_and_tests(world):
         test["flags"]["alpha_from"] == [str(world.runs / B1 / "eval/valid")]
         and "alpha" not in test["flags"]
     )
+
     rows = world.rows()
     assert {name: row["chosen"] for name, row in rows.items()} == {
         U0: True,
@@ -531,6 +541,7 @@ def test_a_sweep_trains_chooses_and_tests(world):
         set(world.states().values()) == {"finished"}
         and not (world.runs / A0 / "eval/test").exists()
     )
+
     method = {
         "method": "igd β=0.3",
         "group": B0.removesuffix("-seed0"),
@@ -539,6 +550,7 @@ def test_a_sweep_trains_chooses_and_tests(world):
         "seed": 0,
     }
     assert (method | {"state": "finished", "error": None}).items() <= rows[B0].items()
+
     about = json.loads((world.runs / "sweep.json").read_text())
     assert (about["version"], about["name"], about["table"], about["budget"]) == (
         1,
@@ -568,13 +580,17 @@ def test_a_failed_row_is_listed_and_holds_up_its_family_only(world, capsys):
         B0: "waiting",
         B1: "waiting",
     }
+
     rows = world.rows()
     assert rows[A1]["error"] == "ValueError: the model is broken" and rows[B0]["chosen"] is None
+
     log = (world.runs / "logs" / f"{A1}.log").read_text()
     assert "igd_ds/eval.py --alpha 0.0 0.2" in log and "ChildFailedError" in log
+
     capsys.readouterr()
     assert world.run("--list") == 0 and world.calls() == []
     assert f"{A1}: ValueError: the model is broken" in capsys.readouterr().out
+
     world.order(A1, "valid", None)
     assert world.run() == 1 and world.calls() == []  # not run again without being asked
     assert world.run("--retry") == 0
@@ -650,6 +666,7 @@ def test_a_row_that_a_killed_sweep_left_is_told_from_one_that_runs(world):
     attempt.write_text(json.dumps(running | {"host": "a node that died"}))
     os.utime(attempt, (0, time.time() - sweep.SILENCE - 1))
     assert sweep.survey(table, world.runs)[row.name].state == "waiting"
+
     attempt.write_text(json.dumps(running))
     assert world.run("--row", "0") == 2 and world.calls() == []
     assert world.run() == 1 and (U0, "train") not in world.calls()  # the others are run
@@ -739,23 +756,28 @@ def test_every_row_has_a_gpu_of_its_own(world, monkeypatch):
 
 def test_rows_one_by_one_as_in_an_array(world, capsys):
     assert world.run("--count") == 0 and capsys.readouterr().out == "6\n"
+
     for index in (4, 5, 2):
         assert world.run("--row", str(index)) == 0
     assert world.calls() == [(name, part) for name in (B0, B1, A0) for part in ("train", "valid")]
+
     capsys.readouterr()
     assert world.run("--test_row", "4") == 2
     assert (
         f"{B0}: validation cannot choose before all candidates have finished; missing: {A1}\n"
         in capsys.readouterr().err
     )
+
     world.order(A1, "train", "fail")
     assert world.run("--row", "3") == 1 and world.run("--row", "3") == 2
     assert (
         "failed before (ValueError: the model is broken); --retry runs it again"
         in capsys.readouterr().err
     )
+
     world.order(A1, "train", None)
     assert world.run("--row", "3", "--retry") == 0
+
     world.calls()
     assert [world.run("--test_row", str(index)) for index in (2, 3, 4, 5)] == [0] * 4
     assert world.calls() == [(B0, "test"), (B1, "test")]
@@ -763,6 +785,7 @@ def test_rows_one_by_one_as_in_an_array(world, capsys):
     assert (
         world.run("--test_row", "4") == 0 and world.run("--row", "4") == 0 and world.calls() == []
     )
+
     world.order(U0, "train", "stop")
     assert world.run("--row", "0") == 85
     assert world.run("--row", "6") == 2
@@ -801,6 +824,7 @@ def test_a_folder_of_another_sweep_is_refused(world, capsys):
 def test_other_settings_than_a_row_was_run_with_are_refused(world, capsys):
     world.write(exact={"num_rows": 5})
     assert world.run() == 0
+
     shutil.rmtree(world.runs / "logs")  # rows may have been run by hand
     defaults = table_of(world.folder)["defaults"]
     for change, differing in [
@@ -833,6 +857,7 @@ def test_other_settings_than_a_row_was_run_with_are_refused(world, capsys):
         evaluation=evaluation,
     )
     assert world.run("--list") == 0
+
     (world.runs / U1 / "eval/valid/request.json").unlink()
     changed = json.loads((world.runs / U1 / "eval/test/request.json").read_text()) | {
         "dtype": "float16"
@@ -855,11 +880,13 @@ def test_a_search_that_was_not_begun_may_be_added(world):
 
 def test_test_is_touched_once(world, capsys):
     assert world.run() == 0
+
     world.write(
         runs=[UNIFORM, ENTRY, ENTRY | {"igd_beta": 0.5}]
     )  # one more candidate, once the test rows have been seen
     assert world.run() == 2
     assert f"{B0} was tested already" in capsys.readouterr().err
+
     for left in [
         ENTRY | {"igd_beta": 0.1},
         ENTRY | {"igd_beta": 0.3, "run": False},
@@ -883,6 +910,7 @@ def test_test_is_touched_once(world, capsys):
 def test_a_metric_that_is_no_number_fails_the_row(world):
     (world.plan / "scores.json").write_text(json.dumps(World.scores | {A1: float("nan")}))
     assert world.run() == 1
+
     rows = world.rows()
     assert (
         rows[A1]["state"] == "failed"
@@ -893,9 +921,11 @@ def test_a_metric_that_is_no_number_fails_the_row(world):
         in rows[A1]["error"]
     )
     assert rows[B0]["chosen"] is None and rows[U0]["state"] == "finished"
+
     (world.plan / "scores.json").write_text(json.dumps(World.scores))
     world.calls()
     assert world.run("--retry") == 1 and world.calls() == []
+
     shutil.rmtree(world.runs / A1)
     assert world.run() == 0 and world.calls() == [
         (A1, "train"),
@@ -974,6 +1004,7 @@ def test_the_checked_in_tables_expand_to_runs_that_could_start(name, tmp_path, m
         NOT_RUN.get(name, 0),
     )
     assert table.name == (f"{name}-study" if name == "cpu" else name)
+
     monkeypatch.chdir(tmp_path)
     for folder in ("ds_configs", "tools"):
         (tmp_path / folder).symlink_to(ROOT / folder)
@@ -1003,6 +1034,7 @@ def test_the_checked_in_tables_expand_to_runs_that_could_start(name, tmp_path, m
             )
         )
     assert all(len(values) == 1 for values in evaluated.values()), evaluated
+
     if name == "cpu":
         assert evaluated == EVALUATED
 

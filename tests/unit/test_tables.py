@@ -57,12 +57,14 @@ def make_run(
         seconds=1800.0,
         eval_seconds=360.0,
     )
+
     return replace(run, **changes)
 
 
 def make_study() -> Study:
     """Two seeds each of uniform, three β of which 0.2 was chosen, igd-linear, and a baseline."""
     runs = []
+
     for seed, shift in ((0, -0.01), (1, 0.01)):
         runs += [
             make_run("uniform", seed, {"0.0": 0.20 + shift, "0.1": 0.19}, {"0.0": 0.20 + shift}),
@@ -111,6 +113,7 @@ def test_main_results():
         "HR@10",
         "vs uniform",
     ]
+
     lines = text(found)
     assert [line[:4] for line in lines] == [
         ["baseline", "popularity (expected)", "", "–"],
@@ -120,6 +123,7 @@ def test_main_results():
         ["qwen", "igd-linear β=0.4", "0", "2"],
         ["qwen", "improvement of igd β=0.2", "", "–"],
     ]
+
     sd = f"{0.02 / np.sqrt(2):.4f}"  # of 0.29 and 0.31
     assert (
         lines[3][5] == f"0.3000 ± {sd}"
@@ -204,6 +208,7 @@ def test_igd_alone_is_reported_at_its_best_alpha():
         "igd β=0.2": ("0.1", 0.9),
     }
     assert [c.mean for c in significance.compare(study, "toys")] == pytest.approx([0.255, 0.9])
+
     ablation = {row[1].text: row[3].value for row in table(study, "ablation-igd").rows}
     assert ablation["w/o w_t (uniform)"] == 0.9 and ablation["w/o both"] == pytest.approx(0.205)
     assert all(
@@ -245,6 +250,7 @@ def test_runs_that_are_not_whole_are_never_averaged_in():
         "qwen, igd β=0.2: mean of 1 of 2 runs (seed 1 unfinished).",
         "One seed: no standard deviation and no test for igd β=0.2.",
     ]
+
     tests = table(replace(study, runs=runs), "significance-toys")
     assert [row[1].text for row in tests.rows] == ["igd-linear β=0.4"]
     assert tests.notes[-1] == (
@@ -308,6 +314,7 @@ def test_beta_sensitivity_and_its_effective_range():
         ("igd", "0.3", "0.2200"),
     ]
     assert found.notes == ["toys, qwen, igd: effective β: 0.2, 0.3."]
+
     study = make_study()
     longer = [
         replace(
@@ -372,6 +379,7 @@ def test_groups_are_weighted_means_over_rows():
     study, ranks = make_study(), np.array([1, 0, 3, 1], np.int32)  # NDCG 1, 0, 0.5, 1
     run = replace(study.runs[0], ranks={"test": Ranks(np.arange(4, dtype=np.int32), ranks)})
     found = table(replace(study, runs=[run], rows={"toys": {"test": known}}), "groups-toys")
+
     assert found.columns == [
         "Model",
         "Method",
@@ -416,6 +424,7 @@ def test_mtc_ablation_relaxed_match_and_quantizers():
         "0.3000",
         "0.1050",
     ]
+
     quantizers = [[cell.text for cell in row[1:5]] for row in table(study, "quantizers").rows]
     assert quantizers[:2] == [
         ["rq-vae", "uniform", "0.1050", "0.2100"],
@@ -465,6 +474,7 @@ def test_mtc_ablation_has_a_line_for_each_part():
         (name, significant(level[name])) for name in many if name != "worse"
     ]
     assert len({row[2].text for row in found.rows}) == 9 and found.columns[2] == "Method"
+
     without = [run for run in study.runs if run.settings.get("mixing") != "fg-ce"]
     assert [row[1].text for row in table(replace(study, runs=without), "ablation-mtc").rows][
         1
@@ -518,6 +528,7 @@ def test_beam_beside_exact():
     ]
     found = table(replace(study, runs=runs), "beam-exact")
     line = dict(zip(found.columns, [cell.value for cell in found.rows[0]], strict=True))
+
     assert (line["α"], line["Rows"], line["NDCG@10 beam"], line["NDCG@10 exact"]) == (
         "0",
         3,
@@ -541,6 +552,7 @@ def test_all_runs_with_states_and_cost():
     )
     found = table(replace(study, runs=[*study.runs, failed]), "runs")
     assert "two seeds" in found.caption and len(found.rows) == 13
+
     line = dict(zip(found.columns, text(found)[-1], strict=True))
     assert (line["State"], line["Note"], line["α"], line["Training (s)"]) == (
         "failed",
@@ -570,6 +582,7 @@ def test_examples_mark_the_target():
         ),
         "example-toys-qwen-7",
     )
+
     assert text(found) == [["uniform", "d", ""], ["igd β=0.2", "e", "x_y"]]
     assert (
         found.rows[1][2].mark == "best"

@@ -530,6 +530,7 @@ def refuse_unlike(runs: Sequence[Run], folders: Mapping[str, Path]) -> None:
                 )
                 for key, value in values.items()
             }
+
             different = [key for key in values if first[key][0] != values[key]]
             if different:
                 shown = [
@@ -689,6 +690,7 @@ def examples_of(
     titles = [title for title in dataset.titles if title is not None]
     if len(titles) < len(dataset.titles):
         return []
+
     split, shown = dataset.splits["test"], []
     for backbone in dict.fromkeys(run.backbone for run in runs if not run.is_baseline):
         methods = first_by_method(runs, backbone)
@@ -701,6 +703,7 @@ def examples_of(
             method: first_titles(folders[run.name], run.alpha, rows, titles)
             for method, run in methods.items()
         }
+
         for row in rows.tolist():
             shown.append(
                 {

@@ -516,6 +516,7 @@ def beta_sensitivity(study: Study) -> list[Table]:
                 ]
                 rows += marked(block, 4)
                 notes.append(f"{data}, {name}: effective β: {', '.join(effective) or 'none'}.")
+
     caption = (
         "Validation at α = 0. A β is effective if its means of NDCG@10 and HR@10 both exceed those "
         f"of {REFERENCE}."
@@ -555,6 +556,7 @@ def igd_ablation(study: Study) -> list[Table]:
                 for name, runs, alpha in parts
             ]
             rows += marked(block, 2)
+
     caption = (
         "Test. w_t: the weights of the training loss. w_d: the calibration of the decoding by α, "
         "with and without w_t at the α that was best on each run's validation rows."
@@ -588,6 +590,7 @@ def linear_and_binary(study: Study) -> list[Table]:
                     for c in cells
                 ]
                 rows.append([*words(title_of(dataset, backbone), measure.upper(), *betas), *cells])
+
     columns = ["Data", "Measure", "β linear", "β binary"]
     columns += [REFERENCE, "IGD-T linear", "IGD-T binary"]
     caption = "Test at α = 0. Each form uses the β that validation chose."
@@ -603,6 +606,7 @@ def alpha_grid(study: Study) -> list[Table]:
         ("token_match", METRIC): ".4f",
         ("token_match", "hr@10"): ".4f",
     }
+
     rows = []
     for dataset in datasets(study):
         for (backbone, method), runs in methods(study, dataset).items():
@@ -617,6 +621,7 @@ def alpha_grid(study: Study) -> list[Table]:
                 names = words(title_of(dataset, backbone), method)
                 block.append([*names, Cell(float(alpha), form="g"), *cells])
             rows += marked(block, 3, smallest=(3,))
+
     columns = ["Data", "Method", "α", "FWR ↓", "ISE ↑ (bits)", "NDCG@10", "HR@10"]
     caption = (
         "Validation. α > 0 is IGD's decoding, for every training. FWR: share of the most common "
@@ -640,6 +645,7 @@ def mtc_ablation(study: Study) -> list[Table]:
                     for name, method in parts.items()
                 ]
                 rows += marked(block, 3)
+
     caption = (
         "Test at α = 0. The first lines are cumulative, as in the paper: front-greater on a "
         "schedule to cross-entropy; the same on to frequency; learned shares; the curriculum. The "
