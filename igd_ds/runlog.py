@@ -90,10 +90,10 @@ class RunLog:
     """Writes scalars, figures and texts of a run; does nothing unless `enabled` (rank 0).
 
     Args:
-        folder: run folder; `metrics.jsonl` and `tensorboard/` lie in it. enabled: whether this
-        process writes. resume_step: drop entries after this step first, so that a resumed run's
-        record has each step
-            once; None keeps all.
+        folder: run folder; `metrics.jsonl` and `tensorboard/` lie in it.
+        enabled: whether this process writes.
+        resume_step: drop entries after this step first, so that a resumed run's record has each
+            step once; None keeps all.
         tags: tags that may be used beside TAGS, with their units.
     """
 

@@ -37,10 +37,12 @@ def epoch_batches(
     the number of ranks or the accumulation.
 
     Args:
-        lengths: int64 (R,), tokens of each row. global_batch: G. seed: of the run. epoch: counted
-        from 0. group: rows of similar length share a batch. Shuffled rows are sorted by length
-        within blocks of
-            LENGTH_GROUP batches, then the batches are shuffled.
+        lengths: int64 (R,), tokens of each row.
+        global_batch: G.
+        seed: of the run.
+        epoch: counted from 0.
+        group: rows of similar length share a batch. Shuffled rows are sorted by length within
+            blocks of LENGTH_GROUP batches, then the batches are shuffled.
     """
     generator = np.random.default_rng([seed, epoch])
     rows = generator.permutation(len(lengths))
