@@ -1,4 +1,4 @@
-"""Baselines on two DeepSpeed ranks: the same as on one, resumed bit-identically, every ZeRO stage, and what they learn."""
+"""Baselines on two DeepSpeed ranks: as on one rank, resumed to the bit, in all ZeRO stages."""
 
 import json
 import os
@@ -52,7 +52,10 @@ def read(run: Path, split: str) -> dict:
     "name", ["gru4rec", pytest.param("sasrec", marks=pytest.mark.isa), "lrurec"]
 )
 def test_two_ranks_are_one(world, tmp_path, name):
-    """Without dropout: the same losses, and lists that differ by rounding at most; each rank ranks its own batches."""
+    """Without dropout the losses are the same, and the lists differ by rounding at most.
+
+    Each rank ranks its own batches.
+    """
     common = (
         "--recommender",
         name,
@@ -115,15 +118,13 @@ def test_a_stopped_run_resumes_bit_identically(world, tmp_path, stage, name, los
     while not list((stopped / "checkpoints").glob("step-*/manifest.json")):
         time.sleep(0.01)
         assert any(p.is_alive() for p in processes), (tmp_path / "stopped.log").read_text()
-    os.kill(processes[1].pid, signal.SIGUSR1)  # one rank hears it, all stop
+    os.kill(processes[1].pid, signal.SIGUSR1)  # one rank gets it, all ranks stop
     assert ranks.wait(processes) == [85, 85], (tmp_path / "stopped.log").read_text()
     assert not (stopped / "summary.json").exists()
     assert "resumed" in ranks.run(2, tmp_path / "resumed.log", ranks.entry, *words)
     first, second = weights(whole), weights(stopped)
     assert first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
-    assert all(
-        tensor.numel() > 0 for tensor in first.values()
-    )  # ZeRO-3 must not write empty tensors
+    assert all(tensor.numel() > 0 for tensor in first.values()), "ZeRO-3 must gather its parts"
     for tag in ("train/loss", "valid/ndcg@10"):
         assert logged(whole, tag) == logged(stopped, tag)
     assert read(whole, "test") == read(stopped, "test")

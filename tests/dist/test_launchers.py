@@ -1,4 +1,7 @@
-"""One training, three launchers: `deepspeed`, `torchrun` and `mpirun` give the same numbers and end a broken job alike."""
+"""One training, three launchers: `deepspeed`, `torchrun` and `mpirun`.
+
+They give the same numbers and end a broken job alike.
+"""
 
 import json
 import os
@@ -22,7 +25,7 @@ ENVIRONMENT = {
 }
 LAUNCHERS = ("deepspeed", "torchrun", "mpirun")
 
-# A rank that breaks in the middle of collectives, under the entry points' own frame.
+# A program whose rank 1 breaks between collectives; it is run as the entries are.
 BREAKS = """
 import os, signal, sys
 from pathlib import Path
@@ -74,7 +77,7 @@ def test_every_launcher_trains_the_same_model(world, tmp_path):
             f"{launcher}: exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
         )
         assert json.loads((run / "env.json").read_text())["world_size"] == 2
-        assert done.stdout.count("done: best nll") == 1  # one rank speaks
+        assert done.stdout.count("done: best nll") == 1  # one rank prints
         entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         results[launcher] = [entry.get("train/loss", entry.get("valid/nll")) for entry in entries]
         assert len(results[launcher]) == 4  # three steps, one validation
@@ -94,9 +97,9 @@ def test_a_broken_rank_ends_the_whole_job(tmp_path, launcher, how):
     assert time.monotonic() - began < 60
     for rank in (0, 1):
         pid = (tmp_path / f"pid-{rank}").read_text()
-        assert not Path("/proc", pid).exists(), f"rank {rank} outlived its job"
+        assert not Path("/proc", pid).exists(), f"rank {rank} has survived its job"
     if how == "raise":
-        # What a rank says last is why the job failed; torchrun adds a traceback of its own.
-        said = output.split("torch.distributed.elastic.multiprocessing.errors.ChildFailedError")[0]
-        errors = [line for line in said.splitlines() if "Error: " in line]
+        # The last words of a rank say why the job failed; torchrun adds a traceback of its own.
+        words = output.split("torch.distributed.elastic.multiprocessing.errors.ChildFailedError")[0]
+        errors = [line for line in words.splitlines() if "Error: " in line]
         assert errors[-1].endswith("RuntimeError: this rank breaks on purpose"), output

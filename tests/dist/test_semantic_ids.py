@@ -1,4 +1,7 @@
-"""Semantic-ID items, on real data: the same trainer, weights, trie and search as for titles, by a causal LM and by TIGER."""
+"""Items written as semantic IDs, on real data, by a causal LM and by TIGER.
+
+Training, weights, trie and search are the same as for titles.
+"""
 
 import json
 from pathlib import Path
@@ -25,7 +28,7 @@ TIGER = {
     "num_heads": 2,
     "dropout_rate": 0.1,
 }
-WEIGHTINGS = {
+OBJECTIVES = {
     "uniform": {},
     "igd": {"igd_beta": 0.2},
     "igd-linear": {"igd_beta": 0.2},
@@ -35,6 +38,7 @@ WEIGHTINGS = {
     "front-greater": {"item_embeddings": True},
     "frequency": {"frequency_beta": 0.99},
     "multi-target": {"item_embeddings": True, "frequency_beta": 0.99, "curriculum_cT": 2},
+    "msl": {"msl_tau": "adaptive", "igd_beta": 0.2},
 }
 
 
@@ -78,12 +82,10 @@ def semantic(shared, tmp_path_factory):
     return folder
 
 
-def tiger_flags(world, semantic, run, weighting, stage=1, **settings):
-    options = WEIGHTINGS[weighting] | (
-        {"item_embeddings": semantic / "vectors.npy"}
-        if "item_embeddings" in WEIGHTINGS[weighting]
-        else {}
-    )
+def tiger_flags(world, semantic, run, objective, stage=1, **settings):
+    options = dict(OBJECTIVES[objective])
+    if "item_embeddings" in options:
+        options["item_embeddings"] = semantic / "vectors.npy"
     own = {
         "dataset": semantic / "data",
         "tokenizer": semantic / "codes",
@@ -91,7 +93,7 @@ def tiger_flags(world, semantic, run, weighting, stage=1, **settings):
         "prompt": "codes",
     }
     return world.train_flags(
-        run, stage, **({"igd_beta": None, "weighting": weighting} | own | options | settings)
+        run, stage, **({"igd_beta": None, "objective": objective} | own | options | settings)
     )
 
 
@@ -142,11 +144,11 @@ def test_train_and_evaluate(world, shared, semantic, tmp_path):
     assert set(results["alpha"]["0.0"]["relaxed_match"]) == {"1", "2", "3"}
 
 
-@pytest.mark.parametrize("weighting", WEIGHTINGS)
-def test_every_weighting_trains_a_tiger(world, semantic, tmp_path, weighting):
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_objective_trains_a_tiger(world, semantic, tmp_path, objective):
     from igd_ds import train
 
-    flags = tiger_flags(world, semantic, tmp_path / "run", weighting, max_steps=2, validate_every=2)
+    flags = tiger_flags(world, semantic, tmp_path / "run", objective, max_steps=2, validate_every=2)
     ranks.run(1, tmp_path / "log", ranks.entry, train.main, flags)
     entries = [
         json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
@@ -162,26 +164,23 @@ def test_tiger_with_multi_target_resumes_and_is_evaluated(world, semantic, tmp_p
     from igd_ds import eval as evaluator
     from igd_ds import train
 
-    for name, steps in [("whole", [6]), ("stopped", [3, 6])]:
-        for (
-            last
-        ) in steps:  # cT belongs to the whole run, so the run that is to be stopped says so in c
-            flags = tiger_flags(world, semantic, tmp_path / name, "multi-target", stage, max_steps=6, resume="auto",
-                                validation_metric="ndcg@10", curriculum_cT=None, curriculum_c=0.3, lambda_lr=0.1)  # fmt: skip
-            if last == 3:
-                assert ranks.wait(
-                    ranks.start(2, tmp_path / "log", stopping_at, last, train.main, flags)
-                ) == [85, 85]
-            else:
-                ranks.run(2, tmp_path / "log", ranks.entry, train.main, flags)
+    curriculum = {"curriculum_cT": None, "curriculum_c": 0.3, "lambda_lr": 0.1}
+    settings = {"max_steps": 6, "resume": "auto", "validation_metric": "ndcg@10"} | curriculum
+    log = tmp_path / "log"
+    for name in ("whole", "stopped"):
+        flags = tiger_flags(world, semantic, tmp_path / name, "multi-target", stage, **settings)
+        if name == "stopped":
+            processes = ranks.start(2, log, stopping_at, 3, train.main, flags)
+            assert ranks.wait(processes) == [85, 85]
+        ranks.run(2, log, ranks.entry, train.main, flags)
     whole, stopped = (
         load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "stopped")
     )
     assert all(torch.equal(whole[key], stopped[key]) for key in whole)
-    mixing = [
-        (tmp_path / name / "model" / "mixing.json").read_text() for name in ("whole", "stopped")
+    states = [
+        (tmp_path / name / "model" / "objective.json").read_text() for name in ("whole", "stopped")
     ]
-    assert mixing[0] == mixing[1] and min(map(abs, json.loads(mixing[0])["s"])) > 0.01
+    assert states[0] == states[1] and min(map(abs, json.loads(states[0])["s"])) > 0.01
     entries = [
         json.loads(line)
         for line in (tmp_path / "stopped" / "metrics.jsonl").read_text().splitlines()
@@ -213,11 +212,13 @@ def test_tiger_with_multi_target_resumes_and_is_evaluated(world, semantic, tmp_p
 
 
 def stopping_at(step: int, main, flags: list[str]) -> None:
-    """An entry that is asked to stop, as by SLURM, while the optimizer makes its `step`-th step."""
-    from igd_ds import train
+    """Run an entry that is asked to stop, as by SLURM, while it makes its `step`-th step."""
+    from igd_ds import loop
 
-    train_step = train.train_step
-    train.train_step = lambda *arguments: train_step(
-        *arguments[:-2], arguments[-1] == step, arguments[-1]
-    )
+    optimizer_step = loop.optimizer_step
+
+    def stop_there(engine, window, loss, number, normalization, stop):
+        return optimizer_step(engine, window, loss, number, normalization, number + 1 == step)
+
+    loop.optimizer_step = stop_there
     ranks.entry(main, flags)

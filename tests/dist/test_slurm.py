@@ -1,4 +1,4 @@
-"""The batch scripts on a real one-node SLURM: stop by a signal, requeue, resume, evaluate, sweep."""
+"""The batch scripts on a SLURM of one node: stop by a signal, requeue, resume, evaluate, sweep."""
 
 import json
 import os
@@ -32,7 +32,10 @@ def is_up() -> bool:
 
 @pytest.fixture(scope="module")
 def slurm(shared):
-    """A SLURM that runs: the machine's own, or one started here and stopped afterwards. In CI there must be one."""
+    """Provide a SLURM that runs: the machine's own, or one that is started here and stopped again.
+
+    In CI there must be one.
+    """
     script = shared / "slurm-one-node.sh"
     problem, started = None, False
     if not is_up():
@@ -63,7 +66,10 @@ def slurm(shared):
 
 @pytest.fixture
 def submit(slurm, tmp_path):
-    """A function that submits a batch script from the repository and returns the job's id; jobs end with the test."""
+    """Return a function that submits a batch script of the repository and returns the job's id.
+
+    Jobs end with the test.
+    """
     jobs = []
 
     def submit(options: list[str], script: str, flags: list[str], **variables) -> str:
@@ -100,7 +106,7 @@ def wait_for(condition, seconds: float, explain) -> None:
 
 
 def state(job: str) -> dict[str, str]:
-    """SLURM's view of a job; of an array, that of the last task listed."""
+    """Return SLURM's view of a job; of an array, that of the last task listed."""
     words = command("scontrol", "show", "job", job).split()
     return dict(word.split("=", 1) for word in words if "=" in word)
 
@@ -133,7 +139,8 @@ def test_a_job_saves_requeues_resumes_and_is_evaluated(submit, world, tmp_path):
     stopped_at = int(checkpoint.name.removeprefix("step-"))
     assert stopped_at < 120 and not (run / "summary.json").exists()
 
-    # SLURM itself waits two minutes; within the same second its node would still refuse the job it has just ended.
+    # SLURM itself waits two minutes. Within the same second its node would still refuse the job
+    # that it has just ended.
     time.sleep(3)
     command("scontrol", "update", f"JobId={job}", "StartTime=now")
     wait_for(lambda: state(job)["JobState"] not in ("PENDING", "RUNNING", "COMPLETING"), 120, text)
@@ -170,7 +177,10 @@ def test_a_job_saves_requeues_resumes_and_is_evaluated(submit, world, tmp_path):
 
 
 def test_a_sweep_is_two_arrays(submit, world, tmp_path):
-    """Every row is trained and validated in the first; the second, which waits for it, tests what validation chose."""
+    """The first trains and validates every row.
+
+    The second waits for it and tests the row that validation chose.
+    """
     model = {"model_config": world.model_config, "tokenizer": world.tokenizer}
     defaults = {
         "ds_config": world.ds_config(2),
@@ -183,7 +193,7 @@ def test_a_sweep_is_two_arrays(submit, world, tmp_path):
         {
             "dataset": "small",
             "backbone": "qwen2",
-            "weighting": "igd",
+            "objective": "igd",
             "igd_beta": [0.1, 0.6],
             "seed": 1,
         }
@@ -245,7 +255,7 @@ def test_a_row_of_a_sweep_saves_requeues_and_resumes(submit, world, tmp_path):
         "log_every": 1,
         "epochs": 9,
     }
-    runs = [{"dataset": "small", "backbone": "qwen2", "weighting": "uniform", "seed": 0}]
+    runs = [{"dataset": "small", "backbone": "qwen2", "objective": "uniform", "seed": 0}]
     table = {
         "name": "small",
         "datasets": {"small": world.dataset},
@@ -270,7 +280,7 @@ def test_a_row_of_a_sweep_saves_requeues_and_resumes(submit, world, tmp_path):
     [row] = json.loads((run.parent / "sweep.json").read_text())["rows"]
     assert (row["state"], row["error"]) == ("waiting", None)
 
-    time.sleep(3)  # as above: its node would still refuse it
+    time.sleep(3)  # as above: the node would still refuse the job
     command("scontrol", "update", f"JobId={job}", "StartTime=now")
     wait_for(lambda: state(job)["JobState"] not in ("PENDING", "RUNNING", "COMPLETING"), 300, log)
     assert state(job)["JobState"] == "COMPLETED", log()
