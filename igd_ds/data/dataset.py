@@ -17,8 +17,10 @@ index of a row in its file is its `row_id`. A dataset folder is complete or abse
 give equal bytes.
 """
 
+import fcntl
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +33,7 @@ import pyarrow.parquet as pq
 
 from igd_ds.data.card import write_card
 from igd_ds.errors import UsageError
-from igd_ds.folders import new_folder, write_text
+from igd_ds.folders import new_folder, temporary_name, write_text
 
 VERSION = 2
 SPLITS = ("train", "valid", "test")
@@ -347,22 +349,58 @@ def _check_item_ids(path: Path, split: Split, num_items: int) -> None:
 def _memory_mapped(path: Path, digest: str) -> pa.Table:
     """Return a Parquet file as a memory-mapped Arrow table.
 
-    `datasets` converts the file to Arrow in its cache, under a lock, so that ranks which start
-    together convert it once. The name of the cache folder is the sha256 of the file: a file that
-    was rewritten at the same path is never read from an old cache.
+    The first process that needs the file converts it to Arrow in the cache of `datasets`, under a
+    lock; ranks that start together wait for it. The name of the cache folder is the sha256 of the
+    file: a file that was rewritten at the same path is never read from an old cache. A damaged
+    cache is made anew.
+
+    `Dataset.from_parquet` would do the same, but takes the path as a pattern: with `[`, `*`, `?` or
+    `::` in it, other files are read.
+
+    Raises:
+        UsageError: the cache cannot be written.
     """
-    cache = Path(datasets.config.HF_DATASETS_CACHE) / "igd_ds" / digest
-    bars_were_on = not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        whole = max(pq.read_metadata(path).num_rows, 1)
-        table = datasets.Dataset.from_parquet(
-            str(path), cache_dir=str(cache), writer_batch_size=whole
-        )
-    finally:
-        if bars_were_on:
-            datasets.enable_progress_bars()
-    return table.data.table
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "igd_ds" / digest
+    arrow = folder / "rows.arrow"
+    if not _is_intact(arrow):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with open(folder / "lock", "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if not _is_intact(arrow):
+                    _convert(path, arrow)
+        except OSError as error:
+            raise UsageError(
+                f"cannot write the cache {folder} ({error.strerror or error}): set "
+                "HF_DATASETS_CACHE to a folder that you may write to and that has room"
+            ) from error
+    return datasets.Dataset.from_file(str(arrow)).data.table
+
+
+def _convert(path: Path, arrow: Path) -> None:
+    """Write a Parquet file as one Arrow batch, and the sha256 of that file beside it."""
+    table = pq.read_table(path)
+    temporary = temporary_name(arrow)
+    with pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
+        stream.write_table(table.combine_chunks(), max_chunksize=max(len(table), 1))
+    digest = sha256_of(temporary)
+    os.replace(temporary, arrow)
+    write_text(_checksum(arrow), digest)
+
+
+def _checksum(arrow: Path) -> Path:
+    """Return the file that holds the sha256 of a cached Arrow file."""
+    return arrow.with_name(f"{arrow.name}.sha256")
+
+
+def _is_intact(arrow: Path) -> bool:
+    """Whether a cached Arrow file is there and unchanged since it was written."""
+    checksum = _checksum(arrow)
+    return (
+        arrow.is_file()
+        and checksum.is_file()
+        and checksum.read_bytes() == sha256_of(arrow).encode()
+    )
 
 
 def _numpy(chunks: Sequence[pa.Array]) -> np.ndarray:
