@@ -518,8 +518,8 @@ LOSSES = {
 
 
 def save_tensors(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write tensors to a new folder."""
-    folder.mkdir(parents=True)
+    """Write tensors to a folder, which is made if it is missing."""
+    folder.mkdir(parents=True, exist_ok=True)
     on_cpu = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     save_file(on_cpu, folder / WEIGHTS_FILE)
 
