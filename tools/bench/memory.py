@@ -6,8 +6,8 @@ Two models train on the generated data of `make demo`, through igd_ds/train.py i
 stage 2, one rank, one thread):
 
 * demo: the model of `make demo`, batches of 32 rows.
-* large: a Qwen2 of 43 million random parameters: the widths of SmolLM2-135M (hidden size 576) and 12
-  layers, batches of 8 rows. With --quick it has 4 layers.
+* large: a Qwen2 of 43 million random parameters, with the widths of SmolLM2-135M (hidden size 576)
+  and 12 layers, on batches of 8 rows. With --quick it has 4 layers.
 
 Each training runs in a process of its own, in turns: once with glibc's defaults, once with
 `keep_freed_memory()`. The losses of all steps must agree to 1e-5 of their size. A step's time is
