@@ -5,6 +5,7 @@ are filled under a temporary name and then renamed. What a killed process leaves
 its name: TARGET.tmp-PID.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -27,6 +28,15 @@ def temporary_name(path: Path) -> Path:
 def is_temporary(path: Path) -> bool:
     """Whether a file or folder is the unfinished work of some process (see `temporary_name`)."""
     return ".tmp-" in path.name
+
+
+def sha256_of(path: Path) -> str:
+    """Return the sha256 (hex) of the bytes of a file."""
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 20))
+    with open(path, "rb", buffering=0) as file:
+        while read := file.readinto(buffer):
+            digest.update(buffer[:read])
+    return digest.hexdigest()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -34,6 +34,7 @@ import pyarrow.parquet as pq
 from igd_ds.data.card import write_card
 from igd_ds.errors import UsageError
 from igd_ds.folders import new_folder, temporary_name, write_text
+from igd_ds.folders import sha256_of as sha256_of
 
 VERSION = 2
 SPLITS = ("train", "valid", "test")
@@ -192,15 +193,6 @@ class InteractionDataset:
         titles, semantic_ids = read_items(folder)
         splits = {name: _read_split(folder, name, info, len(titles)) for name in SPLITS}
         return cls(folder, info, titles, semantic_ids, splits, fingerprint(info))
-
-
-def sha256_of(path: Path) -> str:
-    """Return the sha256 (hex) of the bytes of a file."""
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 20))
-    with open(path, "rb", buffering=0) as file:
-        while read := file.readinto(buffer):
-            digest.update(buffer[:read])
-    return digest.hexdigest()
 
 
 def fingerprint(info: Mapping[str, Any]) -> str:

@@ -32,7 +32,7 @@ from igd_ds.errors import UsageError
 from igd_ds.items.ids import SOURCE, SPACES, ItemId, ItemIds, names_of
 from igd_ds.items.ragged import ragged_arange
 from igd_ds.items.search_trie import SearchTrie
-from igd_ds.items.store import StoredCatalogue, load_catalogue
+from igd_ds.items.store import load_catalogue
 from igd_ds.search.engine import SearchResult, search
 from igd_ds.search.filters import Guidance, ItemFilter, ItemRanges
 from igd_ds.search.frontier import PerUser
@@ -119,9 +119,7 @@ class Recommender:
         self.dataset = InteractionDataset.load(source.dataset)
         self.ids = ItemIds.read(source.dataset)
         self.tokenizer = load_tokenizer(source.model, source.trust_remote_code)
-        self.stored = _load_catalogue(
-            Path(source.model) / "catalogue", self.tokenizer, self.dataset
-        )
+        self.stored = load_catalogue(Path(source.model) / "catalogue", self.tokenizer, self.dataset)
         catalogue = self.stored.catalogue
         template = Template.from_dict(
             self.description["prompt"], f"{source.model}/{DESCRIPTION_FILE}"
@@ -437,20 +435,6 @@ def _check_length(name: str, entries: Sized, num_users: int) -> None:
         raise UsageError(
             f"{name} takes one entry per history: found {len(entries)} for {num_users}"
         )
-
-
-def _load_catalogue(folder: Path, tokenizer: Any, dataset: InteractionDataset) -> StoredCatalogue:
-    """Map the model's catalogue after checking that it is this tokenizer's and this dataset's."""
-    eos = load_catalogue(folder).catalogue.eos_token_id
-    # The tokenizer's fingerprint would differ as well, without saying why.
-    if tokenizer.eos_token_id != eos:
-        raise UsageError(
-            f"items of the catalogue in {folder} end in token {eos}, but the tokenizer's EOS is "
-            f"{tokenizer.eos_token_id} ({tokenizer.eos_token!r}): undo the change of eos_token, "
-            "or build "
-            "the catalogue anew"
-        )
-    return load_catalogue(folder, tokenizer=tokenizer, dataset=dataset)
 
 
 def _dataset_of(run: Path) -> Path:

@@ -102,6 +102,48 @@ class Catalogue:
         """Return the tokens of an item, EOS included: an int32 view."""
         return self.token_ids[self.offsets[item] : self.offsets[item + 1]]
 
+    def check_tokenizer(
+        self, tokenizer: PreTrainedTokenizerBase, dataset: ItemDataset | None = None
+    ) -> None:
+        """Raise UsageError unless `tokenizer` writes the items as the catalogue has them.
+
+        A tokenizer with the catalogue's fingerprint does. Of any other one, the token ids of all
+        items are compared, because a tokenizer is what it does: its file may change when another
+        version of transformers saves it. Without a dataset, only the fingerprint can be compared.
+        """
+        if tokenizer.eos_token_id != self.eos_token_id:
+            raise UsageError(
+                f"items of the catalogue end in token {self.eos_token_id}, but the tokenizer's EOS "
+                f"is {tokenizer.eos_token_id} ({tokenizer.eos_token!r}): undo the change of "
+                "eos_token, or build the catalogue anew"
+            )
+        if tokenizer_fingerprint(tokenizer) == self.tokenizer_fingerprint:
+            return
+
+        reason = "its fingerprint differs"
+        if dataset is not None:
+            token_ids, offsets = item_paths(dataset, tokenizer, self.kind)
+            other = self._first_difference(token_ids, offsets)
+            if other is None:
+                return
+            before, now = self.path(other), token_ids[offsets[other] : offsets[other + 1]]
+            reason = f"item {other} was {before.tolist()} and is {now.tolist()}"
+        raise UsageError(
+            f"the catalogue was made with another tokenizer, its token ids mean something else "
+            f"here ({reason:.300}): give the tokenizer it was made with, or build it anew"
+        )
+
+    def _first_difference(self, token_ids: np.ndarray, offsets: np.ndarray) -> int | None:
+        """Return the first item whose path differs from the given one; None if all are equal."""
+        if np.array_equal(offsets, self.offsets) and np.array_equal(token_ids, self.token_ids):
+            return None
+        pairs = zip(offsets[:-1], offsets[1:], strict=True)
+        return next(
+            item
+            for item, (begin, end) in enumerate(pairs)
+            if not np.array_equal(self.path(item), token_ids[begin:end])
+        )
+
     @classmethod
     def build(
         cls, dataset: ItemDataset, tokenizer: PreTrainedTokenizerBase, kind: str | None = None
@@ -117,28 +159,9 @@ class Catalogue:
             UsageError: the tokenizer has no EOS token, the kind is unknown, an item has no title or
                 no semantic ID, a code is not exactly one token, or an item's tokens contain EOS.
         """
-        if tokenizer.eos_token_id is None:
-            raise UsageError(
-                "the tokenizer has no EOS token, and every item must end in one: set eos_token"
-            )
         if kind is None:
             kind = "text" if any(title is not None for title in dataset.titles) else "semantic-id"
-        if kind not in KINDS:
-            raise UsageError(f"unknown kind of items {kind!r}; known: {', '.join(KINDS)}")
-
-        if kind == "text":
-            tokens, lengths = _tokenize_titles(dataset.titles, tokenizer)
-        else:
-            tokens, lengths = _look_up_codes(dataset.semantic_ids, dataset.num_items, tokenizer)
-        _check_no_eos(tokens, lengths, tokenizer, dataset, kind)
-
-        # Lay the paths out one after the other, with one EOS behind each.
-        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths + 1)])
-        token_ids = np.full(offsets[-1], tokenizer.eos_token_id, np.int32)
-        inside = np.ones(len(token_ids), bool)
-        inside[offsets[1:] - 1] = False
-        token_ids[inside] = tokens
-
+        token_ids, offsets = item_paths(dataset, tokenizer, kind)
         return cls(
             token_ids=token_ids,
             offsets=offsets,
@@ -150,8 +173,41 @@ class Catalogue:
         )
 
 
+def item_paths(
+    dataset: ItemDataset, tokenizer: PreTrainedTokenizerBase, kind: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return `Catalogue.token_ids` and `Catalogue.offsets` of a dataset's items.
+
+    Raises:
+        UsageError: as `Catalogue.build`.
+    """
+    if tokenizer.eos_token_id is None:
+        raise UsageError(
+            "the tokenizer has no EOS token, and every item must end in one: set eos_token"
+        )
+    if kind not in KINDS:
+        raise UsageError(f"unknown kind of items {kind!r}; known: {', '.join(KINDS)}")
+
+    if kind == "text":
+        tokens, lengths = _tokenize_titles(dataset.titles, tokenizer)
+    else:
+        tokens, lengths = _look_up_codes(dataset.semantic_ids, dataset.num_items, tokenizer)
+    _check_no_eos(tokens, lengths, tokenizer, dataset, kind)
+
+    # Lay the paths out one after the other, with one EOS behind each.
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths + 1)])
+    token_ids = np.full(offsets[-1], tokenizer.eos_token_id, np.int32)
+    inside = np.ones(len(token_ids), bool)
+    inside[offsets[1:] - 1] = False
+    token_ids[inside] = tokens
+    return token_ids, offsets
+
+
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the sha256 (hex) of what decides the token ids: the backend's JSON and the EOS id.
+
+    Equal fingerprints mean equal token ids. Different fingerprints do not mean different ids: the
+    same tokenizer can be written in several ways. `Catalogue.check_tokenizer` compares the ids.
 
     Padding and truncation are left out because a call of the tokenizer changes them. The PAD token
     is left out because callers set it to EOS. So the fingerprint is the same before and after use,

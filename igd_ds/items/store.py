@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from igd_ds.errors import UsageError
-from igd_ds.folders import new_folder, write_json
-from igd_ds.items.catalogue import Catalogue, ItemDataset, tokenizer_fingerprint
+from igd_ds.folders import new_folder, sha256_of, write_json
+from igd_ds.items.catalogue import Catalogue, ItemDataset
 from igd_ds.items.decisiveness import INFORMATION_GAIN, check_names, gain_deciles, zero_gain
 from igd_ds.items.trie import TokenTrie
 
@@ -132,12 +132,13 @@ def save_catalogue(folder: Path | str, stored: StoredCatalogue) -> None:
     }
 
     with new_folder(folder) as unfinished:
-        sizes = {}
+        sizes, hashes = {}, {}
         for name, array in arrays.items():
             path = unfinished / f"{name}.npy"
             np.save(path, array, allow_pickle=False)
-            sizes[name] = path.stat().st_size
-        write_json(unfinished / "catalogue.json", description | {"bytes": sizes})
+            sizes[name], hashes[name] = path.stat().st_size, sha256_of(path)
+        files = {"bytes": sizes, "sha256": hashes}
+        write_json(unfinished / "catalogue.json", description | files)
 
 
 def load_catalogue(
@@ -152,20 +153,14 @@ def load_catalogue(
         tokenizer: if given, checked to be the one with which the catalogue was made.
         dataset: if given, checked to be the one from which the catalogue was made.
 
+    Every array's sha256 is checked, about a second per GB.
+
     Raises:
-        UsageError: the folder is no catalogue or has another version, a file is missing or cut off,
-            or tokenizer or dataset is another one.
+        UsageError: the folder is no catalogue or has another version; a file is missing, cut off or
+            changed; or tokenizer or dataset is another one.
     """
     folder = Path(folder)
     description = _read_description(folder)
-    if (
-        tokenizer is not None
-        and tokenizer_fingerprint(tokenizer) != description["tokenizer_fingerprint"]
-    ):
-        raise UsageError(
-            f"the catalogue in {folder} was made with another tokenizer, its token ids mean "
-            "something else here: give the tokenizer it was made with, or build it anew"
-        )
     if dataset is not None and description["dataset_fingerprint"] != dataset.fingerprint:
         raise UsageError(
             f"the catalogue in {folder} belongs to another dataset: give the dataset it was made "
@@ -179,7 +174,14 @@ def load_catalogue(
         counts=arrays["counts"],
         **{name: description[name] for name in SETTINGS},
     )
+    if tokenizer is not None:
+        try:
+            catalogue.check_tokenizer(tokenizer, dataset)
+        except UsageError as error:
+            raise UsageError(f"{folder}: {error}") from error
     trie = TokenTrie(**{name: arrays[name] for name in TRIE_ARRAYS}, item_count=catalogue.counts)
+    if "sha256" not in description:
+        _check_links(folder, trie)
     if description["version"] == 1:
         return StoredCatalogue.build(catalogue, trie, arrays["gain"], description["entropy"])
     return StoredCatalogue(
@@ -213,7 +215,10 @@ def _read_description(folder: Path) -> dict[str, Any]:
 
 
 def _map_array(folder: Path, name: str, description: dict[str, Any]) -> np.ndarray:
-    """Return a read-only memory map of one array, after a check of the file's size."""
+    """Return a read-only memory map of one array, after a check of the file's size and content.
+
+    Catalogues saved by earlier versions name no sha256, so only the size is checked.
+    """
     path = folder / f"{name}.npy"
     expected = description["bytes"][name]
     if not path.exists():
@@ -225,5 +230,30 @@ def _map_array(folder: Path, name: str, description: dict[str, Any]) -> np.ndarr
             f"{path} has {found:,} bytes, expected {expected:,}: it is cut off or damaged; build "
             "the catalogue anew"
         )
+    sha256 = description.get("sha256", {}).get(name)
+    if sha256 is not None and sha256_of(path) != sha256:
+        raise UsageError(
+            f"{path} is not the file that was saved (its sha256 differs): it is damaged or was "
+            "changed; restore it, or build the catalogue anew"
+        )
     mapped: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
     return mapped
+
+
+def _check_links(folder: Path, trie: TokenTrie) -> None:
+    """Raise UsageError where the links of a trie without checksums contradict each other.
+
+    A search could then walk in a circle.
+    """
+    begin = trie.child_begin.astype(np.int64)
+    nodes = np.arange(trie.num_nodes)
+    is_ordered = begin[0] == 1 and begin[-1] == len(nodes) and bool(np.all(np.diff(begin) >= 0))
+    if (
+        not is_ordered
+        or not np.array_equal(np.repeat(nodes, np.diff(begin)), trie.parent[1:])
+        or not np.all(trie.parent[1:] < nodes[1:])
+    ):
+        raise UsageError(
+            f"{folder}: parent.npy and child_begin.npy are not one tree: a file is damaged or was "
+            "changed; restore it, or build the catalogue anew"
+        )
