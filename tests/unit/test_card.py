@@ -107,15 +107,11 @@ def test_numbers_equal_plain_counting(rows, tmp_path):
         f"10 items (books) and {len(users)} users, in 120 training, 15 validation and 15 test rows."
         in text
     )
-    assert (
-        "from 1970-01-01 to 1970-05-30 (UTC)" in text
-        and "k\\_core" not in text
-        and "k_core = 5, window = none" in text
-    )
-    assert (
-        "9 items have a title, none a semantic ID." in text
-        and "brand (50.0 % of the items)" in text
-    )
+    assert "from 1970-01-01 to 1970-05-30 (UTC)" in text
+    assert "k\\_core" not in text
+    assert "k_core = 5, window = none" in text
+    assert "9 items have a title, none a semantic ID." in text
+    assert "brand (50.0 % of the items)" in text
 
     popularity = Counter(row[2] for row in rows["train"])
     times = [popularity[item] for item in range(10)]
@@ -159,10 +155,8 @@ def test_numbers_equal_plain_counting(rows, tmp_path):
     }
     ranked = sorted(Counter(row[2] for row in many).values(), reverse=True)
     measures = Measures.of(items_table(["t"] * 250), splits)
-    assert measures.top(100) == (3, sum(ranked[:3]) / 3000) and measures.top(10) == (
-        25,
-        sum(ranked[:25]) / 3000,
-    )
+    assert measures.top(100) == (3, sum(ranked[:3]) / 3000)
+    assert measures.top(10) == (25, sum(ranked[:25]) / 3000)
     assert measures.span() is None
 
 
@@ -170,24 +164,18 @@ def test_what_dataset_json_says_is_quoted(rows, tmp_path):
     splits = {name: rows_table(found) for name, found in rows.items()}
     text = make(tmp_path / "d", INFO, items_table(TITLES), splits)
     assert text.startswith("# toy\\| \\*set\\*\n\n")
-    assert (
-        "| step | users | items | rows | years |" in text
-    )  # a column that no step fills is left out
-    assert "| read re\\|views |  |  | 1,234,567 |  |" in text and row_of(
-        text, "5-core, pass 1"
-    ) == ["10", "9", "", "2"]
-    assert row_of(text, "items") == ["8", "10", "+2 (+25.0 %)"] and row_of(text, "users") == [
-        "0",
-        "3",
-        "+3",
-    ]
+    # A column that no step fills is left out.
+    assert "| step | users | items | rows | years |" in text
+    assert "| read re\\|views |  |  | 1,234,567 |  |" in text
+    assert row_of(text, "5-core, pass 1") == ["10", "9", "", "2"]
+    assert row_of(text, "items") == ["8", "10", "+2 (+25.0 %)"]
+    assert row_of(text, "users") == ["0", "3", "+3"]
     assert row_of(text, "sparsity") == ["0.5", "0.25", "-0.25 (-50.0 %)"]
     assert row_of(text, "entities") == ["A \\&amp; \\<b\\>\\| B → A \\& B", "1,234"]
     assert row_of(text, "whitespace") == ["", "1"] and row_of(text, "unusable") == ["", "0"]
     assert f"| re\\|views_5.json | `{'ab' * 32}` |" in text and "(file position)" in text
-    assert "InteractionDataset.load(" in text and all(
-        line.count("|") > 2 for line in text.splitlines() if line[:1] == "|"
-    )
+    assert "InteractionDataset.load(" in text
+    assert all(line.count("|") > 2 for line in text.splitlines() if line[:1] == "|")
 
     bare = {key: INFO[key] for key in INFO.keys() - {"funnel", "expected"}} | {
         "sources": [],
@@ -195,20 +183,14 @@ def test_what_dataset_json_says_is_quoted(rows, tmp_path):
         "protocol": "given",
     }
     text = make(tmp_path / "bare", bare, items_table(TITLES), splits)
-    assert (
-        "From the source" not in text
-        and "paper" not in text
-        and "hygiene" not in text
-        and "generated" in text
-    )
-    assert (
-        "Protocol given: the rows are the source's own." in text
-        and "Rows are in the order of the source's files." in text
-    )
-    assert (
-        escape("_a_ b_c\u202e\ud800 \t `x`") == "\\_a\\_ b_c \\`x\\`"
-        and escape("z" * 999) == "z" * 200 + "…"
-    )
+    assert "From the source" not in text
+    assert "paper" not in text
+    assert "hygiene" not in text
+    assert "generated" in text
+    assert "Protocol given: the rows are the source's own." in text
+    assert "Rows are in the order of the source's files." in text
+    assert escape("_a_ b_c\u202e\ud800 \t `x`") == "\\_a\\_ b_c \\`x\\`"
+    assert escape("z" * 999) == "z" * 200 + "…"
 
 
 def test_figures(rows, tmp_path):
@@ -219,9 +201,9 @@ def test_figures(rows, tmp_path):
         {"font.size": 20, "lines.linewidth": 9, "savefig.dpi": 30, "timezone": "Asia/Tokyo"}
     ):
         make(tmp_path / "b", INFO, items_table(TITLES), splits)
-        assert (
-            matplotlib.rcParams["font.size"] == 20 and matplotlib.rcParams["axes.spines.top"]
-        )  # the user's are back
+        # The user's settings are back.
+        assert matplotlib.rcParams["font.size"] == 20
+        assert matplotlib.rcParams["axes.spines.top"]
 
     figures = sorted(path.name for path in (tmp_path / "a").glob("*.png"))
     assert figures == ["history_length.png", "popularity.png", "time.png", "title_length.png"]
@@ -256,10 +238,8 @@ def test_three_rows_of_semantic_ids(tmp_path, time):
     assert text.split("\n\n")[1].startswith(
         "3 items and 3 users, in 1 training, 1 validation and 1 test rows."
     )
-    assert (
-        "0 items have a title, 3 a semantic ID of 1 to 2 codes." in text
-        and "No figure of title lengths" in text
-    )
+    assert "0 items have a title, 3 a semantic ID of 1 to 2 codes." in text
+    assert "No figure of title lengths" in text
     assert "title words" not in text and row_of(text, "cold items") == ["2", "66.7 % of the items"]
 
     drawn = {path.name for path in (tmp_path / "d").glob("*.png")}

@@ -110,9 +110,8 @@ def test_several_row_groups_read_the_same(tmp_path):
     info["files"]["train.parquet"] = sha256_of(folder / "train.parquet")
     (folder / "dataset.json").write_text(json.dumps(info))
     split = InteractionDataset.load(folder).splits["train"]
-    assert [
-        split.history(row).tolist() for row in range(50)
-    ] == histories and split.targets.tolist() == targets
+    assert [split.history(row).tolist() for row in range(50)] == histories
+    assert split.targets.tolist() == targets
 
 
 def test_semantic_ids(tmp_path):

@@ -87,11 +87,9 @@ def test_placeholders_are_unique_stable_and_hide_the_order():
 
 def test_drop_marks_items_and_policies_are_named():
     cleaned, report = clean_titles(["a", None, "b"], "drop")
-    assert (
-        cleaned == ["a", None, "b"]
-        and report["unusable"]["count"] == 1
-        and report["items_sharing_a_title"] == 0
-    )
+    assert cleaned == ["a", None, "b"]
+    assert report["unusable"]["count"] == 1
+    assert report["items_sharing_a_title"] == 0
     with pytest.raises(UsageError, match="known: placeholder, drop"):
         clean_titles(["a"], "guess")
 

@@ -57,16 +57,13 @@ def test_sequences_end_to_end(source, tmp_path, capsys):
     assert prepare(arguments(source, tmp_path / "d", "--domain", "books")) == 0
 
     printed = capsys.readouterr().out
-    assert (
-        str(tmp_path / "d") in printed and "users_too_short 1" in printed and "train 6" in printed
-    )
+    assert str(tmp_path / "d") in printed
+    assert "users_too_short 1" in printed
+    assert "train 6" in printed
 
     dataset = InteractionDataset.load(tmp_path / "d")
-    assert rows(dataset, "test")[0] == (0, [0, 1, 2, 3], 4) and rows(dataset, "valid")[0] == (
-        0,
-        [0, 1, 2],
-        3,
-    )
+    assert rows(dataset, "test")[0] == (0, [0, 1, 2, 3], 4)
+    assert rows(dataset, "valid")[0] == (0, [0, 1, 2], 3)
     assert rows(dataset, "train")[:3] == [(0, [0], 1), (0, [0, 1], 2), (1, [5], 6)]
     assert dataset.titles[0] == "A & B" and dataset.titles[2:4] == ["Same", "Same"]
     assert all(dataset.titles[i].startswith("Untitled item ") for i in (1, 4))
@@ -86,16 +83,13 @@ def test_hygiene_off_and_drop(source, tmp_path):
     assert prepare(arguments(source, tmp_path / "raw", "--titles", "verbatim")) == 0
 
     raw = InteractionDataset.load(tmp_path / "raw")
-    assert raw.titles == TITLES and raw.info["hygiene"] == {
-        "policy": "verbatim",
-        "items_sharing_a_title": 2,
-    }
+    assert raw.titles == TITLES
+    assert raw.info["hygiene"] == {"policy": "verbatim", "items_sharing_a_title": 2}
     assert prepare(arguments(source, tmp_path / "clean")) == 0
 
     clean = InteractionDataset.load(tmp_path / "clean")
-    assert all(
-        rows(raw, name) == rows(clean, name) for name in raw.splits
-    )  # hygiene changes titles, not rows
+    # Hygiene changes titles, not rows.
+    assert all(rows(raw, name) == rows(clean, name) for name in raw.splits)
     assert prepare(arguments(source, tmp_path / "drop", "--titles", "drop")) == 0
 
     dropped = InteractionDataset.load(tmp_path / "drop")

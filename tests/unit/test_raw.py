@@ -305,6 +305,5 @@ def test_any_bytes_can_be_sniffed(data):
             except UsageError as error:
                 assert str(path) in str(error)
             else:
-                assert form in ("json", "python", "text") and all(
-                    isinstance(key, str) for key in keys
-                )
+                assert form in ("json", "python", "text")
+                assert all(isinstance(key, str) for key in keys)

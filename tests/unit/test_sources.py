@@ -47,17 +47,11 @@ def read(name, *inputs, **options):
 
 def test_sequences_reads_items_in_any_order(tmp_path):
     data = read("sequences", folder_of(tmp_path / "s"))
-    assert (
-        data.titles == [None, "b", "c"]
-        and data.semantic_ids is None
-        and data.interactions.timestamps is None
-    )
-    assert data.interactions.users.tolist() == [
-        4,
-        4,
-        4,
-        3,
-    ] and data.interactions.items.tolist() == [0, 1, 1, 2]
+    assert data.titles == [None, "b", "c"]
+    assert data.semantic_ids is None
+    assert data.interactions.timestamps is None
+    assert data.interactions.users.tolist() == [4, 4, 4, 3]
+    assert data.interactions.items.tolist() == [0, 1, 1, 2]
     assert (data.interactions.users.dtype, data.interactions.items.dtype) == (np.int64, np.int32)
     found = find_files("sequences", [tmp_path / "s"])
     assert [path.name for paths in found.values() for path in paths] == [
@@ -181,11 +175,9 @@ def test_synthetic_catalogue_looks_real(synthetic):
     assert not cold[chain.successors].any() and not cold[synthetic.interactions.items].any()
     # Titles share their stem within a series and first words across series; ids are in no order.
     stems = Counter(title.split(",")[0] for title in synthetic.titles)
-    assert (
-        100 < len(stems) < 150
-        and max(stems.values()) <= 9
-        and len({stem.split()[0] for stem in stems}) == 32
-    )
+    assert 100 < len(stems) < 150
+    assert max(stems.values()) <= 9
+    assert len({stem.split()[0] for stem in stems}) == 32
     assert any("&amp;" in title for title in synthetic.titles)
     assert np.corrcoef(np.arange(600), chain.draw_probs)[0, 1] < 0.15
 
@@ -199,9 +191,8 @@ def test_synthetic_users_follow_the_rule(synthetic):
     )  # a draw may hit a successor too
     expected = (1 - EPSILON) * SUCCESSOR_PROBS
     assert np.allclose(followed.mean(axis=0), expected, atol=0.03 + draws)
-    assert (np.diff(data.timestamps)[same] >= 0).all() and (
-        np.diff(data.timestamps)[same] == 0
-    ).any()
+    assert (np.diff(data.timestamps)[same] >= 0).all()
+    assert (np.diff(data.timestamps)[same] == 0).any()
     lengths = np.bincount(data.users)
     assert lengths.min() >= 5 and lengths.max() <= 50 and 9 < lengths.mean() < 11
 
@@ -249,11 +240,9 @@ def test_oracle_on_a_tiny_catalogue_counts_equal_successors_once():
 
 def test_synthetic_scales(synthetic):
     data = make_synthetic(100_000, 20_000, 0)
-    assert (
-        len(data.titles) == 100_000
-        and len(set(data.titles)) == 99_500
-        and len(np.unique(data.interactions.users)) == 20_000
-    )
+    assert len(data.titles) == 100_000
+    assert len(set(data.titles)) == 99_500
+    assert len(np.unique(data.interactions.users)) == 20_000
 
 
 def test_synthetic_refuses_wrong_arguments(tmp_path):

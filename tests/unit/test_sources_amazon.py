@@ -79,15 +79,13 @@ def test_real_reviews_equal_plain_parsing(shared):
         assert events_of(data) == [
             (r["reviewerID"], r["asin"], r["unixReviewTime"]) for r in reviews
         ]
-        assert data.funnel[0] == {"step": "read All_Beauty_5.json.gz", "rows": 5269} and set(
-            data.titles
-        ) == {None}
+        assert data.funnel[0] == {"step": "read All_Beauty_5.json.gz", "rows": 5269}
+        assert set(data.titles) == {None}
         names = data.item_names.to_pylist()
         assert len(names) == 85 and names != sorted(names)  # ids carry no order …
     with reading("amazon-2018", [path.parent], seed=1) as other:
-        assert other.item_names.to_pylist() != names and sorted(
-            other.item_names.to_pylist()
-        ) == sorted(names)
+        assert other.item_names.to_pylist() != names
+        assert sorted(other.item_names.to_pylist()) == sorted(names)
     with reading("amazon-2018", [path]) as again:  # … and depend on the seed alone
         assert again.item_names.to_pylist() == names and again.user_names.equals(data.user_names)
 
@@ -354,11 +352,9 @@ def test_preset_prints_found_beside_expected(tmp_path, capsys):
         "users": [57439, 6],
         "items": [24587, 2],
     }
-    assert (
-        info["parameters"]["k_core"] == 5
-        and info["parameters"]["max_history"] == 20
-        and info["domain"] == "musical instruments"
-    )
+    assert info["parameters"]["k_core"] == 5
+    assert info["parameters"]["max_history"] == 20
+    assert info["domain"] == "musical instruments"
 
     card = Path(tmp_path / "d" / "README.md").read_text()
     assert "24,587" in card

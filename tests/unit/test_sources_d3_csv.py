@@ -133,9 +133,8 @@ def test_d3_rows_stay_as_they_are(tmp_path, milliseconds):
         events = [
             (user, str(item), at) for split in seconds.values() for user, _, item, at in split
         ]
-        assert sorted(events_of(data)) == sorted(events) and (
-            milliseconds > 1 or events_of(data) == events
-        )
+        assert sorted(events_of(data)) == sorted(events)
+        assert milliseconds > 1 or events_of(data) == events
         expected = {str(item): (title or None, *[None] * 5) for item, title in TITLES.items()}
         assert items_of(data) == expected and data.semantic_ids is None
 
@@ -151,9 +150,8 @@ def test_minionerec_takes_codes_of_index_or_info(tmp_path):
     folder = write(tmp_path / "m", minionerec_text)
     timeless = {name: [(*row[:3], None) for row in rows] for name, rows in ROWS.items()}
     with reading("d3-csv", [folder]) as data:
-        assert {
-            name: rows_of(data, name) for name in SPLITS
-        } == timeless and data.interactions.timestamps is None
+        assert {name: rows_of(data, name) for name in SPLITS} == timeless
+        assert data.interactions.timestamps is None
         assert {
             int(item): (title, codes) for item, (title, codes, *_) in items_of(data).items()
         } == {item: (TITLES[item] or None, CODES[item]) for item in TITLES}
@@ -279,11 +277,8 @@ def test_real_minionerec_files_equal_plain_parsing(shared, tmp_path):
         *(folder / name for name in ("valid.csv.gz", "test.csv.gz", "info.txt")),
     ]
     with reading("d3-csv", files) as data:  # the info file's codes are those of index.json
-        assert items_of(data) == items and [table.num_rows for table in data.splits.values()] == [
-            4532,
-            4532,
-            4533,
-        ]
+        assert items_of(data) == items
+        assert [table.num_rows for table in data.splits.values()] == [4532, 4532, 4533]
 
 
 CELLS = st.one_of(

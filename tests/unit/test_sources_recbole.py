@@ -92,9 +92,8 @@ def test_recbole_finds_columns_by_name_and_joins_benchmark_files(tmp_path):
     with reading(
         "recbole", [write(tmp_path / "steam", steam__inter=steam, steam__item=games)]
     ) as data:
-        assert (
-            events_of(data) == [("u", "7", 1513468800)] and items_of(data)["7"][0] == "Lost Kitty"
-        )
+        assert events_of(data) == [("u", "7", 1513468800)]
+        assert items_of(data)["7"][0] == "Lost Kitty"
 
     yelp = "review_id:token\tuser_id:token\tbusiness_id:token\tdate:float\nr\tu\tb\t1531001351\n"
     shops = "business_id:token\titem_name:token_seq\tcategories:token_seq\n"

@@ -116,10 +116,8 @@ def test_steam_equals_plain_parsing(tmp_path):
             "999": (None,) * 6,
         }
         found = {path.name for paths in find_files("steam", inputs).values() for path in paths}
-        assert data.semantic_ids is None and found == {
-            "steam_reviews.json.gz",
-            "steam_games.json.gz",
-        }
+        assert data.semantic_ids is None
+        assert found == {"steam_reviews.json.gz", "steam_games.json.gz"}
         first = [data.interactions.items.tolist(), data.item_names.to_pylist()]
 
     numbered = set()
