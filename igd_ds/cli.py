@@ -10,7 +10,6 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from igd_ds import distributed
 from igd_ds.errors import UsageError
 
 # Subcommand: (module with a `main`, what it does). Modules are imported only when their subcommand
@@ -59,6 +58,8 @@ def dispatch(argv: Sequence[str]) -> int:
 
 def main() -> None:
     """Entry point of the console script; ends the process."""
+    from igd_ds import distributed  # here, so that `igd --help` does not wait for torch
+
     distributed.run(lambda: dispatch(sys.argv[1:]))
 
 

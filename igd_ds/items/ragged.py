@@ -1,7 +1,13 @@
 """Ragged ranges without a Python loop: begin[0], begin[0] + 1, …, then begin[1], …"""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 
 def ragged_arange(begin: np.ndarray, count: np.ndarray) -> np.ndarray:
@@ -25,6 +31,8 @@ def ragged_rows(begin: torch.Tensor, count: torch.Tensor) -> tuple[torch.Tensor,
         >>> row.tolist(), value.tolist()
         ([0, 0, 1, 1, 1], [5, 6, 20, 21, 22])
     """
+    import torch  # here, so that what reads data needs numpy alone
+
     row = torch.repeat_interleave(count)
     first = begin - count.cumsum(0) + count
     return row, first[row] + torch.arange(len(row), device=count.device)
