@@ -47,7 +47,7 @@ each other (`tests/unit/test_structure.py` checks both):
 Example:
     >>> import igd_ds
     >>> recommender = igd_ds.Recommender.load("RUN")
-    >>> lists = recommender.recommend([[3, 17, 5]], k=10)
+    >>> lists = recommender.recommend([["B0031", "B0007"]], k=10)  # ids as the source has them
 """
 
 import importlib

@@ -61,7 +61,8 @@ class BaselineConfig(LoopOptions):
     rows_seed: int = option("seeds that sample, as --seed does in igd eval", 0)
     batch_size: int = option("rows ranked at once", 256)
     save_scores: bool = option(
-        "write eval/SPLIT/scores.npy, float32 (rows of the split, items), for igd eval --guidance",
+        "write eval/SPLIT/scores.npy, float32 (rows of the split, items), for igd eval --guidance, "
+        "and scores.json, which says of which rows and items",
         False,
     )
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from igd_ds import distributed
 from igd_ds.config.options import parse
 from igd_ds.data.batches import refuse_empty, sample_rows
-from igd_ds.data.per_row import ItemLists, map_guidance
+from igd_ds.data.per_row import ItemLists, ItemScores
 from igd_ds.distributed import say
 from igd_ds.errors import EXIT_REQUEUE, UsageError
 from igd_ds.eval_config import EvalConfig
@@ -111,10 +111,12 @@ def build_task(config: EvalConfig) -> RankingTask:
     split = recommender.dataset.splits[config.split]
     rows = sample_rows(len(split), config.num_rows, config.seed)
     refuse_empty(split, rows)
-    lists = ItemLists.read(config.item_filter, len(split)) if config.item_filter else None
-    guidance = None
+    lists, guidance, ids = None, None, recommender.ids
+    if config.item_filter:
+        lists = ItemLists.read(config.item_filter, len(split), ids, config.ids)
     if config.guidance:
-        scores = map_guidance(config.guidance, len(split), recommender.dataset.num_items)
+        names, dataset = config.guidance_ids, recommender.dataset
+        scores = ItemScores.read(config.guidance, names, dataset, config.split, ids)
         guidance = scores, config.guidance_weight
     task = RankingTask(recommender, split, rows, lists, guidance)
     distributed.on_main(lambda: check_every_row(config, task))

@@ -8,6 +8,7 @@ from igd_ds.config.model import ModelSource
 from igd_ds.config.options import option, require
 from igd_ds.config.search import Limits, ScoringOptions
 from igd_ds.errors import UsageError
+from igd_ds.items.ids import SOURCE, SPACES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,11 +30,21 @@ class EvalConfig(ScoringOptions, Limits, ModelSource):
     guidance: str = option(
         ".npy of floats (rows of the split, items): a second scorer's item probabilities", ""
     )
+    guidance_ids: str = option(
+        "source ids of the columns of --guidance: .npy, or .parquet with a column source_id; not "
+        "needed for scores of igd baseline",
+        "",
+    )
     guidance_weight: float = option(
         "weight of the second scorer's log-probabilities (with --guidance)", 0.0
     )
     item_filter: str = option(
         "Parquet with row_id and lists of item ids, allow and/or deny; null: no restriction", ""
+    )
+    ids: str = option(
+        "ids in --item_filter: the source's, or dense item ids of the dataset folder",
+        SOURCE,
+        SPACES,
     )
     batch_size: int = option("rows searched at once", 16)
     num_rows: int = option("rows to evaluate, a seeded sample; 0: all", 0)
@@ -63,3 +74,7 @@ class EvalConfig(ScoringOptions, Limits, ModelSource):
             raise UsageError(
                 "--guidance and --guidance_weight, larger than 0, go together: give both or neither"
             )
+        if self.guidance_ids and not self.guidance:
+            raise UsageError("--guidance_ids has no effect without --guidance: leave it out")
+        if self.ids != SOURCE and not self.item_filter:
+            raise UsageError("--ids has no effect without --item_filter: leave it out")

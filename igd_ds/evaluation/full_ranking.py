@@ -21,6 +21,7 @@ from igd_ds.baselines.leaves import Leaves
 from igd_ds.baselines.sequences import Chains
 from igd_ds.data.batches import sample_rows
 from igd_ds.data.dataset import Split
+from igd_ds.data.per_row import SCORES_RECORD, scores_record
 from igd_ds.errors import UsageError
 from igd_ds.evaluation import metrics
 from igd_ds.evaluation.results import LIST_SCHEMA, Ranked, write_results
@@ -140,6 +141,9 @@ def evaluate(ranker: Ranker, ranked: Ranked, output: Path, config: BaselineConfi
 
     def write() -> None:
         if scores is not None:
+            # The record first: scores without it may be taken for those of other items.
+            record = (output / "scores.npy").with_suffix(SCORES_RECORD)
+            write_json(record, scores_record(ranked.dataset, split.name))
             os.replace(unfinished, output / "scores.npy")
         request = {"dataset": ranked.dataset.fingerprint, "version": igd_ds.__version__}
         write_json(output / "request.json", settings | request)

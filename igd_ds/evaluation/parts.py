@@ -19,7 +19,7 @@ import torch
 import igd_ds
 from igd_ds.backbones.saved import base_of
 from igd_ds.data.dataset import Split, sha256_of
-from igd_ds.data.per_row import ItemLists
+from igd_ds.data.per_row import ItemLists, ItemScores
 from igd_ds.errors import UsageError
 from igd_ds.eval_config import EvalConfig
 from igd_ds.evaluation.recommender import Recommender
@@ -52,14 +52,14 @@ class RankingTask:
     """int64, ascending: the rows to rank for."""
     item_lists: ItemLists | None
     """Items that rows may or may not get."""
-    guidance: tuple[np.ndarray, float] | None
-    """A second scorer's item probabilities, (rows of the split, items), and their weight."""
+    guidance: tuple[ItemScores, float] | None
+    """A second scorer's item probabilities and their weight."""
 
     def per_user(self, rows: np.ndarray) -> PerUser:
         """Return the item filter and the guidance of a batch of rows (B,)."""
         labels = [f"row {row} of {self.split.name}" for row in rows]
         lists = self.item_lists.of(rows) if self.item_lists else {}
-        guidance = (self.guidance[0][rows], self.guidance[1]) if self.guidance else None
+        guidance = (self.guidance[0].of(rows), self.guidance[1]) if self.guidance else None
         return self.recommender.per_user(labels, guidance=guidance, **lists)
 
 
@@ -77,6 +77,11 @@ def request_of(config: EvalConfig, task: RankingTask) -> dict[str, Any]:
     for name in REQUEST_FILES:
         path = getattr(config, name)
         request[name] = sha256_of(path) if path else None
+    # These say how a file is read. Without that file they do not stand in the request.
+    if config.item_filter:
+        request["ids"] = config.ids
+    if config.guidance_ids:
+        request["guidance_ids"] = sha256_of(Path(config.guidance_ids))
     return request | {
         "alpha": list(config.alpha),
         "softmax": "masked" if scoring.masked_softmax else "full",

@@ -20,6 +20,7 @@ from igd_ds.data.dataset import InteractionDataset, Split
 from igd_ds.evaluation import metrics
 from igd_ds.folders import write_json, write_table
 from igd_ds.items import decisiveness
+from igd_ds.items.ids import ItemIds
 from igd_ds.items.store import StoredCatalogue
 from igd_ds.runlog import RunLog
 
@@ -31,7 +32,9 @@ LIST_SCHEMA = pa.schema([
     ("leaf_id", pa.int32()), ("item_ids", pa.list_(pa.int32())), ("score", pa.float32()),
     ("certified", pa.bool_()),
 ])  # fmt: skip
-"""Columns of the predictions, a line per listed leaf. `certified`: whether this rank is proven."""
+"""Columns of lists, a line per listed leaf. `certified`: whether this rank is proven.
+
+The files of predictions have a further column, `source_ids`: the source's ids of `item_ids`."""
 
 SHOWN_ROWS = 5
 """Rows of an evaluation whose lists TensorBoard shows."""
@@ -99,6 +102,8 @@ def write_results(
         **metrics.describe_targets(targets),
     }
 
+    source_ids = ItemIds.read(ranked.dataset.folder)
+
     # The log starts from scratch: an earlier attempt may have been killed here.
     log = RunLog(output, enabled=True, resume_step=-1)
     for alpha, lists, by_beam in lists_by_alpha:
@@ -113,7 +118,8 @@ def write_results(
         results["alpha"][str(alpha)] = values
         results["short_lists"] = int((leaves[:, -1] < 0).sum())  # the same for every α
 
-        write_table(output / f"predictions-alpha{alpha}.parquet", lists)
+        predictions = with_source_ids(lists, source_ids)
+        write_table(output / f"predictions-alpha{alpha}.parquet", predictions)
         _log_alpha(log, alpha, values, some_lists(ranked, leaves))
 
     best = max(k for k in cutoffs if k <= metrics.TOP)
@@ -135,6 +141,14 @@ def write_results(
     write_json(output / "timing.json", timing)
     write_json(output / "metrics.json", results)
     print(f"{len(ranked.rows)} rows of {ranked.split.name}: {output / 'metrics.json'}", flush=True)
+
+
+def with_source_ids(lists: pa.Table, ids: ItemIds) -> pa.Table:
+    """Return lists in LIST_SCHEMA with a column of the source's ids of the listed items."""
+    items = lists["item_ids"].combine_chunks()
+    ends = np.append(0, np.cumsum(pc.list_value_length(items).to_numpy()))
+    names = pa.ListArray.from_arrays(pa.array(ends, pa.int32()), ids.column.take(items.flatten()))
+    return lists.append_column("source_ids", names)
 
 
 def _log_alpha(log: RunLog, alpha: float, values: Mapping[str, Any], examples: str) -> None:

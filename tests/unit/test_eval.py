@@ -533,7 +533,7 @@ def test_bad_input_is_refused_before_the_weights_are_loaded(evaluate, no_weights
         ),
         (
             {"row_id": [0, 3], "allow": [[1], [10]]},
-            r"\(row 3 of test\): item 10 of the allow list is not in the catalogue",
+            "lists: row 3, column allow: '10' is no source id of this dataset",
         ),
         (
             {"row_id": [NUM_TEST], "deny": [[1]]},
