@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from igd_ds.errors import UsageError
+from igd_ds.items.ragged import ragged_arange, ragged_rows
 from igd_ds.items.search_trie import SearchTrie
 from igd_ds.items.trie import TokenTrie
 
@@ -139,6 +140,19 @@ def test_many_rounds_of_ties_sort_right():
     paths = [[7] * 30 + rng.integers(1, 3, 12).tolist() + [EOS] for _ in range(300)]
     trie = TokenTrie.build(*ragged(paths), np.ones(300, np.int64))
     assert trie.item_order.tolist() == sorted(range(300), key=lambda i: (paths[i], i))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_ragged_ranges(seed):
+    rng = np.random.default_rng(seed)
+    begin, count = rng.integers(0, 50, 20), rng.integers(0, 4, 20)
+    expected = [
+        (row, value) for row in range(20) for value in range(begin[row], begin[row] + count[row])
+    ]
+    row, value = ragged_rows(torch.from_numpy(begin), torch.from_numpy(count))
+    assert list(zip(row.tolist(), value.tolist(), strict=True)) == expected
+    assert ragged_arange(begin, count).tolist() == value.tolist()
+    assert len(ragged_arange(begin[:0], count[:0])) == 0
 
 
 @pytest.mark.parametrize(
