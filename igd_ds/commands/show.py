@@ -2,11 +2,12 @@
 
     igd show --dataset DATASET --tokenizer PATH "Super Mario" 4711 [--worst N] [--json]
         [--item_kind text|semantic-id] [--entropy prior|conditional] [--limit N]
+        [--ids source|dense]
 
-An item is named by its id, its title, or a part of its title; the tokenizer may be a RUN/model. The
-bars are those of IGD Figure 1. 41× means 41 training rows. --worst N lists the items that are
-hardest to tell apart: those whose last deciding token comes latest, those that end where others go
-on, and those with equal token paths.
+An item is named by the source's id, its title, or a part of its title; the tokenizer may be a
+RUN/model. The bars are those of IGD Figure 1. 41× means 41 training rows. --worst N lists the items
+that are hardest to tell apart: those whose last deciding token comes latest, those that end where
+others go on, and those with equal token paths.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from igd_ds.data.dataset import InteractionDataset
 from igd_ds.errors import UsageError
 from igd_ds.items.catalogue import KINDS
 from igd_ds.items.decisiveness import ENTROPIES
+from igd_ds.items.ids import SOURCE, SPACES, ItemIds
 from igd_ds.items.view import MOST_TRAINED, CatalogueView, describe, find, visible, worst
 
 TOKEN_WIDTH, BAR_WIDTH, NAME_WIDTH = 18, 24, 60  # columns of the terminal
@@ -81,7 +83,7 @@ def painter(stream: TextIO) -> Paint:
 def named(item: Described) -> str:
     """Return an item on one line."""
     name = fit(visible(item["name"]), NAME_WIDTH).rstrip()
-    return f"[{item['item']}] {name} ({item['train_count']}×)"
+    return f"[{item['source_id']}] {name} ({item['train_count']}×)"
 
 
 def plural(count: int, noun: str) -> str:
@@ -108,7 +110,7 @@ def and_more(shown: Sequence[str], total: int) -> str:
 def print_item(item: Described, paint: Paint) -> None:
     """Print a description that `describe` made; consecutive forced tokens share a line."""
     tokens: Sequence[Described] = item["tokens"]
-    print(paint(f"item {item['item']}: {visible(item['name'])}", BOLD))
+    print(paint(f"item {item['source_id']}: {visible(item['name'])}", BOLD))
     rows = plural(item["train_count"], "training row")
     print(f"  {rows}, {len(tokens)} tokens, {item['gain']:.3f} nats")
     heading = fit("token", TOKEN_WIDTH + BAR_WIDTH + 1)
@@ -211,6 +213,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="N",
         help="show at most N of the items that an ITEM names (default 3)",
     )
+    parser.add_argument(
+        "--ids",
+        choices=SPACES,
+        default=SOURCE,
+        help="ids that name an ITEM: the source's, or dense item ids of the dataset folder",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
 
     args = parser.parse_args(argv)
@@ -232,10 +240,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     dataset = InteractionDataset.load(args.dataset)
     tokenizer = load_tokenizer(args.tokenizer)
-    view = CatalogueView.build(dataset, tokenizer, args.item_kind, args.entropy)
+    ids = ItemIds.read(args.dataset)
+    view = CatalogueView.build(dataset, tokenizer, args.item_kind, args.entropy, ids)
 
     # An item that several arguments name is shown once.
-    matches = {wanted: find(view, wanted) for wanted in args.items}
+    matches = {wanted: find(view, wanted, args.ids) for wanted in args.items}
     chosen = dict.fromkeys(item for found in matches.values() for item in found[: args.limit])
     described = [describe(view, item) for item in chosen]
     least = worst(view, args.worst) if args.worst else None

@@ -57,6 +57,11 @@ class ItemIds:
         """Take the ids from the table of items.parquet."""
         return cls(items["source_id"].cast(pa.string()).combine_chunks())
 
+    @classmethod
+    def numbered(cls, num_items: int) -> ItemIds:
+        """Return the ids of a source whose numbers the dataset has kept: "0", "1", "2" …."""
+        return cls(pa.array(np.arange(num_items)).cast(pa.string()))
+
     def __len__(self) -> int:
         """Return the number of items, N."""
         return len(self.column)
@@ -70,8 +75,7 @@ class ItemIds:
     @cached_property
     def in_dense_order(self) -> bool:
         """Whether the source ids are "0", "1", "2" … in order, so that both languages are one."""
-        numbers = pa.array(np.arange(len(self))).cast(pa.string())
-        return bool(self.column.equals(numbers))
+        return bool(self.column.equals(ItemIds.numbered(len(self)).column))
 
     @cached_property
     def _item_of(self) -> dict[str, int]:
@@ -115,13 +119,13 @@ class ItemIds:
         found = np.empty(len(listed), np.int64)
         entries = listed.tolist() if isinstance(listed, np.ndarray) else listed
         for place, entry in enumerate(entries):
-            item = self._item(str(entry), space)
+            item = self.item(str(entry), space)
             if item is None:
                 raise UsageError(f"{what}: {self._unknown(entry, space, switch)}")
             found[place] = item
         return found
 
-    def _item(self, name: str, space: str) -> int | None:
+    def item(self, name: str, space: str) -> int | None:
         """Return the item that `name` names in a language, or None."""
         if space == SOURCE:
             return self._item_of.get(name)
@@ -134,10 +138,10 @@ class ItemIds:
         name = str(entry)
         if space == SOURCE:
             what, other = "source id of this dataset", "dense item id"
-            instead, there = DENSE, self._item(name, DENSE) is not None
+            instead, there = DENSE, self.item(name, DENSE) is not None
         else:
             what, other = f"dense item id (0 to {len(self) - 1})", "source id"
-            instead, there = SOURCE, self._item(name, SOURCE) is not None
+            instead, there = SOURCE, self.item(name, SOURCE) is not None
 
         if there:
             meant = f"it is a {other}: choose {switch.format(instead)} if that is meant"

@@ -18,6 +18,7 @@ import numpy as np
 from igd_ds.errors import UsageError
 from igd_ds.items.catalogue import Catalogue, ItemDataset
 from igd_ds.items.decisiveness import information_gain
+from igd_ds.items.ids import DENSE, SOURCE, ItemIds
 from igd_ds.items.trie import TokenTrie
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ class CatalogueView:
     tokenizer: PreTrainedTokenizerBase
     names: list[list[str]]
     """N lists: an item's title, its semantic ID, or both."""
+    ids: ItemIds
+    """The source's ids of the items."""
 
     @classmethod
     def build(
@@ -52,6 +55,7 @@ class CatalogueView:
         tokenizer: PreTrainedTokenizerBase,
         kind: str | None = None,
         entropy: str = "prior",
+        ids: ItemIds | None = None,
     ) -> CatalogueView:
         """Tokenize a dataset's items as training does.
 
@@ -60,6 +64,7 @@ class CatalogueView:
             tokenizer: the model's tokenizer.
             kind: "text" or "semantic-id"; None takes the titles if the dataset has any.
             entropy: a name in ENTROPIES.
+            ids: the source's ids of the items; None: their numbers.
 
         Raises:
             UsageError: see `Catalogue.build` and `information_gain`.
@@ -74,7 +79,8 @@ class CatalogueView:
             [name for name in (title, "".join(path)) if name]
             for title, path in zip(dataset.titles, codes, strict=True)
         ]
-        return cls(catalogue, trie, information_gain(trie, entropy), tokenizer, names)
+        ids = ids or ItemIds.numbered(dataset.num_items)
+        return cls(catalogue, trie, information_gain(trie, entropy), tokenizer, names, ids)
 
     def text(self, token: int) -> str:
         """Return a token's text, with a leading space and line breaks made visible.
@@ -87,9 +93,10 @@ class CatalogueView:
         return visible("␣" + text[1:] if text.startswith(" ") else text)
 
     def item(self, item: int) -> dict[str, Any]:
-        """Return an item's id, name and number of training rows."""
+        """Return an item's dense id, source id, name and number of training rows."""
         return {
             "item": int(item),
+            "source_id": self.ids.source_ids[item],
             "name": " ".join(self.names[item]),
             "train_count": int(self.catalogue.counts[item]),
         }
@@ -116,20 +123,25 @@ class CatalogueView:
         return self.trie.item_order[first : first + self.trie.num_items[node]]
 
 
-def find(view: CatalogueView, wanted: str) -> list[int]:
+def find(view: CatalogueView, wanted: str, space: str = SOURCE) -> list[int]:
     """Return the items that `wanted` names, those trained most often first.
 
     An item is named by its id or by its exact name. Only if there is none, parts of names count.
-    Upper and lower case make no difference.
+    Upper and lower case make no difference to names.
+
+    Args:
+        view: the catalogue.
+        wanted: an id, a name or a part of one.
+        space: the language of ids, a name in SPACES.
 
     Raises:
-        UsageError: there is no such item; the message has the nearest names.
+        UsageError: there is no such item; the message has the nearest names, and says if the other
+            language has the id.
     """
     names, sought = view.names, wanted.strip().casefold()
+    by_id = view.ids.item(wanted.strip(), space)
     found = [
-        item
-        for item, own in enumerate(names)
-        if sought == str(item) or sought in map(str.casefold, own)
+        item for item, own in enumerate(names) if item == by_id or sought in map(str.casefold, own)
     ]
     if not found and sought:
         found = [
@@ -140,7 +152,12 @@ def find(view: CatalogueView, wanted: str) -> list[int]:
         original = {name.casefold(): name for own in names for name in own}
         matches = difflib.get_close_matches(sought, original, cutoff=0.3)
         near = ", ".join(repr(original[name]) for name in matches)
-        raise UsageError(f"no item {wanted!r} among {len(names)}; nearest: {near or 'none'}")
+        other = DENSE if space == SOURCE else SOURCE
+        hint = f"; it is a {other} id: add --ids {other} if that is meant"
+        raise UsageError(
+            f"no item {wanted!r} among {len(names)}; nearest: {near or 'none'}"
+            + ("" if view.ids.item(wanted.strip(), other) is None else hint)
+        )
     return sorted(found, key=lambda item: (-view.catalogue.counts[item], item))
 
 

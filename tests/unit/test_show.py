@@ -9,6 +9,7 @@ import pty
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import tokenizers
 import transformers
@@ -18,6 +19,7 @@ from igd_ds.commands import show
 from igd_ds.data.dataset import InteractionDataset, Split
 from igd_ds.errors import UsageError
 from igd_ds.items.decisiveness import ENTROPIES
+from igd_ds.items.ids import ItemIds
 from igd_ds.items.view import MOST_TRAINED, CatalogueView, describe, find, visible, worst
 
 TITLES = ["ab", "abc", "ba", "BA", "bcc", "cab", "caba", "c", "aa", "acb", "日本", "ba", "c d"]
@@ -66,9 +68,11 @@ SEMANTIC = (dataset_of(["Fiddle", *[None] * 4], CODES, [0, 0, 1, 2, 3, 4, 4]), c
 def run(monkeypatch):
     """Run the command on a catalogue; return what it printed, or None if a stream is given."""
 
-    def command(catalogue, *flags, stream=None):
+    def command(catalogue, *flags, stream=None, ids_of=None):
         monkeypatch.setattr(show.InteractionDataset, "load", lambda folder: catalogue[0])
         monkeypatch.setattr(show, "load_tokenizer", lambda name: catalogue[1])
+        ids = ids_of or ItemIds.numbered(catalogue[0].num_items)
+        monkeypatch.setattr(show.ItemIds, "read", lambda folder: ids)
         with contextlib.redirect_stdout(stream or io.StringIO()) as printed:
             assert show.main(["--dataset", "D", "--tokenizer", "T", *flags]) == 0
         return None if stream else printed.getvalue()
@@ -248,6 +252,22 @@ item 6: caba
 def test_the_printed_page(run):
     assert run(TEXT, "6") == PAGE
     assert "zero gain" in run(TEXT, "1") and "the same tokens: [11] ba (1×)" in run(TEXT, "2")
+
+
+def test_items_are_named_by_the_sources_ids(run):
+    """Our item 5 is the source's B15, and our item 0 is its item 6."""
+    ids = ItemIds(pa.array(["6", *(f"B{10 + item}" for item in range(1, len(TITLES)))]))
+    assert run(TEXT, "B15", ids_of=ids).startswith("item B15: cab\n")
+    assert run(TEXT, "6", ids_of=ids).startswith("item 6: ab\n")
+    assert "[B15] cab (1×)" in run(TEXT, "B16", ids_of=ids)
+    assert run(TEXT, "5", "--ids", "dense", ids_of=ids).startswith("item B15: cab\n")
+    (item,) = json.loads(run(TEXT, "B15", "--json", ids_of=ids))["items"]
+    assert (item["item"], item["source_id"]) == (5, "B15")
+
+    with pytest.raises(UsageError, match="no item '5' .* is a dense id: add --ids dense if"):
+        run(TEXT, "5", ids_of=ids)
+    with pytest.raises(UsageError, match="no item 'B15' .* is a source id: add --ids source if"):
+        run(TEXT, "B15", "--ids", "dense", ids_of=ids)
 
 
 def test_more_matches_than_shown(run):
