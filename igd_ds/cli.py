@@ -5,12 +5,11 @@ The launchers start the same mains: `deepspeed igd_ds/train.py …`, `deepspeed 
 `torchrun -m igd_ds.train …`, `srun python -m igd_ds.train …`, `mpirun python -m igd_ds.train …`.
 """
 
-import difflib
 import importlib
 import sys
 from collections.abc import Sequence
 
-from igd_ds.errors import UsageError
+from igd_ds.errors import UsageError, did_you_mean
 
 # Subcommand: (module with a `main`, what it does). Modules are imported only when their subcommand
 # runs.
@@ -46,9 +45,8 @@ def dispatch(argv: Sequence[str]) -> int:
         return 0
     name = argv[0]
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"; did you mean '{near[0]}'?" if near else "."
-        raise UsageError(f"igd: no subcommand '{name}'{hint} Known: {', '.join(COMMANDS)}")
+        hint, known = did_you_mean(name, COMMANDS), ", ".join(COMMANDS)
+        raise UsageError(f"igd: no subcommand '{name}'{hint} (known: {known})")
 
     # Each main reads sys.argv, as it does under a launcher.
     sys.argv = [f"igd {name}", *argv[1:]]

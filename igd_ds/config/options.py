@@ -7,7 +7,6 @@ an error that names the nearest known one.
 
 import argparse
 import dataclasses
-import difflib
 import sys
 import types
 import typing
@@ -18,7 +17,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from igd_ds.errors import UsageError
+from igd_ds.errors import UsageError, did_you_mean
 
 C = TypeVar("C")
 
@@ -119,9 +118,7 @@ def checked(cls: type, key: str, value: Any, source: str) -> Any:
     """
     entries = {entry.name: entry for entry in dataclasses.fields(cls)}
     if key not in entries:
-        near = difflib.get_close_matches(key, entries, n=1)
-        hint = f", did you mean '{near[0]}'?" if near else ""
-        raise UsageError(f"{source}: unknown setting '{key}'{hint}")
+        raise UsageError(f"{source}: unknown setting '{key}'{did_you_mean(key, entries)}")
 
     entry = entries[key]
     kind, many = _type_of(entry.type)

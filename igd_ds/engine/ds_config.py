@@ -6,7 +6,6 @@ A micro-batch larger than global batch / ranks is taken as that, so one file ser
 ranks.
 """
 
-import difflib
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 
 from igd_ds.config.training import LoopOptions
-from igd_ds.errors import UsageError
+from igd_ds.errors import UsageError, did_you_mean
 
 # DeepSpeed ignores misspelt top-level keys silently, so this list names those that are allowed: the
 # keys of its configuration page that concern training with ZeRO.
@@ -136,9 +135,7 @@ def _check_keys(ds: DsConfig, path: Path) -> None:
                 f"{path}: '{key}' belongs to the run; remove it there and use {RUN_KEYS[key]}"
             )
         if key not in DS_KEYS:
-            near = difflib.get_close_matches(key, DS_KEYS, n=1)
-            hint = f", did you mean '{near[0]}'?" if near else ""
-            raise UsageError(f"{path}: unknown key '{key}'{hint}")
+            raise UsageError(f"{path}: unknown key '{key}'{did_you_mean(key, DS_KEYS)}")
 
     todo = [("", ds)]
     while todo:

@@ -15,13 +15,12 @@ to about 1e-15.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterator
 
 import numpy as np
 from numpy.typing import DTypeLike
 
-from igd_ds.errors import UsageError
+from igd_ds.errors import UsageError, did_you_mean
 from igd_ds.items.trie import TokenTrie
 
 ENTROPIES = ("prior", "conditional")
@@ -292,11 +291,8 @@ def edge_gain(
 def check_names(decisiveness: str, entropy: str) -> None:
     """Raise UsageError for a name that is not in MEASURES or ENTROPIES."""
     if decisiveness not in MEASURES:
-        near = difflib.get_close_matches(decisiveness, MEASURES, n=1)
-        hint = f". Did you mean {near[0]!r}?" if near else ""
-        raise UsageError(
-            f"unknown --decisiveness {decisiveness!r}; known: {', '.join(MEASURES)}{hint}"
-        )
+        hint, known = did_you_mean(decisiveness, MEASURES), ", ".join(MEASURES)
+        raise UsageError(f"unknown --decisiveness '{decisiveness}'{hint} (known: {known})")
     if entropy not in ENTROPIES:
         raise UsageError(f"unknown entropy {entropy!r}; known: {', '.join(ENTROPIES)}")
 

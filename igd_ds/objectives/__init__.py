@@ -9,11 +9,10 @@ in the README. Most classes derive from `TokenWeighting` and define `weights` al
 """
 
 import dataclasses
-import difflib
 import types
 from typing import TYPE_CHECKING, Any
 
-from igd_ds.errors import UsageError
+from igd_ds.errors import UsageError, did_you_mean
 from igd_ds.objectives.cft import CFT
 from igd_ds.objectives.frequency import Frequency
 from igd_ds.objectives.front_greater import FrontGreater
@@ -84,9 +83,8 @@ def check_objective(name: str, settings: Any) -> Any:
             or a value out of its range.
     """
     if name not in OBJECTIVES:
-        near = difflib.get_close_matches(name, OBJECTIVES, n=1)
-        hint = f"; did you mean '{near[0]}'?" if near else "."
-        raise UsageError(f"--objective {name}: unknown{hint} Known: {', '.join(OBJECTIVES)}")
+        hint, known = did_you_mean(name, OBJECTIVES), ", ".join(OBJECTIVES)
+        raise UsageError(f"--objective {name}: unknown{hint} (known: {known})")
 
     own = {field.name: field for field in options_of(name)}
     for flag in dataclasses.fields(ObjectiveOptions):

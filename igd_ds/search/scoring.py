@@ -6,7 +6,6 @@ array over edges is (M,) and its entry 0 has no meaning.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,7 +14,7 @@ import torch
 
 from igd_ds.config.search import ScoringOptions
 from igd_ds.contracts import Likelihood
-from igd_ds.errors import UsageError
+from igd_ds.errors import UsageError, did_you_mean
 from igd_ds.items.decisiveness import normalised_gain
 from igd_ds.items.trie import TokenTrie
 
@@ -258,9 +257,6 @@ def _on_device(values: np.ndarray, device: torch.device | str) -> torch.Tensor:
 
 def _rule(name: str) -> DecodingRule:
     if name not in DECODING_RULES:
-        near = difflib.get_close_matches(name, DECODING_RULES, n=1)
-        hint = f" Did you mean '{near[0]}'?" if near else ""
-        raise UsageError(
-            f"unknown --decoding_rule '{name}': known are {', '.join(DECODING_RULES)}.{hint}"
-        )
+        hint, known = did_you_mean(name, DECODING_RULES), ", ".join(DECODING_RULES)
+        raise UsageError(f"unknown --decoding_rule '{name}'{hint} (known: {known})")
     return DECODING_RULES[name]

@@ -36,7 +36,6 @@ chooses one group of each family.
 """
 
 import dataclasses
-import difflib
 import itertools
 import re
 from collections import defaultdict
@@ -53,7 +52,7 @@ from igd_ds.baselines.sequential import SEQUENTIAL
 from igd_ds.config.model import ModelOptions
 from igd_ds.config.options import checked, current_names
 from igd_ds.config.training import LoopOptions
-from igd_ds.errors import UsageError
+from igd_ds.errors import UsageError, did_you_mean
 from igd_ds.eval_config import EvalConfig
 from igd_ds.objectives import OBJECTIVES, ObjectiveOptions, options_of
 from igd_ds.studies.report.study import METRIC, has_curriculum
@@ -333,8 +332,7 @@ def _refuse_unknown(names: Iterable[Any], known: Iterable[str], where: str, what
     known = list(known)
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
-            hint = f", did you mean '{near[0]}'?" if near else ""
+            hint = did_you_mean(str(name), known)
             raise UsageError(f"{where}: unknown {what} {name!r}{hint}")
 
 

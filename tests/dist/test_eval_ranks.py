@@ -232,7 +232,7 @@ def test_alpha_from_takes_the_validated_alpha(world, run, single, tmp_path):
     ("more", "message"),
     [
         (("--alpha", "1.2"), "--alpha must lie in [0, 1]"),
-        (("--decoding_rule", "pernode"), "known are per-node"),
+        (("--decoding_rule", "pernode"), "known: per-node"),
         (("--max_length", "4000"), "--max_length 4000 exceeds"),
         (
             ("--num_beams", "100000000"),

@@ -33,16 +33,16 @@ def test_the_overview_lists_all_subcommands(capsys, words):
 def test_an_unknown_subcommand_names_the_nearest_one(words, near):
     with pytest.raises(UsageError) as caught:
         dispatch(words)
-    hint = f"; did you mean '{near}'?" if near else "."
+    hint = f", did you mean '{near}'?" if near else ""
     known = ", ".join(COMMANDS)
-    assert str(caught.value) == f"igd: no subcommand '{words[0]}'{hint} Known: {known}"
+    assert str(caught.value) == f"igd: no subcommand '{words[0]}'{hint} (known: {known})"
 
 
 def test_a_process_ends_a_mistake_with_one_line_and_exit_code_2():
     done = igd("evall", "--model", "RUN")
     assert done.returncode == EXIT_USAGE == 2 and done.stdout == ""
     (line,) = done.stderr.splitlines()
-    assert line.startswith("error: igd: no subcommand 'evall'; did you mean 'eval'? Known: ")
+    assert line.startswith("error: igd: no subcommand 'evall', did you mean 'eval'? (known: ")
 
 
 def test_a_process_shows_the_overview():

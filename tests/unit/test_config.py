@@ -132,11 +132,11 @@ def test_an_evaluations_defaults_are_those_of_the_search():
     [
         (
             ["--objective", "idg"],
-            "--objective idg: unknown; did you mean 'igd'[?] Known: uniform, igd",
+            r"--objective idg: unknown, did you mean 'igd'\? \(known: uniform, igd",
         ),
         (
             ["--objective", "nothing-like-it"],
-            "--objective nothing-like-it: unknown. Known: uniform",
+            r"--objective nothing-like-it: unknown \(known: uniform",
         ),
         (["--objective", "igd"], "--objective igd needs --igd_beta"),
         (
