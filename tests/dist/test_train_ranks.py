@@ -12,6 +12,7 @@ import signal
 import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import ranks
 import torch
@@ -136,7 +137,7 @@ def _load_and_measure(world, run, settings) -> None:
     assert found == pytest.approx(best, rel=1e-5), (found, best)
 
 
-def test_torn_checkpoint_falls_back_and_says_so(world, tmp_path):
+def test_a_torn_checkpoint_is_reported_and_an_older_one_taken(world, tmp_path):
     run = tmp_path / "run"
     flags = world.train_flags(run, 2, max_steps=6)
     train(world, tmp_path / "log", flags)
@@ -155,7 +156,7 @@ def test_torn_checkpoint_falls_back_and_says_so(world, tmp_path):
         and "step-00000003" in text
     )
     assert all(torch.equal(expected[n], t) for n, t in weights(run).items())
-    # Finished: a third start says so and touches nothing.
+    # Finished: a third start reports that and touches nothing.
     assert "is finished" in train(world, tmp_path / "log3", [*flags, "--resume", "auto"])
 
 
@@ -216,6 +217,36 @@ def test_position_linear_and_offload(world, tmp_path):
         ).is_file()
         (share, _) = metrics(run, "train/zero_gain_weight_share")
         assert 0 < share < 1
+
+
+def test_msl_is_validated_and_evaluated_with_the_softmax_that_it_trains(world, tmp_path):
+    """`igd eval` finds the masked softmax and its τ in the model's description."""
+    from igd_ds import eval as evaluator
+
+    run = tmp_path / "run"
+    settings = {"objective": "msl", "igd_beta": 0.5, "msl_tau": 0.7, "validation_rows": 0}
+    flags = world.train_flags(run, 2, **settings, validation_metric="ndcg@10", validate_every=6)
+    train(world, tmp_path / "log", flags)
+    assert metrics(run, "train/msl_tau") == [0.7] * 6
+    description = json.loads((run / "model" / "igd_ds.json").read_text())
+    assert description["likelihood"] == {"softmax": "masked", "temperature": 0.7}
+    assert json.loads((run / "model" / "objective.json").read_text()) == {"tau": 0.7}
+
+    source = ["--model", str(run / "model"), "--dataset", world.dataset, "--split", "valid"]
+    scores = {}
+    for name, more in {
+        "auto": [],
+        "same": ["--softmax", "masked", "--temperature", "0.7"],
+        "full": ["--softmax", "full", "--temperature", "1"],
+    }.items():
+        words = [*source, "--output_dir", str(tmp_path / name), *more]
+        ranks.run(2, tmp_path / "log", ranks.entry, evaluator.main, words)
+        lists = pq.read_table(tmp_path / name / "predictions-alpha0.0.parquet")
+        scores[name] = lists["score"].to_numpy()
+    assert (scores["auto"] == scores["same"]).all() and scores["full"].max() < scores["auto"].min()
+    found = json.loads((tmp_path / "auto" / "metrics.json").read_text())["alpha"]["0.0"]
+    best = json.loads((run / "summary.json").read_text())["best"]
+    assert found["token_match"]["ndcg@10"] == pytest.approx(best, rel=1e-6) and best > 0
 
 
 def test_tensorboard_holds_every_tag_of_the_log(world, tmp_path):
@@ -295,7 +326,7 @@ def test_another_number_of_ranks_is_refused_and_a_moved_run_is_not(world, tmp_pa
 
 
 def test_one_failing_rank_ends_all(world, tmp_path):
-    """Rank 0 alone sees that the folder is taken: both ranks end, and one line says why."""
+    """Rank 0 alone sees that the folder is taken: both ranks end, and one line gives the reason."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("mine")
     processes = ranks.start(
