@@ -96,6 +96,7 @@ def test_a_broken_rank_ends_the_whole_job(tmp_path, launcher, how):
     assert done.returncode != 0, output
     assert time.monotonic() - began < 60
     for rank in (0, 1):
+        assert (tmp_path / f"pid-{rank}").is_file(), f"rank {rank} did not start\n{output}"
         pid = (tmp_path / f"pid-{rank}").read_text()
         assert not Path("/proc", pid).exists(), f"rank {rank} has survived its job"
     if how == "raise":
