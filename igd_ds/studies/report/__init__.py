@@ -1,1 +1,1 @@
-"""From finished runs to tables, figures and a page."""
+"""The report of a study: reads finished runs, and writes tables, figures and a page."""
