@@ -191,8 +191,8 @@ class ItemScores:
             _check_record(record, path, scores_record(dataset, split))
         else:
             remedy = (
-                "give --guidance_ids FILE with the source id of each column (if they are in the "
-                "order of the dataset's item_id, that is its items.parquet)"
+                "give --guidance_ids FILE with the source id of each column (the dataset's "
+                "items.parquet where column i is its item_id i)"
             )
             ids.refuse_unnamed(f"--guidance {path}", "column", remedy)
         return cls(_map_floats(path, num_rows, dataset.num_items), None)

@@ -205,8 +205,9 @@ def item_texts(items: pa.Table, fields: Sequence[str] | None) -> tuple[list[str]
     ] or [""] * items.num_rows
 
     if "" in texts:
+        item = texts.index("")
         raise UsageError(
-            f"item {texts.index('')} has no text in {', '.join(fields) or 'any field'} "
+            f"item {item} (source id {items['source_id'][item]}) has no text in {', '.join(fields) or 'any field'} "
             f"({texts.count('')} such items); add --fields, prepare the dataset with title hygiene "
             "on, or bring your own array with --embeddings"
         )

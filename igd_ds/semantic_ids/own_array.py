@@ -46,8 +46,8 @@ def store_own_array(
     source_ids = ItemIds.of(items)
     if item_ids is None:
         remedy = (
-            "give --item_ids FILE with the source id of each row (if the rows are in the order of "
-            "the dataset's item_id, that is its items.parquet)"
+            "give --item_ids FILE with the source id of each row: numpy.arange(ROWS), saved, where "
+            "row i is the source's item i; the dataset's items.parquet where row i is its item_id i"
         )
         source_ids.refuse_unnamed(f"--embeddings {array}", "row", remedy)
 

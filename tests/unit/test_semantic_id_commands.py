@@ -188,7 +188,9 @@ def test_fields_are_joined(folder, tmp_path):
         "categories",
     ):
         encode.item_texts(items, ["brand"])
-    with pytest.raises(UsageError, match=r"item 1 has no text in description \(59 such items\)"):
+    with pytest.raises(
+        UsageError, match=r"item 1 \(source id 1\) has no text in description \(59 such"
+    ):
         encode.item_texts(items, ["description"])
 
 

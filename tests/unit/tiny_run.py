@@ -57,12 +57,13 @@ def rows(users, histories, targets) -> pa.Table:
     })  # fmt: skip
 
 
-def make(folder: Path, titles: list[str] = TITLES) -> Path:
+def make(folder: Path, titles: list[str] = TITLES, source_ids: list[str] | None = None) -> Path:
     """Write folder/data and folder/run; return the run folder.
 
-    Row 4 of the validation split has no history.
+    Row 4 of the validation split has no history. Without `source_ids` the items' numbers are also
+    the source's.
     """
-    write_data(folder / "data", titles)
+    write_data(folder / "data", titles, source_ids)
     model = folder / "run" / "model"
     write_model(model)
 
@@ -83,7 +84,7 @@ def make(folder: Path, titles: list[str] = TITLES) -> Path:
     return folder / "run"
 
 
-def write_data(folder: Path, titles: list[str]) -> None:
+def write_data(folder: Path, titles: list[str], source_ids: list[str] | None = None) -> None:
     """Write the dataset, with random histories and targets."""
     random = np.random.default_rng(0)
     histories = [
@@ -96,7 +97,7 @@ def write_data(folder: Path, titles: list[str]) -> None:
         "valid": rows(USERS, [*histories[:4], [], *histories[5:]], targets),
         "test": rows(USERS, histories, targets),
     }
-    items = item_table(titles, None, pa.array(range(len(titles))))
+    items = item_table(titles, None, pa.array(source_ids or range(len(titles))))
     write_dataset(folder, items, user_table(splits, None), splits, INFO)
 
 
