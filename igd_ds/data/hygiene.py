@@ -5,15 +5,18 @@ These steps run in this order. The report counts each step and shows examples:
 * `entities`: HTML entities that end in a semicolon become characters. The step repeats, because
   `&amp;amp;` occurs. Entities without a semicolon stay: HTML would turn "Food&notes" into
   "Food¬es".
-* `markup`: HTML tags, left-over attributes (`class="a-size"`) and the tail of a broken tag (`" />`)
-  are removed. Tags are recognised by name, so that "I <3 You" and an inch mark stay.
+* `markup`: HTML tags, comments, scripts and style sheets, left-over attributes (`class="a-size"`)
+  and the tail of a broken tag (`" />`) are removed. Tags are recognised by the names that HTML has,
+  so that "I <3 You", "<Insert Name>" and an inch mark stay.
 * `whitespace`: tabs, newlines and runs of spaces become one space. Control characters, unpaired
   surrogates and invisible marks are removed. Zero-width joiners stay: Persian, Hindi and emoji need
   them.
 
-A title is *unusable* when it is null or empty after these steps, when it is the style sheet or
-script of a page, or when only the name of an Amazon department is left after a broken tag was
-removed (`Industrial & Scientific" />`). The policy says what happens to items with such a title:
+A title is *unusable* when it is null or empty after these steps, when it spells a missing value
+(`nan`, `None`, `<NA>`; the report counts these as `missing_values` if there are any), when it is
+the style sheet or script of a page, or when only the name of an Amazon department is left after a
+broken tag was removed (`Industrial & Scientific" />`). The policy says what happens to items with
+such a title:
 
 * `placeholder` (default): the item gets a title of its own, "Untitled item 3f9a1c04". The item
   stays in histories and targets. Rows, row_ids and item ids are therefore the same with and without
@@ -25,6 +28,7 @@ removed (`Industrial & Scientific" />`). The policy says what happens to items w
 * `d3`: like `drop`, with the rule of D3's published script instead of ours. An item has a title
   without `<span id`; `&quot;` and `&amp;` become characters; spaces and then quotes are stripped at
   both ends; the result has at least 2 characters and at most 20 words between single spaces.
+  Spelled missing values count as titles there.
 * `verbatim`: titles stay as they are, and missing titles stay missing (a catalogue of semantic IDs
   needs no titles).
 
@@ -37,8 +41,12 @@ import html
 import html.entities
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
+
+from tensorboard._vendor.bleach import html5lib_shim
+from tensorboard._vendor.bleach._vendor.html5lib import constants
+from tensorboard._vendor.bleach._vendor.html5lib.filters import sanitizer
 
 from igd_ds.errors import UsageError
 
@@ -47,16 +55,53 @@ D3_MAX_WORDS = 20
 PLACEHOLDER_SALT = "igd_ds untitled item "
 MAX_UNESCAPES = 5  # the deepest nesting of &amp;amp; that is resolved (assumed)
 NUM_EXAMPLES = 5
+MISSING = "missing_values"
 
 _ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")
-_BLOCK_NAMES = "br|div|h[1-6]|hr|img|li|meta|ol|p|table|td|tr|ul"
-_NAMES = f"{_BLOCK_NAMES}|a|b|big|em|font|i|input|link|script|small|span|strong|style|sub|sup|u"
-_BLOCK_TAG = re.compile(rf"</?(?:{_BLOCK_NAMES})(?:\s[^<>]*)?/?>", re.IGNORECASE)
-_TAG = re.compile(rf"</?(?:{_NAMES})(?:\s[^<>]*)?/?>", re.IGNORECASE)
+
+MISSING_VALUES = frozenset({
+    "nan", "-nan", "1.#ind", "-1.#ind", "1.#qnan", "-1.#qnan", "n/a", "#n/a", "#na", "#n/a n/a",
+    "<na>", "<nan>", "nat", "<nat>", "none", "<none>", "null", "<null>", "(null)", "\\n",
+})  # fmt: skip
+"""Titles that are no titles, in lower case: what programs write for a missing value."""
+
+EXACT_MISSING_VALUES = frozenset({"NA", "undefined"})
+"""The same, where the case matters: "Na" and "Undefined" are titles."""
+
+# The names of tags are those of html5lib, which TensorBoard brings along.
+_HTML = constants.namespaces["html"]
+_SPECIAL_NAMES = {name for space, name in constants.specialElements if space == _HTML}
+_BLOCK_NAMES = (_SPECIAL_NAMES | html5lib_shim.HTML_TAGS_BLOCK_LEVEL) - {"wbr"}
+HTML_NAMES = frozenset({
+    *_BLOCK_NAMES,
+    *html5lib_shim.HTML_TAGS,
+    *(name for space, name in sanitizer.allowed_elements if space == _HTML),
+})  # fmt: skip
+"""The names of all HTML elements, in lower case."""
+
+
+def _one_of(names: Iterable[str]) -> str:
+    """Return a pattern that matches any of these names."""
+    return f"(?:{'|'.join(sorted(map(re.escape, names)))})"
+
+
+def _tag(names: Iterable[str]) -> re.Pattern[str]:
+    """Return a pattern of the tags with these names; words behind a name must be attributes."""
+    name = _one_of(names)
+    return re.compile(rf"<(?:/{name}\s*|{name}(?:\s[^<>]*=[^<>]*)?\s*/?)>", re.IGNORECASE)
+
+
+_BLOCK_TAG = _tag(_BLOCK_NAMES)
+_TAG = _tag(HTML_NAMES)
+_COMMENT = re.compile(
+    r"<!--.*?(?:--!?>|\Z)|<!DOCTYPE[^<>]*>|<\?[a-z][^<>]*>|<!\[CDATA\[|\]\]>"
+    r"|<(script|style)(?:\s[^<>]*)?>.*?(?:</\1\s*>|\Z)",
+    re.IGNORECASE | re.DOTALL,
+)
 _ATTRIBUTE = re.compile(
     r'\b(?:alt|class|content|data-[a-z-]+|href|id|name|src|style)="[^"<>]*"\s*/?>?'
 )
-_OPEN_TAG_TAIL = re.compile(rf"<(?:{_NAMES})\s+[a-z-]+=[^<>]*$", re.IGNORECASE)
+_OPEN_TAG_TAIL = re.compile(rf"<{_one_of(HTML_NAMES)}\s+[a-z-]+=[^<>]*$", re.IGNORECASE)
 _TAIL = re.compile(r"[\"']?\s*/>\s*$")
 _INVISIBLE = re.compile(
     "[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff"
@@ -65,7 +110,18 @@ _INVISIBLE = re.compile(
 # Characters without which no step and no pattern below finds anything: most titles have none of
 # them and are clean.
 _SUSPECT = re.compile(r'[&<>"={]|[^\S ]|  |\A | \Z|' + _INVISIBLE.pattern)
-_CODE = re.compile(r"\bvar \w+ ?=|\bfunction ?\w* ?\([^()]*\) ?\{|[.#][\w-]+[^{}]*\{[^{}]*:")
+# A rule of a style sheet: a selector (a class or an id, not "#1"), then a property that CSS knows,
+# one of a known family ("border-radius"), or any property written without spaces.
+_FAMILIES = {name.partition("-")[0] for name in sanitizer.allowed_css_properties if "-" in name}
+_PROPERTY = (
+    rf"(?:{_one_of(sanitizer.allowed_css_properties)}"
+    rf"|(?:{_one_of(_FAMILIES | {'margin', 'padding'})})?-[a-z-]+|margin|padding)"
+)
+_SELECTOR = r"(?:^|[\s,}>])[.#]-?[A-Za-z_][\w-]*"
+_CODE = re.compile(
+    r"\bvar \w+ ?=|\bfunction ?\w* ?\([^()]*\) ?\{"
+    rf"|{_SELECTOR}[^{{}}]*\{{\s*{_PROPERTY}\s*:|{_SELECTOR}\{{[a-z-]+:[^\s{{}}]"
+)
 # The departments of Amazon's 2014 and 2018 releases, as the broken keyword tags of the pages spell
 # them.
 _DEPARTMENTS = re.compile(
@@ -96,7 +152,8 @@ def _character(entity: str) -> str:
 
 
 def strip_markup(text: str) -> str:
-    """Remove HTML tags, left-over attributes and the tail of a broken tag."""
+    """Remove HTML tags, comments, scripts, left-over attributes and the tail of a broken tag."""
+    text = _COMMENT.sub("", text)
     text = _TAG.sub("", _BLOCK_TAG.sub(" ", text))
     return _TAIL.sub("", _OPEN_TAG_TAIL.sub("", _ATTRIBUTE.sub("", text)))
 
@@ -113,8 +170,21 @@ STEPS: dict[str, Callable[[str], str]] = {
 }
 
 
+def is_missing_value(title: str) -> bool:
+    """Return whether a title only spells a missing value, as pandas, R or SQL write it.
+
+    Example:
+        >>> is_missing_value("NaN"), is_missing_value("Nancy")
+        (True, False)
+    """
+    title = title.strip()
+    return title in EXACT_MISSING_VALUES or title.lower() in MISSING_VALUES
+
+
 def clean_title(title: str | None) -> tuple[str | None, list[str]]:
     """Return the clean title (None if it is unusable) and the names of the steps that changed it.
+
+    For a title that spells a missing value, the only name is MISSING.
 
     Example:
         >>> clean_title("Kane &amp; Abel")
@@ -122,6 +192,8 @@ def clean_title(title: str | None) -> tuple[str | None, list[str]]:
     """
     if title is None:
         return None, []
+    if is_missing_value(title):
+        return None, [MISSING]
     if title and not _SUSPECT.search(title):
         return title, []
 
@@ -132,6 +204,8 @@ def clean_title(title: str | None) -> tuple[str | None, list[str]]:
             changed.append(name)
         title = cleaned
 
+    if is_missing_value(title):
+        return None, [MISSING]
     only_department = "markup" in changed and _DEPARTMENTS.fullmatch(title)
     unusable = not title or only_department or _CODE.search(title)
     return (None if unusable else title), changed
@@ -160,8 +234,8 @@ def clean_titles(
     titles become None, and the caller removes these items.
 
     Returns:
-        The titles, and the report: per step and for `unusable` it holds a count and up to
-        NUM_EXAMPLES examples [item id, before, after].
+        The titles, and the report: per step, for `unusable` and, if there are any, for
+        `missing_values` it holds a count and up to NUM_EXAMPLES examples [item id, before, after].
 
     Raises:
         UsageError: the policy is unknown.
@@ -171,14 +245,18 @@ def clean_titles(
     if policy == "verbatim":
         return list(titles), {"policy": policy, "items_sharing_a_title": _num_sharing(titles)}
 
-    found: dict[str, list[int]] = {name: [] for name in (*STEPS, "unusable")}
+    found: dict[str, list[int]] = {name: [] for name in (*STEPS, "unusable", MISSING)}
     cleaned: list[str | None] = []
     clean_one = d3_title if policy == "d3" else clean_title
     for item, title in enumerate(titles):
         clean, changed = clean_one(title)
         cleaned.append(clean)
-        for name in changed if clean is not None else ["unusable"]:
+        if clean is None:
+            changed = ["unusable", *(name for name in changed if name == MISSING)]
+        for name in changed:
             found[name].append(item)
+    if not found[MISSING]:
+        del found[MISSING]  # the report of a data set without them has no such entry
 
     if policy == "placeholder":
         for item, name in _placeholders(found["unusable"], set(cleaned)).items():

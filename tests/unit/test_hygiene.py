@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from igd_ds.data.hygiene import clean_title, clean_titles
+from igd_ds.data.hygiene import HTML_NAMES, clean_title, clean_titles
 from igd_ds.errors import UsageError
 
 
@@ -22,6 +22,16 @@ from igd_ds.errors import UsageError
         ('class="a-size-large">Torch', "Torch"),
         ('Torch <span class="a-si', "Torch"),
         ('RapidFix, 25 mL,RFX7121100" />', "RapidFix, 25 mL,RFX7121100"),
+        ("Was <s>$20</s> now $10", "Was $20 now $10"),
+        ("<s>$20 mug", "$20 mug"),
+        ("<del>Old</del> <mark>new</mark> <q>quote</q> <code>x</code>", "Old new quote x"),
+        ('<STRIKE>a</STRIKE><font color="red">b</font><tt>c</tt>', "abc"),
+        ("<section>One</section><main >two</main >", "One two"),
+        ("&lt;s&gt;$20&lt;/s&gt; mug", "$20 mug"),
+        ("super<wbr>cali<!-- a > b -->fragilistic", "supercalifragilistic"),
+        ("Torch <!-- cut off", "Torch"),
+        ("<!DOCTYPE html><![CDATA[Torch]]>", "Torch"),
+        ("<style>.a{b:c}</style>Torch<script>var a = 1;</script>", "Torch"),
     ],
 )
 def test_repairs(title, expected):
@@ -40,9 +50,18 @@ def test_repairs(title, expected):
         "a < b > c",
         "Food&notes &copy 2 &unknown; &notit;",
         "!!!",
-        "None",
         "Gamma Function (Dover)",
         "C# {2nd ed.}",
+        "#1 Dad {Funny: Gift}",
+        "#dad {funny: gift}",
+        "Book.Title {Vol: 1}",
+        "Series.one {color: red}",
+        "<time travel> & <main course>",
+        "<|im_start|> <pad> [SEP] <unk>",
+        "Nancy",
+        "None of the Above",
+        "Na",
+        "Undefined",
         "می\u200cخواهم",  # a zero-width non-joiner that Persian needs
         "Don’t — “quote” 日本語",
     ],
@@ -64,10 +83,39 @@ def test_leaves_alone(title):
         "Toys &amp; Games&quot; />",
         "var aPageStart = (new Date()).getTime();",
         ".a-box-inner{background-color:#fff}#alohaBuyBoxWidget",
+        ".a{margin:0}",
+        "#box .item { -webkit-box-shadow: none; }",
+        "<s></s>",
     ],
 )
 def test_unusable(title):
     assert clean_title(title)[0] is None
+
+
+@pytest.mark.parametrize(
+    "title",
+    ["nan", "NaN", "None", "null", "NULL", "N/A", "n/a", "<NA>", "&lt;NA&gt;", "NA", "NaT", "#N/A"]
+    + ["\\N", " nan ", "<b>nan</b>", "undefined", "(null)"],
+)
+def test_spelled_missing_values_are_no_titles(title):
+    assert clean_title(title) == (None, ["missing_values"])
+
+
+def test_the_report_counts_missing_values_where_there_are_any():
+    cleaned, report = clean_titles(["nan", "Fine", None, "N/A"])
+    assert report["unusable"]["count"] == 3
+    assert report["missing_values"]["count"] == 2
+    assert report["missing_values"]["examples"][1] == [3, "N/A", cleaned[3]]
+    assert len(set(cleaned)) == 4
+    assert "missing_values" not in clean_titles(["Fine", None])[1]
+    assert clean_titles(["nan", "Fine"], "drop")[0] == [None, "Fine"]
+    assert clean_titles(["nan", "Fine"], "verbatim")[0] == ["nan", "Fine"]
+
+
+def test_the_tags_are_those_of_html():
+    names = {"a", "s", "del", "ins", "strike", "font", "center", "main", "h6", "wbr", "td", "video"}
+    assert names <= HTML_NAMES
+    assert not {"pad", "unk", "insert", "na", "null"} & HTML_NAMES
 
 
 def test_placeholders_are_unique_stable_and_hide_the_order():
