@@ -149,6 +149,10 @@ def parse_python(line: bytes) -> dict[Any, Any] | None:
     return value if isinstance(value, dict) else None
 
 
+def no_value(_: str) -> None:
+    """Return None for JSON's NaN and Infinity, which pandas writes for missing values."""
+
+
 def parse_json(line: bytes) -> dict[str, Any] | None:
     """Return the JSON object on a line, or None if the line holds none."""
     try:

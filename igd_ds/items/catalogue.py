@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 import numpy as np
 
 from igd_ds.errors import UsageError
+from igd_ds.items.as_text import encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -224,9 +225,14 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def tokenize(
-    texts: Sequence[Text], form: Callable[[Text], str], tokenizer: PreTrainedTokenizerBase
+    texts: Sequence[Text],
+    form: Callable[[Text], str],
+    tokenizer: PreTrainedTokenizerBase,
+    as_text: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Tokenize `form(text)` for all texts, without special tokens.
+    """Tokenize `form(text)` for all texts, without special tokens around it.
+
+    With `as_text`, special tokens within the texts are text too (see `igd_ds.items.as_text`).
 
     The tokenizer is called on chunks of the texts. As Python lists, the tokens of ten million
     titles would take gigabytes.
@@ -241,9 +247,7 @@ def tokenize(
     lengths: list[int] = []
     for start in range(0, len(texts), TOKENIZE_CHUNK):
         formed = [form(text) for text in texts[start : start + TOKENIZE_CHUNK]]
-        encoded = tokenizer(
-            formed, add_special_tokens=False, return_attention_mask=False, verbose=False
-        )["input_ids"]
+        encoded = encode(formed, tokenizer, as_text)
         lengths += map(len, encoded)
         chunks.append(np.fromiter(chain.from_iterable(encoded), np.int32))
     return np.concatenate(chunks), np.array(lengths, np.int64)
@@ -259,7 +263,7 @@ def _tokenize_titles(
             f"item {titles.index(None)} has no title ({len(titles) - len(present)} such items): "
             "prepare the dataset with title hygiene on (igd prepare does it by default)"
         )
-    return tokenize(present, lambda title: title + "\n", tokenizer)
+    return tokenize(present, lambda title: title + "\n", tokenizer, as_text=True)
 
 
 def _look_up_codes(

@@ -27,7 +27,7 @@ import pyarrow as pa
 
 from igd_ds.data.dataset import SourceData
 from igd_ds.data.raw import RawReader
-from igd_ds.data.raw_files import FileKind, open_raw
+from igd_ds.data.raw_files import FileKind, no_value, open_raw
 from igd_ds.errors import UsageError
 
 FILES = {
@@ -108,7 +108,7 @@ def load_object(path: Path) -> dict[str, Any]:
         data = file.read()
     try:
         text = data.decode("utf-8-sig")
-        found = json.loads(text, object_pairs_hook=unique)
+        found = json.loads(text, object_pairs_hook=unique, parse_constant=no_value)
         if "\\ud" in text.lower():
             # Arrow cannot hold half a surrogate pair; it becomes the replacement character.
             text = json.dumps(found, ensure_ascii=False)

@@ -17,7 +17,7 @@ import numpy as np
 
 from igd_ds.data.dataset import Interactions, SourceData
 from igd_ds.data.raw import RawReader
-from igd_ds.data.raw_files import FileKind, open_raw
+from igd_ds.data.raw_files import FileKind, no_value, open_raw
 from igd_ds.errors import UsageError
 
 FILES = {
@@ -47,7 +47,7 @@ def _lines(path: Path, id_key: str) -> Iterator[tuple[str, int, dict[str, Any]]]
         for number, line in enumerate(file, start=1):
             place = f"{path}:{number}"
             try:
-                entry = json.loads(line)
+                entry = json.loads(line, parse_constant=no_value)
             except (ValueError, RecursionError) as error:
                 raise UsageError(f"{place}: not valid JSON: {error}") from error
             key = entry.get(id_key) if isinstance(entry, dict) else None
