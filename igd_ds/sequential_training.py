@@ -109,8 +109,7 @@ def _negatives(config: BaselineConfig, weights: torch.Tensor) -> Negatives:
     if number > most:
         raise UsageError(
             f"--num_negatives {number} of --loss {config.loss}: the training rows hold {most} "
-            "items to "
-            "draw from"
+            "items to draw from"
         )
     return Negatives(weights, number)
 

@@ -46,8 +46,7 @@ class CausalPromptTree:
 
     Args:
         model: A causal LM in eval mode whose `Capabilities.tree_search` is true. It may be wrapped
-        by
-            PEFT or quantised.
+            by PEFT or quantised.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:

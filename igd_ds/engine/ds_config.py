@@ -76,8 +76,7 @@ def resolve_ds_config(options: LoopOptions, world_size: int, load_in_4bit: bool)
 
     Raises:
         UsageError: names file and key for unknown keys, "auto", settings that the run owns, batch
-        sizes
-            that do not divide, and combinations known to fail.
+            sizes that do not divide, and combinations known to fail.
     """
     path = Path(options.ds_config)
     ds = _read(path)

@@ -79,8 +79,7 @@ def check_objective(name: str, settings: Any) -> Any:
 
     Raises:
         UsageError: an unknown objective, a flag that it needs and lacks, a flag that it does not
-        use,
-            or a value out of its range.
+            use, or a value out of its range.
     """
     if name not in OBJECTIVES:
         hint, known = did_you_mean(name, OBJECTIVES), ", ".join(OBJECTIVES)
