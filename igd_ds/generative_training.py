@@ -13,7 +13,13 @@ import torch
 
 import igd_ds
 from igd_ds import distributed
-from igd_ds.backbones.saved import DESCRIPTION_FILE
+from igd_ds.backbones.saved import (
+    BASE_FILE,
+    DESCRIPTION_FILE,
+    Origin,
+    read_json_object,
+    write_manifest,
+)
 from igd_ds.contracts import (
     MASKED_ROW,
     Backbone,
@@ -132,6 +138,8 @@ class Inputs:
     model_config: Any
     """Hugging Face configuration of the model."""
     backbone: Backbone
+    origin: Origin | None = None
+    """Where pretrained weights come from; None for random weights."""
 
 
 class GenerativeTraining:
@@ -259,10 +267,15 @@ class GenerativeTraining:
         write_json(folder / DESCRIPTION_FILE, self.description())
         if state := self.objective.state_dict():
             write_json(folder / OBJECTIVE_FILE, state)
+        write_manifest(folder)
 
     def description(self) -> dict[str, Any]:
         """Return what an evaluation needs beside Hugging Face's own files."""
+        base = None
+        if (self.run / BASE_FILE).is_file():
+            base = read_json_object(self.run / BASE_FILE, "restore it, or start a new run")
         return {
+            "base": base,
             "prompt": self.inputs.template.as_dict(),
             "max_length": self.config.max_length,
             "item_kind": self.item_kind,

@@ -8,6 +8,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from igd_ds.folders import claim, differing, write_json, write_text
 
 FREE_ON_RESUME = {
     "resume",
+    "trust_checkpoint",
     "output_dir",
     "dataset",
     "log_every",
@@ -39,8 +41,7 @@ PACKAGES = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "datas
 def claim_run_folder(run: Path, options: LoopOptions, ds: dict[str, Any], world_size: int) -> None:
     """Create a run folder with its settings, or check that it is this very run being resumed.
 
-    A folder whose run never came to its first step (no metrics.jsonl) is free to be claimed again.
-    Rank 0 only.
+    A folder whose run never came to its first step is free to be claimed again. Rank 0 only.
 
     Args:
         run: RUN.
@@ -53,8 +54,8 @@ def claim_run_folder(run: Path, options: LoopOptions, ds: dict[str, Any], world_
     """
     is_claimed = claim(run, "config.yaml", "--output_dir", "run")
     settings = json.loads(json.dumps(dataclasses.asdict(options)))
-    if is_claimed and (run / "metrics.jsonl").is_file():
-        _check_same_run(run, options, settings, ds)
+    if is_claimed and _is_begun(run):
+        _check_same_run(run, options, settings, ds, world_size)
         return
 
     # config.yaml comes first: from here on the folder is claimed.
@@ -65,26 +66,115 @@ def claim_run_folder(run: Path, options: LoopOptions, ds: dict[str, Any], world_
     write_json(run / "env.json", environment(world_size))
 
 
+def _is_begun(run: Path) -> bool:
+    """Whether a run came to its first step: each of these files alone says so, should one be lost.
+
+    The log is opened before the first step.
+    """
+    traces = [run / "metrics.jsonl", run / "summary.json", *run.glob("checkpoints/step-*")]
+    return any(path.exists() for path in traces)
+
+
 def _check_same_run(
-    run: Path, options: LoopOptions, settings: dict[str, Any], ds: dict[str, Any]
+    run: Path,
+    options: LoopOptions,
+    settings: dict[str, Any],
+    ds: dict[str, Any],
+    world_size: int,
 ) -> None:
+    """Raise UsageError unless the run in the folder has these settings and may be resumed."""
     if options.resume != "auto":
         raise UsageError(
             f"--output_dir {run} holds a run already; give another folder, or --resume auto to go "
-            "on "
-            "with it"
+            "on with it"
         )
-    # Accumulation follows from the number of ranks, and the checkpoint checks that.
-    free = {"gradient_accumulation_steps": None}
-    old = current_names(type(options), yaml.safe_load((run / "config.yaml").read_text()))
-    old["ds_config"] = json.loads((run / "ds_config.json").read_text()) | free
-    new = settings | {"ds_config": ds | free}
+    old = current_names(type(options), _read_record(run / "config.yaml", yaml.safe_load))
+    old_ds = _read_record(run / "ds_config.json", json.loads)
+    begun_by = _read_record(run / "env.json", json.loads).get("world_size")
 
-    if changed := differing(old, new, but=FREE_ON_RESUME):
+    # The message of the stage says why; the others are listed.
+    stages = [config.get("zero_optimization", {}).get("stage", 0) for config in (old_ds, ds)]
+    if stages[0] != stages[1]:
+        raise UsageError(
+            f"--output_dir {run} was begun at ZeRO stage {stages[0]}, and --ds_config now says "
+            f"stage {stages[1]}: a checkpoint can go to other numbers of ranks, but not to another "
+            f"stage; use stage {stages[0]}"
+        )
+
+    # Accumulation follows from the number of ranks, and so may the micro-batch.
+    free = {"gradient_accumulation_steps"}
+    if world_size != begun_by and settings.get("normalization") != "per_batch":
+        free.add("train_micro_batch_size_per_gpu")
+    changed = differing(old, settings, but={*FREE_ON_RESUME, "ds_config"})
+    changed += _differing_ds(old_ds, ds, free)
+    if changed:
         raise UsageError(
             f"--output_dir {run} belongs to another run; these settings differ: "
             f"{', '.join(changed)}"
         )
+
+    if not (run / "metrics.jsonl").is_file():
+        print(f"warning: {run / 'metrics.jsonl'} is missing; the log begins anew", flush=True)
+
+
+def _read_record(path: Path, load: Callable[[str], Any]) -> dict[str, Any]:
+    """Read a record of a run.
+
+    Raises:
+        UsageError: it is missing or damaged.
+    """
+    try:
+        record = load(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError, yaml.YAMLError) as error:
+        problem = str(error).partition("\n")[0]
+    else:
+        if isinstance(record, dict):
+            return record
+        problem = "it holds no settings"
+    raise UsageError(
+        f"{path} is missing or damaged ({problem}), so nothing says which run this is: restore "
+        "it, or give a new --output_dir"
+    )
+
+
+def _differing_ds(old: dict[str, Any], new: dict[str, Any], free: set[str]) -> list[str]:
+    """Describe the keys of two DeepSpeed configurations whose values differ."""
+    before, now = dict(_flat(old)), dict(_flat(new))
+    keys = sorted((before.keys() | now.keys()) - free)
+    return [
+        f"ds_config: {key} ({before.get(key)} then, {now.get(key)} now)"
+        for key in keys
+        if before.get(key) != now.get(key)
+    ]
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the values of nested objects under dotted keys."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def read_summary(run: Path) -> dict[str, Any] | None:
+    """Return summary.json of a finished run, or None. Rank 0 only.
+
+    A damaged one is ignored with a warning: the last checkpoint knows what it said, so the run is
+    resumed from there and writes it again.
+    """
+    path = run / "summary.json"
+    if not path.is_file():
+        return None
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(summary, dict) and {"dataset", "best", "step"} <= summary.keys():
+            return summary
+        problem = "it is not a summary"
+    except ValueError as error:
+        problem = str(error)
+    print(f"warning: {path} is damaged ({problem}); it is written again", flush=True)
+    return None
 
 
 def environment(world_size: int) -> dict[str, Any]:

@@ -6,6 +6,8 @@
 Parse → dataset → catalogue → objective → model → engine → the loop (igd_ds/loop.py) → RUN/model.
 """
 
+import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,19 @@ import transformers
 
 from igd_ds import distributed, loop
 from igd_ds.backbones import backbone_of, read_model_config
-from igd_ds.backbones.tokenizer import added_token_ids, load_tokenizer
+from igd_ds.backbones.model_config import revision_of
+from igd_ds.backbones.saved import (
+    BASE_FILE,
+    Origin,
+    base_record,
+    check_adapter_options,
+    check_base,
+    check_manifest,
+    origin_of,
+    read_json_object,
+    weights_sha256,
+)
+from igd_ds.backbones.tokenizer import added_token_ids, as_saved, load_tokenizer
 from igd_ds.config.options import parse
 from igd_ds.data.dataset import InteractionDataset
 from igd_ds.data.prompts import Template
@@ -23,13 +37,17 @@ from igd_ds.engine.build import initialize, loading_context
 from igd_ds.engine.checkpoint import check_disk_space, newest_checkpoint
 from igd_ds.engine.ds_config import DsConfig, dtype_of, resolve_ds_config
 from igd_ds.errors import UsageError
+from igd_ds.folders import write_json
 from igd_ds.generative_training import GenerativeTraining, Inputs
 from igd_ds.items.catalogue import Catalogue
 from igd_ds.items.decisiveness import edge_gain
 from igd_ds.items.store import StoredCatalogue, save_catalogue
 from igd_ds.items.trie import TokenTrie
-from igd_ds.run_folder import claim_run_folder
+from igd_ds.run_folder import claim_run_folder, read_summary
 from igd_ds.train_config import TrainConfig
+
+TITLES_COMPARED = 200
+"""Titles on which the tokenizers before and after saving are compared; a difference is rare."""
 
 
 def main() -> int:
@@ -61,16 +79,50 @@ def load_inputs(config: TrainConfig) -> Inputs:
     template = Template.load(config.prompt)
     dataset = InteractionDataset.load(config.dataset)
 
-    model_name = config.model_config or config.model_name_or_path
-    tokenizer = load_tokenizer(config.tokenizer or model_name, config.trust_remote_code)
-    added_ids = range(0)
-    if config.tokenizer and config.model_name_or_path:
-        added_ids = added_token_ids(tokenizer, config.model_name_or_path, config.trust_remote_code)
+    # What the training begins with: pretrained weights, or those that an adapter belongs to.
+    origin = None
+    model_name = config.model_config
+    if not model_name:
+        origin = origin_of(config.model_name_or_path, config.revision)
+        check_adapter_options(origin, config)
+        origin = as_begun(origin, Path(config.output_dir))
+        model_name = origin.name
+    revision = origin.revision if origin else ""
+    model_config = read_model_config(model_name, config.trust_remote_code, revision)
+    if origin and not origin.is_folder:
+        origin = dataclasses.replace(origin, revision=revision_of(model_config) or revision)
 
-    model_config = read_model_config(model_name, config.trust_remote_code)
+    # The tokenizer that an evaluation will load.
+    own = model_name
+    if origin and origin.adapter and (origin.adapter / "tokenizer_config.json").is_file():
+        own = str(origin.adapter)
+    tokenizer = load_tokenizer(
+        config.tokenizer or own,
+        config.trust_remote_code,
+        "" if config.tokenizer or own != model_name else revision,
+    )
+    titles = [title for title in dataset.titles[:TITLES_COMPARED] if title is not None]
+    saved_beside = None if config.lora_r else model_config
+    tokenizer = as_saved(tokenizer, saved_beside, titles, config.trust_remote_code)
+
+    added_ids = range(0)
+    if origin and (config.tokenizer or own != model_name):
+        added_ids = added_token_ids(tokenizer, model_name, config.trust_remote_code, revision)
+
     backbone = backbone_of(model_config)
     backbone.fit_model_config(model_config, config, tokenizer, added_ids)
-    return Inputs(template, dataset, tokenizer, added_ids, model_config, backbone)
+    return Inputs(template, dataset, tokenizer, added_ids, model_config, backbone, origin)
+
+
+def as_begun(origin: Origin, run: Path) -> Origin:
+    """Return the origin of a run's weights, at the hub commit it began with if it is resumed."""
+    path = run / BASE_FILE
+    if origin.is_folder or not path.is_file() or not any((run / "checkpoints").glob("step-*")):
+        return origin
+    record = read_json_object(path, "restore it from the run's backup, or start a new run")
+    if record["name"] != origin.name:
+        return origin
+    return dataclasses.replace(origin, revision=record["commit"])
 
 
 def open_run_folder(
@@ -82,15 +134,47 @@ def open_run_folder(
         The checkpoint to go on from, or None, and the summary of a finished run, else "".
     """
     claim_run_folder(run, config, ds, distributed.world_size())
-    if (run / "summary.json").is_file():
-        return None, (run / "summary.json").read_text().strip()
+    if summary := read_summary(run):
+        return None, json.dumps(summary, indent=2, sort_keys=True)
 
-    tag = newest_checkpoint(run / "checkpoints")
+    tag = newest_checkpoint(run / "checkpoints", config.trust_checkpoint)
     trained = inputs.backbone.num_trained_parameters(inputs.model_config, config, inputs.added_ids)
     check_disk_space(run, trained, config.keep_checkpoints)
     if not (run / "catalogue").is_dir():
         build_catalogue(run / "catalogue", config, inputs)
+    if inputs.origin:
+        record_base(run / BASE_FILE, inputs.origin, bool(tag and config.lora_r))
     return tag, ""
+
+
+def record_base(path: Path, origin: Origin, is_needed: bool) -> None:
+    """Record which pretrained weights a training begins with. Rank 0 only.
+
+    Args:
+        path: the record; RUN/model takes it over.
+        origin: of the weights.
+        is_needed: whether a checkpoint needs these weights, because it holds only an adapter.
+
+    Raises:
+        UsageError: the weights are not those that the run began with, or that the adapter was
+            trained on; or a file of the folder changed since it was saved.
+    """
+    if origin.adapter:
+        check_manifest(origin.adapter)
+        sha256 = check_base(origin, is_named=False)
+    else:
+        check_manifest(Path(origin.name))
+        sha256 = weights_sha256(origin)
+    record = base_record(origin, sha256)
+
+    if is_needed and path.is_file():
+        before = read_json_object(path, "restore it from the run's backup, or start a new run")
+        if before["sha256"] != record["sha256"]:
+            raise UsageError(
+                f"--model_name_or_path {origin.name} has other weights than when {path.parent} "
+                "began: restore them, or start a new run"
+            )
+    write_json(path, record)
 
 
 def build_catalogue(folder: Path, config: TrainConfig, inputs: Inputs) -> None:

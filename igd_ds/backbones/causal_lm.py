@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from igd_ds.backbones import lora, vocabulary
-from igd_ds.backbones.model_config import read_model_config, text_config_of
-from igd_ds.backbones.saved import base_of
+from igd_ds.backbones.model_config import read_model_config, revision_of, text_config_of
+from igd_ds.backbones.saved import Origin, base_of, origin_of
 from igd_ds.contracts import IGNORED, Batch, Capabilities, PromptTree
 from igd_ds.errors import UsageError
 
@@ -163,7 +163,8 @@ class CausalLM:
     ) -> torch.nn.Module:
         """Build the model that the options describe.
 
-        Its weights are random or pretrained, quantised or not, with or without LoRA. They stay
+        Its weights are random or pretrained, quantised or not, with or without LoRA. Where
+        --model_name_or_path names an adapter, that adapter is trained on. The weights stay
         where they are loaded (on the CPU, or partitioned under ZeRO-3); `engine.initialize` moves
         them. Only quantised weights are placed on `device` at once. Tokens `added_ids` get rows of
         their own; together with LoRA, the weights must then be loaded whole, because PEFT reads the
@@ -175,12 +176,15 @@ class CausalLM:
             "attn_implementation": self._kernel(options, model_config),
             "trust_remote_code": options.trust_remote_code,
         }
+        adapter = None
         if options.model_config:
             model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, **settings)
         else:
-            model = load_weights(
-                options.model_name_or_path, dtype, options.load_in_4bit, device, **settings
-            )
+            origin = origin_of(options.model_name_or_path, options.revision)
+            adapter = origin.adapter
+            if not origin.is_folder:
+                settings["revision"] = revision_of(model_config)
+            model = load_weights(origin.name, dtype, options.load_in_4bit, device, **settings)
 
         if added_ids:
             vocabulary.add_rows(model, added_ids, seed)
@@ -192,6 +196,8 @@ class CausalLM:
                 model.enable_input_require_grads()
         if options.lora_r:
             model = lora.with_lora(model, options, added_ids)
+        if adapter is not None:
+            lora.take_up(model, adapter)
         return model
 
     def _kernel(self, options: ModelOptions, model_config: PreTrainedConfig) -> str:
@@ -209,15 +215,17 @@ class CausalLM:
         """
         dtype = "auto" if source.dtype == "auto" else getattr(torch, source.dtype)
         base = base_of(source)
-        name = base or source.model
-        kernels = self.capabilities(read_model_config(name, source.trust_remote_code)).attention
+        weights = base or Origin(source.model)
+        model_config = read_model_config(weights.name, source.trust_remote_code, weights.revision)
+        kernels = self.capabilities(model_config).attention
         model = load_weights(
-            name,
+            weights.name,
             dtype,
             load_in_4bit,
             device,
             attn_implementation="sdpa" if "sdpa" in kernels else "eager",
             trust_remote_code=source.trust_remote_code,
+            revision=None if weights.is_folder else revision_of(model_config),
         )
 
         if base:
@@ -262,6 +270,7 @@ def load_weights(
     load_in_4bit: bool,
     device: torch.device,
     trust_remote_code: bool = False,
+    revision: str | None = None,
     **settings: Any,
 ) -> PreTrainedModel:
     """Load a pretrained causal LM; of a multimodal checkpoint, its text model.
@@ -273,8 +282,9 @@ def load_weights(
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    settings |= {"dtype": dtype, "trust_remote_code": trust_remote_code}
-    whole = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    source = {"trust_remote_code": trust_remote_code, "revision": revision}
+    settings |= {"dtype": dtype, **source}
+    whole = AutoConfig.from_pretrained(name, **source)
     text = text_config_of(whole)
     if text is not whole:
         settings |= {"config": text, "key_mapping": TEXT_WEIGHTS}

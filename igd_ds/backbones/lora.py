@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from igd_ds.backbones.model_config import revision_of
 from igd_ds.backbones.vocabulary import resize, vocabulary_names
 from igd_ds.errors import UsageError
 
@@ -56,9 +57,31 @@ def with_lora(model: PreTrainedModel, options: ModelOptions, added_ids: range) -
     try:
         # The DeepSpeed file sets the precision of the adapter too: the optimizer keeps the fp32
         # master copy, so PEFT must not cast the adapter to fp32.
-        return peft.get_peft_model(model, lora, autocast_adapter_dtype=False)
+        return peft.get_peft_model(
+            model, lora, autocast_adapter_dtype=False, revision=revision_of(model.config)
+        )
     except ValueError as error:
         raise UsageError(f"--lora_targets {targets}: {error}") from error
+
+
+def take_up(model: PeftModel, folder: Path) -> None:
+    """Set the LoRA matrices, and the rows of added tokens, to those of the adapter in `folder`.
+
+    Raises:
+        UsageError: the adapter adapts other modules or other tokens than `model` does.
+    """
+    import peft
+
+    weights = peft.load_peft_weights(str(folder), device="cpu")
+    expected = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    shapes, fitting = ({k: v.shape for k, v in each.items()} for each in (weights, expected))
+    if differing := sorted(k for k in shapes | fitting if shapes.get(k) != fitting.get(k)):
+        raise UsageError(
+            f"--lora_targets: the adapter in {folder} adapts other modules than this training "
+            f"would, such as {differing[0]}: give the --lora_targets and the --tokenizer that it "
+            "was trained with"
+        )
+    peft.set_peft_model_state_dict(model, weights)
 
 
 def with_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:

@@ -11,8 +11,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
-def read_model_config(name: str, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """Read a model's configuration from a JSON file, a folder or the hub.
+def read_model_config(
+    name: str, trust_remote_code: bool = False, revision: str = ""
+) -> PreTrainedConfig:
+    """Read a model's configuration from a JSON file, a folder or the hub (at a revision of it).
 
     Of a multimodal checkpoint (Gemma 3 from 4B on) the configuration of its text model is returned.
 
@@ -26,7 +28,9 @@ def read_model_config(name: str, trust_remote_code: bool = False) -> PreTrainedC
     from transformers import AutoConfig
 
     try:
-        whole = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        whole = AutoConfig.from_pretrained(
+            name, trust_remote_code=trust_remote_code, revision=revision or None
+        )
     except (OSError, ValueError) as error:
         raise UsageError(f"no model configuration at '{name}' ({error})") from error
     return text_config_of(whole)
@@ -43,6 +47,7 @@ def text_config_of(model_config: PreTrainedConfig) -> PreTrainedConfig:
         return model_config
 
     text = copy.deepcopy(text)
+    text._commit_hash = revision_of(model_config)
     quantisation = getattr(model_config, "quantization_config", None)
     if quantisation is not None:
         text.quantization_config = quantisation
@@ -52,3 +57,13 @@ def text_config_of(model_config: PreTrainedConfig) -> PreTrainedConfig:
 def is_multimodal(model_config: PreTrainedConfig) -> bool:
     """Whether `text_config_of` returns a part of this configuration."""
     return text_config_of(model_config) is not model_config
+
+
+def revision_of(model_config: PreTrainedConfig) -> str | None:
+    """Return the hub commit that a configuration came from; None if it came from a folder.
+
+    Weights are read at the commit of their configuration, so that a model that changes on the hub
+    meanwhile is not mixed from two versions.
+    """
+    commit: str | None = getattr(model_config, "_commit_hash", None)
+    return commit

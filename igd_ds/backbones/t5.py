@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from igd_ds.backbones.model_config import revision_of
 from igd_ds.contracts import IGNORED, Batch, Capabilities, PromptTree
 from igd_ds.errors import UsageError
 
@@ -106,7 +107,9 @@ class T5:
         if options.model_config:
             model = AutoModelForSeq2SeqLM.from_config(model_config, **settings)
         else:
-            model = AutoModelForSeq2SeqLM.from_pretrained(options.model_name_or_path, **settings)
+            model = AutoModelForSeq2SeqLM.from_pretrained(
+                options.model_name_or_path, revision=revision_of(model_config), **settings
+            )
         if options.gradient_checkpointing:
             model.gradient_checkpointing_enable(
                 gradient_checkpointing_kwargs={"use_reentrant": False}

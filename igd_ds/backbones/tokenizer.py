@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import json
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from igd_ds.distributed import say
 from igd_ds.errors import UsageError
+from igd_ds.items.catalogue import tokenizer_fingerprint
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 PLAIN_TOKENIZERS = ("TokenizersBackend", "PreTrainedTokenizerFast")
 """Classes under which transformers saves a tokenizer that is only a tokenizer.json."""
 
+MAX_SAVINGS = 3
+"""How often a tokenizer may change when it is saved. LLaMA's changes once."""
 
-def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+
+def load_tokenizer(
+    name: str, trust_remote_code: bool = False, revision: str = ""
+) -> PreTrainedTokenizerBase:
     """Load a tokenizer from a folder or the hub. A missing PAD token is replaced by EOS.
 
     Raises:
@@ -32,7 +41,9 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
     )
     kind = PreTrainedTokenizerFast if is_plain else AutoTokenizer
     try:
-        tokenizer = kind.from_pretrained(name, trust_remote_code=trust_remote_code)
+        tokenizer = kind.from_pretrained(
+            name, trust_remote_code=trust_remote_code, revision=revision or None
+        )
     except (OSError, ValueError) as error:
         raise UsageError(
             f"no tokenizer at '{name}': give a folder with tokenizer.json or a hub name in "
@@ -53,8 +64,59 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
     return tokenizer
 
 
+def as_saved(
+    tokenizer: PreTrainedTokenizerBase,
+    model_config: PreTrainedConfig | None,
+    texts: Sequence[str] = (),
+    trust_remote_code: bool = False,
+) -> PreTrainedTokenizerBase:
+    """Return the tokenizer as it is after saving and loading, so that nothing changes it later.
+
+    transformers drops some settings when it saves a tokenizer ("legacy" of LLaMA's), and what it
+    loads again may be another one. A training uses what its evaluations will load.
+
+    Args:
+        tokenizer: as `load_tokenizer` returns it.
+        model_config: of the model that is saved beside it, on which the tokenizer's class can
+            depend; None for an adapter, which is saved without.
+        texts: some of these are tokenized before and after; a difference gives a warning.
+        trust_remote_code: see `load_tokenizer`.
+
+    Raises:
+        UsageError: the tokenizer changes with every saving.
+    """
+    given = tokenizer
+    for _ in range(MAX_SAVINGS):
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer.save_pretrained(folder)
+            if model_config is not None:
+                model_config.save_pretrained(folder)
+            again = load_tokenizer(folder, trust_remote_code)
+        if tokenizer_fingerprint(again) == tokenizer_fingerprint(tokenizer):
+            break
+        tokenizer = again
+    else:
+        raise UsageError(
+            f"the tokenizer {given.name_or_path} changes whenever it is saved: save it once with "
+            "save_pretrained of your version of transformers, and give that folder in --tokenizer"
+        )
+
+    for text in texts:
+        before, after = (each(text, add_special_tokens=False).input_ids for each in (given, again))
+        if before != after:
+            say(
+                f"warning: the tokenizer {given.name_or_path} is another one after saving and "
+                f"loading: {text!r:.80} was {before[:20]} and is {after[:20]}; the latter is used"
+            )
+            break
+    return again
+
+
 def added_token_ids(
-    tokenizer: PreTrainedTokenizerBase, model_name: str, trust_remote_code: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    model_name: str,
+    trust_remote_code: bool = False,
+    revision: str = "",
 ) -> range:
     """Return the ids of the tokens that `tokenizer` has beyond the tokenizer of the model.
 
@@ -69,7 +131,7 @@ def added_token_ids(
             not follow after it without a gap.
     """
     try:
-        own = load_tokenizer(model_name, trust_remote_code).get_vocab()
+        own = load_tokenizer(model_name, trust_remote_code, revision).get_vocab()
     except UsageError:
         return range(0)
     given = tokenizer.get_vocab()

@@ -12,7 +12,12 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 class ModelOptions:
     """The generative model that a training starts from."""
 
-    model_name_or_path: str = option("pretrained causal LM or T5: folder or hub name", "")
+    model_name_or_path: str = option(
+        "pretrained causal LM or T5: folder or hub name; or RUN/model of a LoRA run, to go on "
+        "training its adapter",
+        "",
+    )
+    revision: str = option("branch, tag or commit of a hub model; default: the newest", "")
     model_config: str = option(
         "model config (JSON file or folder) to train from random weights instead", ""
     )
@@ -45,6 +50,8 @@ class ModelOptions:
                 "give exactly one of --model_name_or_path (pretrained) and --model_config (random "
                 "weights)"
             )
+        if self.revision and self.model_config:
+            raise UsageError("--revision has no effect with --model_config: leave it out")
         if self.model_config and not self.tokenizer:
             raise UsageError("--model_config has no tokenizer of its own: give --tokenizer")
         require(self, "max_length lora_alpha", lambda value: value >= 1, "must be at least 1")

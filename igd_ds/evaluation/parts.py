@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import torch
 
 import igd_ds
-from igd_ds.backbones.saved import base_of
+from igd_ds.backbones.saved import hashes_of
 from igd_ds.data.dataset import Split, sha256_of
 from igd_ds.data.per_row import ItemLists, ItemScores
 from igd_ds.errors import UsageError
@@ -70,9 +70,8 @@ def batches_of(rows: np.ndarray, batch_size: int) -> list[np.ndarray]:
 
 def request_of(config: EvalConfig, task: RankingTask) -> dict[str, Any]:
     """Return everything that the lists depend on, as JSON values."""
-    recommender, model = task.recommender, Path(config.model)
+    recommender = task.recommender
     scoring = recommender.scoring(config.scoring_options())
-    files = sorted(path for path in model.rglob("*") if path.is_file())
     request = {name: getattr(config, name) for name in REQUEST}
     for name in REQUEST_FILES:
         path = getattr(config, name)
@@ -88,8 +87,8 @@ def request_of(config: EvalConfig, task: RankingTask) -> dict[str, Any]:
         "temperature": scoring.temperature,
         "max_length": recommender.max_length,
         "dataset": recommender.dataset.fingerprint,
-        "model": {str(path.relative_to(model)): sha256_of(path) for path in files},
-        "base_model": base_of(config),
+        "model": hashes_of(Path(config.model)),
+        "base_weights": recommender.base_weights,
         "version": igd_ds.__version__,
     }
 
@@ -104,8 +103,8 @@ def claim_output_folder(output: Path, config: EvalConfig, task: RankingTask) -> 
     request = request_of(config, task)
     if config.alpha_from:
         chosen_by = json.loads((Path(config.alpha_from) / "request.json").read_text())
-        same = {key: request[key] for key in ("model", "base_model", "dataset")}
-        if changed := differing(chosen_by, same):
+        same = {key: request[key] for key in ("model", "base_weights", "dataset")}
+        if changed := differing(chosen_by, same, but=_unrecorded(chosen_by)):
             raise UsageError(
                 f"--alpha_from {config.alpha_from} evaluated something else; these differ: "
                 f"{', '.join(changed)}"
@@ -113,7 +112,8 @@ def claim_output_folder(output: Path, config: EvalConfig, task: RankingTask) -> 
 
     saved = output / "request.json"
     is_claimed = claim(output, saved.name, "--output_dir", "evaluation")
-    changed = differing(json.loads(saved.read_text()), request) if is_claimed else []
+    before = json.loads(saved.read_text()) if is_claimed else request
+    changed = differing(before, request, but=_unrecorded(before))
     if changed:
         raise UsageError(
             f"--output_dir {output} belongs to another evaluation; these differ: "
@@ -128,6 +128,11 @@ def claim_output_folder(output: Path, config: EvalConfig, task: RankingTask) -> 
     else:
         (output / "parts").mkdir(exist_ok=True)
     return finished
+
+
+def _unrecorded(request: dict[str, Any]) -> set[str]:
+    """Return what cannot be compared with a request: earlier versions recorded no base weights."""
+    return {"base_weights"} - request.keys()
 
 
 def part_table(

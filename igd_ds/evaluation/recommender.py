@@ -21,7 +21,7 @@ import yaml
 
 from igd_ds import distributed
 from igd_ds.backbones import backbone_of, read_model_config
-from igd_ds.backbones.saved import DESCRIPTION_FILE, base_of, describe
+from igd_ds.backbones.saved import DESCRIPTION_FILE, Origin, base_of, check_model, describe
 from igd_ds.backbones.tokenizer import load_tokenizer
 from igd_ds.config.model import ModelSource
 from igd_ds.config.search import Limits, ScoringOptions
@@ -93,14 +93,16 @@ class Recommender:
         dataset, tokenizer, stored, prompts: dataset, tokenizer, catalogue and prompt builder of the
             run.
         ids: the source ids of the dataset's items.
+        base_weights: the sha256 of an adapter's base weights; "" for full weights.
         likelihood: the softmax that the model was trained with, used where the options say "auto".
         ranges: the catalogue's ItemRanges, which item filters and guidance are built with.
         batch_size: histories that `recommend` searches at once; may be set.
         limits: positions per model pass and per user, for `recommend`; may be set.
 
     Raises:
-        UsageError: the folder holds no model of igd train; tokenizer, catalogue and dataset do not
-            belong together; or the prompt's frame does not fit `max_length`.
+        UsageError: the folder holds no model of igd train; a file of it changed since it was saved;
+            an adapter's base has other weights than in training; tokenizer, catalogue and dataset
+            do not belong together; or the prompt's frame does not fit `max_length`.
     """
 
     def __init__(self, source: ModelSource, device: torch.device | str | None = None):
@@ -114,6 +116,8 @@ class Recommender:
                 "that "
                 "the model was trained with"
             )
+
+        self.base_weights = distributed.on_main(lambda: check_model(source))
 
         # What the model reads and writes.
         self.dataset = InteractionDataset.load(source.dataset)
@@ -183,8 +187,10 @@ class Recommender:
     def load_weights(self) -> None:
         """Load the model, once; nothing can be searched before."""
         if self.model is None:
-            name = base_of(self.source) or self.source.model
-            model_config = read_model_config(name, self.source.trust_remote_code)
+            weights = base_of(self.source) or Origin(self.source.model)
+            model_config = read_model_config(
+                weights.name, self.source.trust_remote_code, weights.revision
+            )
             self._backbone = backbone_of(model_config)
             load_in_4bit = self.description["load_in_4bit"]
             self.model = self._backbone.load(self.source, load_in_4bit, self.device)
