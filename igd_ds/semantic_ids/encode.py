@@ -208,8 +208,8 @@ def item_texts(items: pa.Table, fields: Sequence[str] | None) -> tuple[list[str]
         item = texts.index("")
         raise UsageError(
             f"item {item} (source id {items['source_id'][item]}) has no text in "
-            f"{', '.join(fields) or 'any field'} ({texts.count('')} such items); add --fields, prepare the dataset with title hygiene "
-            "on, or bring your own array with --embeddings"
+            f"{', '.join(fields) or 'any field'} ({texts.count('')} such items); add --fields, "
+            "prepare the dataset with title hygiene on, or bring your own array with --embeddings"
         )
     return texts, fields
 
