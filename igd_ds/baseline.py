@@ -9,7 +9,6 @@ Parse → dataset → rows chained to sequences → model → engine → the loo
 `last-item-knn` only count, and need no DeepSpeed file.
 """
 
-import json
 import os
 import shutil
 import signal
@@ -28,7 +27,7 @@ from igd_ds.engine.ds_config import DsConfig, resolve_ds_config
 from igd_ds.errors import EXIT_REQUEUE, UsageError
 from igd_ds.evaluation.full_ranking import Ranker, evaluate, is_evaluated, rows_to_rank
 from igd_ds.evaluation.results import Ranked
-from igd_ds.run_folder import claim_run_folder
+from igd_ds.run_folder import claim_run_folder, read_summary
 from igd_ds.runlog import RunLog
 from igd_ds.sequential_training import (
     VALIDATION_METRIC,
@@ -79,12 +78,11 @@ def open_run_folder(
         The checkpoint to go on from, or None, and whether the training is finished.
     """
     claim_run_folder(run, config, ds, distributed.world_size())
-    summary = run / "summary.json"
-    if summary.is_file():
-        refuse_other_dataset(run, json.loads(summary.read_text())["dataset"], data)
+    if summary := read_summary(run):
+        refuse_other_dataset(run, summary["dataset"], data)
         return None, True
 
-    tag = newest_checkpoint(run / "checkpoints")
+    tag = newest_checkpoint(run / "checkpoints", config.trust_checkpoint)
     trained = sum(parameter.numel() for parameter in model.parameters())
     check_disk_space(run, trained, config.keep_checkpoints)
     return tag, False

@@ -189,7 +189,7 @@ def fit(
     """
     total = training.total_steps
     every = options.validate_every or training.steps_per_epoch
-    log = RunLog(run, distributed.is_main(), resume_step=state.step, tags=training.tags)
+    log = RunLog(run, distributed.is_main(), state.step, state.validated, training.tags)
     windows = training.windows(state.step)
     bar = progress_bar(total, state.step)
     watch, sums = Stopwatch(), StepSums()
@@ -268,7 +268,9 @@ def validate(engine: Any, training: Training, state: LoopState, log: RunLog) -> 
     value = values[f"valid/{training.validation_metric}"]
     if not math.isfinite(value):
         raise FloatingPointError(
-            f"step {state.step}: validation gives {value}; lower --learning_rate"
+            f"step {state.step}: validation gives {value}, and the checkpoint of this step holds "
+            "the weights that gave it. A resumed run would come here again: start a new one with a "
+            "lower --learning_rate"
         )
 
     improved = state.note_validation(value, training.lower_is_better)

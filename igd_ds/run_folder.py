@@ -91,9 +91,7 @@ def _check_same_run(
     # A run of an earlier version lacks the settings that are new since; a default changes nothing.
     entries = [e for e in dataclasses.fields(options) if e.default is not dataclasses.MISSING]
     defaults = json.loads(json.dumps({entry.name: entry.default for entry in entries}))
-    old = defaults | current_names(
-        type(options), _read_record(run / "config.yaml", yaml.safe_load)
-    )
+    old = defaults | current_names(type(options), _read_record(run / "config.yaml", yaml.safe_load))
     old_ds = _read_record(run / "ds_config.json", json.loads)
     begun_by = _read_record(run / "env.json", json.loads).get("world_size")
 

@@ -94,6 +94,8 @@ class RunLog:
         enabled: whether this process writes.
         resume_step: drop entries after this step first, so that a resumed run's record has each
             step once; None keeps all.
+        validated: the last validation that the resumed run knows of; a later one is dropped too,
+            because the run was killed before it took note of it, and makes it again.
         tags: tags that may be used beside TAGS, with their units.
     """
 
@@ -102,6 +104,7 @@ class RunLog:
         folder: Path,
         enabled: bool,
         resume_step: int | None = None,
+        validated: int | None = None,
         tags: Mapping[str, str] | None = None,
     ):
         self.enabled = enabled
@@ -112,15 +115,18 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter
 
         self.path = Path(folder) / "metrics.jsonl"
+        last: list[dict[str, Any]] = []
         if resume_step is not None:
-            drop_entries_after(self.path, resume_step)
-        self.writer = SummaryWriter(
-            str(Path(folder) / "tensorboard"),
-            purge_step=None if resume_step is None else resume_step + 1,
-        )
+            kept = drop_entries_after(self.path, resume_step, validated)
+            last = [entry for entry in kept if entry["step"] == resume_step]
+
+        # TensorBoard forgets the resumed step too, and gets back what was kept of it.
+        self.writer = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=resume_step)
+        for entry in last:
+            self._show_scalars(entry)
         if not resume_step:
             self.writer.add_custom_scalars(LAYOUT)
-        self.file = open(self.path, "a")  # noqa: SIM115  stays open until close()
+        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115  open until close()
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Record `values` (tag → number) at an optimizer step.
@@ -132,10 +138,10 @@ class RunLog:
         if not self.enabled:
             return
 
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        entry = {"step": step, **values}
+        self.file.write(json.dumps(entry) + "\n")
         self.file.flush()
-        for tag, value in values.items():
-            self.writer.add_scalar(tag, value, step)
+        self._show_scalars(entry)
 
     def show(self, step: int, views: Mapping[str, Any]) -> None:
         """Show `views` in TensorBoard alone: tag → matplotlib figure, or text in Markdown.
@@ -185,29 +191,62 @@ class RunLog:
             self.writer.close()
             self.file.close()
 
+    def _show_scalars(self, entry: Mapping[str, Any]) -> None:
+        """Give the numbers of an entry of metrics.jsonl to TensorBoard."""
+        for tag, value in entry.items():
+            if tag != "step":
+                self.writer.add_scalar(tag, value, entry["step"])
+
     def _check_tags(self, tags: Iterable[str]) -> None:
         for tag in tags:
             if tag not in self.tags:
                 raise KeyError(f"tag '{tag}' is not in runlog.TAGS: add it there with its unit")
 
 
-def drop_entries_after(path: Path, step: int) -> None:
+def drop_entries_after(path: Path, step: int, validated: int | None = None) -> list[dict[str, Any]]:
     """Rewrite a `metrics.jsonl` without the entries after `step`, atomically.
 
-    A last line that was cut off when a process was killed is dropped too.
+    A last line that was cut off when a process was killed is dropped too. Other damaged lines are
+    dropped with a warning.
+
+    Args:
+        path: the file; it may be missing.
+        step: the last step to keep.
+        validated: the last step whose validation is kept; None keeps all.
+
+    Returns:
+        The entries that are kept.
     """
     if not path.exists():
-        return
+        return []
 
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            break
-        if entry["step"] <= step:
-            kept.append(line + "\n")
-    write_text(path, "".join(kept))
+    kept, text = [], b""
+    lines = path.read_bytes().splitlines(keepends=True)
+    for number, line in enumerate(lines, 1):
+        entry = _entry(line)
+        if entry is None:
+            if line.endswith(b"\n"):
+                print(f"warning: {path}, line {number} is damaged and is dropped", flush=True)
+            continue
+        is_validation = any(tag.startswith("valid/") for tag in entry)
+        bound = step if validated is None or not is_validation else min(step, validated)
+        if entry["step"] <= bound:
+            kept.append(entry)
+            text += line.rstrip(b"\n") + b"\n"
+
+    write_text(path, text.decode())
+    return kept
+
+
+def _entry(line: bytes) -> dict[str, Any] | None:
+    """Return a line of metrics.jsonl as {"step": …, tag: number, …}, or None if it is damaged."""
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    is_entry = isinstance(entry, dict) and isinstance(entry.get("step"), int)
+    numbers = is_entry and all(isinstance(value, (int, float)) for value in entry.values())
+    return entry if numbers else None
 
 
 def peak_memory_gib() -> float:

@@ -42,7 +42,12 @@ class LoopOptions:
     save_every: int = option("optimizer steps between checkpoints; 0: after each validation", 0)
     keep_checkpoints: int = option("newest checkpoints to keep", 2)
     resume: str = option(
-        "auto: go on from the run folder's newest whole checkpoint", "never", ("never", "auto")
+        "auto: go on from the run folder's newest whole checkpoint, on any number of ranks",
+        "never",
+        ("never", "auto"),
+    )
+    trust_checkpoint: bool = option(
+        "resume from a checkpoint of another user too; loading it runs code that it contains", False
     )
     log_every: int = option("optimizer steps between log lines", 10)
 

@@ -1,15 +1,23 @@
-"""Checkpoints that are whole or not seen, and how a run resumes from them.
+"""Checkpoints that are whole or not used, and how a run resumes from them.
 
-DeepSpeed writes its own files; a manifest written last makes the checkpoint count. DeepSpeed's
-`latest` file is not used, because it can name a torn checkpoint: no barrier comes before it.
+DeepSpeed writes its own files; a manifest written last makes the checkpoint count, and says what
+bytes the files have. DeepSpeed's `latest` file is not used, because it can name a torn checkpoint:
+no barrier comes before it.
 """
 
+import dataclasses
+import hashlib
 import json
+import os
 import shutil
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from igd_ds import distributed
+from igd_ds.engine.universal import load_on_other_ranks, plain_path, remove_conversions
 from igd_ds.errors import UsageError
 from igd_ds.folders import write_json
 
@@ -17,6 +25,61 @@ MANIFEST = "manifest.json"
 
 STATE_BYTES_PER_PARAMETER = 16
 """AdamW's two moments and the master copy in fp32, plus weights in at most fp32."""
+
+READERS = 8
+"""Files that are hashed at the same time; hashlib does not hold Python's lock."""
+
+
+class DamagedError(Exception):
+    """A checkpoint that cannot be used; the message goes on behind "checkpoint NAME"."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What makes a folder of DeepSpeed's files a checkpoint."""
+
+    world_size: int
+    """Number of ranks that saved it."""
+    trained: list[str]
+    """Names of the trained parameters, in order."""
+    files: dict[str, int]
+    """Size in bytes of each file, by its path in the folder."""
+    state: dict[str, Any]
+    """The loop's own state as JSON values, with its `step`."""
+    sha256: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of each file. Manifests of earlier versions have none."""
+
+    @classmethod
+    def read(cls, checkpoint: Path) -> "Manifest":
+        """Read the manifest of a checkpoint.
+
+        Raises:
+            DamagedError: there is none, or its bytes have changed.
+        """
+        path = checkpoint / MANIFEST
+        if not path.is_file():
+            raise DamagedError(
+                "is not complete (the process was probably stopped while writing it)"
+            )
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            digest = content.pop("digest", None)
+            manifest = cls(**content)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise DamagedError(f"is damaged ({MANIFEST} cannot be read: {error})") from error
+        if digest not in (None, manifest.digest()):
+            raise DamagedError(f"is damaged ({MANIFEST} has changed since it was written)")
+        return manifest
+
+    def write(self, checkpoint: Path) -> None:
+        """Write the manifest; from now on the checkpoint counts."""
+        content = dataclasses.asdict(self) | {"digest": self.digest()}
+        write_json(checkpoint / MANIFEST, content)
+
+    def digest(self) -> str:
+        """Return the SHA-256 of the content, which detects a changed byte in the manifest."""
+        content = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
 
 
 def check_disk_space(run: Path, trained_parameters: int, keep_checkpoints: int) -> None:
@@ -67,13 +130,15 @@ def save_checkpoint(
 
     def finish() -> None:
         files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file()]
-        manifest = {
-            "world_size": distributed.world_size(),
-            "trained": trained_names(engine),
-            "files": {str(path.relative_to(checkpoint)): path.stat().st_size for path in files},
-            "state": state,
-        }
-        write_json(checkpoint / MANIFEST, manifest)
+        names = [str(path.relative_to(checkpoint)) for path in files]
+        manifest = Manifest(
+            world_size=distributed.world_size(),
+            trained=trained_names(engine),
+            files={name: (checkpoint / name).stat().st_size for name in names},
+            state=state,
+            sha256=_digests(checkpoint, names, sync=True),
+        )
+        manifest.write(checkpoint)
         for old in sorted(folder.glob("step-*"))[:-keep_checkpoints]:
             shutil.rmtree(old)
 
@@ -85,8 +150,12 @@ def update_state(folder: Path, state: dict[str, Any]) -> None:
 
     Every rank must call it.
     """
-    path = folder / tag_of(state["step"]) / MANIFEST
-    distributed.on_main(lambda: write_json(path, json.loads(path.read_text()) | {"state": state}))
+    checkpoint = folder / tag_of(state["step"])
+
+    def update() -> None:
+        dataclasses.replace(Manifest.read(checkpoint), state=state).write(checkpoint)
+
+    distributed.on_main(update)
 
 
 def tag_of(step: int) -> str:
@@ -100,65 +169,111 @@ def trained_names(engine: Any) -> list[str]:
     return [name for name, parameter in named if parameter.requires_grad]
 
 
-def newest_checkpoint(folder: Path) -> str | None:
+def _digests(checkpoint: Path, names: list[str], sync: bool = False) -> dict[str, str]:
+    """Return the SHA-256 of files of a checkpoint by name; with `sync`, they are on the disk."""
+
+    def digest(name: str) -> str:
+        with open(checkpoint / name, "rb") as file:
+            if sync:
+                os.fsync(file)
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    with ThreadPoolExecutor(READERS) as readers:
+        return dict(zip(names, readers.map(digest, names), strict=True))
+
+
+def newest_checkpoint(folder: Path, trust: bool = False) -> str | None:
     """Return the tag of the newest whole checkpoint, or None. Rank 0 only.
 
-    Checkpoints that are not whole are removed with a warning.
+    Newer checkpoints that are not whole are removed with a warning.
+
+    Args:
+        folder: RUN/checkpoints.
+        trust: use checkpoints of other users too (--trust_checkpoint).
 
     Raises:
-        UsageError: that checkpoint was saved by another number of ranks; ZeRO's states cannot be
-            dealt anew as they are.
+        UsageError: the checkpoint belongs to another user, and `trust` is false.
     """
-    checkpoints = sorted(folder.glob("step-*"), reverse=True)
-    whole = [path for path in checkpoints if _is_whole(path)]
-    if whole:
-        saved_by = json.loads((whole[0] / MANIFEST).read_text())["world_size"]
-        if saved_by != distributed.world_size():
+    remove_conversions(folder)
+    removed = False
+    for checkpoint in sorted(folder.glob("step-*"), reverse=True):
+        if not trust:
+            _check_owner(checkpoint)
+        try:
+            _check_bytes(checkpoint)
+            return checkpoint.name
+        except DamagedError as reason:
+            print(f"warning: checkpoint {checkpoint.name} {reason} and is removed", flush=True)
+            shutil.rmtree(checkpoint)
+            removed = True
+
+    if removed:
+        print(f"warning: {folder} has no whole checkpoint left: the run begins anew", flush=True)
+    return None
+
+
+def _check_owner(checkpoint: Path) -> None:
+    """Raise UsageError if part of a checkpoint belongs to another user.
+
+    DeepSpeed's files are pickles: whoever wrote them chooses what code runs when they are loaded.
+    """
+    # Some network file systems give all files to one user: ask which one gets ours.
+    with tempfile.TemporaryFile(dir=checkpoint.parent) as file:
+        own = {os.geteuid(), os.fstat(file.fileno()).st_uid}
+    for path in [checkpoint, *checkpoint.rglob("*")]:
+        owner = path.lstat().st_uid
+        if owner not in own:
             raise UsageError(
-                f"{whole[0]} was saved by {saved_by} ranks, this run has "
-                f"{distributed.world_size()}: "
-                f"resume on {saved_by} ranks, or train a new run from the model/ that this one left"
+                f"{path} belongs to another user (id {owner}), and loading DeepSpeed's checkpoints "
+                "runs code that they contain: if you trust that user, add --trust_checkpoint"
             )
 
-    for path in checkpoints:
-        if path not in whole:
-            print(
-                f"warning: checkpoint {path.name} is not complete (the process was probably "
-                "stopped "
-                "while writing it) and is removed",
-                flush=True,
+
+def _check_bytes(checkpoint: Path) -> None:
+    """Raise DamagedError unless all files are there with the bytes that the manifest says."""
+    manifest = Manifest.read(checkpoint)
+    for name, size in manifest.files.items():
+        path = checkpoint / name
+        found = path.stat().st_size if path.is_file() else 0
+        if found != size:
+            raise DamagedError(f"is not complete ({name} has {found} of {size} bytes)")
+
+    found_digests = _digests(checkpoint, list(manifest.sha256))
+    for name, expected in manifest.sha256.items():
+        if found_digests[name] != expected:
+            raise DamagedError(
+                f"is damaged (the SHA-256 of {name} is not the one it was saved with)"
             )
-            shutil.rmtree(path)
-    return whole[0].name if whole else None
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    """Whether the manifest is there and all files have the sizes that it names."""
-    if not (checkpoint / MANIFEST).is_file():
-        return False
-    files = json.loads((checkpoint / MANIFEST).read_text())["files"]
-    return all(
-        (checkpoint / name).is_file() and (checkpoint / name).stat().st_size == size
-        for name, size in files.items()
-    )
 
 
 def load_checkpoint(engine: Any, folder: Path, tag: str, without_frozen: bool) -> dict[str, Any]:
     """Load a whole checkpoint (weights, optimizer, schedule) into the engine.
 
+    Another number of ranks than saved it can load it too. Every rank must call it.
+
     Returns:
         The loop's state at that step.
 
     Raises:
-        UsageError: the checkpoint holds other trained parameters than the engine.
+        UsageError: the checkpoint holds other trained parameters than the engine, or cannot be
+            converted for this number of ranks.
     """
-    manifest = json.loads((folder / tag / MANIFEST).read_text())
-    if manifest["trained"] != trained_names(engine):
+    manifest = Manifest.read(folder / tag)
+    if manifest.trained != trained_names(engine):
         raise UsageError(
             f"{folder / tag} holds other trained parameters than this model has; start a new run"
         )
+
+    # At stage 0 every rank saves and loads everything.
+    as_saved = manifest.world_size == distributed.world_size()
+    if not as_saved and engine.zero_optimization_stage() > 0:
+        load_on_other_ranks(engine, folder / tag)
+        return manifest.state
+
     # Frozen weights are not in it and quantised ones never load strictly, hence the check above.
-    loaded, _ = engine.load_checkpoint(str(folder), tag=tag, load_module_strict=not without_frozen)
+    strict = not without_frozen
+    with plain_path(folder) as place:
+        loaded, _ = engine.load_checkpoint(str(place), tag=tag, load_module_strict=strict)
     if loaded is None:
         raise RuntimeError(f"DeepSpeed could not load {folder / tag}")
-    return manifest["state"]
+    return manifest.state

@@ -165,9 +165,9 @@ def _unflat(
 def _check_loss(total: torch.Tensor, step: int) -> None:
     if not torch.isfinite(total).all():
         raise FloatingPointError(
-            f"step {step + 1}: the loss is not finite; no weight was updated. Lower "
-            "--learning_rate, "
-            "or look at the data of this step"
+            f"step {step + 1}: the loss is not finite; no weight was updated. A resumed run would "
+            "come here again: start a new one with a lower --learning_rate, or look at the data of "
+            "this step"
         )
 
 
@@ -175,8 +175,9 @@ def _check_gradient(engine: Any, step: int) -> None:
     # With fp16 the engine skips such a step itself.
     if not engine.fp16_enabled() and not math.isfinite(engine.get_global_grad_norm() or 0.0):
         raise FloatingPointError(
-            f"step {step + 1}: the gradient is not finite; the last checkpoint is still good, see "
-            "--resume"
+            f"step {step + 1}: the gradient is not finite, and so the weights are not since this "
+            "step. A resumed run would come here again: start a new one with a lower "
+            "--learning_rate, or look at the data of this step"
         )
 
 
