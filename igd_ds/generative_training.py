@@ -177,6 +177,7 @@ class GenerativeTraining:
         columns = TokenColumns.build(stored, self.objective.weights(context))
 
         # What turns row ids into batches.
+        distributed.say(prompts.describe_cuts(train, catalogue.max_length))
         null_prompt = prompts.null if self.objective.needs_null else None
         pad, encoder_decoder = tokenizer.pad_token_id, inputs.model_config.is_encoder_decoder
         self.collator = Collator(train, prompts, columns, pad, encoder_decoder, null_prompt)
@@ -278,6 +279,7 @@ class GenerativeTraining:
             "base": base,
             "prompt": self.inputs.template.as_dict(),
             "max_length": self.config.max_length,
+            "max_title_tokens": self.config.max_title_tokens,
             "item_kind": self.item_kind,
             "entropy": self.config.entropy,
             "likelihood": dataclasses.asdict(self.objective.likelihood()),

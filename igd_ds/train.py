@@ -30,6 +30,7 @@ from igd_ds.backbones.saved import (
 )
 from igd_ds.backbones.tokenizer import added_token_ids, as_saved, load_tokenizer
 from igd_ds.config.options import parse
+from igd_ds.data.cut_titles import with_cut_titles
 from igd_ds.data.dataset import InteractionDataset
 from igd_ds.data.prompts import Template
 from igd_ds.distributed import say
@@ -41,6 +42,7 @@ from igd_ds.folders import write_json
 from igd_ds.generative_training import GenerativeTraining, Inputs
 from igd_ds.items.catalogue import Catalogue
 from igd_ds.items.decisiveness import edge_gain
+from igd_ds.items.shared_paths import SharedPaths, item_texts
 from igd_ds.items.store import StoredCatalogue, save_catalogue
 from igd_ds.items.trie import TokenTrie
 from igd_ds.run_folder import claim_run_folder, read_summary
@@ -76,7 +78,6 @@ def main() -> int:
 
 def load_inputs(config: TrainConfig) -> Inputs:
     """Read and check everything that is cheap to read, before a run folder is claimed."""
-    template = Template.load(config.prompt)
     dataset = InteractionDataset.load(config.dataset)
 
     # What the training begins with: pretrained weights, or those that an adapter belongs to.
@@ -104,6 +105,9 @@ def load_inputs(config: TrainConfig) -> Inputs:
     titles = [title for title in dataset.titles[:TITLES_COMPARED] if title is not None]
     saved_beside = None if config.lora_r else model_config
     tokenizer = as_saved(tokenizer, saved_beside, titles, config.trust_remote_code)
+
+    template = Template.load(config.prompt, tokenizer)
+    dataset = with_cut_titles(dataset, tokenizer, config.max_title_tokens)
 
     added_ids = range(0)
     if origin and (config.tokenizer or own != model_name):
@@ -183,7 +187,8 @@ def build_catalogue(folder: Path, config: TrainConfig, inputs: Inputs) -> None:
     Rank 0 only.
 
     Raises:
-        UsageError: an item is so long that no prompt fits --max_length.
+        UsageError: an item is so long that no prompt fits --max_length, or the tokenizer cannot
+            tell different items apart and --allow_merged_titles is not given.
     """
     kind = None if config.item_kind == "auto" else config.item_kind
     catalogue = Catalogue.build(inputs.dataset, inputs.tokenizer, kind)
@@ -193,10 +198,16 @@ def build_catalogue(folder: Path, config: TrainConfig, inputs: Inputs) -> None:
         raise UsageError(
             f"item {item} ({text[:80]!r}…) has {catalogue.max_length} "
             f"tokens, which leaves no prompt within --max_length {config.max_length}: raise it, or "
-            "shorten or drop the item"
+            "cut long titles with --max_title_tokens"
         )
 
     trie = TokenTrie.build(catalogue.token_ids, catalogue.offsets, catalogue.counts)
+    shared = SharedPaths.find(trie.leaf_of_item, item_texts(inputs.dataset, catalogue.kind))
+    if not config.allow_merged_titles:
+        shared.refuse_merged(inputs.tokenizer)
+    if warning := shared.warning():
+        say(warning)
+
     gain = edge_gain(trie, config.decisiveness, config.entropy)
     stored = StoredCatalogue.build(catalogue, trie, gain, config.entropy, config.decisiveness)
     save_catalogue(folder, stored)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from igd_ds.config.model import ModelOptions
-from igd_ds.config.options import option
+from igd_ds.config.options import option, require
 from igd_ds.config.training import LoopOptions
 from igd_ds.errors import UsageError
 from igd_ds.items.decisiveness import ENTROPIES, MEASURES
@@ -18,7 +18,19 @@ VALIDATION_METRICS = ("nll", "ndcg@10")
 class TrainConfig(ObjectiveOptions, ModelOptions, LoopOptions):
     """One training of a generative recommender."""
 
-    prompt: str = option("prompt template: a name in igd_ds/data/templates or a YAML file", "short")
+    prompt: str = option(
+        "prompt template: a name in igd_ds/data/templates, chat (the tokenizer's own chat "
+        "template) or a YAML file",
+        "short",
+    )
+    max_title_tokens: int = option(
+        "cut titles at a word so that they have at most this many tokens, and keep different ones "
+        "different; 0: cut none",
+        0,
+    )
+    allow_merged_titles: bool = option(
+        "train although the tokenizer cannot tell some different titles apart", False
+    )
     item_kind: str = option(
         "what items are written as; auto: titles where the dataset has them", "auto", ITEM_KINDS
     )
@@ -49,6 +61,7 @@ class TrainConfig(ObjectiveOptions, ModelOptions, LoopOptions):
         """Raise UsageError for values no run can use; checks that need files come later."""
         ModelOptions.check(self)
         LoopOptions.check(self)
+        require(self, "max_title_tokens", lambda value: value >= 0, "must not be negative")
         self.objective_options()
         if OBJECTIVES[self.objective].needs_global and self.normalization != "global":
             raise UsageError(

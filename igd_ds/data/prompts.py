@@ -3,8 +3,12 @@
 A prompt is prefix + item + separator + item + … + suffix. Each of these segments is tokenized once,
 on its own, and the ids are joined. The ids of the target come from the catalogue. No string is
 tokenized twice, so the prompt and the target cannot disagree about the tokens of an item.
+
+Special tokens in a template are control tokens; in a title they are text.
 """
 
+import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +17,17 @@ import numpy as np
 import yaml
 from transformers import PreTrainedTokenizerBase
 
+from igd_ds.data.chat import CHAT, chat_texts
 from igd_ds.data.dataset import InteractionDataset, Split
 from igd_ds.errors import UsageError
+from igd_ds.items.as_text import control_tokens
 from igd_ds.items.catalogue import tokenize
 
 TEMPLATE_FOLDER = Path(__file__).parent / "templates"
 NO_HISTORY = "unknown"  # replaces the history in CFT's null prompt, as published
+
+PLACEHOLDERS = {"prefix": {"domain"}, "item": {"item"}, "separator": set(), "suffix": {"domain"}}
+"""The words in braces that each text of a template may hold."""
 
 
 @dataclass(frozen=True)
@@ -38,20 +47,28 @@ class Template:
     suffix: str
 
     @classmethod
-    def load(cls, name: str) -> "Template":
+    def load(cls, name: str, tokenizer: PreTrainedTokenizerBase | None = None) -> "Template":
         """Read a template by its name in `igd_ds/data/templates`, or by the path of a YAML file.
 
+        The name "chat" makes one of the tokenizer's own chat template.
+
         Raises:
-            UsageError: there is no such template, or the file is not one.
+            UsageError: there is no such template, the file is not one, or it holds an unknown
+                {word}.
         """
+        if name == CHAT and tokenizer is not None:
+            return cls(**chat_texts(tokenizer))
+
         path = Path(name) if name.endswith((".yaml", ".yml")) else TEMPLATE_FOLDER / f"{name}.yaml"
         if not path.is_file():
-            known = ", ".join(sorted(p.stem for p in TEMPLATE_FOLDER.glob("*.yaml")))
+            known = ", ".join(sorted([CHAT, *(p.stem for p in TEMPLATE_FOLDER.glob("*.yaml"))]))
             raise UsageError(
                 f"--prompt: no template '{name}'; known names: {known}; or give the path of a "
                 ".yaml file"
             )
-        return cls.from_dict(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
+        template = cls.from_dict(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
+        template._check_words(str(path))
+        return template
 
     @classmethod
     def from_dict(cls, values: Any, source: str) -> "Template":
@@ -72,6 +89,17 @@ class Template:
             raise UsageError(f"{source}: 'item' must contain {{item}}")
         return cls(**values)
 
+    def _check_words(self, source: str) -> None:
+        """Raise UsageError if a text holds a {word} that nothing replaces."""
+        for key, text in asdict(self).items():
+            for word in re.findall(r"\{(\w+)\}", text):
+                if word not in PLACEHOLDERS[key]:
+                    known = ", ".join(f"{{{known}}}" for known in PLACEHOLDERS[key]) or "none"
+                    raise UsageError(
+                        f"{source}: '{key}' holds {{{word}}}, which nothing replaces; known there: "
+                        f"{known}. The history needs no word: it stands between prefix and suffix"
+                    )
+
     def as_dict(self) -> dict[str, str]:
         """Return the four texts, as `from_dict` takes them."""
         return asdict(self)
@@ -87,7 +115,7 @@ class PromptBuilder:
     """
 
     begin: np.ndarray
-    """int32: the prefix, after BOS if the tokenizer adds one."""
+    """int32: what the tokenizer puts before a text (BOS), once, and the prefix."""
     separator: np.ndarray
     """int32."""
     end: np.ndarray
@@ -142,15 +170,19 @@ class PromptBuilder:
         domain = dataset.info["domain"]
         known_ids(template.item.replace("{item}", ""))
         prefix = known_ids(template.prefix.replace("{domain}", domain))
-        begin = np.concatenate([_bos(tokenizer), prefix])
+        texts = _item_texts(dataset, kind)
+        begin = _joined(_beginning(tokenizer, ["a", *texts[:1]]), prefix)
         separator = known_ids(template.separator)
         end = known_ids(template.suffix.replace("{domain}", domain))
 
-        # The items.
-        texts = _item_texts(dataset, kind)
+        # The items. Control tokens of the template stand before and behind the text of a title.
+        before, form, behind = "", template.item, ""
+        if kind == "text":
+            before, form, behind = _without_control_tokens(template.item, tokenizer)
         item_tokens, lengths = tokenize(
-            texts, lambda text: template.item.replace("{item}", text), tokenizer
+            texts, lambda text: form.replace("{item}", text), tokenizer, as_text=kind == "text"
         )
+        item_tokens, lengths = _surrounded(item_tokens, lengths, ids(before), ids(behind))
 
         # The prompt without history.
         nothing = ids(template.item.replace("{item}", NO_HISTORY))
@@ -164,7 +196,7 @@ class PromptBuilder:
             raise UsageError(
                 f"--max_length leaves {budget} tokens for the prompt, but the template with item "
                 f"{longest} ({texts[longest][:60]!r}…, {lengths[longest]} tokens) alone takes "
-                f"{needed}: raise --max_length or drop the item"
+                f"{needed}: raise --max_length, or cut long titles with --max_title_tokens"
             )
         return cls(
             begin=begin,
@@ -181,6 +213,35 @@ class PromptBuilder:
         costs = self.item_offsets[history + 1] - self.item_offsets[history] + len(self.separator)
         room = self.budget - len(self.begin) - len(self.end) + len(self.separator)
         return int(np.searchsorted(np.cumsum(costs[::-1]), room, side="right"))
+
+    def rows_kept(self, split: Split) -> np.ndarray:
+        """Return `num_kept` of every row's history, int64 (R,), without a loop over rows."""
+        costs = np.diff(self.item_offsets)[split.history_items] + len(self.separator)
+        totals = np.concatenate([[0], np.cumsum(costs)])
+        begin, end = split.history_offsets[:-1], split.history_offsets[1:]
+        room = self.budget - len(self.begin) - len(self.end) + len(self.separator)
+        first = np.searchsorted(totals, totals[end] - room, side="left")
+        return end - np.clip(first, begin, end)
+
+    def describe_cuts(self, split: Split, longest_item: int) -> str:
+        """Return a line on how many rows of a split are cut, and how many items are kept.
+
+        Args:
+            split: its rows are counted.
+            longest_item: tokens of the longest target, for which every prompt leaves room.
+        """
+        length, kept = np.diff(split.history_offsets), self.rows_kept(split)
+        num_cut = int(np.count_nonzero(kept < length))
+        line = (
+            f"prompts: {num_cut:,} of {len(split):,} rows of {split.name} cut to "
+            f"{self.budget} tokens, mean items kept {kept.mean():.2f} of {length.mean():.2f}"
+        )
+        if num_cut:
+            line += (
+                f"; every prompt leaves room for the longest item, {longest_item} tokens: "
+                "--max_title_tokens cuts long titles, --max_length makes room"
+            )
+        return line
 
     def encode(self, history: np.ndarray) -> np.ndarray:
         """Return the token ids of a prompt, int32, at most `budget` long.
@@ -210,14 +271,53 @@ class PromptBuilder:
         return np.minimum(frame + history - surplus, self.budget)
 
 
-def _bos(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """Return the BOS id, int32 (1,), if the tokenizer puts BOS before a text; otherwise (0,).
+def _beginning(tokenizer: PreTrainedTokenizerBase, probes: Sequence[str]) -> np.ndarray:
+    """Return what the tokenizer puts before a text, int32: BOS, two tokens (GLM), or nothing.
 
-    What the tokenizer may put behind a text (EOS) has no place before the target.
+    What it may put behind a text (EOS) has no place before the target.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        probes: texts; the first one that has tokens is looked at.
     """
-    with_special = tokenizer("a")["input_ids"]
-    has_bos = bool(with_special) and with_special[0] == tokenizer.bos_token_id
-    return np.array([tokenizer.bos_token_id] if has_bos else [], dtype=np.int32)
+    for probe in probes:
+        whole = tokenizer(probe)["input_ids"]
+        own = tokenizer(probe, add_special_tokens=False)["input_ids"]
+        places = [i for i in range(len(whole)) if own and whole[i : i + len(own)] == own]
+        if places:
+            return np.array(whole[: places[0]], dtype=np.int32)
+    return np.empty(0, np.int32)
+
+
+def _joined(beginning: np.ndarray, prefix: np.ndarray) -> np.ndarray:
+    """Return both one after the other; what the prefix repeats of the beginning stands once."""
+    for count in range(min(len(beginning), len(prefix)), 0, -1):
+        if np.array_equal(beginning[-count:], prefix[:count]):
+            return np.concatenate([beginning, prefix[count:]])
+    return np.concatenate([beginning, prefix])
+
+
+def _without_control_tokens(item: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str]:
+    """Cut a template's `item` into what ends in a control token, the rest, what begins in one."""
+    first, last = item.index("{item}"), item.rindex("{item}")
+    begin, end = 0, len(item)
+    for name in control_tokens(tokenizer):
+        before, behind = item.rfind(name, 0, first), item.find(name, last)
+        begin = max(begin, before + len(name)) if before >= 0 else begin
+        end = min(end, behind) if behind >= 0 else end
+    return item[:begin], item[begin:end], item[end:]
+
+
+def _surrounded(
+    tokens: np.ndarray, lengths: np.ndarray, before: np.ndarray, behind: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return ragged `tokens` and `lengths` with `before` and `behind` around every part."""
+    ends, num_parts = np.cumsum(lengths), len(lengths)
+    # Where one part ends and the next begins, what stands behind the first one comes first.
+    places = [np.repeat(ends, len(behind)), np.repeat(ends - lengths, len(before))]
+    added = [np.tile(behind, num_parts), np.tile(before, num_parts)]
+    tokens = np.insert(tokens, np.concatenate(places), np.concatenate(added))
+    return tokens, lengths + len(before) + len(behind)
 
 
 def _item_texts(dataset: InteractionDataset, kind: str) -> list[str]:

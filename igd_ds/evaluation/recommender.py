@@ -26,6 +26,7 @@ from igd_ds.backbones.tokenizer import load_tokenizer
 from igd_ds.config.model import ModelSource
 from igd_ds.config.search import Limits, ScoringOptions
 from igd_ds.contracts import Backbone, Likelihood
+from igd_ds.data.cut_titles import with_cut_titles
 from igd_ds.data.dataset import InteractionDataset
 from igd_ds.data.prompts import PromptBuilder, Template
 from igd_ds.errors import UsageError
@@ -123,14 +124,18 @@ class Recommender:
         self.dataset = InteractionDataset.load(source.dataset)
         self.ids = ItemIds.read(source.dataset)
         self.tokenizer = load_tokenizer(source.model, source.trust_remote_code)
-        self.stored = load_catalogue(Path(source.model) / "catalogue", self.tokenizer, self.dataset)
+        # Items are written as in training; what is recommended is shown with its whole title.
+        as_written = with_cut_titles(
+            self.dataset, self.tokenizer, self.description.get("max_title_tokens", 0)
+        )
+        self.stored = load_catalogue(Path(source.model) / "catalogue", self.tokenizer, as_written)
         catalogue = self.stored.catalogue
         template = Template.from_dict(
             self.description["prompt"], f"{source.model}/{DESCRIPTION_FILE}"
         )
         budget = self.max_length - catalogue.max_length
         self.prompts = PromptBuilder.build(
-            template, self.tokenizer, self.dataset, catalogue.kind, budget
+            template, self.tokenizer, as_written, catalogue.kind, budget
         )
 
         # What the search walks. Models saved before likelihoods were recorded have the plain one.

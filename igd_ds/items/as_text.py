@@ -41,12 +41,20 @@ def encode(
         return encoded
 
     # A Unigram vocabulary holds the special tokens too, and finds them in the text once more.
-    control = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    control = {index: name for name, index in control_tokens(tokenizer).items()}
     for place, ids in enumerate(encoded):
-        if not control.isdisjoint(ids):
-            names = tokenizer.convert_ids_to_tokens(sorted(control.intersection(ids)))
+        if not control.keys().isdisjoint(ids):
+            names = [control[index] for index in sorted(control.keys() & set(ids))]
             encoded[place] = _encode_apart(texts[place], names, tokenizer)
     return encoded
+
+
+def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Return the special tokens of a tokenizer, text → id, without the one for unknown text."""
+    added = tokenizer.added_tokens_decoder.items()
+    found = {str(token.content): int(index) for index, token in added if token.special}
+    found |= zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
+    return {name: index for name, index in found.items() if index != tokenizer.unk_token_id}
 
 
 def _encode_apart(text: str, names: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[int]:
