@@ -86,7 +86,11 @@ class Batch:
 
 @dataclass(frozen=True)
 class Logits:
-    """Logits of a batch's labelled tokens, (n, V) in the model's dtype."""
+    """Logits of a batch's labelled tokens, (n, V) in the model's dtype.
+
+    Example:
+        >>> logits = Logits(backbone.label_logits(model, batch))
+    """
 
     tokens: torch.Tensor
     """Behind the row's own prompt."""
@@ -101,6 +105,11 @@ class LossTerms:
     N_k is the sum of `numerators[k]`, and Ω_k of `normalisers[k]`, over all micro-batches and ranks
     of the step (IGD Eq. 6). An empty micro-batch gives zeros that still have a graph, so that every
     rank can run its backward pass.
+
+    Example:
+        One target, two tokens with losses 3 and 1 nats and weights 1 and 0.5:
+
+        >>> LossTerms(torch.tensor([3.5]), torch.tensor([1.5]), nll=torch.tensor([3.0, 1.0]))
     """
 
     numerators: torch.Tensor
@@ -115,7 +124,12 @@ class LossTerms:
 
 @dataclass(frozen=True)
 class StepTotals:
-    """One optimizer step's sums over all ranks and micro-batches."""
+    """One optimizer step's sums over all ranks and micro-batches.
+
+    Example:
+        >>> losses, omega = torch.tensor([2.3]), torch.tensor([96.0])
+        >>> StepTotals(0, losses, normalisers=omega, statistics={})
+    """
 
     step: int
     """The optimizer step, counted from 0."""
@@ -129,7 +143,15 @@ class StepTotals:
 
 @dataclass(frozen=True)
 class ObjectiveContext:
-    """What an objective may look at beside a batch. Made once per run."""
+    """What an objective may look at beside a batch; made once per run.
+
+    The run's own settings reach an objective by its constructor: its `Options`, and the number of
+    steps.
+
+    Example:
+        >>> context = ObjectiveContext(stored, SearchTrie.build(stored.trie), "DATASET")
+        >>> context.trie.parent[batch.node]  # the trie nodes before the labelled tokens
+    """
 
     stored: StoredCatalogue
     """Catalogue, trie and information gain as numpy arrays."""
@@ -141,7 +163,11 @@ class ObjectiveContext:
 
 @dataclass(frozen=True)
 class Likelihood:
-    """How logits become token probabilities: what an objective trains and a search ranks by."""
+    """How logits become token probabilities: what an objective trains and a search ranks by.
+
+    Example:
+        >>> Likelihood("masked", temperature=4.5)  # of a model trained by `msl` with τ = 4.5
+    """
 
     softmax: str = "full"
     """"full": over the vocabulary. "masked": over the trie's next tokens only."""
@@ -154,24 +180,36 @@ class Objective(Protocol):
 
     An objective is made from its own options, the dataclass `Options`, whose fields are its flags.
     It turns the logits of labelled tokens into K numerators and normalisers, and may have a state
-    that it updates after each step (it is saved with every checkpoint).
+    that it updates after each step (the state is saved with every checkpoint).
+
+    Each step calls `normalisers` for every micro-batch, then `coefficients` once, then `loss` for
+    every micro-batch, then `update` once.
+
+    Args:
+        options: an instance of `Options`.
+        total_steps: optimizer steps the run has at most.
 
     Example:
-        Plain cross-entropy, one target with weight 1 for every token:
+        Most objectives derive from `igd_ds.objectives.weighted.TokenWeighting`. Plain
+        cross-entropy, one target with weight 1 for every token:
 
-        >>> class Uniform(WeightedNLL):
+        >>> class Uniform(TokenWeighting):
         ...     def weights(self, context):
         ...         return np.ones((len(context.stored.catalogue.token_ids), 1), np.float32)
     """
 
     Options: ClassVar[type[Any]]
-    """Frozen dataclass whose fields are declared with `config.options.option`."""
+    """Frozen dataclass of flags (see `config.options.option`) with a method `check`."""
     tags: ClassVar[Mapping[str, str]]
     """Scalars that `update` returns: tag → meaning and unit."""
+    needs_global: ClassVar[bool]
+    """Whether it learns from losses over the whole step, so that Ω has to be global."""
     targets: tuple[str, ...]
     """Names of the K targets."""
     needs_null: bool
     """Whether `loss` needs the logits behind a prompt without history."""
+
+    def __init__(self, options: Any, total_steps: int) -> None: ...
 
     def weights(self, context: ObjectiveContext) -> np.ndarray:
         """Return a weight per catalogue token and target, float32 (tokens, K), once per run."""
@@ -183,7 +221,7 @@ class Objective(Protocol):
         """Return the factor of each target in the loss of optimizer step `step`, float32 (K,)."""
 
     def loss(self, batch: Batch, logits: Logits, context: ObjectiveContext) -> LossTerms:
-        """Return what a micro-batch adds to the loss."""
+        """Return what a micro-batch adds to the loss of the present step."""
 
     def nll(self, batch: Batch, logits: torch.Tensor, context: ObjectiveContext) -> torch.Tensor:
         """Return the unweighted NLL of the labelled tokens in nats, float32 (n,)."""
@@ -192,28 +230,27 @@ class Objective(Protocol):
         """Return how a model trained by this objective is to be validated and searched."""
 
     def update(self, totals: StepTotals) -> Mapping[str, float]:
-        """Take note of a finished step; return scalars to log, the same on every rank."""
+        """Learn from a finished step; return scalars to log, the same on every rank."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as JSON values; {} where there is none."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up a state of `state_dict`."""
+        """Restore a state that `state_dict` returned."""
 
 
 class PromptTree(Protocol):
     """B prompts and the trees of tokens that grow behind them, read by a model.
 
-    Tokens come in *runs*: chains of tokens that go through the model together. A run hangs under
-    the last token of an earlier run; runs 0 … B − 1 are the prompts. A token sees its user's
-    prompt, its own ancestors and itself, so its log-probability equals that of a full forward pass
-    over its path.
+    Tokens come in *chains* that go through the model together. A chain hangs under the last token
+    of an earlier chain; chains 0 … B − 1 are the prompts. A token sees its user's prompt, its own
+    ancestors and itself, so its log-probability equals that of a full forward pass over its path.
 
     Example:
         >>> logits = tree.prefill([np.array([5, 6, 7]), np.array([5, 9])])  # (2, V)
         >>> one = torch.tensor([1])
-        >>> behind, number = tree.extend(torch.tensor([0]), one, torch.tensor([42]))  # user 0,
-        token 42
+        >>> user, token = torch.tensor([0]), torch.tensor([42])
+        >>> behind, number = tree.extend(user, one, token)
         >>> behind.shape, number.tolist()
         (torch.Size([1, V]), [2])
     """
@@ -227,15 +264,15 @@ class PromptTree(Protocol):
     def extend(
         self, parent: torch.Tensor, length: torch.Tensor, tokens: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append Q runs and send their T tokens through the model in one pass.
+        """Append Q chains and send their T tokens through the model in one pass.
 
         Args:
-            parent: (Q,) int64, the earlier run under whose last token each new run begins.
-            length: (Q,) int64, tokens per run, at least 1.
-            tokens: (T,) int64, the runs' tokens one after the other.
+            parent: (Q,) int64, the earlier chain under whose last token each new chain begins.
+            length: (Q,) int64, tokens per chain, at least 1.
+            tokens: (T,) int64, the chains' tokens one after the other.
 
         Returns:
-            Logits behind each token, (T, V), and the new runs' numbers, (Q,).
+            Logits behind each token, (T, V), and the new chains' numbers, (Q,).
         """
 
     def retain(self, users: torch.Tensor) -> None:

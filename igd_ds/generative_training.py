@@ -117,8 +117,9 @@ class TokenLoss:
             null = self.backbone.label_logits(engine, batch.null)[batch.null_index]
 
         terms = self.objective.loss(batch, Logits(tokens, null), self.context)
-        sums = TokenSums.of_batch(batch, terms.nll)
-        return dataclasses.replace(terms, statistics={**vars(sums), **terms.statistics})
+        sums = vars(TokenSums.of_batch(batch, terms.nll))
+        assert not sums.keys() & terms.statistics.keys(), "these names belong to the log's sums"
+        return dataclasses.replace(terms, statistics={**sums, **terms.statistics})
 
     def update(self, totals: StepTotals) -> Mapping[str, float]:
         """Tell the objective about the step."""
@@ -292,7 +293,7 @@ class GenerativeTraining:
         return self.objective.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up the objective's state."""
+        """Restore the objective's state."""
         if state:
             self.objective.load_state_dict(state)
 

@@ -1,8 +1,6 @@
 """What a training minimises: one table of objectives, one line each.
 
-An objective gives every catalogue token a weight, once per run, and turns the logits of labelled
-tokens into Σ w·loss and Σ w (see `igd_ds.contracts.Objective`). Its flags are the fields of its
-`Options`.
+`igd_ds.contracts.Objective` says what an objective is. Its flags are the fields of its `Options`.
 
 To add one: a class in a file of this folder, a line in OBJECTIVES, a test in `tests/unit/`, a row
 in the README. Most classes derive from `TokenWeighting` and define `weights` alone.
@@ -12,6 +10,7 @@ import dataclasses
 import types
 from typing import TYPE_CHECKING, Any
 
+from igd_ds.contracts import Objective
 from igd_ds.errors import UsageError, did_you_mean
 from igd_ds.objectives.cft import CFT
 from igd_ds.objectives.frequency import Frequency
@@ -21,9 +20,8 @@ from igd_ds.objectives.msl import MSL
 from igd_ds.objectives.multi_target import MultiTarget
 from igd_ds.objectives.position import Position, Uniform
 from igd_ds.objectives.rank import Rank
-from igd_ds.objectives.weighted import TokenWeighting
 
-OBJECTIVES: dict[str, type[TokenWeighting]] = {
+OBJECTIVES: dict[str, type[Objective]] = {
     "uniform": Uniform,
     "igd": IGD,
     "igd-linear": IGDLinear,
@@ -57,7 +55,8 @@ def _all_options() -> type:
         if not isinstance(kind, types.UnionType):
             kind = kind | None
         entry = dataclasses.field(default=None, metadata=metadata)
-        entries.setdefault(field.name, (field.name, kind, entry))
+        known = entries.setdefault(field.name, (field.name, kind, entry))
+        assert known[2].metadata == metadata, f"two objectives declare --{field.name} differently"
     return dataclasses.make_dataclass(
         "ObjectiveOptions", entries.values(), frozen=True, kw_only=True
     )

@@ -111,7 +111,7 @@ class MSL(TokenWeighting):
         return {"tau": self.tau}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up τ."""
+        """Restore τ."""
         self.tau = state["tau"]
 
 

@@ -96,7 +96,7 @@ class MultiTarget(TokenWeighting):
         for name in TARGETS
     }
 
-    def __new__(cls, options: MultiTargetOptions, total_steps: int) -> "MultiTarget":
+    def __new__(cls, options: Any, total_steps: int) -> "MultiTarget":
         """Return an object of the class that the options ask for."""
         if options.mixing in SCHEDULES:
             return super().__new__(ScheduledMixture)
@@ -198,7 +198,7 @@ class LearnedMixture(MultiTarget):
         return {"s": self.s.tolist(), "adam": {name: v.tolist() for name, v in moments.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up a state of `state_dict`: the run goes on to the bit as if it had not stopped."""
+        """Restore a state that `state_dict` returned, to the bit."""
         with torch.no_grad():
             self.s.copy_(torch.tensor(state["s"], dtype=torch.float32))
         moments = {n: torch.tensor(v, dtype=torch.float32) for n, v in state["adam"].items()}
