@@ -89,7 +89,7 @@ class MultiTarget(TokenWeighting):
     """
 
     Options = MultiTargetOptions
-    targets = TARGETS
+    targets: tuple[str, ...] = TARGETS
     needs_global = True
     tags: ClassVar[Mapping[str, str]] = {
         f"train/alpha_{name}": f"share of target {name} in the loss, 0 to 1 (MTC Figure 5)"
