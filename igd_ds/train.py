@@ -16,7 +16,6 @@ import transformers
 
 from igd_ds import distributed, loop
 from igd_ds.backbones import backbone_of, read_model_config
-from igd_ds.backbones.model_config import revision_of
 from igd_ds.backbones.saved import (
     BASE_FILE,
     Origin,
@@ -25,6 +24,7 @@ from igd_ds.backbones.saved import (
     check_base,
     check_manifest,
     origin_of,
+    pinned,
     read_json_object,
     weights_sha256,
 )
@@ -87,11 +87,11 @@ def load_inputs(config: TrainConfig) -> Inputs:
         origin = origin_of(config.model_name_or_path, config.revision)
         check_adapter_options(origin, config)
         origin = as_begun(origin, Path(config.output_dir))
+        revision = distributed.on_main(lambda: pinned(origin).revision)
+        origin = dataclasses.replace(origin, revision=revision)
         model_name = origin.name
     revision = origin.revision if origin else ""
     model_config = read_model_config(model_name, config.trust_remote_code, revision)
-    if origin and not origin.is_folder:
-        origin = dataclasses.replace(origin, revision=revision_of(model_config) or revision)
 
     # The tokenizer that an evaluation will load.
     own = model_name
@@ -219,11 +219,14 @@ def build_catalogue(folder: Path, config: TrainConfig, inputs: Inputs) -> None:
 
 def build_model(config: TrainConfig, ds: DsConfig, inputs: Inputs) -> torch.nn.Module:
     """Build the model with the same random weights and LoRA matrices on every rank."""
+    options = config
+    if inputs.origin and not inputs.origin.adapter:
+        options = dataclasses.replace(config, revision=inputs.origin.revision)
     whole = config.load_in_4bit or bool(config.lora_r and inputs.added_ids)
     with loading_context(ds, whole):
         torch.manual_seed(config.seed)
         return inputs.backbone.build(
-            config,
+            options,
             inputs.model_config,
             dtype_of(ds),
             distributed.device(),

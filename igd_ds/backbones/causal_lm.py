@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from igd_ds.backbones import lora, vocabulary
-from igd_ds.backbones.model_config import read_model_config, revision_of, text_config_of
+from igd_ds.backbones.model_config import read_model_config, text_config_of
 from igd_ds.backbones.saved import Origin, base_of, origin_of
 from igd_ds.contracts import IGNORED, Batch, Capabilities, PromptTree
 from igd_ds.errors import UsageError
@@ -176,14 +176,12 @@ class CausalLM:
             "attn_implementation": self._kernel(options, model_config),
             "trust_remote_code": options.trust_remote_code,
         }
-        adapter = None
+        origin = None
         if options.model_config:
             model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, **settings)
         else:
             origin = origin_of(options.model_name_or_path, options.revision)
-            adapter = origin.adapter
-            if not origin.is_folder:
-                settings["revision"] = revision_of(model_config)
+            settings["revision"] = origin.revision or None
             model = load_weights(origin.name, dtype, options.load_in_4bit, device, **settings)
 
         if added_ids:
@@ -195,9 +193,9 @@ class CausalLM:
             if options.lora_r:
                 model.enable_input_require_grads()
         if options.lora_r:
-            model = lora.with_lora(model, options, added_ids)
-        if adapter is not None:
-            lora.take_up(model, adapter)
+            model = lora.with_lora(model, options, added_ids, origin.revision if origin else "")
+        if origin and origin.adapter:
+            lora.take_up(model, origin.adapter)
         return model
 
     def _kernel(self, options: ModelOptions, model_config: PreTrainedConfig) -> str:
@@ -225,7 +223,7 @@ class CausalLM:
             device,
             attn_implementation="sdpa" if "sdpa" in kernels else "eager",
             trust_remote_code=source.trust_remote_code,
-            revision=None if weights.is_folder else revision_of(model_config),
+            revision=weights.revision or None,
         )
 
         if base:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from igd_ds.backbones.model_config import revision_of
 from igd_ds.backbones.vocabulary import resize, vocabulary_names
 from igd_ds.errors import UsageError
 
@@ -32,8 +31,12 @@ def adaptable_layers(model: torch.nn.Module) -> list[tuple[int, int]]:
     return shapes
 
 
-def with_lora(model: PreTrainedModel, options: ModelOptions, added_ids: range) -> PeftModel:
+def with_lora(
+    model: PreTrainedModel, options: ModelOptions, added_ids: range, revision: str = ""
+) -> PeftModel:
     """Return the model with LoRA matrices. The rows of `added_ids` are trained fully beside them.
+
+    `revision` is the hub commit of the model's weights, which the adapter's own file records.
 
     Raises:
         UsageError: PEFT does not find or does not know the modules that --lora_targets names.
@@ -58,7 +61,7 @@ def with_lora(model: PreTrainedModel, options: ModelOptions, added_ids: range) -
         # The DeepSpeed file sets the precision of the adapter too: the optimizer keeps the fp32
         # master copy, so PEFT must not cast the adapter to fp32.
         return peft.get_peft_model(
-            model, lora, autocast_adapter_dtype=False, revision=revision_of(model.config)
+            model, lora, autocast_adapter_dtype=False, revision=revision or None
         )
     except ValueError as error:
         raise UsageError(f"--lora_targets {targets}: {error}") from error

@@ -47,7 +47,6 @@ def text_config_of(model_config: PreTrainedConfig) -> PreTrainedConfig:
         return model_config
 
     text = copy.deepcopy(text)
-    text._commit_hash = revision_of(model_config)
     quantisation = getattr(model_config, "quantization_config", None)
     if quantisation is not None:
         text.quantization_config = quantisation
@@ -57,13 +56,3 @@ def text_config_of(model_config: PreTrainedConfig) -> PreTrainedConfig:
 def is_multimodal(model_config: PreTrainedConfig) -> bool:
     """Whether `text_config_of` returns a part of this configuration."""
     return text_config_of(model_config) is not model_config
-
-
-def revision_of(model_config: PreTrainedConfig) -> str | None:
-    """Return the hub commit that a configuration came from; None if it came from a folder.
-
-    Weights are read at the commit of their configuration, so that a model that changes on the hub
-    meanwhile is not mixed from two versions.
-    """
-    commit: str | None = getattr(model_config, "_commit_hash", None)
-    return commit

@@ -6,6 +6,7 @@ adapter names its base by absolute path, or by hub name and commit, and by the b
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -181,6 +182,23 @@ def origin_of(name: str, revision: str = "", base_model: str = "") -> Origin:
     return Origin(_absolute(named), commit, adapter, record)
 
 
+def pinned(origin: Origin) -> Origin:
+    """Return an origin on the hub at the commit that its revision means now; a folder as it is.
+
+    So a model that changes on the hub meanwhile is not mixed from two versions.
+
+    Raises:
+        UsageError: there is no such model.
+    """
+    if origin.is_folder:
+        return origin
+    config = _file_of(origin, "config.json")
+    if config is None:
+        raise UsageError(f"no model at '{origin.name}': it has no config.json")
+    commit = config.parent.name  # …/snapshots/COMMIT/config.json
+    return dataclasses.replace(origin, revision=commit)
+
+
 def base_of(source: ModelSource) -> Origin | None:
     """Return the base of the adapter that `source` names; None if it names full weights."""
     origin = origin_of(source.model, base_model=source.base_model)
@@ -326,6 +344,6 @@ def _file_of(origin: Origin, name: str) -> Path | None:
             revision=origin.revision or None,
             _raise_exceptions_for_missing_entries=False,
         )
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise UsageError(f"no model at '{origin.name}' ({error})") from error
     return None if found is None else Path(found)

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from igd_ds.backbones.model_config import revision_of
 from igd_ds.contracts import IGNORED, Batch, Capabilities, PromptTree
 from igd_ds.errors import UsageError
 
@@ -108,7 +107,7 @@ class T5:
             model = AutoModelForSeq2SeqLM.from_config(model_config, **settings)
         else:
             model = AutoModelForSeq2SeqLM.from_pretrained(
-                options.model_name_or_path, revision=revision_of(model_config), **settings
+                options.model_name_or_path, revision=options.revision or None, **settings
             )
         if options.gradient_checkpointing:
             model.gradient_checkpointing_enable(
