@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from igd_ds.errors import UsageError
@@ -10,12 +11,16 @@ from igd_ds.errors import UsageError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+SHAPES = Path(__file__).parent / "shapes"
+"""Configurations of small models that come with igd_ds."""
+
 
 def read_model_config(
     name: str, trust_remote_code: bool = False, revision: str = ""
 ) -> PreTrainedConfig:
     """Read a model's configuration from a JSON file, a folder or the hub (at a revision of it).
 
+    `name` may also be a shape that comes with igd_ds, such as `tiger` or `qwen2-1m`.
     Of a multimodal checkpoint (Gemma 3 from 4B on) the configuration of its text model is returned.
 
     Example:
@@ -27,9 +32,11 @@ def read_model_config(
     """
     from transformers import AutoConfig
 
+    shape = SHAPES / f"{name}.json"
+    path = str(shape) if shape.is_file() and not Path(name).exists() else name
     try:
         whole = AutoConfig.from_pretrained(
-            name, trust_remote_code=trust_remote_code, revision=revision or None
+            path, trust_remote_code=trust_remote_code, revision=revision or None
         )
     except (OSError, ValueError) as error:
         raise UsageError(f"no model configuration at '{name}' ({error})") from error

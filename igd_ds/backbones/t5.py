@@ -69,8 +69,7 @@ class T5:
             unknown = len(added_ids) or len(tokenizer) - model_config.vocab_size
             raise UsageError(
                 f"the tokenizer has {unknown} tokens that the pretrained T5 at '{name}' does not "
-                "know: give its own tokenizer, or train a new T5 with --model_config "
-                "tools/models/tiger.json"
+                "know: give its own tokenizer, or train a new T5 with --model_config tiger"
             )
 
     def num_trained_parameters(

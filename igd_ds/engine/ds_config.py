@@ -56,6 +56,9 @@ RUN_KEYS = {
 }
 """Keys that belong to the run, and what to use instead."""
 
+SHIPPED = Path(__file__).parents[1] / "ds_configs"
+"""The DeepSpeed files that come with igd_ds."""
+
 SECTIONS = ("zero_optimization", "bf16", "fp16", "data_types")
 
 DsConfig = dict[str, Any]
@@ -78,7 +81,7 @@ def resolve_ds_config(options: LoopOptions, world_size: int, load_in_4bit: bool)
         UsageError: names file and key for unknown keys, "auto", settings that the run owns, batch
             sizes that do not divide, and combinations known to fail.
     """
-    path = Path(options.ds_config)
+    path = find_ds_config(options.ds_config)
     ds = _read(path)
     _check_keys(ds, path)
 
@@ -93,8 +96,8 @@ def resolve_ds_config(options: LoopOptions, world_size: int, load_in_4bit: bool)
     if options.global_batch_size % (micro * world_size):
         raise UsageError(
             f"--global_batch_size {options.global_batch_size} is not a multiple of micro-batch "
-            f"{micro} "
-            f"({path}: train_micro_batch_size_per_gpu) × {world_size} ranks = {micro * world_size}"
+            f"{micro} ({path}: train_micro_batch_size_per_gpu) × {world_size} ranks = "
+            f"{micro * world_size}"
         )
     _check_combination(ds, path, load_in_4bit)
 
@@ -109,10 +112,30 @@ def resolve_ds_config(options: LoopOptions, world_size: int, load_in_4bit: bool)
     return ds
 
 
+def find_ds_config(name: str) -> Path:
+    """Return the path of a DeepSpeed file: a file of this name, or one that comes with igd_ds.
+
+    Example:
+        >>> find_ds_config("zero2").name
+        'zero2.json'
+
+    Raises:
+        UsageError: there is no such file; the message lists the files that come with igd_ds.
+    """
+    if Path(name).is_file():
+        return Path(name)
+
+    shipped = {path.stem: path for path in sorted(SHIPPED.glob("*.json"))}
+    if name not in shipped:
+        raise UsageError(
+            f"--ds_config: no file {name}{did_you_mean(name, shipped)} (give the path of a "
+            f"DeepSpeed JSON file, or one of these names: {', '.join(shipped)})"
+        )
+    return shipped[name]
+
+
 def _read(path: Path) -> DsConfig:
     """Return the file's JSON object."""
-    if not path.is_file():
-        raise UsageError(f"--ds_config: no file {path}")
     try:
         ds = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
