@@ -51,11 +51,15 @@ TAGS = {
         for letter in string.ascii_lowercase
     },
     **{
-        f"eval/{metric}@{k}": f"{metric.upper()}@{k}, token match; step = 1000·α"
+        f"eval/{prefix}{metric}@{k}": f"{metric.upper()}@{k}, {match}; step = 1000·α"
+        for prefix, match in (
+            ("", "item match: a hit on a path of n items counts 1/n"),
+            ("token_match_", "token match: the items of one path share a rank, as in the papers"),
+        )
         for metric in ("hr", "ndcg")
         for k in (1, 3, 5, 10, 20)
     },
-    "eval/alpha_grid": "figure: HR@10 and NDCG@10, token match, over α",
+    "eval/alpha_grid": "figure: HR@10 and NDCG@10, item match, over α",
     "eval/popularity_deciles": "figure: share of the top 10 in each tenth of the catalogue by "
     "training count (MTC Figure 2)",
     "eval/prefix_entropy": "figure: entropy in nats of the prefixes of lists minus targets, "

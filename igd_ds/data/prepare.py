@@ -38,6 +38,7 @@ from igd_ds.data.raw_files import RawRequest
 from igd_ds.data.sources import SOURCES, find_files
 from igd_ds.errors import UsageError
 from igd_ds.folders import differing
+from igd_ds.items.shared_paths import MAX_ITEMS_PER_PATH, SharedPaths
 
 DROPPING = ("drop", "d3")  # the title policies that remove items
 
@@ -94,6 +95,7 @@ def prepare(wanted: DatasetRequest) -> dict[str, Any]:
             return _finished(wanted.output, info | {"sources": hashes.result()})
 
         data, rows, items, title_report = _rows_and_items(wanted, files, paths)
+        warn_of_shared_paths(items, title_report)
         users = user_table(rows.splits, data.user_names)
 
         found = _found_counts(rows)
@@ -203,6 +205,25 @@ def apply_titles(data: SourceData, policy: str) -> tuple[SourceData, np.ndarray,
         interactions=replace(kept, items=numbers[kept.items]),
     )
     return data, origin, report
+
+
+def warn_of_shared_paths(items: pa.Table, title_report: Mapping[str, Any]) -> None:
+    """Warn where many items have one title or one semantic ID: a model cannot tell them apart.
+
+    Args:
+        items: the table of items.parquet.
+        title_report: what `clean_titles` reports.
+    """
+    warnings = []
+    if title_report.get("items_sharing_a_title", 0) > MAX_ITEMS_PER_PATH:
+        warnings.append(SharedPaths.of_texts(items["title"].to_pylist()).warning("title"))
+    if items["semantic_id"].null_count < len(items):
+        codes = [
+            None if entry is None else " ".join(entry) for entry in items["semantic_id"].to_pylist()
+        ]
+        warnings.append(SharedPaths.of_texts(codes).warning("semantic ID"))
+    for warning in filter(None, warnings):
+        print(warning, file=sys.stderr)
 
 
 def _chosen(

@@ -21,6 +21,7 @@ from igd_ds.evaluation import metrics
 from igd_ds.folders import write_json, write_table
 from igd_ds.items import decisiveness
 from igd_ds.items.ids import ItemIds
+from igd_ds.items.shared_paths import SharedPaths, item_texts
 from igd_ds.items.store import StoredCatalogue
 from igd_ds.runlog import RunLog
 
@@ -138,6 +139,11 @@ def write_results(
             f"warning: {short} lists are shorter than --num_beams, because the item filter or the "
             "guidance leaves those rows fewer items"
         )
+    shared = SharedPaths.find(
+        trie.leaf_of_item, item_texts(ranked.dataset, ranked.stored.catalogue.kind)
+    )
+    if warning := shared.warning():
+        print(warning)
     write_json(output / "timing.json", timing)
     write_json(output / "metrics.json", results)
     print(f"{len(ranked.rows)} rows of {ranked.split.name}: {output / 'metrics.json'}", flush=True)
@@ -152,12 +158,26 @@ def with_source_ids(lists: pa.Table, ids: ItemIds) -> pa.Table:
 
 
 def _log_alpha(log: RunLog, alpha: float, values: Mapping[str, Any], examples: str) -> None:
-    """Record and print the main metrics of one α. Its step in TensorBoard is 1000·α."""
-    step, token_match = round(1000 * alpha), values["token_match"]
-    log.log(step, {f"eval/{name}": value for name, value in token_match.items()})
+    """Record and print the main metrics of one α. Its step in TensorBoard is 1000·α.
+
+    Item match comes first: token match counts a hit in full however many items share the path.
+    """
+    step, item_match, token_match = round(1000 * alpha), values["item_match"], values["token_match"]
+    log.log(
+        step,
+        {
+            **{f"eval/{name}": value for name, value in item_match.items()},
+            **{f"eval/token_match_{name}": value for name, value in token_match.items()},
+        },
+    )
     log.show(step, {"eval/lists": examples})
 
-    line = ", ".join(f"{name} {value:.4f}" for name, value in token_match.items())
+    line = ", ".join(f"{name} {value:.4f}" for name, value in item_match.items())
+    if token_match == item_match:
+        line += " (item match = token match)"
+    else:
+        other = ", ".join(f"{name} {value:.4f}" for name, value in token_match.items())
+        line += f" (item match); token match: {other}"
     if "proof_share" in values:
         line += f"; proven for {values['proof_share']:.2%} of rows"
     print(f"alpha {alpha}: {line}", flush=True)
@@ -166,7 +186,8 @@ def _log_alpha(log: RunLog, alpha: float, values: Mapping[str, Any], examples: s
 def final_metrics(name: str, results: Mapping[str, Any], chosen: str, k: int) -> dict[str, float]:
     """Return an evaluation's values for TensorBoard's HParams table.
 
-    They are HR@k and NDCG@k at the smallest α and at the chosen one.
+    They are HR@k and NDCG@k at the smallest α and at the chosen one: item match, and token match
+    by that name.
 
     Args:
         name: of the evaluation.
@@ -177,9 +198,10 @@ def final_metrics(name: str, results: Mapping[str, Any], chosen: str, k: int) ->
     values: dict[str, float] = {}
     smallest = min(results["alpha"], key=float)
     for label, alpha in (("", smallest), (" at chosen alpha", chosen)):
-        token_match = results["alpha"][alpha]["token_match"]
-        for metric in ("hr", "ndcg"):
-            values[f"{name}/{metric}@{k}{label}"] = token_match[f"{metric}@{k}"]
+        entry = results["alpha"][alpha]
+        for metric in (f"hr@{k}", f"ndcg@{k}"):
+            values[f"{name}/{metric}{label}"] = entry["item_match"][metric]
+            values[f"{name}/token_match_{metric}{label}"] = entry["token_match"][metric]
     return values
 
 
@@ -193,7 +215,7 @@ def figures_of(results: Mapping[str, Any], k: int) -> dict[str, "Figure"]:
     from matplotlib.figure import Figure
 
     labels = {
-        "alpha_grid": ("α", "token match"),
+        "alpha_grid": ("α", "item match"),
         "popularity_deciles": (
             "tenth of the catalogue by training count, most popular first",
             "share of top 10",
@@ -208,7 +230,7 @@ def figures_of(results: Mapping[str, Any], k: int) -> dict[str, "Figure"]:
     # Metrics over the grid of α.
     alphas = [float(alpha) for alpha in results["alpha"]]
     for metric, marker in (("hr", "o"), ("ndcg", "s")):
-        values = [entry["token_match"][f"{metric}@{k}"] for entry in results["alpha"].values()]
+        values = [entry["item_match"][f"{metric}@{k}"] for entry in results["alpha"].values()]
         grid.plot(alphas, values, marker=marker, label=f"{metric.upper()}@{k}")
 
     # Popularity of the lists, and entropy of their prefixes, compared with the targets.

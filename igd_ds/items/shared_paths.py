@@ -29,14 +29,14 @@ MAX_SHOWN = 40  # characters of a title in a message
 
 @dataclass(frozen=True)
 class SharedPaths:
-    """The paths that need a word, each as the ids of its items."""
+    """The paths that a report should name, each as the ids of its items."""
 
     crowded: list[np.ndarray]
     """Paths with more than MAX_ITEMS_PER_PATH items, the largest first."""
     merged: list[np.ndarray]
     """Paths whose items have different texts."""
     texts: Sequence[str | None]
-    """What each item is written as, in words."""
+    """The text of each item: its title or semantic ID."""
 
     @classmethod
     def find(cls, path_of_item: np.ndarray, texts: Sequence[str | None]) -> SharedPaths:
@@ -59,10 +59,10 @@ class SharedPaths:
 
     @classmethod
     def of_texts(cls, texts: Sequence[Hashable | None]) -> SharedPaths:
-        """Return the paths as far as the texts alone tell: items with equal texts share one."""
+        """Return the paths as the texts alone tell them: items with equal texts share one."""
         items = [item for item, text in enumerate(texts) if text is not None]
         number: dict[Hashable, int] = {}
-        paths = np.arange(-len(texts), 0)  # an item without a text shares nothing
+        paths = np.arange(-len(texts), 0)  # an item without a text shares no path
         paths[items] = [number.setdefault(texts[item], len(number)) for item in items]
         return cls.find(paths, [None if text is None else str(text) for text in texts])
 
@@ -87,7 +87,7 @@ class SharedPaths:
         if not found:
             return ""
         return (
-            f"warning: items share one {what}: {' and '.join(found)}. The model cannot tell them "
+            f"warning: {what}s that items share: {' and '.join(found)}. The model cannot tell them "
             "apart. Item match, the headline, divides a hit among them; token match counts it in "
             "full"
         )
@@ -103,11 +103,11 @@ class SharedPaths:
         )
 
     def refuse_merged(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Raise UsageError where the tokenizer lost what tells two items apart.
+        """Raise UsageError if the vocabulary of the tokenizer merged items with different texts.
 
-        That is the case where a path holds different texts that the tokenizer's own normaliser does
-        not make equal: its vocabulary cannot write them. Texts that it makes equal (upper and lower
-        case, ① and 1) are merged on purpose.
+        The vocabulary is the cause if the tokenizer's normaliser leaves the texts of one path
+        different. Texts that the normaliser makes equal (upper and lower case, ① and 1) are merged
+        on purpose.
         """
         lost = [
             group
@@ -131,7 +131,7 @@ def item_texts(dataset: ItemDataset, kind: str) -> list[str | None]:
 
 
 def _normalised(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a text as the tokenizer's normaliser leaves it; white space counts once."""
+    """Return a text as the tokenizer's normaliser leaves it, with single spaces."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None and backend.normalizer is not None:
         text = backend.normalizer.normalize_str(text)

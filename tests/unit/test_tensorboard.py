@@ -139,6 +139,11 @@ def test_scalars(server, runs):
     points = server.get("plugin/scalars/scalars", **grid)
     found = {str(step / 1000): value for _, step, value in points}
     values = results(runs, "grid")
+    expected = {alpha: values[alpha]["item_match"]["ndcg@5"] for alpha in ALPHAS}
+    assert found == pytest.approx(expected)
+
+    points = server.get("plugin/scalars/scalars", **grid | {"tag": "eval/token_match_ndcg@5"})
+    found = {str(step / 1000): value for _, step, value in points}
     expected = {alpha: values[alpha]["token_match"]["ndcg@5"] for alpha in ALPHAS}
     assert found == pytest.approx(expected)
 
@@ -192,10 +197,12 @@ def test_runs_are_compared_with_their_final_metrics(server, runs):
     best = max(ALPHAS, key=lambda alpha: grid[alpha]["token_match"]["ndcg@5"])
     expected = {"best_validation": min(LOSSES)}
     for metric in ("hr@5", "ndcg@5"):
-        expected[f"grid/{metric}"] = grid["0.0"]["token_match"][metric]
-        expected[f"grid/{metric} at chosen alpha"] = grid[best]["token_match"][metric]
-        expected[f"test/{metric}"] = test["0.0"]["token_match"][metric]
-        expected[f"test/{metric} at chosen alpha"] = test["0.3"]["token_match"][metric]
+        for match, prefix in (("item_match", ""), ("token_match", "token_match_")):
+            name = prefix + metric
+            expected[f"grid/{name}"] = grid["0.0"][match][metric]
+            expected[f"grid/{name} at chosen alpha"] = grid[best][match][metric]
+            expected[f"test/{name}"] = test["0.0"][match][metric]
+            expected[f"test/{name} at chosen alpha"] = test["0.3"][match][metric]
     assert metric_values(trained) == {"best_validation": min(LOSSES)}
     assert metric_values(evaluated) == pytest.approx(expected)
 
