@@ -8,7 +8,9 @@ Parse → dataset → catalogue → objective → model → engine → the loop 
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -48,6 +50,9 @@ from igd_ds.items.trie import TokenTrie
 from igd_ds.run_folder import claim_run_folder, read_summary
 from igd_ds.train_config import TrainConfig
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 TITLES_COMPARED = 200
 """Titles on which the tokenizers before and after saving are compared; a difference is rare."""
 
@@ -80,42 +85,59 @@ def load_inputs(config: TrainConfig) -> Inputs:
     """Read and check everything that is cheap to read, before a run folder is claimed."""
     dataset = InteractionDataset.load(config.dataset)
 
-    # What the training begins with: pretrained weights, or those that an adapter belongs to.
-    origin = None
-    model_name = config.model_config
-    if not model_name:
-        origin = origin_of(config.model_name_or_path, config.revision)
-        check_adapter_options(origin, config)
-        origin = as_begun(origin, Path(config.output_dir))
-        revision = distributed.on_main(lambda: pinned(origin).revision)
-        origin = dataclasses.replace(origin, revision=revision)
-        model_name = origin.name
-    revision = origin.revision if origin else ""
-    model_config = read_model_config(model_name, config.trust_remote_code, revision)
+    # The model.
+    origin = origin_to_begin_with(config) if config.model_name_or_path else None
+    name, revision = (origin.name, origin.revision) if origin else (config.model_config, "")
+    model_config = read_model_config(name, config.trust_remote_code, revision)
 
-    # The tokenizer that an evaluation will load.
-    own = model_name
-    if origin and origin.adapter and (origin.adapter / "tokenizer_config.json").is_file():
-        own = str(origin.adapter)
-    tokenizer = load_tokenizer(
-        config.tokenizer or own,
-        config.trust_remote_code,
-        "" if config.tokenizer or own != model_name else revision,
-    )
-    titles = [title for title in dataset.titles[:TITLES_COMPARED] if title is not None]
-    saved_beside = None if config.lora_r else model_config
-    tokenizer = as_saved(tokenizer, saved_beside, titles, config.trust_remote_code)
+    # The tokenizer that an evaluation will load, and its tokens beyond the model's own.
+    tokenizer = load_settled_tokenizer(config, origin, model_config, dataset.titles)
+    added_ids = range(0)
+    if origin and (config.tokenizer or origin.adapter):
+        added_ids = added_token_ids(tokenizer, name, config.trust_remote_code, revision)
 
     template = Template.load(config.prompt, tokenizer)
     dataset = with_cut_titles(dataset, tokenizer, config.max_title_tokens)
 
-    added_ids = range(0)
-    if origin and (config.tokenizer or own != model_name):
-        added_ids = added_token_ids(tokenizer, model_name, config.trust_remote_code, revision)
-
     backbone = backbone_of(model_config)
     backbone.fit_model_config(model_config, config, tokenizer, added_ids)
     return Inputs(template, dataset, tokenizer, added_ids, model_config, backbone, origin)
+
+
+def origin_to_begin_with(config: TrainConfig) -> Origin:
+    """Return where the pretrained weights come from, at one commit on all ranks.
+
+    Raises:
+        UsageError: there is no such model on the hub, or it is an adapter that was trained with
+            other LoRA options.
+    """
+    origin = origin_of(config.model_name_or_path, config.revision)
+    check_adapter_options(origin, config)
+    begun = as_begun(origin, Path(config.output_dir))
+    commit = distributed.on_main(lambda: pinned(begun).revision)
+    return dataclasses.replace(origin, revision=commit)
+
+
+def load_settled_tokenizer(
+    config: TrainConfig,
+    origin: Origin | None,
+    model_config: Any,
+    titles: Sequence[str | None],
+) -> "PreTrainedTokenizerBase":
+    """Load --tokenizer, or the model's own (an adapter's where it has one), as it will be saved.
+
+    Some titles show whether saving changes what it does.
+    """
+    name, revision = config.tokenizer, ""
+    if origin and not name:
+        name, revision = origin.name, origin.revision
+        if origin.adapter and (origin.adapter / "tokenizer_config.json").is_file():
+            name, revision = str(origin.adapter), ""
+    tokenizer = load_tokenizer(name, config.trust_remote_code, revision)
+
+    compared = [title for title in titles[:TITLES_COMPARED] if title is not None]
+    saved_beside = None if config.lora_r else model_config
+    return as_saved(tokenizer, saved_beside, compared, config.trust_remote_code)
 
 
 def as_begun(origin: Origin, run: Path) -> Origin:
