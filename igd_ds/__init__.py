@@ -6,8 +6,9 @@ the loss while DeepSpeed trains, and the scores while the evaluator searches.
 Imports flow one way, from right to left; parts that stand between the same arrows do not import
 each other (`tests/unit/test_structure.py` checks both):
 
-    errors
-    → config · folders · memory
+    errors · process
+    → locks
+    → config · folders · heartbeat · memory
     → distributed · runlog · run_folder · contracts
     → items
     → backbones · data · engine
@@ -23,7 +24,10 @@ each other (`tests/unit/test_structure.py` checks both):
 |---|---|
 | `errors` | bad input as an exception of its own, exit codes |
 | `config` | how settings are declared, parsed and checked; settings that several commands share |
+| `process` | whether a process still runs, and that it ends with its launcher |
+| `locks` | two processes never write one folder |
 | `folders` | output folders that are complete or absent, atomic files |
+| `heartbeat` | a rank that no longer answers is noticed and named |
 | `memory` | the C library's memory settings on a CPU |
 | `distributed` | process group, collectives, device, shutdown |
 | `runlog` | TensorBoard and metrics.jsonl; every tag and its unit |

@@ -3,8 +3,12 @@
 Any launcher will do: `deepspeed`, `torchrun`, `srun` (one task per rank), `mpirun` (mpi4py), or
 none."""
 
+import contextlib
+import functools
+import json
 import logging
 import os
+import shlex
 import socket
 import subprocess
 import sys
@@ -12,18 +16,41 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from igd_ds.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USAGE, UsageError
+from igd_ds import locks
+from igd_ds.errors import (
+    EXIT_FAILURE,
+    EXIT_INTERRUPTED,
+    EXIT_REQUEUE,
+    EXIT_USAGE,
+    UsageError,
+    refused_by_system,
+)
+from igd_ds.heartbeat import Heartbeat
 from igd_ds.memory import keep_freed_memory
+from igd_ds.process import Process, end_with_parent, is_started_by_deepspeed
 
 T = TypeVar("T")
 
 # Words of the errors that a rank sees when another rank has ended.
 LOST_PEER = ("Connection closed", "Connection reset", "rank 0 failed", "NCCL")
+
+
+TIMEOUT = 10.0
+"""Minutes after which a silent rank is given up (--timeout)."""
+LOADING = 120.0
+"""Minutes that collectives wait while ranks load and evaluate, because their work differs: rank 0
+tokenizes and sorts a catalogue of ten million items, which takes half an hour on one core."""
+RESOLVING = 40.0
+"""Seconds until an address must be known; a cluster may publish a new host's name late."""
+
+_timeout = timedelta(minutes=LOADING)
+_groups: list[dist.ProcessGroup] = []
+_heartbeat: Heartbeat | None = None
 
 
 def _free_port() -> int:
@@ -38,16 +65,28 @@ def _slurm_environment() -> dict[str, str]:
     Without them each task would silently become a world of one rank. The batch script may set
     MASTER_*."""
     job, env = int(os.environ["SLURM_JOB_ID"]), os.environ
-    nodes = env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"]
-    command = ["scontrol", "show", "hostnames", nodes]
-    hosts = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     return {
         "RANK": env["SLURM_PROCID"],
         "WORLD_SIZE": env.get("SLURM_STEP_NUM_TASKS") or env["SLURM_NTASKS"],
         "LOCAL_RANK": env["SLURM_LOCALID"],
-        "MASTER_ADDR": env.get("MASTER_ADDR", hosts[0]),
+        "MASTER_ADDR": env.get("MASTER_ADDR") or _first_slurm_host(),
         "MASTER_PORT": env.get("MASTER_PORT", str(20000 + job % 20000)),
     }
+
+
+def _first_slurm_host() -> str:
+    """Return the name of the node where rank 0 runs."""
+    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ["SLURM_JOB_NODELIST"]
+    if "[" not in nodes:
+        return nodes.partition(",")[0]
+    command = ["scontrol", "show", "hostnames", nodes]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise UsageError(
+            f"cannot find the first of the nodes {nodes}: {shlex.join(command)} fails ({error}). "
+            "Set MASTER_ADDR to its name"
+        ) from error
 
 
 def _mpi_environment() -> dict[str, str]:
@@ -82,27 +121,25 @@ def _single_environment() -> dict[str, str]:
     }
 
 
-def init(timeout_minutes: float = 120) -> None:
+def init(timeout: float = TIMEOUT, master_port: int = 0) -> None:
     """Join the process group that the launcher describes; a group of one rank without a launcher.
 
-    Call it once, before any collective.
+    Call it once, before any collective. Collectives wait LOADING minutes, until `set_timeout`.
 
     Args:
-        timeout_minutes: how long a collective waits. The default leaves rank 0 time to tokenize and
-            sort a catalogue of ten million items, which takes about half an hour on one core.
+        timeout: minutes that this rank waits for the others to start, and later for an answer of
+            the next rank.
+        master_port: port at which rank 0 listens; 0 takes the launcher's.
 
     Raises:
-        UsageError: more ranks than GPUs on this node.
+        UsageError: more ranks than GPUs on this node, an address that is not known, a port in use,
+            or ranks that do not start.
     """
     keep_freed_memory()
-    if "RANK" not in os.environ:
-        slurm = ("SLURM_STEP_ID", "SLURM_PROCID", "SLURM_LOCALID")
-        if all(name in os.environ for name in slurm):
-            os.environ.update(_slurm_environment())
-        elif "PMI_RANK" in os.environ or "OMPI_COMM_WORLD_RANK" in os.environ:
-            os.environ.update(_mpi_environment())
-        else:
-            os.environ.update(_single_environment())
+    launched = ("TORCHELASTIC_RUN_ID", "PMI_RANK", "OMPI_COMM_WORLD_RANK")
+    if any(name in os.environ for name in launched) or is_started_by_deepspeed():
+        end_with_parent(grace=60 * timeout)
+    _describe_group(master_port)
 
     use_cuda = torch.cuda.is_available()
     if use_cuda:
@@ -111,12 +148,123 @@ def init(timeout_minutes: float = 120) -> None:
         if local_rank() >= torch.cuda.device_count():
             raise UsageError(
                 f"local rank {local_rank()} has no GPU: {torch.cuda.device_count()} are visible; "
-                "start "
-                "fewer ranks"
+                "start fewer ranks"
             )
         torch.cuda.set_device(local_rank())
-    timeout = timedelta(minutes=timeout_minutes)
-    dist.init_process_group("nccl" if use_cuda else "gloo", timeout=timeout)
+    _join("nccl" if use_cuda else "gloo", timeout)
+    _watch_ranks(timeout)
+
+
+def _describe_group(master_port: int) -> None:
+    """Set torch's variables, from the launcher's.
+
+    Raises:
+        UsageError: the launcher has decided on another port than `master_port`.
+    """
+    if "RANK" in os.environ:
+        port = os.environ.get("MASTER_PORT", "")
+        if master_port and port != str(master_port):
+            raise UsageError(
+                f"--master_port {master_port}, but the launcher has chosen port {port}: give "
+                "--master_port to torchrun or deepspeed, before the script"
+            )
+        return
+    slurm = ("SLURM_STEP_ID", "SLURM_PROCID", "SLURM_LOCALID")
+    if all(name in os.environ for name in slurm):
+        os.environ.update(_slurm_environment())
+    elif "PMI_RANK" in os.environ or "OMPI_COMM_WORLD_RANK" in os.environ:
+        os.environ.update(_mpi_environment())
+    else:
+        os.environ.update(_single_environment())
+    if master_port:
+        os.environ["MASTER_PORT"] = str(master_port)
+
+
+def _join(backend: str, timeout: float) -> None:
+    """Make the process group.
+
+    Raises:
+        UsageError: the address of rank 0 is not known, its port is in use, or ranks are missing.
+    """
+    env = os.environ
+    address, port = env.get("MASTER_ADDR", ""), env.get("MASTER_PORT", "")
+    _check_address(address)
+    try:
+        dist.init_process_group(backend, timeout=timedelta(minutes=timeout))
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        if "EADDRINUSE" in str(error):
+            raise UsageError(
+                f"port {port} (MASTER_PORT) is in use on {socket.gethostname()}: choose "
+                "another with --master_port"
+            ) from error
+        raise UsageError(
+            f"rank {env['RANK']} of {env['WORLD_SIZE']} has not met the others at "
+            f"{address}:{port} within {timeout:g} minutes (--timeout): {error}"
+        ) from error
+    set_timeout(LOADING)
+
+
+def _check_address(address: str) -> None:
+    """Raise UsageError if the address of rank 0 stays unknown."""
+    began = time.monotonic()
+    while True:
+        try:
+            socket.getaddrinfo(address, None)
+            return
+        except OSError as error:
+            if time.monotonic() - began > RESOLVING:
+                raise UsageError(
+                    f"MASTER_ADDR {address} is not known on {socket.gethostname()} ({error}): set "
+                    "it to a name or address of the machine of rank 0"
+                ) from error
+        time.sleep(2)
+
+
+def _watch_ranks(timeout: float) -> None:
+    """Tell the ranks' processes to each other, and notice when one of them no longer answers."""
+    global _heartbeat
+    store = dist.distributed_c10d._get_default_store()
+    me, world = rank(), world_size()
+    store.set(f"process/{me}", json.dumps(vars(Process.here(me))))
+
+    known = range(world) if me == 0 else sorted({0, (me + 1) % world})
+    found = store.multi_get([f"process/{other}" for other in known])
+    processes = {r: Process(**json.loads(text)) for r, text in zip(known, found, strict=True)}
+    if me == 0:
+        locks.note_ranks(tuple(processes.values()))
+    if world > 1:
+        in_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        _heartbeat = Heartbeat(store, me, world, processes, 60 * timeout, in_launcher)
+
+
+def set_timeout(minutes: float) -> None:
+    """Let all collectives wait that long, also those of groups that DeepSpeed has made or will.
+
+    They wait a little longer, so that the message of the heartbeat comes first: it names the rank.
+    """
+    global _timeout
+    _timeout = timedelta(minutes=1.25 * minutes)
+    if not hasattr(dist.new_group, "__wrapped__"):
+        _give_new_groups_our_timeout()
+    dist.distributed_c10d._get_default_store().set_timeout(_timeout)
+    for group in [dist.group.WORLD, *_groups]:
+        dist.distributed_c10d._set_pg_timeout(_timeout, group)
+
+
+def _give_new_groups_our_timeout() -> None:
+    """Wrap `new_group`, which DeepSpeed calls without a timeout: it would then be 30 minutes."""
+    make = dist.new_group
+
+    @functools.wraps(make)
+    def new_group(*args: Any, **settings: Any) -> Any:
+        if len(args) < 2 and settings.get("timeout") is None:
+            settings["timeout"] = _timeout
+        group = make(*args, **settings)
+        if isinstance(group, dist.ProcessGroup):  # this rank is a member
+            _groups.append(group)
+        return group
+
+    setattr(dist, "new_group", new_group)  # noqa: B010  mypy
 
 
 def rank() -> int:
@@ -203,9 +351,13 @@ def exit_process(code: int) -> None:
     `os._exit` is used on purpose. With ZeRO-3 on gloo an orderly shutdown of the interpreter can
     abort (-6) after a good run, because the collective's worker thread drops its last tensor while
     Python is finalising."""
+    locks.release_all()
+    if code == EXIT_REQUEUE and is_main() and "TORCHELASTIC_RUN_ID" in os.environ:
+        print(f"exit code {code}: saved, to be started again. torchrun reports 1", flush=True)
     logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # nobody reads on, or the disk is full
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)
 
 
@@ -213,9 +365,11 @@ def run(main: Callable[[], int]) -> None:
     """Run an entry point and end the process with its exit code.
 
     Bad input (UsageError) is printed in one line, by rank 0 if it sees the error too, with code 2.
-    Any other exception ends with code 1 and its traceback as last words. A rank whose collective
-    broke because another rank ended waits for the launcher to stop it before it prints, so that the
-    traceback of the rank that failed first stays last."""
+    So is what the operating system refuses to write (`refused_by_system`). Any other exception ends
+    with code 1 and its traceback as last words. A rank whose collective broke because another rank
+    ended waits for the launcher to stop it before it prints, so that the traceback of the rank that
+    failed first stays last.
+    """
     try:
         code = main()
     except SystemExit as error:  # argparse: --help, or a flag it does not know
@@ -228,7 +382,12 @@ def run(main: Callable[[], int]) -> None:
     except BaseException as error:
         if any(words in str(error) for words in LOST_PEER):
             time.sleep(5)
-        sys.stdout.flush()
-        traceback.print_exc()
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
         code = EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else EXIT_FAILURE
+        if refused := refused_by_system(error, [lock.parent for lock in locks.held()]):
+            message, code = refused
+            print(f"error: {message}", file=sys.stderr)
+        else:
+            traceback.print_exc()
     exit_process(code)

@@ -1,10 +1,13 @@
 """What can go wrong because of the user's input, and the exit codes of every command."""
 
 import difflib
-from collections.abc import Iterable
+import errno
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 EXIT_FAILURE = 1
-"""A defect or a failing machine; a traceback is printed."""
+"""A defect or a failing machine; a traceback is printed, unless the disk is full."""
 EXIT_USAGE = 2
 """Bad input: one line on stderr says what was found and what to do."""
 EXIT_REQUEUE = 85
@@ -30,3 +33,59 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """
     near = difflib.get_close_matches(name, list(known), n=1)
     return f", did you mean '{near[0]}'?" if near else ""
+
+
+FULL = {
+    errno.ENOSPC: "no space left on the device",
+    errno.EDQUOT: "the disk quota is used up",
+}
+REFUSED = {
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "permission denied",
+}
+FULL_IN_WORDS = ("No space left on device", "StorageFull", "PytorchStreamWriter failed writing")
+"""Words of libraries that write files and raise no OSError: Arrow, safetensors, torch."""
+
+
+def refused_by_system(error: BaseException, folders: Sequence[Path]) -> tuple[str, int] | None:
+    """Say in one line that the operating system refuses to write or read, with the exit code.
+
+    Args:
+        error: what ended the command.
+        folders: where the command writes, for an error that names no file.
+
+    Returns:
+        None if the error says something else. The exit code is EXIT_FAILURE for a full disk: the
+        command may go on once there is space.
+    """
+    place = getattr(error, "filename", None)
+    number = error.errno if isinstance(error, OSError) else None
+    if place is not None and number in REFUSED:
+        return (
+            f"{os.fsdecode(place)}: {REFUSED[number]}; change that, or give another path",
+            EXIT_USAGE,
+        )
+    if isinstance(error, FileNotFoundError) and not _has_working_folder():
+        return "the working folder was deleted: change to another one", EXIT_USAGE
+
+    # A full disk may be the reason of an error that was raised later, while a file was closed.
+    cause: BaseException | None = error
+    while cause is not None:
+        number = cause.errno if isinstance(cause, OSError) else None
+        if number in FULL or any(words in str(cause) for words in FULL_IN_WORDS):
+            place = getattr(cause, "filename", None)
+            names = [os.fsdecode(place)] if place is not None else [str(path) for path in folders]
+            where = ", ".join(names) or "output"
+            why = FULL.get(number, FULL[errno.ENOSPC]) if number else FULL[errno.ENOSPC]
+            return f"{where}: {why}; make room, then start again", EXIT_FAILURE
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
+def _has_working_folder() -> bool:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return False
+    return True

@@ -2,12 +2,14 @@
 
 Text, JSON and tables are written to a temporary file beside the target and then renamed. Folders
 are filled under a temporary name and then renamed. What a killed process leaves is recognisable by
-its name: TARGET.tmp-PID.
+its name: TARGET.tmp-PID. The next process that claims the folder removes it.
 """
 
+import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from igd_ds.errors import UsageError
+from igd_ds.locks import LOCK, acquire, holding
 
 
 def temporary_name(path: Path) -> Path:
@@ -27,7 +30,24 @@ def temporary_name(path: Path) -> Path:
 
 def is_temporary(path: Path) -> bool:
     """Whether a file or folder is the unfinished work of some process (see `temporary_name`)."""
-    return ".tmp-" in path.name
+    return re.search(r"\.tmp-\d+$", path.name) is not None
+
+
+def remove_temporaries(folder: Path, pattern: str = "*") -> None:
+    """Remove the unfinished work of processes that have ended from a folder whose lock we hold.
+
+    Args:
+        folder: only what lies in it directly is removed.
+        pattern: of the names before `.tmp-PID`.
+    """
+    own = temporary_name(folder / "x").suffix
+    for path in folder.glob(f"{pattern}.tmp-*"):
+        if not is_temporary(path) or path.suffix == own:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def sha256_of(path: Path) -> str:
@@ -39,11 +59,36 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Yield the name of a file to write; when the block ends, it is renamed to `path`.
+
+    The content reaches the disk before the name does, so a crash of the machine leaves the old file
+    or the new one. If the block raises, for example on a full disk, the unfinished file is removed.
+    """
+    temporary = temporary_name(path)
+    try:
+        yield temporary
+        _flush(temporary)
+        os.replace(temporary, path)
+    except Exception:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _flush(path: Path) -> None:
+    """Wait until the content of a file is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 text file atomically."""
-    temporary = temporary_name(path)
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with new_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -53,9 +98,8 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_table(path: Path, table: pa.Table) -> None:
     """Write a Parquet file atomically."""
-    temporary = temporary_name(path)
-    pq.write_table(table, temporary)
-    os.replace(temporary, path)
+    with new_file(path) as temporary:
+        pq.write_table(table, temporary)
 
 
 @contextmanager
@@ -63,20 +107,48 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """Yield an empty folder to fill; when the block ends, it is renamed to `folder`.
 
     If the block raises, the unfinished folder is removed and `folder` does not appear. The parents
-    of `folder` are made where they are missing.
+    of `folder` are made where they are missing. Until the block ends, FOLDER.lock keeps other
+    processes off.
+
+    Raises:
+        UsageError: another process makes this folder now, or has just made it.
 
     Example:
         >>> with new_folder(Path("DATASET")) as unfinished:
         ...     write_text(unfinished / "dataset.json", "{}")
     """
     temporary = temporary_name(folder)
-    shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process that had our number
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        os.rename(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        if folder.exists():
+            raise UsageError(f"{folder} exists already; delete it or choose another output")
+        remove_temporaries(folder.parent, glob.escape(folder.name))
+        shutil.rmtree(temporary, ignore_errors=True)  # of a process that had our number
+        temporary.mkdir()
+        try:
+            yield temporary
+            flush_files(temporary)
+            os.rename(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the lock FOLDER.lock beside a folder that is made in one go.
+
+    Raises:
+        UsageError: another process holds it.
+    """
+    with holding(folder.with_name(f"{folder.name}.lock"), str(folder)):
+        yield
+
+
+def flush_files(folder: Path) -> None:
+    """Wait until the content of all files of a folder is on the disk."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            _flush(path)
 
 
 @contextmanager
@@ -84,13 +156,16 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
     """Yield an empty folder to fill; when the block ends, it takes the place of `folder`.
 
     The old content stays until the new one is complete. If the block raises, the old one stays.
+    Only for folders inside a claimed one, whose lock keeps other processes off.
     """
     old = folder.with_name(f"{folder.name}.old")
     temporary = temporary_name(folder)
+    remove_temporaries(folder.parent, glob.escape(folder.name))
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         yield temporary
+        flush_files(temporary)
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
             folder.rename(old)
@@ -141,7 +216,8 @@ def claim(folder: Path, record: str, flag: str, what: str) -> bool:
     """Make an output folder that a long task fills step by step; return whether it is claimed.
 
     A folder is claimed from the moment its `record` lies in it, so the caller writes that first and
-    compares it where it is there already.
+    compares it where it is there already. This process holds the folder's lock until it ends, so
+    nobody else writes there meanwhile. What killed processes left unfinished is removed.
 
     Args:
         folder: made with its parents if it is missing.
@@ -150,13 +226,20 @@ def claim(folder: Path, record: str, flag: str, what: str) -> bool:
         what: what the folder would hold, such as "run" or "evaluation".
 
     Raises:
-        UsageError: the folder holds other files and no record.
+        UsageError: the folder holds other files and no record, or another process uses it.
     """
-    if (folder / record).is_file():
-        return True
+    _refuse_foreign(folder, record, flag, what)
+    folder.mkdir(parents=True, exist_ok=True)
+    acquire(folder / LOCK, f"{flag} {folder}")
+    remove_temporaries(folder)
+    return (folder / record).is_file()
+
+
+def _refuse_foreign(folder: Path, record: str, flag: str, what: str) -> None:
+    """Raise UsageError if a folder holds other files and no record."""
     if folder.is_file():
         raise UsageError(f"{flag} {folder} is a file: give a folder")
-    if folder.is_dir() and any(not is_temporary(path) for path in folder.iterdir()):
+    if not folder.is_dir() or (folder / record).is_file():
+        return
+    if any(path.name != LOCK and not is_temporary(path) for path in folder.iterdir()):
         raise UsageError(f"{flag} {folder} is not empty and holds no {what}: give a new folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    return False

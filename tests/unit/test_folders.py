@@ -136,13 +136,15 @@ def test_a_killed_process_leaves_no_half_folder(tmp_path, name):
         (target / "old").touch()
     done = subprocess.run([sys.executable, "-c", KILLED, name, target], cwd=tmp_path)
     assert done.returncode == -signal.SIGKILL
-    whole = [path for path in tmp_path.iterdir() if not is_temporary(path)]
+    made = [path for path in tmp_path.iterdir() if path.suffix != ".lock"]
+    whole = [path for path in made if not is_temporary(path)]
     assert whole == ([target] if name == "replaced_folder" else [])
-    assert len(names(tmp_path)) == len(whole) + 1, "what it left has a temporary name"
+    assert len(made) == len(whole) + 1, "what it left has a temporary name"
 
     with getattr(folders, name)(target) as unfinished:
         (unfinished / "new").touch()
     assert names(target) == ["new"]
+    assert names(tmp_path) == ["folder"], "lock and leftovers are gone"
 
 
 # ---- whose folder it is ----
@@ -181,9 +183,12 @@ def test_a_folder_is_claimed_by_its_record(tmp_path):
     assert not claim(run, "config.yaml", "--output_dir", "run")
     assert run.is_dir()
 
-    # An empty folder, or one in which a write was cut off, is free.
+    # An empty folder, or one in which a write was cut off, is free. Its leftovers are removed.
     temporary_name(run / "config.yaml").touch()
+    (run / "config.yaml.tmp-1").touch()
+    (run / "model.tmp-1").mkdir()
     assert not claim(run, "config.yaml", "--output_dir", "run")
+    assert names(run) == [temporary_name(run / "config.yaml").name, "lock.json"], "ours stays"
     (run / "config.yaml").touch()
     (run / "metrics.jsonl").touch()
     assert claim(run, "config.yaml", "--output_dir", "run")

@@ -29,8 +29,9 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # Low to high, as in the docstring of igd_ds/__init__.py. A part may import what stands in an
 # earlier group, and not its neighbours in the group.
 GROUPS = [
-    {"errors"},
-    {"config", "folders", "memory"},
+    {"errors", "process"},
+    {"locks"},
+    {"config", "folders", "heartbeat", "memory"},
     {"distributed", "runlog", "run_folder", "contracts"},
     {"items"},
     {"backbones", "data", "engine"},
