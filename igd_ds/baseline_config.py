@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from igd_ds.baselines.sequential import COUNTED, LOSSES, SEQUENTIAL
+from igd_ds.config.items import ItemOptions, RankingOptions
 from igd_ds.config.options import option, require, with_default
 from igd_ds.config.training import LoopOptions
 from igd_ds.errors import UsageError
 
 
 @dataclass(frozen=True, kw_only=True)
-class BaselineConfig(LoopOptions):
+class BaselineConfig(ItemOptions, RankingOptions, LoopOptions):
     """One baseline: a recommender, its training and its evaluation.
 
     Fields left at None take the defaults of the recommender's paper. Popularity and kNN ignore
@@ -34,11 +35,6 @@ class BaselineConfig(LoopOptions):
     recommender: str = option(
         "which recommender, see igd_ds/baselines/sequential.py", choices=(*COUNTED, *SEQUENTIAL)
     )
-    item_kind: str = option(
-        "what items are written as; items that are written alike count as one in lists",
-        "auto",
-        ("auto", "text", "semantic-id"),
-    )
 
     loss: str = option(
         "cross-entropy over the whole catalogue, or the loss of SASRec's or GRU4Rec's paper",
@@ -56,10 +52,9 @@ class BaselineConfig(LoopOptions):
     splits: tuple[str, ...] = option(
         "splits to evaluate", ("valid", "test"), ("train", "valid", "test")
     )
-    num_beams: int = option("length of each ranked list (the name it has in igd eval)", 20)
-    num_rows: int = option("rows of a split to evaluate, a seeded sample; 0: all", 0)
+    num_beams: int = with_default(RankingOptions, "num_beams", 20)
+    batch_size: int = with_default(RankingOptions, "batch_size", 256)
     rows_seed: int = option("seeds that sample, as --seed does in igd eval", 0)
-    batch_size: int = option("rows ranked at once", 256)
     save_scores: bool = option(
         "write eval/SPLIT/scores.npy, float32 (rows of the split, items), for igd eval --guidance, "
         "and scores.json, which says of which rows and items",

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
+from igd_ds.config.items import RankingOptions
 from igd_ds.config.model import ModelSource
 from igd_ds.config.options import option, require
 from igd_ds.config.search import Limits, ScoringOptions
@@ -12,7 +13,7 @@ from igd_ds.items.ids import SOURCE, SPACES
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalConfig(ScoringOptions, Limits, ModelSource):
+class EvalConfig(ScoringOptions, RankingOptions, Limits, ModelSource):
     """One evaluation: a trained model, how its search scores, what it may cost, and these."""
 
     output_dir: str = option(
@@ -23,7 +24,6 @@ class EvalConfig(ScoringOptions, Limits, ModelSource):
         "folder of a finished evaluation: take α = 0 and the best α there, instead of --alpha",
         "",
     )
-    num_beams: int = option("length of each ranked list, and beams", 10)
     search: str = option(
         "beam search, or exact: best-first until the list is proven", "beam", ("beam", "exact")
     )
@@ -46,8 +46,6 @@ class EvalConfig(ScoringOptions, Limits, ModelSource):
         SOURCE,
         SPACES,
     )
-    batch_size: int = option("rows searched at once", 16)
-    num_rows: int = option("rows to evaluate, a seeded sample; 0: all", 0)
     seed: int = option("seeds the sample of rows", 0)
 
     def scoring_options(self) -> ScoringOptions:

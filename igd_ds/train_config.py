@@ -3,19 +3,19 @@
 from dataclasses import dataclass
 from typing import Any
 
+from igd_ds.config.items import ItemOptions
 from igd_ds.config.model import ModelOptions
 from igd_ds.config.options import option, require
 from igd_ds.config.training import LoopOptions
 from igd_ds.errors import UsageError
-from igd_ds.items.decisiveness import ENTROPIES, MEASURES
+from igd_ds.items.decisiveness import ENTROPIES, INFORMATION_GAIN, MEASURES
 from igd_ds.objectives import OBJECTIVES, ObjectiveOptions, check_objective
 
-ITEM_KINDS = ("auto", "text", "semantic-id")
 VALIDATION_METRICS = ("nll", "ndcg@10")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(ObjectiveOptions, ModelOptions, LoopOptions):
+class TrainConfig(ObjectiveOptions, ItemOptions, ModelOptions, LoopOptions):
     """One training of a generative recommender."""
 
     prompt: str = option(
@@ -31,15 +31,12 @@ class TrainConfig(ObjectiveOptions, ModelOptions, LoopOptions):
     allow_merged_titles: bool = option(
         "train although the tokenizer cannot tell some different titles apart", False
     )
-    item_kind: str = option(
-        "what items are written as; auto: titles where the dataset has them", "auto", ITEM_KINDS
-    )
     objective: str = option(
         f"what the training minimises: {', '.join(OBJECTIVES)}", "igd", former="weighting"
     )
     decisiveness: str = option(
         "measure of how much a token decides, for igd-linear and for α",
-        "information-gain",
+        INFORMATION_GAIN,
         tuple(MEASURES),
     )
     entropy: str = option("entropy definition behind the information gain", "prior", ENTROPIES)
@@ -63,6 +60,11 @@ class TrainConfig(ObjectiveOptions, ModelOptions, LoopOptions):
         LoopOptions.check(self)
         require(self, "max_title_tokens", lambda value: value >= 0, "must not be negative")
         self.objective_options()
+        if self.decisiveness != INFORMATION_GAIN and self.entropy != TrainConfig.entropy:
+            raise UsageError(
+                f"--entropy {self.entropy} has no effect with --decisiveness {self.decisiveness}: "
+                "drop one of them"
+            )
         if OBJECTIVES[self.objective].needs_global and self.normalization != "global":
             raise UsageError(
                 f"--objective {self.objective} learns from losses over the whole step: use "

@@ -12,7 +12,7 @@ class ScoringOptions:
     """What a path of tokens scores."""
 
     alpha: tuple[float, ...] = option(
-        "α: strength of decisiveness calibration (Eq. 9), each in [0, 1]; 0 is plain beam search",
+        "α: strength of the decisiveness weights (IGD Eq. 9), each in [0, 1]; 0: plain beam search",
         (0.0,),
     )
     decoding_rule: str = option(

@@ -140,6 +140,10 @@ def test_an_evaluations_defaults_are_those_of_the_search():
         ),
         (["--objective", "igd"], "--objective igd needs --igd_beta"),
         (
+            [*UNIFORM, "--decisiveness", "gini", "--entropy", "conditional"],
+            "--entropy conditional has no effect with --decisiveness gini",
+        ),
+        (
             ["--objective", "uniform", "--igd_beta", "0.1"],
             "--igd_beta 0.1 has no effect with --objective uniform: drop it, or use igd, ",
         ),

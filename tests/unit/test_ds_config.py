@@ -11,7 +11,7 @@ from igd_ds.config.training import LoopOptions
 from igd_ds.engine import checkpoint
 from igd_ds.engine.build import schedule_factor
 from igd_ds.engine.checkpoint import check_disk_space
-from igd_ds.engine.ds_config import dtype_of, resolve_ds_config, zero_stage
+from igd_ds.engine.ds_config import dtype_of, find_ds_config, resolve_ds_config, zero_stage
 from igd_ds.errors import UsageError
 
 FOLDER = Path(__file__).parents[2] / "ds_configs"
@@ -104,6 +104,17 @@ def test_mistakes_name_file_and_key(tmp_path, monkeypatch, change, settings, mes
     with pytest.raises(UsageError, match=message) as caught:
         resolve(file, 2, **settings)
     assert "ds.json" in str(caught.value)
+
+
+def test_files_that_come_with_the_package_are_found_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shipped = find_ds_config("zero2-fp32")
+    assert json.loads(shipped.read_text())["zero_optimization"]["stage"] == 2
+    with pytest.raises(UsageError, match="no file zero4, did you mean 'zero3'.* zero2-fp32"):
+        find_ds_config("zero4")
+
+    (tmp_path / "zero2").write_text("{}")  # a file of the user's own comes first
+    assert find_ds_config("zero2") == Path("zero2")
 
 
 def test_a_missing_or_broken_file(tmp_path):
