@@ -91,7 +91,8 @@ def _check_engine(engine: Any) -> None:
         return
 
     # DeepSpeed's loader fails on a rank that holds only the padding of a small parameter group.
-    groups = engine.optimizer.bit16_groups
+    zero = engine.optimizer  # with bf16 and gradients in fp32, stage 1 has an optimizer of its own
+    groups = zero.bf16_groups if hasattr(zero, "bf16_groups") else zero.bit16_groups
     empty = any(all(param._hp_mapping is None for param in group) for group in groups)
     if distributed.any_rank(empty):
         raise UsageError(

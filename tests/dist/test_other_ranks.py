@@ -1,7 +1,9 @@
 """A run goes on with another number of ranks, and stays the run that it was."""
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -147,3 +149,46 @@ def test_what_cannot_be_done_is_said_for_its_real_reason(world, tmp_path):
     (left / "step-00000002").mkdir(parents=True)
     assert "resumed" in train(2, tmp_path / "4", world.train_flags(run, **other))
     assert not left.exists()
+
+
+def test_a_killed_conversion_does_no_harm(world, tmp_path, monkeypatch):
+    from deepspeed.checkpoint import ds_to_universal
+
+    from igd_ds import train as entry
+
+    run, log = tmp_path / "run", tmp_path / "log"
+    flags = world.train_flags(run, 2, max_steps=2, save_every=1, resume="auto")
+    train(2, log, flags)
+    go_back(run, 1)
+    before = bytes_of(run / "checkpoints")
+
+    def die(*_):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ds_to_universal, "_save_optimizer_state", die)
+        processes = ranks.start(1, tmp_path / "killed", ranks.entry, entry.main, flags)
+        assert ranks.wait(processes) == [-signal.SIGKILL], (tmp_path / "killed").read_text()
+    assert list((run / "checkpoints").glob("universal.tmp-*"))
+
+    # On as many ranks as before, or on others.
+    shutil.copytree(run, tmp_path / "other")
+    assert "resumed" in train(2, tmp_path / "1", flags)
+    flags[flags.index(str(run))] = str(tmp_path / "other")
+    assert "converting it for 1" in train(1, tmp_path / "2", flags)
+    for folder in (run, tmp_path / "other"):
+        after = bytes_of(folder / "checkpoints" / "step-00000001")
+        assert after == {name: before[name] for name in after}
+
+
+def test_more_ranks_than_a_group_of_parameters_has_shares(world, tmp_path):
+    """Three norms have 12 numbers, padded to 16: the fourth rank would get padding alone."""
+    small = json.loads(Path(world.model_config).read_text())
+    small |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 4}
+    small |= {"num_hidden_layers": 1, "head_dim": 4, "num_attention_heads": 1, "layer_types": None}
+    (tmp_path / "small.json").write_text(json.dumps(small))
+    settings = {"model_config": tmp_path / "small.json", "max_steps": 2, "save_every": 1}
+    flags = world.train_flags(tmp_path / "run", 2, **settings, resume="auto")
+    train(1, tmp_path / "log", flags)
+    go_back(tmp_path / "run", 1)
+    assert "4 ranks are too many for this small model" in refused(4, tmp_path / "log2", flags)
