@@ -9,14 +9,13 @@ Parse → dataset → rows chained to sequences → model → engine → the loo
 `last-item-knn` only count, and need no DeepSpeed file.
 """
 
-import os
 import shutil
 import signal
 import time
 from pathlib import Path
 from typing import Any
 
-from igd_ds import distributed, loop
+from igd_ds import distributed, locks, loop
 from igd_ds.baseline_config import BaselineConfig
 from igd_ds.baselines.sequential import load_model
 from igd_ds.config.options import parse
@@ -40,7 +39,7 @@ from igd_ds.sequential_training import (
 def main() -> int:
     """Run a baseline from the command line; return the exit code."""
     config = parse(BaselineConfig, description=__doc__).with_preset()
-    distributed.init()
+    distributed.init(config.timeout, config.master_port)
     ds: DsConfig = {}
     if config.is_trained:
         ds = resolve_ds_config(config, distributed.world_size(), load_in_4bit=False)
@@ -55,8 +54,9 @@ def main() -> int:
             return code
 
     # A ranking takes minutes, so a stopped one begins again.
-    signal.signal(signal.SIGUSR1, lambda *_: os._exit(EXIT_REQUEUE))
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    locks.end_at(signal.SIGUSR1, EXIT_REQUEUE)
+    locks.end_at(signal.SIGTERM, 128 + signal.SIGTERM)
+    distributed.set_timeout(distributed.LOADING)  # ranks have unequal work again
     missing = [name for name in config.splits if not is_evaluated(run, name, config)]
     for name in distributed.on_main(lambda: missing):
         trained = load_model(run / "model").to(distributed.device())

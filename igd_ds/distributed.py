@@ -244,6 +244,8 @@ def set_timeout(minutes: float) -> None:
     """
     global _timeout
     _timeout = timedelta(minutes=1.25 * minutes)
+    if not dist.is_initialized():
+        return
     if not hasattr(dist.new_group, "__wrapped__"):
         _give_new_groups_our_timeout()
     dist.distributed_c10d._get_default_store().set_timeout(_timeout)

@@ -10,7 +10,6 @@ it is done, so a killed evaluation goes on where it was, on any number of ranks.
 
 import dataclasses
 import json
-import os
 import signal
 import time
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from igd_ds import distributed
+from igd_ds import distributed, locks
 from igd_ds.config.options import parse
 from igd_ds.data.batches import refuse_empty, sample_rows
 from igd_ds.data.per_row import ItemLists, ItemScores
@@ -43,10 +42,11 @@ from igd_ds.search.engine import check_limits
 def main() -> int:
     """Run an evaluation from the command line; return the exit code."""
     config = with_chosen_alpha(parse(EvalConfig, description=__doc__))
-    # Finished batches lie on the disk, so a stop needs no preparation; a handler should not print.
-    signal.signal(signal.SIGUSR1, lambda *_: os._exit(EXIT_REQUEUE))
+    # Finished batches lie on the disk, so a stop needs no preparation.
+    locks.end_at(signal.SIGUSR1, EXIT_REQUEUE)
+    locks.end_at(signal.SIGTERM, 128 + signal.SIGTERM)
     transformers.utils.logging.disable_progress_bar()
-    distributed.init()
+    distributed.init(config.timeout, config.master_port)
 
     # Claim the output folder; a finished evaluation is left as it is.
     task, output = build_task(config), Path(config.output_dir)

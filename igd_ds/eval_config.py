@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from igd_ds.config.items import RankingOptions
 from igd_ds.config.model import ModelSource
 from igd_ds.config.options import option, require
+from igd_ds.config.processes import ProcessOptions
 from igd_ds.config.search import Limits, ScoringOptions
 from igd_ds.errors import UsageError
 from igd_ds.items.ids import SOURCE, SPACES
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalConfig(ScoringOptions, RankingOptions, Limits, ModelSource):
+class EvalConfig(ScoringOptions, RankingOptions, Limits, ModelSource, ProcessOptions):
     """One evaluation: a trained model, how its search scores, what it may cost, and these."""
 
     output_dir: str = option(
@@ -57,6 +58,7 @@ class EvalConfig(ScoringOptions, RankingOptions, Limits, ModelSource):
         """Raise UsageError for values no evaluation can use."""
         ScoringOptions.check(self)
         ModelSource.check(self)
+        ProcessOptions.check(self)
         if self.alpha_from and self.alpha != (0.0,):
             raise UsageError("give --alpha or --alpha_from, not both")
 

@@ -187,6 +187,7 @@ def fit(
     Returns:
         The exit code: 0, or EXIT_REQUEUE if a signal stopped the training and its state is saved.
     """
+    distributed.set_timeout(options.timeout)  # all ranks work alike from here on
     total = training.total_steps
     every = options.validate_every or training.steps_per_epoch
     log = RunLog(run, distributed.is_main(), state.step, state.validated, training.tags)

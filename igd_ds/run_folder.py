@@ -31,6 +31,8 @@ FREE_ON_RESUME = {
     "save_every",
     "splits",
     "save_scores",
+    "timeout",
+    "master_port",
 }
 """Settings that may change when a run resumes: paths, whose content is checked, and settings
 without effect on the model."""

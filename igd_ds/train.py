@@ -61,7 +61,7 @@ def main() -> int:
     """Run a training from the command line; return the exit code."""
     config = parse(TrainConfig, description=__doc__)
     transformers.utils.logging.disable_progress_bar()
-    distributed.init()
+    distributed.init(config.timeout, config.master_port)
     ds = resolve_ds_config(config, distributed.world_size(), config.load_in_4bit)
     inputs = load_inputs(config)
 

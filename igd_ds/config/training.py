@@ -4,10 +4,11 @@ import math
 from dataclasses import dataclass
 
 from igd_ds.config.options import option, require
+from igd_ds.config.processes import ProcessOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoopOptions:
+class LoopOptions(ProcessOptions):
     """What a run owns: data, folder, global batch, optimizer, schedule, validation, checkpoints.
 
     ZeRO stage, offload, precision and micro-batch belong to the DeepSpeed file.
@@ -53,6 +54,7 @@ class LoopOptions:
 
     def check(self) -> None:
         """Raise UsageError for values that no training can use."""
+        ProcessOptions.check(self)
         at_least_1 = "global_batch_size epochs log_every keep_checkpoints"
         require(self, at_least_1, lambda value: value >= 1, "must be at least 1")
         require(
