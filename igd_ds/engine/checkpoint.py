@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from igd_ds import distributed
-from igd_ds.engine.universal import load_on_other_ranks, plain_path, remove_conversions
+from igd_ds.engine.universal import load_on_other_ranks, plain_path
 from igd_ds.errors import UsageError
-from igd_ds.folders import write_json
+from igd_ds.folders import flush_files, remove_temporaries, sha256_of, write_json
 
 MANIFEST = "manifest.json"
 
@@ -129,6 +129,7 @@ def save_checkpoint(
     distributed.barrier()
 
     def finish() -> None:
+        flush_files(checkpoint)
         files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file()]
         names = [str(path.relative_to(checkpoint)) for path in files]
         manifest = Manifest(
@@ -136,7 +137,7 @@ def save_checkpoint(
             trained=trained_names(engine),
             files={name: (checkpoint / name).stat().st_size for name in names},
             state=state,
-            sha256=_digests(checkpoint, names, sync=True),
+            sha256=_digests(checkpoint, names),
         )
         manifest.write(checkpoint)
         for old in sorted(folder.glob("step-*"))[:-keep_checkpoints]:
@@ -169,17 +170,11 @@ def trained_names(engine: Any) -> list[str]:
     return [name for name, parameter in named if parameter.requires_grad]
 
 
-def _digests(checkpoint: Path, names: list[str], sync: bool = False) -> dict[str, str]:
-    """Return the SHA-256 of files of a checkpoint by name; with `sync`, they are on the disk."""
-
-    def digest(name: str) -> str:
-        with open(checkpoint / name, "rb") as file:
-            if sync:
-                os.fsync(file)
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
+def _digests(checkpoint: Path, names: list[str]) -> dict[str, str]:
+    """Return the SHA-256 of files of a checkpoint by name."""
     with ThreadPoolExecutor(READERS) as readers:
-        return dict(zip(names, readers.map(digest, names), strict=True))
+        digests = readers.map(sha256_of, [checkpoint / name for name in names])
+        return dict(zip(names, digests, strict=True))
 
 
 def newest_checkpoint(folder: Path, trust: bool = False) -> str | None:
@@ -194,7 +189,7 @@ def newest_checkpoint(folder: Path, trust: bool = False) -> str | None:
     Raises:
         UsageError: the checkpoint belongs to another user, and `trust` is false.
     """
-    remove_conversions(folder)
+    remove_temporaries(folder)  # killed conversions
     removed = False
     for checkpoint in sorted(folder.glob("step-*"), reverse=True):
         if not trust:

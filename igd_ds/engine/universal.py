@@ -41,12 +41,6 @@ def plain_path(folder: Path) -> Iterator[Path]:
         yield link
 
 
-def remove_conversions(folder: Path) -> None:
-    """Remove what killed processes left of their conversions. Rank 0 only."""
-    for left in folder.glob(f"{NAME}.tmp-*"):
-        shutil.rmtree(left, ignore_errors=True)
-
-
 def load_on_other_ranks(engine: Any, checkpoint: Path) -> None:
     """Load a checkpoint that another number of ranks saved at the same ZeRO stage (1, 2 or 3).
 
@@ -125,6 +119,7 @@ def _convert(checkpoint: Path, converted: Path, stage: int) -> None:
     from deepspeed.checkpoint import ds_to_universal
 
     place = converted.parent
+    shutil.rmtree(place, ignore_errors=True)  # of a killed process that had our number
     place.mkdir()
     # Both the fragments and the merged states are there at the same time.
     needed = 2 * sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
