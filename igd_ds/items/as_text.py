@@ -1,4 +1,4 @@
-"""Titles as token ids in which no control token can occur, however a title is spelled.
+"""Titles as token ids without control tokens, however a title is spelled.
 
 A title may hold the text of a special token: `<s>` is HTML's strike-through and LLaMA-2's BOS.
 Inside a title it is text. Tokens that were added without the mark "special", such as the codes of
@@ -40,12 +40,13 @@ def encode(
     if not as_text:
         return encoded
 
-    # A Unigram vocabulary holds the special tokens too, and finds them in the text once more.
+    # A Unigram vocabulary holds the special tokens as ordinary pieces too, so it can still produce
+    # them.
     control = {index: name for name, index in control_tokens(tokenizer).items()}
-    for place, ids in enumerate(encoded):
+    for number, ids in enumerate(encoded):
         if not control.keys().isdisjoint(ids):
             names = [control[index] for index in sorted(control.keys() & set(ids))]
-            encoded[place] = _encode_apart(texts[place], names, tokenizer)
+            encoded[number] = _encode_apart(texts[number], names, tokenizer)
     return encoded
 
 
@@ -58,7 +59,7 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
 
 
 def _encode_apart(text: str, names: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the token ids of a text that is cut behind the first letter of each name in it."""
+    """Return the token ids of a text, cut behind the first letter of each control token in it."""
     found = re.finditer("|".join(map(re.escape, names)), text)
     cuts = [0, *(match.start() + 1 for match in found), len(text)]
     pieces = [text[begin:end] for begin, end in pairwise(cuts) if begin < end]

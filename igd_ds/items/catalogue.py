@@ -2,9 +2,9 @@
 
 Letters in shapes: N items, T tokens of all paths together.
 
-Token ids are made once, here. Labels, trie, weights and search look them up by item; no target is
-tokenized a second time. A second way would give other ids: in many titles the last character and
-the newline merge into one token.
+Token ids are made once, here. Training labels, trie, weights and search look them up by item; no
+target is tokenized a second time. Tokenizing a target in another context could give other ids: in
+many titles the last character and the newline merge into one token.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
 
-from igd_ds.errors import UsageError
+from igd_ds.errors import UsageError, did_you_mean
 from igd_ds.items.as_text import encode
 
 if TYPE_CHECKING:
@@ -108,9 +108,9 @@ class Catalogue:
     ) -> None:
         """Raise UsageError unless `tokenizer` writes the items as the catalogue has them.
 
-        A tokenizer with the catalogue's fingerprint does. Of any other one, the token ids of all
-        items are compared, because a tokenizer is what it does: its file may change when another
-        version of transformers saves it. Without a dataset, only the fingerprint can be compared.
+        A tokenizer with the catalogue's fingerprint does. For any other one, the token ids of all
+        items are compared, because only the ids matter: the file may change when another version of
+        transformers saves it. Without a dataset, only the fingerprint can be compared.
         """
         if tokenizer.eos_token_id != self.eos_token_id:
             raise UsageError(
@@ -130,7 +130,7 @@ class Catalogue:
             before, now = self.path(other), token_ids[offsets[other] : offsets[other + 1]]
             reason = f"item {other} was {before.tolist()} and is {now.tolist()}"
         raise UsageError(
-            f"the catalogue was made with another tokenizer, its token ids mean something else "
+            "the catalogue was made with another tokenizer, so its token ids mean something else "
             f"here ({reason:.300}): give the tokenizer it was made with, or build it anew"
         )
 
@@ -187,7 +187,8 @@ def item_paths(
             "the tokenizer has no EOS token, and every item must end in one: set eos_token"
         )
     if kind not in KINDS:
-        raise UsageError(f"unknown kind of items {kind!r}; known: {', '.join(KINDS)}")
+        hint, known = did_you_mean(kind, KINDS), ", ".join(KINDS)
+        raise UsageError(f"unknown --item_kind '{kind}'{hint} (known: {known})")
 
     if kind == "text":
         tokens, lengths = _tokenize_titles(dataset.titles, tokenizer)
@@ -195,7 +196,7 @@ def item_paths(
         tokens, lengths = _look_up_codes(dataset.semantic_ids, dataset.num_items, tokenizer)
     _check_no_eos(tokens, lengths, tokenizer, dataset, kind)
 
-    # Lay the paths out one after the other, with one EOS behind each.
+    # Write the paths one after the other, with one EOS behind each.
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths + 1)])
     token_ids = np.full(offsets[-1], tokenizer.eos_token_id, np.int32)
     inside = np.ones(len(token_ids), bool)
@@ -230,9 +231,9 @@ def tokenize(
     tokenizer: PreTrainedTokenizerBase,
     as_text: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Tokenize `form(text)` for all texts, without special tokens around it.
+    """Tokenize `form(text)` for all texts, without the special tokens around a text.
 
-    With `as_text`, special tokens within the texts are text too (see `igd_ds.items.as_text`).
+    With `as_text`, special tokens inside the texts are read as text (see `igd_ds.items.as_text`).
 
     The tokenizer is called on chunks of the texts. As Python lists, the tokens of ten million
     titles would take gigabytes.
@@ -302,7 +303,7 @@ def _token_of_code(code: str, item: int, tokenizer: PreTrainedTokenizerBase) -> 
 
     found = "the unknown token" if len(ids) == 1 else f"{len(ids)} tokens"
     raise UsageError(
-        f"code {code!r} of item {item} is {found}, it must be exactly one: make a tokenizer with "
+        f"code {code!r} of item {item} is {found}, and must be exactly one: make a tokenizer with "
         "igd tokenizer --semantic_ids, or add the codes to this one with "
         "igd tokenizer --add_codes_to"
     )

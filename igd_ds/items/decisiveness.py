@@ -115,13 +115,13 @@ def gain_deciles(trie: TokenTrie, gain: np.ndarray) -> np.ndarray:
 def normalised_gain(
     trie: TokenTrie, gain: np.ndarray, cold: str = "zero", epsilon: float = 0.0
 ) -> np.ndarray:
-    """Return (gain − min) / (max − min + epsilon) among siblings, float64 (M,) in [0, 1] (IGD Eq.
-    9).
+    """Return gains min-max normalised among siblings, float64 (M,) in [0, 1] (IGD Eq. 9).
 
-    Siblings whose gains are all equal get 0. Equal means equal within rounding: the same counts
-    summed in another order differ in the last bits, and min-max would blow this noise up to the
-    full range. The tolerance is relative (1e-12, or two units in the last place of an fp32 `gain`),
-    with an absolute floor of 1e-13 for measures that cancel to about 0.
+    This is (gain − min) / (max − min + epsilon). Siblings whose gains are all equal get 0. Equal
+    means equal within rounding: the same counts summed in another order differ in the last bits,
+    and min-max would scale this noise up to the full range. The tolerance is relative (1e-12, or
+    two units in the last place of an fp32 `gain`), with an absolute floor of 1e-13 for measures
+    that cancel to about 0.
 
     Args:
         trie: the catalogue's trie.
@@ -137,7 +137,8 @@ def normalised_gain(
     """
     if cold not in COLD_EDGES:
         raise UsageError(
-            f"unknown treatment of cold edges {cold!r}; known: {', '.join(COLD_EDGES)}"
+            f"unknown treatment of cold edges {cold!r}{did_you_mean(cold, COLD_EDGES)} "
+            f"(known: {', '.join(COLD_EDGES)})"
         )
     tolerance = max(1e-12, 2 * float(np.finfo(gain.dtype).eps))
 
@@ -147,7 +148,8 @@ def normalised_gain(
         value = gain[edges].astype(np.float64)
         takes_part = trie.train_count[edges] > 0 if cold == "zero" else np.ones(len(value), bool)
 
-        # Minimum and maximum of each family, and whether they differ by more than rounding.
+        # Minimum and maximum of each group of siblings, and whether they differ by more than
+        # rounding.
         low = np.minimum.reduceat(np.where(takes_part, value, np.inf), first)
         high = np.maximum.reduceat(np.where(takes_part, value, -np.inf), first)
         scale = np.maximum(np.abs(low), np.abs(high))
@@ -157,8 +159,8 @@ def normalised_gain(
             differ = spread > tolerance * scale + 1e-13
 
         chosen = takes_part & differ[siblings]
-        family = siblings[chosen]
-        normalised[edges][chosen] = (value[chosen] - low[family]) / (spread[family] + epsilon)
+        group = siblings[chosen]
+        normalised[edges][chosen] = (value[chosen] - low[group]) / (spread[group] + epsilon)
     return normalised
 
 
@@ -211,11 +213,11 @@ def chi_squared(trie: TokenTrie) -> np.ndarray:
     """Return Pearson's statistic of the child's item counts against the parent's, float64 (M,).
 
     X²(c; v) = Σ (O_i − E_i)² / E_i over the leaves i under v, where O_i = n_i under c and 0
-    elsewhere, and E_i = n_c p(i|v). It says how far the items that remain are from a random draw of
-    the items before. Every item belongs to one child, so the sum is n_v − n_c, an integer. This is
-    also the limit n_c → 0 of a cold edge. It is a test of the goodness of fit. A test of
-    independence between next token and item would be degenerate: the item fixes the token, and its
-    statistic is n_v at every edge.
+    elsewhere, and E_i = n_c p(i|v). It measures how far the items that remain are from a random
+    draw among the items before. Every item belongs to one child, so the sum is n_v − n_c, an
+    integer. This is also the limit n_c → 0 of a cold edge. It is a test of the goodness of fit. A
+    test of independence between next token and item would be degenerate: the item fixes the token,
+    and its statistic is n_v at every edge.
     """
     dropped = np.zeros(trie.num_nodes)
     for edges, _, parent in _edge_levels(trie):
@@ -288,13 +290,19 @@ def edge_gain(
     return MEASURES[decisiveness](trie, entropy)
 
 
+def _check_entropy(name: str) -> None:
+    """Raise UsageError for a name that is not in ENTROPIES."""
+    if name not in ENTROPIES:
+        hint, known = did_you_mean(name, ENTROPIES), ", ".join(ENTROPIES)
+        raise UsageError(f"unknown --entropy '{name}'{hint} (known: {known})")
+
+
 def check_names(decisiveness: str, entropy: str) -> None:
     """Raise UsageError for a name that is not in MEASURES or ENTROPIES."""
     if decisiveness not in MEASURES:
         hint, known = did_you_mean(decisiveness, MEASURES), ", ".join(MEASURES)
         raise UsageError(f"unknown --decisiveness '{decisiveness}'{hint} (known: {known})")
-    if entropy not in ENTROPIES:
-        raise UsageError(f"unknown entropy {entropy!r}; known: {', '.join(ENTROPIES)}")
+    _check_entropy(entropy)
 
 
 def filtering_ratio(trie: TokenTrie) -> np.ndarray:
@@ -327,8 +335,7 @@ def _entropy_levels(trie: TokenTrie, name: str) -> Iterator[tuple[int, int, np.n
 
     A caller needs no more than two levels at a time, so M entropies are never held.
     """
-    if name not in ENTROPIES:
-        raise UsageError(f"unknown entropy {name!r}; known: {', '.join(ENTROPIES)}")
+    _check_entropy(name)
     if name == "conditional":
         return _bottom_up(trie, lambda nodes: np.zeros(len(nodes)), _merge_conditional)
     total = max(int(trie.train_count[0]), 1)
@@ -378,9 +385,9 @@ def _bottom_up(
 
 
 def _edge_levels(trie: TokenTrie) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
-    """Yield (child nodes, first child of each family, parents) of each level of edges.
+    """Yield (child nodes, first child of each parent, parents) of each level of edges.
 
-    The root's edges come first. The children are a slice of nodes. The first children are places
+    The root's edges come first. The children are a slice of nodes. The first children are indices
     within the slice, as `reduceat` takes them.
     """
     levels = trie.level_begin()

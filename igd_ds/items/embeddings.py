@@ -58,15 +58,15 @@ def load_embeddings(folder: str | Path, items: pa.Table) -> Embeddings:
 
     Raises:
         UsageError: the folder holds no embeddings; they belong to other items, or to the same items
-            in another order; nothing says whose order the rows are in; there are more or fewer rows
-            than items; values are not finite, or all equal.
+            in another order; the folder does not record the order of the rows; there are more or
+            fewer rows than items; values are not finite, or all equal.
     """
     folder = Path(folder)
     try:
         info = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(
-            f"{folder} is no folder of embeddings ({error}); make one with igd embed"
+            f"{folder} is no folder of embeddings ({error}); igd embed makes one"
         ) from error
 
     vectors = open_array(folder / ARRAY)
@@ -78,7 +78,7 @@ def load_embeddings(folder: str | Path, items: pa.Table) -> Embeddings:
             "dataset's; run igd embed on this dataset"
         )
 
-    # Earlier versions took the rows of a user's array as they came, whatever their order.
+    # Earlier versions took the rows of a user's array in the array's order, without item ids.
     if "file" in info and "item_ids" not in info:
         remedy = "run igd embed again, with --item_ids"
         ItemIds.of(items).refuse_unnamed(f"{folder}, made from {info['file']}", "row", remedy)
@@ -92,7 +92,7 @@ def write_embeddings(
     dtype: npt.DTypeLike,
     fill: Callable[[np.ndarray], None],
 ) -> bool:
-    """Write a folder of embeddings, which appears only when it is complete. Every rank calls this.
+    """Write a folder of embeddings, which appears when it is complete. Every rank calls this.
 
     Args:
         folder: the folder to make, on a file system that all ranks share.

@@ -1,4 +1,4 @@
-"""Ragged ranges without a Python loop: begin[0], begin[0] + 1, …, then begin[1], …"""
+"""Ranges of different lengths one after the other, without a Python loop."""
 
 from __future__ import annotations
 
@@ -23,6 +23,19 @@ def ragged_arange(begin: np.ndarray, count: np.ndarray) -> np.ndarray:
     return np.arange(total) + np.repeat(begin - ends + count, count)
 
 
+def index_within(offsets: np.ndarray) -> np.ndarray:
+    """Return the index of each element within its row, int64 (offsets[-1],).
+
+    Args:
+        offsets: int64 (R+1,), from 0: row r holds the elements offsets[r] … offsets[r+1] − 1.
+
+    Example:
+        >>> index_within(np.array([0, 2, 5])).tolist()
+        [0, 1, 0, 1, 2]
+    """
+    return ragged_arange(np.zeros(len(offsets) - 1, np.int64), np.diff(offsets))
+
+
 def ragged_rows(begin: torch.Tensor, count: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (row, value), each int64 (Σ count,): the ranges of `ragged_arange` and their rows.
 
@@ -31,7 +44,7 @@ def ragged_rows(begin: torch.Tensor, count: torch.Tensor) -> tuple[torch.Tensor,
         >>> row.tolist(), value.tolist()
         ([0, 0, 1, 1, 1], [5, 6, 20, 21, 22])
     """
-    import torch  # here, so that what reads data needs numpy alone
+    import torch  # imported here, so that modules that only read data need numpy alone
 
     row = torch.repeat_interleave(count)
     first = begin - count.cumsum(0) + count

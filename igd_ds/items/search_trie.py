@@ -33,12 +33,12 @@ class SearchTrie:
     depth: torch.Tensor
     """(M,): number of tokens on the path from the root."""
     longest: torch.Tensor
-    """(M,): number of tokens of the longest item under the node. A search bounds with it what an
-    unfinished path can still score."""
+    """(M,): number of tokens of the longest item under the node. A search needs it to bound the
+    score of an unfinished path."""
     forced: torch.Tensor
     """(M,): how many nodes below this one follow without a choice and have a child themselves. This
-    is the radix view of the trie: a model that is given the node's token can be given the tokens of
-    the next `forced` nodes in the same pass."""
+    is the radix view of the trie: a model that reads the node's token can read the tokens of the
+    next `forced` nodes in the same pass."""
 
     @classmethod
     def build(cls, trie: TokenTrie, device: torch.device | str = "cpu") -> SearchTrie:
@@ -49,7 +49,7 @@ class SearchTrie:
             "child_begin": trie.child_begin,
             "depth": trie.depth,
             "longest": longest_item(trie),
-            "forced": forced_run(trie),
+            "forced": forced_tokens(trie),
         }
         return cls(**{name: _smallest(array).to(device) for name, array in arrays.items()})
 
@@ -101,12 +101,12 @@ def longest_item(trie: TokenTrie) -> np.ndarray:
     return longest
 
 
-def forced_run(trie: TokenTrie) -> np.ndarray:
-    """Return how many nodes follow each node as only children, leaves not counted, int32 (M,)."""
+def forced_tokens(trie: TokenTrie) -> np.ndarray:
+    """Return how many only children follow each node, leaves not counted, int32 (M,)."""
     forced = np.zeros(trie.num_nodes, np.int32)
     levels = trie.level_begin()
 
-    # From the lowest level but one up to the root: one more than at an only child.
+    # From the lowest level but one up to the root: 1 plus the number at the only child.
     for begin, end in zip(levels[-3::-1], levels[-2:0:-1], strict=True):
         first = np.asarray(trie.child_begin[begin : end + 1])
         only = np.flatnonzero(np.diff(first) == 1)

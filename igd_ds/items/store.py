@@ -70,7 +70,7 @@ class StoredCatalogue:
         entropy: str,
         decisiveness: str = INFORMATION_GAIN,
     ) -> StoredCatalogue:
-        """Look up each catalogue token's node and zero-gain flag, and put everything together.
+        """Look up each catalogue token's node and zero-gain flag, and return everything together.
 
         Args:
             catalogue: token paths and training counts.
@@ -85,7 +85,7 @@ class StoredCatalogue:
         check_names(decisiveness, entropy)
         gain32 = np.asarray(gain, np.float32)
         # Information gain is 0 on the edges of `zero_gain` and on no others with training targets.
-        # float32 must keep that. Of other measures 0 says nothing.
+        # float32 must keep that. A value of 0 in another measure has no such meaning.
         assert decisiveness != INFORMATION_GAIN or np.array_equal(gain32 == 0, gain == 0), (
             "an information gain underflowed to zero, which only a zero-gain token may have"
         )
@@ -146,14 +146,12 @@ def load_catalogue(
     tokenizer: PreTrainedTokenizerBase | None = None,
     dataset: ItemDataset | None = None,
 ) -> StoredCatalogue:
-    """Map a stored catalogue read-only.
+    """Map a stored catalogue read-only, after a check of every array's sha256 (1 s per GB).
 
     Args:
-        folder: what `save_catalogue` wrote, in this version or the one before.
-        tokenizer: if given, checked to be the one with which the catalogue was made.
-        dataset: if given, checked to be the one from which the catalogue was made.
-
-    Every array's sha256 is checked, about a second per GB.
+        folder: a folder that `save_catalogue` wrote, in this version or the one before.
+        tokenizer: if given, the tokenizer with which the catalogue must have been made.
+        dataset: if given, the dataset from which the catalogue must have been made.
 
     Raises:
         UsageError: the folder is no catalogue or has another version; a file is missing, cut off or
@@ -208,7 +206,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
     version = description.get("version")
     if version not in (1, VERSION):
         raise UsageError(
-            f"{path} has version {version}, this program reads 1 and {VERSION}: build the "
+            f"{path} has version {version}, but this program reads 1 and {VERSION}: build the "
             "catalogue anew"
         )
     return description
@@ -227,7 +225,7 @@ def _map_array(folder: Path, name: str, description: dict[str, Any]) -> np.ndarr
     found = path.stat().st_size
     if found != expected:
         raise UsageError(
-            f"{path} has {found:,} bytes, expected {expected:,}: it is cut off or damaged; build "
+            f"{path} has {found:,} bytes instead of {expected:,}: it is cut off or damaged; build "
             "the catalogue anew"
         )
     sha256 = description.get("sha256", {}).get(name)

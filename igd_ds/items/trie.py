@@ -19,9 +19,9 @@ from igd_ds.errors import UsageError
 
 @dataclass(frozen=True)
 class TokenTrie:
-    """All item paths as a prefix tree. It includes cold items; items with equal paths share a leaf.
+    """All item paths as a prefix tree, cold items included; items with equal paths share a leaf.
 
-    A cold item is one that is no training row's target. Nodes are numbered breadth-first, every
+    A cold item is not the target of any training row. Nodes are numbered breadth-first, every
     level in the lexicographic order of the paths; node 0 is the root. Edge e leads into node e, so
     every array over edges is indexed by the child node, and its entry 0 has no meaning.
 
@@ -150,7 +150,7 @@ class TokenTrie:
                 number of tokens, and how many first tokens it shares with the path before it.
             running: int64 (N+1,), training counts summed up in the same order.
         """
-        alive = np.arange(len(length))  # places in `item_order` of the items that reach this depth
+        alive = np.arange(len(length))  # positions in `item_order` of items that reach this depth
         node = np.zeros(len(length), np.int32)  # their nodes one level up
         above, first_node = 0, 1  # where the level above and this level begin
 
@@ -258,12 +258,12 @@ def _lexicographic_order(token_ids: np.ndarray, offsets: np.ndarray) -> np.ndarr
     """Return the item ids, int64 (N,), sorted by path; equal paths in order of id.
 
     A round sorts by one int64 key per item: the number of the item's group of ties, followed by as
-    many tokens as fit. Only items that are still tied go into the next round. Of real titles, few
-    are tied after three or four tokens.
+    many tokens as fit. Only items that are still tied go into the next round. Few real titles are
+    still tied after three or four tokens.
     """
     width = int(token_ids.max() + 1).bit_length()
     order = np.arange(len(offsets) - 1)
-    tied = order.copy()  # sorted places that are still tied; a group of ties is contiguous
+    tied = order.copy()  # sorted positions that are still tied; a group of ties is contiguous
     group = np.zeros(len(order), np.int64)
     depth = 0
 

@@ -19,13 +19,14 @@ from igd_ds.errors import UsageError
 from igd_ds.items.catalogue import Catalogue, ItemDataset
 from igd_ds.items.decisiveness import information_gain
 from igd_ds.items.ids import DENSE, SOURCE, ItemIds
+from igd_ds.items.ragged import index_within
 from igd_ds.items.trie import TokenTrie
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MOST_TRAINED = 3
-"""How many siblings of a token, and how many items that part at a token, are listed."""
+"""How many siblings of a token, and how many items that branch off at a token, are listed."""
 
 
 @dataclass(frozen=True)
@@ -132,11 +133,11 @@ def find(view: CatalogueView, wanted: str, space: str = SOURCE) -> list[int]:
     Args:
         view: the catalogue.
         wanted: an id, a name or a part of one.
-        space: the language of ids, a name in SPACES.
+        space: the id space, a name in SPACES.
 
     Raises:
-        UsageError: there is no such item; the message has the nearest names, and says if the other
-            language has the id.
+        UsageError: there is no such item; the message has the nearest names, and says whether the
+            id exists in the other id space.
     """
     names, sought = view.names, wanted.strip().casefold()
     by_id = view.ids.item(wanted.strip(), space)
@@ -168,13 +169,13 @@ def describe(view: CatalogueView, item: int) -> dict[str, Any]:
         `CatalogueView.item` and
 
         - tokens: for each token `CatalogueView.edge` (items and train_count are those under the
-          prefix that ends with it), its share of the item's whole gain (None if that is 0),
+          prefix that ends with it), its share of the item's total gain (None if that is 0),
           zero_gain (the token rules out no training row), forced (the prefix before it has no
           other continuation), and its siblings;
-        - gain: the item's whole gain in nats;
+        - gain: the item's total gain in nats;
         - deciding: the number, from 1 on, of the last token that is not forced; None if all are;
-        - forced_runs: [first, last] number of each stretch of forced tokens;
-        - parting: the prefixes behind which other items go another way, the longest first;
+        - forced_runs: [first, last] number of each chain of forced tokens;
+        - parting: the prefixes after which other items branch off, the longest first;
         - same_path: other items with the same tokens.
     """
     trie = view.trie
@@ -244,15 +245,15 @@ def _stretches(flags: Iterable[bool]) -> list[list[int]]:
 
 
 def worst(view: CatalogueView, count: int) -> dict[str, Any]:
-    """Return the items that are hardest to tell apart, `count` of each sort.
+    """Return the items that are hardest to tell apart, `count` of each kind.
 
     Returns:
-        - latest: the items whose deciding token comes last; of these, first the ones where it gains
-          least;
+        - latest: the items whose deciding token comes last; of equals, those with the least gain
+          first;
         - duplicate_paths: how many token paths belong to several items, and duplicates: their
           items, the largest groups first;
-        - prefix_items: how many items have a deciding token that only ends what other items
-          continue, and prefixes: the first of these items.
+        - prefix_items: how many items are a prefix of other items, so that their deciding token is
+          the one that ends them, and prefixes: the first of these items.
     """
     trie, offsets = view.trie, view.catalogue.offsets
     nodes, begin, length = trie.path_nodes(offsets), offsets[:-1], np.diff(offsets)
@@ -261,7 +262,7 @@ def worst(view: CatalogueView, count: int) -> dict[str, Any]:
     # gain.
     is_branch = np.diff(trie.child_begin) > 1
     decides = is_branch[trie.parent[nodes]]
-    number = np.arange(1, len(nodes) + 1) - np.repeat(begin, length)
+    number = 1 + index_within(offsets)
     deciding = np.maximum.reduceat(np.where(decides, number, 0), begin)
     gain = view.gain[nodes[begin + np.maximum(deciding - 1, 0)]]
     latest = np.lexsort((gain, -deciding))
@@ -270,7 +271,7 @@ def worst(view: CatalogueView, count: int) -> dict[str, Any]:
     shared = np.flatnonzero(trie.is_leaf & (trie.num_items > 1))
     shared = shared[np.argsort(-trie.num_items[shared], kind="stable")]
 
-    # Such a token can only be one of the last two: a line break and EOS, or EOS alone.
+    # A token that ends an item is one of the last two: a line break and EOS, or EOS alone.
     near_end = deciding[latest] >= np.maximum(length[latest] - 1, 1)
     prefixes = [item for item in latest[near_end] if _ends_there(view, item, deciding[item] - 1)]
 
@@ -293,7 +294,7 @@ def worst(view: CatalogueView, count: int) -> dict[str, Any]:
 
 
 def _ends_there(view: CatalogueView, item: int, num_tokens: int) -> bool:
-    """Whether an item's first tokens are its whole title or all its codes."""
+    """Whether an item's first tokens are its complete title or all its codes."""
     path = view.catalogue.path(item)
     if view.catalogue.kind == "semantic-id":
         return num_tokens == len(path) - 1

@@ -17,7 +17,7 @@ from igd_ds.contracts import ObjectiveContext
 from igd_ds.errors import UsageError
 from igd_ds.items.embeddings import check_vectors, load_embeddings, open_array
 from igd_ds.items.ids import ItemIds
-from igd_ds.items.ragged import ragged_arange
+from igd_ds.items.ragged import index_within, ragged_arange
 from igd_ds.items.trie import TokenTrie
 from igd_ds.objectives.per_item import sum_to_length
 from igd_ds.objectives.weighted import TokenWeighting
@@ -78,9 +78,8 @@ def front_greater_weights(context: ObjectiveContext, item_embeddings: str) -> np
     reduction = np.array(distributed.on_main(reductions))
 
     offsets = context.stored.catalogue.offsets
-    level = np.arange(offsets[-1]) - np.repeat(offsets[:-1], np.diff(offsets))
     by_level = np.append(reduction, 0.0)  # the last entry is the longest item's EOS
-    return sum_to_length(by_level[level], offsets)
+    return sum_to_length(by_level[index_within(offsets)], offsets)
 
 
 def _vectors(context: ObjectiveContext, path: Path) -> np.ndarray:

@@ -9,6 +9,7 @@ import numpy as np
 
 from igd_ds.config.options import option, require
 from igd_ds.contracts import ObjectiveContext
+from igd_ds.items.ragged import index_within
 from igd_ds.objectives.weighted import TokenWeighting
 
 
@@ -46,7 +47,7 @@ class Position(TokenWeighting):
         """
         offsets = context.stored.catalogue.offsets
         m = np.repeat(np.diff(offsets), np.diff(offsets))
-        t_minus_1 = np.arange(len(m)) - np.repeat(offsets[:-1], np.diff(offsets))
+        t_minus_1 = index_within(offsets)
 
         falling = (1 - self.options.position_floor) * t_minus_1 / np.maximum(m - 1, 1)
         return (1 - falling).astype(np.float32)[:, None]

@@ -12,21 +12,22 @@ from igd_ds.search.ranking import best_per_group, merge_ranked
 class Beam:
     """The hypotheses of A pairs: S(y_≤t) = S(y_<t) + w_d·log p(y_t) + prior + guidance, in fp32.
 
-    **Rule.** It is that of Hugging Face's beam search. Of the children of all hypotheses, the best
-    2K are looked at. A finished item among them counts only if it is one of the first K, and it
-    does not take the place of a hypothesis. The best K unfinished ones are the next hypotheses. A
-    pair's search ends when no hypothesis can beat its K-th finished item. The bound of a hypothesis
-    is S / longest^p, because no later token can raise S. (Hugging Face takes the present length
-    instead of the longest, and so can stop too early if p > 0.)
+    **Rule.** The rule is that of Hugging Face's beam search. A step looks at the best 2K of the
+    children of all hypotheses. A finished item among them counts only if it is one of the first K,
+    and it does not use up one of the K hypotheses. The best K unfinished ones are the next
+    hypotheses. A pair's search ends when no hypothesis can beat its K-th finished item. The bound
+    of a hypothesis is S / longest^p, because no later token can raise S. (Hugging Face divides by
+    the present length instead of the longest, so it can stop too early if p > 0.)
 
     **Order.** Hypotheses are compared token by token, whatever the model has computed ahead. A pair
-    makes a step when the nodes of all its hypotheses are expanded; else it waits for `wanted`.
+    makes a step when the nodes of all its hypotheses are expanded; otherwise it waits until the
+    nodes of `wanted` are.
     Pairs do not wait for each other.
 
     **Length of the list.** Every list has min(K, number of leaves the user may get) entries.
     Candidates of one step are different nodes of one level, each with a leaf of its own below.
     While there are K or fewer of them, all finish or live on. From the first time that there are
-    more, finished items and hypotheses together are never fewer than K.
+    more, there are never fewer than K finished items and hypotheses together.
 
     **Ties.** Candidates of equal score keep the order (rank of their hypothesis, token id), and an
     item that finished earlier stays ahead. The order is the same on every run and device. It does
@@ -57,8 +58,8 @@ class Beam:
         self.pair_user, self.pair_alpha = pair_user, pair_alpha
         shape, device = (len(pair_user), num_beams), pair_user.device
 
-        # Hypotheses: the edge that each ends with, its score, and whether it is there at all. The
-        # first one of each pair is the edge to the user's root.
+        # Hypotheses: the edge that each ends with, its score, and whether the entry holds one at
+        # all. The first one of each pair is the edge to the user's root.
         self.edge = torch.zeros(shape, dtype=torch.int64, device=device)
         self.edge[:, 0] = pair_user
         self.score = torch.zeros(shape, device=device)
@@ -85,7 +86,7 @@ class Beam:
         return edges[~self.frontier.is_expanded(edges)].unique()
 
     def open_users(self) -> torch.Tensor:
-        """Return the users (ascending) whose search goes on."""
+        """Return the users (ascending) whose search has not ended."""
         return self.pair_user[self.live.any(1)].unique()
 
     def _step(self, pairs: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Exact top-K search: best-first over the trie, until K finished items beat every open prefix.
+"""Exact top-K search: best first over the trie, until K finished items beat every open prefix.
 
 Letters in shapes: A pairs (a pair is one user at one α), K length of a list, E open edges.
 """
@@ -21,20 +21,20 @@ class BestFirst:
     beam search, with the same fp32 sums in the same order, so they are equal to the bit.
 
     Args:
-        frontier: the batch's frontier. What another search has expanded costs nothing here.
+        frontier: the batch's frontier. Nodes that another search has expanded cost nothing here.
         pair_user: int64 (A,), the user of each pair.
         pair_alpha: float32 (A,), the α of each pair.
         leaves, scores: (A, K), lists that are known already (those of the beam search); −1 and −inf
             where there is none. Their K-th score is the first bound.
-        row_positions: a user who has sent this many tokens through the model, in this search and
-            before it, sends no more. (The last batch of expansions may exceed it.) The ranks proven
-            by then are returned.
+        row_positions: most tokens per user, in this search and before it. When a user has sent that
+            many, the search sends no more for the user and returns the ranks proven so far. (The
+            last batch of expansions may exceed the limit.)
 
     Attributes:
         leaves, scores: int64 and float32 (A, K), the best items found so far; −1 and −inf where
             there is none.
-        missing_bound: float32 (A,), once the search has ended: no item outside `lists` scores above
-            it; −inf: the lists are proven.
+        missing_bound: float32 (A,), valid once the search has ended: no item outside `lists` scores
+            above it. −inf where the list is proven.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class BestFirst:
         num_pairs, device = len(pair_user), pair_user.device
         self.missing_bound = torch.full((num_pairs,), -torch.inf, device=device)
 
-        # The open edges, of all pairs: first each pair's edge to its user's root.
+        # The open edges of all pairs. At the start these are the edges to the users' roots.
         self.pair = torch.arange(num_pairs, device=device)
         self.edge = pair_user.clone()
         self.score = torch.zeros(num_pairs, device=device)
@@ -84,14 +84,14 @@ class BestFirst:
         )
         best = best.T[best.T >= 0]
 
-        # Pairs of one user can want the same edge: its first place counts.
+        # Pairs of one user can want the same edge: its best rank counts.
         edges, index = self.edge[order[best]].unique(return_inverse=True)
-        place = torch.arange(len(best), device=edges.device)
-        first = torch.full_like(edges, len(best)).scatter_reduce(0, index, place, "amin")
+        rank = torch.arange(len(best), device=edges.device)
+        first = torch.full_like(edges, len(best)).scatter_reduce(0, index, rank, "amin")
         return edges[first.argsort()]
 
     def open_users(self) -> torch.Tensor:
-        """Return the users (ascending) whose search goes on."""
+        """Return the users (ascending) whose search has not ended."""
         return self.pair_user[self.pair].unique()
 
     def lists(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -102,7 +102,7 @@ class BestFirst:
         )
 
     def _give_up(self, lost: torch.Tensor) -> None:
-        """Drop open edges (bool (E,)) whose users may send no more, and keep their best bounds."""
+        """Drop open edges, bool (E,), of users at the limit; keep the best bound of each pair."""
         self.missing_bound.scatter_reduce_(0, self.pair[lost], self.bound[lost], "amax")
         self._keep(~lost)
 

@@ -1,5 +1,4 @@
-"""The search of one batch: policies ask for trie nodes, the model expands them for all users at
-once.
+"""The search of one batch: policies ask for trie nodes, the model expands them for all users.
 
 Letters in shapes: B users, nA values of α, A = B·nA user × α pairs (ordered by user), K length of a
 list, M trie nodes.
@@ -24,16 +23,16 @@ METHODS = ("beam", "exact")
 
 
 class Policy(Protocol):
-    """A way to search: which nodes it needs next, and what it makes of them."""
+    """A search policy: selects the nodes to expand and updates its lists from the results."""
 
     def advance(self) -> None:
-        """Go on as far as the frontier allows."""
+        """Make all steps that the expanded nodes allow."""
 
     def wanted(self) -> torch.Tensor:
-        """Return the edges (Q,) whose children it needs next; none: it has ended."""
+        """Return the edges (Q,) whose children to expand next. Empty when the search has ended."""
 
     def open_users(self) -> torch.Tensor:
-        """Return the users (ascending) whose search goes on."""
+        """Return the users (ascending) whose search has not ended."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +70,7 @@ def search(
     limits: Limits = Limits(),  # noqa: B008
     any_rank: Callable[[bool], bool] = bool,
 ) -> SearchResult:
-    """Find K good items (beam) or the K best items (exact) for each prompt, at every α of
-    `scoring`.
+    """Find K good items (beam) or the K best items (exact) per prompt, at every α of `scoring`.
 
     The exact search begins with a beam search, whose K-th score is its first bound. Both share
     everything that the model computes.
@@ -162,10 +160,10 @@ def _follow(
     any_rank: Callable[[bool], bool],
     retire: bool,
 ) -> None:
-    """Expand the nodes that `policy` wants, until it wants none on any rank.
+    """Expand the nodes that `policy` wants, until no rank wants any.
 
-    With `retire`, the caches of users whose search has ended are freed, once they are half of those
-    that are cached.
+    With `retire`, the caches of users whose search has ended are freed each time that at least half
+    of the cached users have ended.
     """
     cached = len(frontier.tree.prompt_logits)
     policy.advance()

@@ -1,8 +1,8 @@
 """Item filters and guidance by a second scorer, for any node of the trie.
 
-The items under a node are neighbours in the trie's item order, so both are questions about a range
-of positions in that order. They are answered for the edges that a search looks at. No trie is
-rebuilt and the catalogue is not walked.
+The items under a node are neighbours in the trie's item order, so filter and guidance look at a
+range of positions in that order, and only for the edges that a search looks at. No trie is rebuilt
+and the catalogue is not walked.
 
 Letters in shapes: B users of a batch, N items, M trie nodes, E edges, n entries in all lists of a
 batch.
@@ -39,11 +39,11 @@ class ItemRanges:
     num_items: torch.Tensor
     """int32 (M,) on the search's device; each item of a shared leaf is counted."""
     position: torch.Tensor
-    """int32 (N,) on the search's device: an item's place in `item_order`."""
+    """int32 (N,) on the search's device: an item's position in `item_order`."""
 
     @classmethod
     def build(cls, trie: TokenTrie, device: torch.device | str = "cpu") -> ItemRanges:
-        """Copy what is needed of a TokenTrie to `device`: 8 bytes per node and 4 bytes per item."""
+        """Copy the arrays from a TokenTrie to `device`: 8 bytes per node and 4 bytes per item."""
         position = np.empty(len(trie.item_order), np.int32)
         position[trie.item_order] = np.arange(len(position), dtype=np.int32)
         # np.array copies: writing to a tensor over a read-only memory map would be undefined.
@@ -55,13 +55,12 @@ class ItemRanges:
 class ItemFilter:
     """The items that each user of a batch may get.
 
-    A search passes only nodes with an allowed item below them. A question costs O(E log n), and a
-    list entry takes 8 bytes, however large the catalogue is.
+    A search visits only nodes with an allowed item below them. A look-up of E edges costs
+    O(E log n), and a list entry takes 8 bytes, however large the catalogue is.
 
     Example:
         >>> ranges = ItemRanges.build(stored.trie)
-        >>> item_filter = ItemFilter.build(ranges, num_users=2, allow=[None, [3, 8]], deny=[[5],
-        []])
+        >>> item_filter = ItemFilter.build(ranges, 2, allow=[None, [3, 8]], deny=[[5], []])
         >>> item_filter.allows_items(torch.tensor([0, 1]), torch.tensor([5, 8])).tolist()
         [False, True]
     """
@@ -81,7 +80,7 @@ class ItemFilter:
         num_users: int,
         allow: ItemLists | None = None,
         deny: ItemLists | None = None,
-        labels: Sequence[str] | None = None,
+        names: Sequence[str] | None = None,
     ) -> ItemFilter:
         """Make the filter of one allow list and one deny list per user.
 
@@ -90,18 +89,18 @@ class ItemFilter:
         Args:
             ranges: of the searched trie.
             num_users: B.
-            allow: the only item ids that each user may get, None for a user without limits. None
-                instead of a sequence: no user has limits.
+            allow: the only item ids that each user may get; None for a user without an allow list.
+                None instead of a sequence: no user has one.
             deny: the item ids that each user may not get, or None. An item in both lists is denied.
-            labels: the caller's names for the users, for error messages.
+            names: what error messages call the users.
 
         Raises:
             UsageError: there is not one entry per user, an entry is no item id, or a user is left
                 without any item.
         """
         num_items, device = len(ranges.position), ranges.position.device
-        allowed = _checked_lists("allow", allow, num_users, num_items, labels)
-        denied = _checked_lists("deny", deny, num_users, num_items, labels)
+        allowed = _checked_lists("allow", allow, num_users, num_items, names)
+        denied = _checked_lists("deny", deny, num_users, num_items, names)
 
         # One list per user: the allowed items without the denied ones, or the denied items.
         listed: list[np.ndarray] = []
@@ -114,7 +113,7 @@ class ItemFilter:
             is_allow.append(only is not None)
             if len(items) == (num_items if only is None else 0):
                 raise UsageError(
-                    f"{_name(user, labels)}: the item filter leaves nothing of the {num_items} "
+                    f"{_name(user, names)}: the item filter leaves nothing of the {num_items} "
                     "items; loosen it"
                 )
 
@@ -133,7 +132,7 @@ class ItemFilter:
         A shared leaf is allowed if any of its items is.
 
         Args:
-            user: int64 (E,), places in the batch.
+            user: int64 (E,), indices into the batch.
             node: int64 (E,).
         """
         return self._any_allowed(user, self.ranges.first_item[node], self.ranges.num_items[node])
@@ -141,10 +140,10 @@ class ItemFilter:
     def allows_items(self, user: torch.Tensor, item: torch.Tensor) -> torch.Tensor:
         """Return whether the user may get the item, bool (E,).
 
-        It tells the items of a shared leaf apart.
+        Items of a shared leaf are told apart.
 
         Args:
-            user: int64 (E,), places in the batch.
+            user: int64 (E,), indices into the batch.
             item: integers (E,).
         """
         position = self.ranges.position[item]
@@ -158,9 +157,9 @@ class ItemFilter:
         allow = self.allow[user]
 
         # The keys are different integers. Consider the first key ≥ begin. If the user's list
-        # denies, the key `count − 1` places further lies inside the range only if every position is
-        # listed: all are denied. If the list allows, the first key itself lies inside if any is
-        # listed.
+        # denies, the key `count − 1` entries further lies inside the range only if every position
+        # is listed, which means that all are denied. If the list allows, the first key itself lies
+        # inside the range if any position is listed.
         entry = torch.searchsorted(self.keys, begin) + (count - 1).where(~allow, 0)
         inside = self.keys[entry.clamp(max=len(self.keys) - 1)] < begin + count
         return inside == allow
@@ -194,7 +193,7 @@ class Guidance:
         ranges: ItemRanges,
         q: np.ndarray | torch.Tensor,
         weight: float,
-        labels: Sequence[str] | None = None,
+        names: Sequence[str] | None = None,
     ) -> Guidance:
         """Sum up each user's masses in the trie's item order, as integers: 8·B·N bytes.
 
@@ -206,7 +205,7 @@ class Guidance:
             ranges: of the searched trie.
             q: floats (B, N), at least 0; column i belongs to item i.
             weight: guidance weight ≥ 0.
-            labels: the caller's names for the users, for error messages.
+            names: what error messages call the users.
 
         Raises:
             UsageError: a negative or infinite weight, a wrong shape, or a user whose values are
@@ -214,7 +213,9 @@ class Guidance:
         """
         num_items, device = len(ranges.position), ranges.position.device
         if not 0 <= weight < np.inf:
-            raise UsageError(f"--guidance_weight must not be negative, and finite, found {weight}")
+            raise UsageError(
+                f"--guidance_weight must not be negative, NaN or infinite, found {weight}"
+            )
         if len(q.shape) != 2 or q.shape[1] != num_items:
             raise UsageError(
                 f"--guidance takes one row per user of {num_items} item scores, found shape "
@@ -222,18 +223,18 @@ class Guidance:
             )
 
         # One user at a time, because each row is copied to fp64.
-        place = ranges.position.long() + 1
+        column = ranges.position.long() + 1
         mass = torch.zeros((len(q), num_items + 1), dtype=torch.int64, device=device)
         for user in range(len(q)):
             row = _row(q, user).to(device, torch.float64)
             total = row.sum()
             if not (row >= 0).all() or not total.isfinite():
                 raise UsageError(
-                    f"{_name(user, labels)}: --guidance has negative, NaN or infinite scores"
+                    f"{_name(user, names)}: --guidance has negative, NaN or infinite scores"
                 )
             if total == 0:
-                raise UsageError(f"{_name(user, labels)}: --guidance gives every item a score of 0")
-            mass[user, place] = (row / total * MASS_UNITS).ceil().long()
+                raise UsageError(f"{_name(user, names)}: --guidance gives every item a score of 0")
+            mass[user, column] = (row / total * MASS_UNITS).ceil().long()
             mass[user] = mass[user].cumsum(0)
         return cls(ranges, mass, weight)
 
@@ -243,7 +244,7 @@ class Guidance:
         """Return what the guidance adds to the scores of edges, in nats, float32 (E,), at most 0.
 
         Args:
-            user: int64 (E,), places in the batch.
+            user: int64 (E,), indices into the batch.
             parent: int64 (E,), nodes.
             child: int64 (E,), a child of each.
         """
@@ -270,7 +271,7 @@ def _checked_lists(
     lists: ItemLists | None,
     num_users: int,
     num_items: int,
-    labels: Sequence[str] | None,
+    names: Sequence[str] | None,
 ) -> list[np.ndarray | None]:
     """Return each user's item ids, int64, ascending and without duplicates; None without a list."""
     if lists is None:
@@ -281,7 +282,7 @@ def _checked_lists(
             "users"
         )
     return [
-        None if ids is None else _checked_ids(name, ids, num_items, _name(user, labels))
+        None if ids is None else _checked_ids(name, ids, num_items, _name(user, names))
         for user, ids in enumerate(lists)
     ]
 
@@ -304,6 +305,6 @@ def _checked_ids(name: str, ids: Iterable[int], num_items: int, user: str) -> np
     return items
 
 
-def _name(user: int, labels: Sequence[str] | None) -> str:
+def _name(user: int, names: Sequence[str] | None) -> str:
     """Return how error messages call a user."""
-    return f"user {user} of the batch" + ("" if labels is None else f" ({labels[user]})")
+    return f"user {user} of the batch" + ("" if names is None else f" ({names[user]})")

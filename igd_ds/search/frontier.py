@@ -1,10 +1,11 @@
-"""The frontier of a batch: the trie nodes that the model has read so far, and the edges below them.
+"""The frontier of a batch: the trie nodes that the model has read, and the edges below them.
 
 All searches of a batch (each user at each α, and the exact search after the beam search) read and
 extend the same frontier, so no token is sent through the model twice for one user.
 
 Letters in shapes: B users, X expanded nodes, E edges, Q edges to expand, T tokens of a pass,
-V vocabulary.
+V vocabulary. A *chain* is a row of tokens, each the child of the one before, that go through the
+model together (see `contracts.PromptTree`).
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from igd_ds.items.search_trie import SearchTrie
 from igd_ds.search.filters import Guidance, ItemFilter
 from igd_ds.search.scoring import Scoring
 
-# Forced tokens that are sent before they are needed. More of them save passes, and cost positions
-# for hypotheses that do not get that far (measured: docs/search.md).
+# How many forced tokens a chain may hold beyond its first token: they are sent before they are
+# needed. A larger number saves passes, and costs positions for hypotheses that are dropped before
+# they get that far (measured: docs/search.md).
 LOOKAHEAD = 12
 
 # Logits per block of the softmax: 4 MiB of fp32. malloc keeps such blocks for the next use and
@@ -34,8 +36,8 @@ BLOCK = 2**20
 class PerUser:
     """What differs between the users of a batch besides their prompts.
 
-    If both are given, the guidance should give nothing to items that the filter leaves out. Else
-    hypotheses would follow the mass of these items.
+    If both are given, the guidance should give probability 0 to items that the filter leaves out.
+    Otherwise hypotheses would follow the mass of these items.
     """
 
     item_filter: ItemFilter | None = None
@@ -71,8 +73,8 @@ class Frontier:
     """Expanded nodes and the edges below them, as growable flat arrays.
 
     A trie node of one user is *expanded* when the model has given the logits behind it. Expanded
-    node x has the arrays `node` (in the trie), `user`, `run` (of the prompt tree), `first_edge` and
-    `num_edges`: its edges are first_edge[x] … first_edge[x] + num_edges[x] − 1.
+    node x has the arrays `node` (in the trie), `user`, `chain` (in the prompt tree), `first_edge`
+    and `num_edges`: its edges are first_edge[x] … first_edge[x] + num_edges[x] − 1.
 
     Edge e has `child` (the trie node that it leads to), `logprob` (float32, nats), `bonus`
     (float32, nats: what prior and guidance add), `above` (the expanded node at which it begins) and
@@ -97,7 +99,7 @@ class Frontier:
 
         self.node = GrowableArray(torch.int64, device)
         self.user = GrowableArray(torch.int64, device)
-        self.run = GrowableArray(torch.int64, device)
+        self.chain = GrowableArray(torch.int64, device)
         self.first_edge = GrowableArray(torch.int64, device)
         self.num_edges = GrowableArray(torch.int64, device)
 
@@ -149,17 +151,17 @@ class Frontier:
             edges: int64 (Q,), whose children are not expanded.
             pass_positions: the most tokens of the pass.
         """
-        # A run is a child and up to LOOKAHEAD forced tokens below it. Take as many as fit.
+        # A chain is a child and up to LOOKAHEAD forced tokens below it. Take as many chains as fit.
         child = self.node_below(edges)
         length = (1 + self.trie.forced[child].long().clamp(max=LOOKAHEAD)).clamp(max=pass_positions)
         fits = length.cumsum(0) <= pass_positions
         edges, child, length = edges[fits], child[fits], length[fits]
-        run, node = self._run_nodes(child, length)
+        chain, node = self._chain_nodes(child, length)
 
         above = self.above.values[edges].long()
-        lengths = torch.bincount(run, minlength=len(edges))
+        lengths = torch.bincount(chain, minlength=len(edges))
         logits, number = self.tree.extend(
-            self.run.values[above], lengths, self.trie.token[node].long()
+            self.chain.values[above], lengths, self.trie.token[node].long()
         )
         if not len(edges):
             return
@@ -170,12 +172,12 @@ class Frontier:
             user, weights=lengths.double(), minlength=len(self.positions)
         ).long()
 
-        # Add the expanded nodes, and note at each edge that leads to one of them which it is.
+        # Append the expanded nodes and store their numbers at the edges that lead to them.
         begin, first = self.node.size, lengths.cumsum(0) - lengths
         self.below.values[edges] = (begin + first).int()
-        self._append_expanded(node, user[run], number[run], logits)
-        inside = torch.ones_like(run, dtype=torch.bool)
-        inside[first + lengths - 1] = False  # the edges below the last node of a run are open
+        self._append_expanded(node, user[chain], number[chain], logits)
+        inside = torch.ones_like(chain, dtype=torch.bool)
+        inside[first + lengths - 1] = False  # the edges below the last node of a chain stay open
         expanded = begin + inside.nonzero()[:, 0]
         self.below.values[self.first_edge.values[expanded]] = (expanded + 1).int()
 
@@ -192,33 +194,33 @@ class Frontier:
         """
         return weights * self.logprob.values[edges] + self.bonus.values[edges]
 
-    def _run_nodes(
+    def _chain_nodes(
         self, child: torch.Tensor, length: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the run and the trie node of each of T tokens, int64 (T,).
+        """Return the chain and the trie node of each of T tokens, int64 (T,).
 
         Args:
-            child: int64 (Q,), the first node of each run; the others are only children below it.
-            length: int64 (Q,), tokens per run.
+            child: int64 (Q,), the first node of each chain; the others are only children below it.
+            length: int64 (Q,), tokens per chain.
         """
-        run, _ = ragged_rows(torch.zeros_like(length), length)
-        node = torch.empty_like(run)
+        chain, _ = ragged_rows(torch.zeros_like(length), length)
+        node = torch.empty_like(chain)
         first = length.cumsum(0) - length
         for step in range(int(length.max()) if len(length) else 0):
             going = length > step
             child, first, length = child[going], first[going], length[going]
             node[first + step] = child
             child = self.trie.child_begin[child].long()
-        return run, node
+        return chain, node
 
     def _append_expanded(
-        self, node: torch.Tensor, user: torch.Tensor, run: torch.Tensor, logits: torch.Tensor
+        self, node: torch.Tensor, user: torch.Tensor, chain: torch.Tensor, logits: torch.Tensor
     ) -> None:
         """Add expanded nodes and the edges below them.
 
         Args:
-            node, user, run: int64 (X,).
-            logits: (X, V), behind the node's token.
+            node, user, chain: int64 (X,).
+            logits: (X, V), behind the token of each node.
         """
         # The children that the user may get, with their log-probabilities.
         row, child = self.trie.children(node)
@@ -247,7 +249,7 @@ class Frontier:
         self._append_edges(child, row + self.node.size, logprob, bonus)
         self.node.append(node)
         self.user.append(user)
-        self.run.append(run)
+        self.chain.append(chain)
 
     def _append_edges(
         self, child: torch.Tensor, above: torch.Tensor, logprob: torch.Tensor, bonus: torch.Tensor
@@ -272,9 +274,9 @@ def full_logprob(
 ) -> torch.Tensor:
     """Return log softmax(logits / T) over the vocabulary, at (row, token), float32 (E,).
 
-    It works on blocks of rows whose memory is used again: fresh memory for all rows at once costs
-    more than the arithmetic. It calls log_softmax instead of computing logit − logsumexp: one fused
-    pass, rounded like Hugging Face's scores.
+    The function works on blocks of rows whose memory is used again: fresh memory for all rows at
+    once costs more than the arithmetic. It calls log_softmax instead of computing logit −
+    logsumexp, because that is one fused pass and is rounded like Hugging Face's scores.
 
     Args:
         logits: (X, V), in the model's dtype.

@@ -21,13 +21,13 @@ class IGDLogitsProcessor(LogitsProcessor):
             logits_processor=[IGDLogitsProcessor(trie, weights, prompts["input_ids"].shape[1])],
         )
 
-    Here `eos` is the catalogue's EOS. `renormalize_logits=True` would undo the weights, and the
-    scores are not made for sampling. With `early_stopping="never"` the rule that ends the search is
+    Here `eos` is the catalogue's EOS. `renormalize_logits=True` would undo the weights. The scores
+    are not meant for sampling. With `early_stopping="never"` the rule that ends the search is
     provably right at every length penalty. With False it is the rule of the published code, which
     is the same at penalty 0. Sequences with a score of −1e9 or less are no items: they fill up a
     list that is longer than the catalogue.
 
-    The object keeps nothing between calls. It finds each row's trie node again from the tokens
+    The object keeps no state between calls. It finds each row's trie node again from the tokens
     behind the prompt.
 
     Args:
@@ -76,8 +76,8 @@ class IGDLogitsProcessor(LogitsProcessor):
         """Return the trie node (R,) to which each row of tokens (R, t) leads; −1: none."""
         node = torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device)
         for token in tokens.unbind(1):
-            # A token beyond the stride is in no item, and its key would be that of another node's
-            # child.
+            # A token of `stride` or more is in no item, and its key would be that of another
+            # node's child.
             known = (node >= 0) & (token < self.stride)
             wanted = torch.where(known, node * self.stride + token, -1)
             edge = torch.searchsorted(self.keys, wanted).clamp(max=len(self.keys) - 1)

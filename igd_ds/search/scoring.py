@@ -28,7 +28,7 @@ SMOOTHING = 1.0
 def per_node(trie: TokenTrie, gain: np.ndarray) -> np.ndarray:
     """Return ĨG: min-max over the siblings that have training targets (IGD Eq. 8).
 
-    Cold siblings get 0. So do siblings that all gain the same.
+    Cold siblings get 0. Siblings that all gain the same get 0 too.
     """
     return normalised_gain(trie, gain, cold="zero")
 
@@ -59,7 +59,7 @@ def pooled(trie: TokenTrie, gain: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class DecodingRule:
-    """How the normalised gain ĨG of an edge comes about."""
+    """How the normalised gain ĨG of an edge is computed."""
 
     edge_gain: Callable[[TokenTrie, np.ndarray], np.ndarray]
     """Function (trie, gain (M,)) → float (M,): ĨG in [0, 1], or, if `per_step`, gains that each
@@ -155,13 +155,13 @@ class Scoring:
         device: torch.device | str = "cpu",
         likelihood: Likelihood = Likelihood(),  # noqa: B008
     ) -> Scoring:
-        """Check the options and lay out what they mean for every edge.
+        """Check the options and compute what they mean for every edge.
 
         Args:
             trie: the catalogue's trie, M nodes.
             gain: a measure of decisiveness per edge, (M,).
             options: what the user asks for.
-            device: where the search takes place.
+            device: the device of the search.
             likelihood: how the model was trained; the softmax "auto" and the temperature None take
                 their values from it.
 
@@ -176,7 +176,8 @@ class Scoring:
         rule = _rule(options.decoding_rule)
         if options.softmax not in SOFTMAXES:
             raise UsageError(
-                f"unknown --softmax '{options.softmax}': known are {', '.join(SOFTMAXES)}"
+                f"unknown --softmax '{options.softmax}'{did_you_mean(options.softmax, SOFTMAXES)} "
+                f"(known: {', '.join(SOFTMAXES)})"
             )
         softmax = likelihood.softmax if options.softmax == "auto" else options.softmax
         temperature = options.temperature
@@ -234,8 +235,8 @@ class Scoring:
         high = gain.new_full((num_pairs,), -torch.inf)
         high = high.scatter_reduce(0, pair, gain.where(warm, -torch.inf), "amax")
 
-        # Gains that differ by rounding alone count as equal, as in `normalised_gain`. Min-max would
-        # blow the noise up to the full range.
+        # Gains that differ by rounding alone count as equal, as in `normalised_gain`. Otherwise
+        # min-max would scale rounding noise up to the full range.
         largest = torch.maximum(low.abs(), high.abs())
         tolerance = 2 * torch.finfo(torch.float32).eps * largest + 1e-13
         differ = high - low > tolerance

@@ -41,7 +41,7 @@ def tiny_model(kind: str = "qwen2", seed: int = 0, attention: str = "sdpa", **mo
 
 
 def random_items(num_items: int, seed: int = 0) -> list[tuple[int, ...]]:
-    """Distinct token paths with shared prefixes and forced runs; lengths 2 to 8 with EOS."""
+    """Distinct token paths with shared prefixes and forced chains; lengths 2 to 8 with EOS."""
     random = np.random.default_rng(seed)
     items = {(1, EOS), (1, 2, EOS), (1, 2, 3, 4, 5, 6, 7, EOS)}
     while len(items) < num_items:

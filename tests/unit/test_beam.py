@@ -228,7 +228,7 @@ def test_a_small_pass_budget_changes_no_list():
     assert small.counts["passes"].sum() > large.counts["passes"].sum()
 
 
-def test_forced_runs_take_fewer_passes_than_tokens():
+def test_forced_chains_take_fewer_passes_than_tokens():
     items = [(a, *range(10, 20), b, EOS) for a in (1, 2) for b in (3, 4)]
     result = run_search(
         tiny_model(), random_prompts(2), build_trie(items), scoring_of(np.ones(31, np.float32)), 4

@@ -164,7 +164,7 @@ def test_thousands_of_ids_on_a_large_trie():
 def test_bad_lists_name_the_user(allow, deny, message):
     ranges = ItemRanges.build(build_trie(shared_leaves()))
     with pytest.raises(UsageError, match=message):
-        ItemFilter.build(ranges, 2, allow, deny, labels=["bob", "ann"])
+        ItemFilter.build(ranges, 2, allow, deny, names=["bob", "ann"])
 
 
 def test_users_without_labels_are_numbered():
@@ -251,7 +251,7 @@ def test_bad_guidance_names_the_user(value):
     q[1] = 0
     q[1, 5] = value
     with pytest.raises(UsageError, match=rf"user 1 of the batch \(ann\): --guidance .*{message}"):
-        Guidance.build(ItemRanges.build(build_trie(shared_leaves())), q, 1.0, labels=["bob", "ann"])
+        Guidance.build(ItemRanges.build(build_trie(shared_leaves())), q, 1.0, names=["bob", "ann"])
 
 
 def test_bad_shapes_and_weights():

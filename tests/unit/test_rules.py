@@ -231,7 +231,7 @@ def test_softmax_and_temperature_are_those_of_the_training_unless_given():
         ({"alpha": ()}, "--alpha needs at least one value"),
         ({"alpha": (0.1, 0.1)}, "--alpha .* none twice"),
         ({"decoding_rule": "pool"}, "unknown --decoding_rule 'pool', did you mean 'pooled'"),
-        ({"softmax": "mask"}, "unknown --softmax 'mask': known are auto, full, masked"),
+        ({"softmax": "mask"}, "unknown --softmax 'mask', did you mean 'masked'"),
         ({"temperature": 0.0}, "--temperature must be positive"),
         ({"temperature": float("inf")}, "--temperature must be positive and finite"),
         ({"popularity_prior": -0.1}, "--popularity_prior must not be negative"),

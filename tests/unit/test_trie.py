@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from igd_ds.errors import UsageError
-from igd_ds.items.ragged import ragged_arange, ragged_rows
+from igd_ds.items.ragged import index_within, ragged_arange, ragged_rows
 from igd_ds.items.search_trie import SearchTrie
 from igd_ds.items.trie import TokenTrie
 
@@ -153,6 +153,9 @@ def test_ragged_ranges(seed):
     assert list(zip(row.tolist(), value.tolist(), strict=True)) == expected
     assert ragged_arange(begin, count).tolist() == value.tolist()
     assert len(ragged_arange(begin[:0], count[:0])) == 0
+
+    offsets = np.append(0, np.cumsum(count))
+    assert index_within(offsets).tolist() == [i for n in count.tolist() for i in range(n)]
 
 
 @pytest.mark.parametrize(

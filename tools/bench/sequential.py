@@ -42,6 +42,7 @@ from igd_ds.baselines.sequential import SEQUENTIAL, Negatives, linear_scan
 from igd_ds.data.batches import epoch_batches
 from igd_ds.data.dataset import Split
 from igd_ds.engine.step import optimizer_step
+from igd_ds.items.ragged import index_within
 from igd_ds.sequential_training import SequenceLoss
 
 NUM_ITEMS, NUM_USERS, MAX_HISTORY = 10_000, 5_000, 20
@@ -65,9 +66,9 @@ def make_split() -> Split:
     ranks = (np.exp(rng.random(lengths.sum()) * np.log(NUM_ITEMS + 1)) - 1).astype(np.int64)
     items = rng.permutation(NUM_ITEMS)[ranks].astype(np.int32)
 
-    place = np.arange(len(items)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    targets = np.flatnonzero((place > 0) & (place < np.repeat(lengths, lengths) - 2))
-    kept = np.minimum(place[targets], MAX_HISTORY)
+    position = index_within(np.append(0, np.cumsum(lengths)))
+    targets = np.flatnonzero((position > 0) & (position < np.repeat(lengths, lengths) - 2))
+    kept = np.minimum(position[targets], MAX_HISTORY)
     history = np.concatenate([items[t - n : t] for t, n in zip(targets, kept, strict=True)])
     users = np.repeat(np.arange(NUM_USERS), lengths)[targets]
     offsets = np.concatenate([[0], np.cumsum(kept)])

@@ -61,6 +61,7 @@ from igd_ds.engine.step import optimizer_step
 from igd_ds.generative_training import TokenLoss
 from igd_ds.items.catalogue import Catalogue
 from igd_ds.items.decisiveness import information_gain
+from igd_ds.items.ragged import index_within
 from igd_ds.items.search_trie import SearchTrie
 from igd_ds.items.store import StoredCatalogue
 from igd_ds.items.trie import TokenTrie
@@ -97,15 +98,14 @@ def make_rows(num_rows: int) -> tuple[Split, np.ndarray]:
     rng = np.random.default_rng(1)
     # Quartiles 5, 6, 9, as in instruments.
     lengths = 5 + rng.lognormal(np.log(1.7), 1.3, NUM_USERS).astype(np.int64)
-    begins = np.cumsum(lengths) - lengths
     items = zipf_items(NUM_ITEMS, int(lengths.sum()), rng).astype(np.int32)
 
     # A user's first item has no history, and the last two are held out.
-    place = np.arange(len(items)) - np.repeat(begins, lengths)
-    targets = np.flatnonzero((place > 0) & (place < np.repeat(lengths, lengths) - 2))
+    position = index_within(np.append(0, np.cumsum(lengths)))
+    targets = np.flatnonzero((position > 0) & (position < np.repeat(lengths, lengths) - 2))
 
     chosen = rng.choice(targets, num_rows, replace=False)
-    kept = np.minimum(place[chosen], MAX_HISTORY)
+    kept = np.minimum(position[chosen], MAX_HISTORY)
     history = np.concatenate([items[t - n : t] for t, n in zip(chosen, kept, strict=True)])
     offsets = np.concatenate([[0], np.cumsum(kept)])
     split = Split("train", chosen, history, offsets, items[chosen], None)
