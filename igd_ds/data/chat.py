@@ -20,6 +20,12 @@ USER_TURN = {
 """What the user says."""
 
 _TODAY = datetime(2024, 7, 26)
+# Replaces the function of that name which chat templates may call: theirs knows the real date.
+_DATE_MACRO = (
+    "{%- macro strftime_now(format) -%}{{- format|replace('%-', '%')"
+    + "".join(f"|replace('%{letter}', '{_TODAY:%{letter}}')" for letter in "ABHIMSYabdjmpy")
+    + " -}}{%- endmacro -%}"
+)
 # Stands for the user's turn while the chat template is filled in.
 _TURN = "igd-ds-user-turn"
 
@@ -40,11 +46,11 @@ def chat_texts(tokenizer: "PreTrainedTokenizerBase") -> dict[str, str]:
         )
     text: str = tokenizer.apply_chat_template(
         [{"role": "user", "content": _TURN}],
+        chat_template=_DATE_MACRO + tokenizer.get_chat_template(),
         tokenize=False,
         add_generation_prompt=True,
         enable_thinking=False,
         date_string=f"{_TODAY:%d %b %Y}",
-        strftime_now=_TODAY.strftime,
     )
     before, turn, behind = text.partition(_TURN)
     if not turn or _TURN in behind:

@@ -278,12 +278,14 @@ def _beginning(tokenizer: PreTrainedTokenizerBase, probes: Sequence[str]) -> np.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
-        probes: texts; the first one that has tokens is looked at.
+        probes: texts; the first one that the tokenizer can write is looked at.
     """
     for probe in probes:
         whole = tokenizer(probe)["input_ids"]
         own = tokenizer(probe, add_special_tokens=False)["input_ids"]
-        places = [i for i in range(len(whole)) if own and whole[i : i + len(own)] == own]
+        if not own or tokenizer.unk_token_id in own:
+            continue
+        places = [i for i in range(len(whole)) if whole[i : i + len(own)] == own]
         if places:
             return np.array(whole[: places[0]], dtype=np.int32)
     return np.empty(0, np.int32)
