@@ -9,6 +9,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import psutil
@@ -43,8 +44,7 @@ class Process:
             return None
         try:
             process = psutil.Process(self.pid)
-            is_same = abs(process.create_time() - self.started) < SAME_START
-            return is_same and process.status() != psutil.STATUS_ZOMBIE
+            return abs(process.create_time() - self.started) < SAME_START and _runs(process)
         except psutil.NoSuchProcess:
             return False
 
@@ -124,3 +124,24 @@ def descendants(pid: int) -> list[psutil.Process]:
         return psutil.Process(pid).children(recursive=True)
     except psutil.NoSuchProcess:
         return []
+
+
+def have_ended(processes: Iterable[psutil.Process], seconds: float) -> bool:
+    """Wait for processes that need not be children; return whether all have ended in time.
+
+    A zombie has ended: in a container, often nobody collects the children of a killed launcher.
+    """
+    end = time.monotonic() + seconds
+    for process in processes:
+        while _runs(process):
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.2)
+    return True
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

@@ -37,6 +37,7 @@ import yaml
 from igd_ds.config.options import current_names
 from igd_ds.errors import EXIT_REQUEUE, UsageError
 from igd_ds.folders import is_temporary, write_json
+from igd_ds.process import descendants, have_ended
 from igd_ds.run_folder import FREE_ON_RESUME
 from igd_ds.studies.report.study import METRIC, labels
 from igd_ds.studies.sweep_table import (
@@ -425,6 +426,7 @@ class Runner:
         self.jobs = len(devices)
         self.lock = threading.Lock()  # one snapshot at a time
         self.children: set[subprocess.Popen[bytes]] = set()
+        self.signalled: dict[int, set[psutil.Process]] = {}  # by child: what it had started
         self.signal: signal.Signals | None = None  # the last signal received
         self.stopped = False  # whether a signal stopped a row, ours or the scheduler's
 
@@ -436,11 +438,13 @@ class Runner:
         for child in list(self.children):
             self.forward(child, self.signal)
 
-    @staticmethod
-    def forward(child: "subprocess.Popen[bytes]", number: signal.Signals) -> None:
-        """Send a signal to all processes of a row."""
-        with contextlib.suppress(ProcessLookupError):  # it has just ended
-            os.killpg(child.pid, number)
+    def forward(self, child: "subprocess.Popen[bytes]", number: signal.Signals) -> None:
+        """Send a signal to all processes of a row, whatever process group a launcher gave them."""
+        ranks = descendants(child.pid)
+        self.signalled.setdefault(child.pid, set()).update(ranks)
+        for process in [*ranks, child]:
+            with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):  # just ended
+                process.send_signal(number)
 
     def run(self, rows: Iterable[Row], stage: int) -> None:
         """Run a stage of `rows`, as many at a time as there are devices.
@@ -522,12 +526,19 @@ class Runner:
             return code, log.read()
 
     def _wait(self, row: Row, child: "subprocess.Popen[bytes]") -> int:
-        """Wait for a row's process and update the row's file meanwhile; return the exit code."""
+        """Wait for a row's process and update the row's file meanwhile; return the exit code.
+
+        After a signal, a launcher may end before its ranks, which still save: they are waited for.
+        """
         while True:
             try:
-                return child.wait(HEARTBEAT)
+                code = child.wait(HEARTBEAT)
+                break
             except subprocess.TimeoutExpired:
                 os.utime(attempt_file(self.runs, row))
+        while not have_ended(self.signalled.get(child.pid, ()), HEARTBEAT):
+            os.utime(attempt_file(self.runs, row))
+        return code
 
     def log_file(self, row: Row) -> Path:
         """Return the file that holds everything a row printed."""

@@ -120,6 +120,14 @@ def test_sequences_errors_name_file_and_line(tmp_path, change, message):
         read("sequences", folder_of(tmp_path / "s", **change))
 
 
+def test_sequences_refuses_a_line_without_end(tmp_path):
+    folder = folder_of(tmp_path / "s")
+    with open(folder / "sequences.jsonl", "ab") as file:
+        file.truncate((1 << 24) * 20)  # zeros without a newline
+    with pytest.raises(UsageError, match=r"sequences.jsonl:4: the line is longer than 16 MiB"):
+        read("sequences", folder)
+
+
 def test_sequences_refuses_wrong_arguments(tmp_path):
     with pytest.raises(UsageError, match=r"needs --input with items \(items.jsonl\), got nothing"):
         read("sequences")

@@ -643,6 +643,12 @@ def test_csv_has_six_significant_digits():
     ]
 
 
+@pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@SUM(A1)"])
+def test_csv_holds_no_formula(text):
+    table = Table("small", "A", "", [text, "B"], [[Cell(text), Cell(-0.5)]])
+    assert list(csv.reader(io.StringIO(table.csv()))) == [[f"'{text}", "B"], [f"'{text}", "-0.5"]]
+
+
 def test_latex():
     assert SMALL.latex() == "\n".join(
         [

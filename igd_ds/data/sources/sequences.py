@@ -20,6 +20,9 @@ from igd_ds.data.raw import RawReader
 from igd_ds.data.raw_files import FileKind, no_value, open_raw
 from igd_ds.errors import UsageError
 
+MAX_LINE = 1 << 24
+"""Bytes of a line at most; longer ones come from a file that is not made of lines."""
+
 FILES = {
     "items": FileKind(names=("items.jsonl",)),
     "sequences": FileKind(names=("sequences.jsonl",)),
@@ -44,8 +47,13 @@ def _lines(path: Path, id_key: str) -> Iterator[tuple[str, int, dict[str, Any]]]
 
     seen: dict[int, int] = {}
     with open_raw(path) as file:
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b""), start=1):
             place = f"{path}:{number}"
+            if len(line) > MAX_LINE:
+                raise UsageError(
+                    f"{place}: the line is longer than {MAX_LINE >> 20} MiB: write one JSON object "
+                    "per line"
+                )
             try:
                 entry = json.loads(line, parse_constant=no_value)
             except (ValueError, RecursionError) as error:

@@ -19,7 +19,21 @@ LATEX = {
     "±": r"$\pm$", "×": r"$\times$", "≤": r"$\leq$", "≥": r"$\geq$", "−": r"$-$",
     "→": r"$\to$", "↑": r"$\uparrow$", "↓": r"$\downarrow$", "–": "--", "…": r"\dots{}",
 }  # fmt: skip
+FORMULA = re.compile(r"[=+\-@\t\r]")
+"""How a cell begins that a spreadsheet computes."""
 MARKDOWN = re.compile(r"([\\`*_|<>\[\]])")
+
+
+def harmless(value: Value) -> float | int | str:
+    """Return a value as a CSV file holds it: text that looks like a formula gets a quotation mark.
+
+    Example:
+        >>> harmless("=HYPERLINK(1)"), harmless(-0.5), harmless(None)
+        ("'=HYPERLINK(1)", -0.5, '')
+    """
+    if isinstance(value, str) and FORMULA.match(value):
+        return f"'{value}"
+    return "" if value is None else value
 
 
 @dataclass(frozen=True)
@@ -116,14 +130,15 @@ class Table:
     def csv(self) -> str:
         """Return the values with six significant digits.
 
-        A column with standard deviations is followed by a column of these, named `COLUMN sd`.
+        A column with standard deviations is followed by a column of these, named `COLUMN sd`. A
+        spreadsheet shows texts and never computes them (`harmless`).
         """
         spread = [any(row[i].sd is not None for row in self.rows) for i in range(len(self.columns))]
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(
             [
-                name
+                harmless(name)
                 for i, column in enumerate(self.columns)
                 for name in [column, f"{column} sd"][: 1 + spread[i]]
             ]
@@ -131,7 +146,7 @@ class Table:
 
         for row in self.rows:
             values = [[cell.value, cell.sd][: 1 + spread[i]] for i, cell in enumerate(row)]
-            writer.writerow(["" if value is None else value for pair in values for value in pair])
+            writer.writerow([harmless(value) for pair in values for value in pair])
         return text.getvalue()
 
     def latex(self) -> str:
