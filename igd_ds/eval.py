@@ -33,9 +33,9 @@ from igd_ds.evaluation.parts import (
     claim_output_folder,
     finish,
     part_table,
+    write_part,
 )
 from igd_ds.evaluation.recommender import Recommender
-from igd_ds.folders import write_table
 from igd_ds.search.engine import check_limits
 
 
@@ -181,7 +181,7 @@ def search_rows(config: EvalConfig, task: RankingTask, parts: Path) -> tuple[int
             found = recommender.search(
                 histories, scoring, config.num_beams, config.search, per_user, config
             )
-            write_table(path, part_table(task, rows, config.alpha, found, per_user.item_filter))
+            write_part(path, part_table(task, rows, config.alpha, found, per_user.item_filter))
             bar.update(len(rows))
     return count, time.perf_counter() - began
 

@@ -26,6 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from igd_ds import distributed
+from igd_ds.config.options import FlagParser
 from igd_ds.data.dataset import InteractionDataset, fingerprint, read_info
 from igd_ds.items.embeddings import ARRAY, items_fingerprint, open_array
 from igd_ds.semantic_ids.cooccurrence import store_cooccurrence
@@ -43,7 +44,7 @@ ONLY_MODEL = ("fields", "batch_size", "dtype", "max_length")
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line; a flag that the chosen way does not use is an error."""
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         prog="igd embed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     # The deepspeed launcher passes this flag.

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from igd_ds import distributed
+from igd_ds.config.options import FlagParser
 from igd_ds.semantic_ids.assign import EXISTING, ONLY_RQ_VAE, IDRequest, assign_ids
 from igd_ds.semantic_ids.collisions import COLLISIONS, LEVEL_LETTERS
 from igd_ds.semantic_ids.quantizers import QUANTIZERS, QuantizerOptions
@@ -45,7 +46,7 @@ HELP = {
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line; a flag that the chosen quantizer does not use is an error."""
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         prog="igd ids", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--dataset", required=True, type=Path, help="canonical dataset folder")

@@ -17,6 +17,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from igd_ds.config.options import FlagParser
 from igd_ds.data.hygiene import POLICIES
 from igd_ds.data.prepare import DatasetRequest, prepare
 from igd_ds.data.presets import PRESETS
@@ -61,7 +62,7 @@ REMEDIES = {
 
 def make_parser(about: str) -> argparse.ArgumentParser:
     """Return the parser of the command line; its help ends with `about`."""
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         prog="igd prepare",
         description="Make a canonical dataset folder from raw files.",
         epilog=about,

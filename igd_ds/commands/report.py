@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from igd_ds import distributed
+from igd_ds.config.options import FlagParser
 from igd_ds.errors import UsageError
 from igd_ds.studies.report.pages import check_folder, left_out, render
 from igd_ds.studies.report.runs import read_runs
@@ -53,7 +54,7 @@ def compared_with(study: Study, method: str | None) -> Study:
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         prog="igd report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
@@ -107,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     for table in tables:
         if table.name.startswith("main-"):
-            print(table.plain())
+            print(table.text())
     for run in left_out(study):
         print(f"incomplete: {run.name} ({run.state}){f': {run.note}' if run.note else ''}")
     print(f"{len(tables)} tables and {len(figures)} figures: {arguments.output / 'index.html'}")

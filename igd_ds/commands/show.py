@@ -20,6 +20,7 @@ from typing import Any, TextIO
 
 from igd_ds import distributed
 from igd_ds.backbones.tokenizer import load_tokenizer
+from igd_ds.config.options import FlagParser
 from igd_ds.data.dataset import InteractionDataset
 from igd_ds.errors import UsageError
 from igd_ds.items.catalogue import KINDS
@@ -185,7 +186,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     Raises:
         UsageError: there is nothing to show, or a number of items is out of its range.
     """
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         prog="igd show", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("items", nargs="*", metavar="ITEM", help="id, title or part of a title")

@@ -14,6 +14,7 @@ from typing import Any
 
 from igd_ds import distributed
 from igd_ds.backbones.tokenizer import load_tokenizer
+from igd_ds.config.options import FlagParser
 from igd_ds.data.dataset import InteractionDataset
 from igd_ds.data.statistics import KEYS, catalogue_statistics
 from igd_ds.items.catalogue import KINDS, Catalogue
@@ -43,7 +44,7 @@ def print_table(statistics: Mapping[str, Any]) -> None:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         prog="igd stats", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--dataset", required=True, help="canonical dataset folder")

@@ -32,6 +32,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from igd_ds import distributed
+from igd_ds.config.options import FlagParser
 from igd_ds.errors import EXIT_REQUEUE, UsageError
 from igd_ds.studies.report.study import METRIC
 from igd_ds.studies.sweep import (
@@ -47,7 +48,7 @@ from igd_ds.studies.sweep_table import Table, read_table
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         prog="igd sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from igd_ds import distributed
+from igd_ds.config.options import FlagParser
 from igd_ds.semantic_ids.code_tokens import (
     write_codes_tokenizer,
     write_tokenizer_with_codes,
@@ -31,7 +32,7 @@ DEFAULT_VOCAB_SIZE = 8192
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line; a flag that the chosen way does not use is an error."""
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         prog="igd tokenizer",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

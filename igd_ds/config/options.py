@@ -76,8 +76,29 @@ def _type_of(annotation: Any) -> tuple[type, bool]:
     return annotation, False
 
 
-def _parser(cls: type, description: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+class FlagParser(argparse.ArgumentParser):
+    """A parser that answers an unknown flag with the nearest known one.
+
+    It looks at the flags first, so that a typo is named and not the flag that is missing for it.
+    """
+
+    def parse_known_args(  # type: ignore[override]  # argparse declares overloads
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> tuple[Any, list[str]]:
+        """Parse the command line; end the process with a message if a flag is unknown."""
+        words = sys.argv[1:] if args is None else list(args)
+        known = [flag for action in self._actions for flag in action.option_strings]
+        for word in words:
+            name = word.partition("=")[0]
+            is_flag = name.startswith("--") and len(name) > 2
+            may_abbreviate = self.allow_abbrev and any(flag.startswith(name) for flag in known)
+            if is_flag and name not in known and not may_abbreviate:
+                self.error(f"unrecognized arguments: {name}{did_you_mean(name, known)}")
+        return super().parse_known_args(words, namespace)
+
+
+def _parser(cls: type, description: str | None) -> FlagParser:
+    parser = FlagParser(
         description=description,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -165,8 +186,9 @@ def read_yaml(cls: type, path: str) -> dict[str, Any]:
         raise UsageError(f"--config: no file {path}")
     try:
         loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise UsageError(f"--config {path} is not valid YAML ({error})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        why = " ".join(str(error).split())
+        raise UsageError(f"--config {path} is not valid YAML ({why})") from error
     if not isinstance(loaded, dict):
         raise UsageError(
             f"{path}: expected 'setting: value' lines, found a {type(loaded).__name__}"

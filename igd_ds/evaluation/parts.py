@@ -24,7 +24,7 @@ from igd_ds.errors import UsageError
 from igd_ds.eval_config import EvalConfig
 from igd_ds.evaluation.recommender import Recommender
 from igd_ds.evaluation.results import LIST_SCHEMA, Ranked, write_results
-from igd_ds.folders import claim, differing, write_json
+from igd_ds.folders import claim, differing, new_file, write_json
 from igd_ds.search.engine import SearchResult
 from igd_ds.search.filters import ItemFilter
 from igd_ds.search.frontier import PerUser
@@ -102,7 +102,7 @@ def claim_output_folder(output: Path, config: EvalConfig, task: RankingTask) -> 
     """
     request = request_of(config, task)
     if config.alpha_from:
-        chosen_by = json.loads((Path(config.alpha_from) / "request.json").read_text())
+        chosen_by = _read_request(Path(config.alpha_from) / "request.json")
         same = {key: request[key] for key in ("model", "base_weights", "dataset")}
         if changed := differing(chosen_by, same, but=_unrecorded(chosen_by)):
             raise UsageError(
@@ -112,7 +112,7 @@ def claim_output_folder(output: Path, config: EvalConfig, task: RankingTask) -> 
 
     saved = output / "request.json"
     is_claimed = claim(output, saved.name, "--output_dir", "evaluation")
-    before = json.loads(saved.read_text()) if is_claimed else request
+    before = _read_request(saved) if is_claimed else request
     changed = differing(before, request, but=_unrecorded(before))
     if changed:
         raise UsageError(
@@ -127,7 +127,57 @@ def claim_output_folder(output: Path, config: EvalConfig, task: RankingTask) -> 
         shutil.rmtree(output / "parts", ignore_errors=True)
     else:
         (output / "parts").mkdir(exist_ok=True)
+        _remove_damaged(output / "parts")
     return finished
+
+
+def _read_request(path: Path) -> dict[str, Any]:
+    """Return what an evaluation was asked for.
+
+    Raises:
+        UsageError: the file is damaged.
+    """
+    try:
+        request = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(
+            f"{path} is damaged ({error}): delete the folder and evaluate again"
+        ) from None
+    if not isinstance(request, dict):
+        raise UsageError(f"{path} is damaged: delete the folder and evaluate again")
+    return request
+
+
+def write_part(path: Path, table: pa.Table) -> None:
+    """Write the lists of a batch atomically, with checksums that `read_part` checks."""
+    with new_file(path) as temporary:
+        pq.write_table(table, temporary, write_page_checksum=True)
+
+
+def read_part(path: Path) -> tuple[pa.Table, dict[str, int]]:
+    """Return the lists of a batch and the search's counts.
+
+    Raises:
+        OSError or ValueError: the file is damaged.
+    """
+    with open(path, "rb") as file:
+        table = pq.read_table(file, page_checksum_verification=True)
+    counts = (table.schema.metadata or {}).get(b"counts", b"")
+    return table.replace_schema_metadata(), json.loads(counts)
+
+
+def _remove_damaged(parts: Path) -> None:
+    """Remove the lists of batches whose bytes have changed, with a warning.
+
+    These batches are searched again.
+    """
+    for path in sorted(parts.glob("batch-*.parquet")):
+        try:
+            read_part(path)
+        except (OSError, ValueError) as error:
+            why = str(error).partition("\n")[0]
+            print(f"warning: {path} is damaged ({why}): this batch is searched again", flush=True)
+            path.unlink()
 
 
 def _unrecorded(request: dict[str, Any]) -> set[str]:
@@ -196,8 +246,8 @@ def finish(config: EvalConfig, task: RankingTask, output: Path, timing: dict[str
     metrics.json comes last: with it the evaluation is complete.
     """
     parts = sorted((output / "parts").glob("batch-*.parquet"))
-    table = pa.concat_tables(pq.read_table(path) for path in parts).replace_schema_metadata()
-    counts = [json.loads(pq.read_schema(path).metadata[b"counts"]) for path in parts]
+    tables, counts = zip(*(read_part(path) for path in parts), strict=True)
+    table = pa.concat_tables(tables)
 
     recommender = task.recommender
     request = json.loads((output / "request.json").read_text())

@@ -10,7 +10,6 @@ that a library writes is cut in the middle.
 
 import errno
 import functools
-import io
 import os
 import signal
 import sys
@@ -119,7 +118,7 @@ class Hook:
 def _half_line(path: Any) -> None:
     """Leave what a killed write leaves: half a line behind a JSON log, else an empty file."""
     is_log = os.fsdecode(path).endswith(".jsonl")
-    with io.open(path, "ab" if is_log else "wb") as file:
+    with open(path, "ab" if is_log else "wb") as file:
         if is_log:
             file.write(b'{"step": 3, "train/lo')
 

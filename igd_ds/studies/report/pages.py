@@ -7,16 +7,14 @@ Equal studies give equal bytes, on every day and every CPU. The exception is the
 PNG files, see `figures`.
 """
 
-import os
 import re
-import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 from igd_ds.data.card import escape
 from igd_ds.errors import UsageError
-from igd_ds.folders import temporary_name, write_text
+from igd_ds.folders import locked, replaced_folder, write_text
 from igd_ds.studies.report.figures import Figure, all_figures
 from igd_ds.studies.report.layout import Table
 from igd_ds.studies.report.study import NOT_BEGUN, Run, Study, load, save
@@ -35,7 +33,7 @@ def render(study: Study, folder: Path, command: str = "") -> tuple[list[Table], 
 
     The report is made in a temporary folder. Then the old content of `folder` is renamed, the new
     report takes its place, and the old content is deleted. If the process is killed between the two
-    renames, the old report is left as FOLDER.old-PROCESS.
+    renames, the old report is left as FOLDER.old until the next start.
 
     Args:
         study: what to report.
@@ -44,30 +42,21 @@ def render(study: Study, folder: Path, command: str = "") -> tuple[list[Table], 
             stored one stays.
 
     Raises:
-        UsageError: the folder holds something else.
+        UsageError: the folder holds something else, or another process writes it now.
     """
     folder = folder.resolve()
     check_folder(folder)
     if command:
         study = replace(study, environment=study.environment | {"command": command})
 
-    temporary, old = temporary_name(folder), folder.with_name(f"{folder.name}.old-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
+    with locked(folder), replaced_folder(folder) as unfinished:
         # The study is read back, so that a report from stored data has the same bytes.
-        save(study, temporary / "data")
-        study = load(temporary / "data")
+        save(study, unfinished / "data")
+        study = load(unfinished / "data")
         tables, figures = all_tables(study), all_figures(study)
-        drawings = write_files(temporary, tables, figures)
-        write_text(temporary / "index.html", page(study, tables, figures, drawings))
-        write_text(temporary / "README.md", markdown(study, tables, figures))
-
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(temporary, folder)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        drawings = write_files(unfinished, tables, figures)
+        write_text(unfinished / "index.html", page(study, tables, figures, drawings))
+        write_text(unfinished / "README.md", markdown(study, tables, figures))
     return tables, figures
 
 
@@ -106,7 +95,7 @@ def write_files(folder: Path, tables: list[Table], figures: list[Figure]) -> dic
 
 def left_out(study: Study) -> list[Run]:
     """Return the runs of which something is missing, without those that were not meant to run."""
-    return [run for run in study.runs if run.state not in NOT_BEGUN and (not run.whole or run.note)]
+    return [run for run in study.runs if run.state not in NOT_BEGUN and (not run.is_complete or run.note)]
 
 
 def summary(study: Study) -> dict[str, str]:

@@ -34,7 +34,7 @@ from igd_ds.studies.report.study import (
     Run,
     Study,
     family_of,
-    labels,
+    method_names,
     method_of,
     reported_alpha,
 )
@@ -79,7 +79,7 @@ EXAMPLE_LENGTH = 3
 
 
 @dataclass(frozen=True)
-class Source:
+class Location:
     """Where a run is read from: its folder and its row of sweep.json, None outside of sweeps."""
 
     folder: Path
@@ -92,7 +92,7 @@ class Root:
 
     name: str
     budget: str
-    sources: dict[str, Source]
+    locations: dict[str, Location]
 
 
 @dataclass(frozen=True)
@@ -124,22 +124,22 @@ def read_runs(roots: Sequence[Path], examples: int) -> Study:
         UsageError: a folder is none of these, two runs have the same name, or runs of one dataset
             were not evaluated alike.
     """
-    found: dict[str, Source] = {}
+    found: dict[str, Location] = {}
     given = [read_root(Path(root)) for root in roots]
     for root in given:
-        if twice := [name for name in root.sources if name in found]:
+        if twice := [name for name in root.locations if name in found]:
             name = twice[0]
             raise UsageError(
                 f"two runs are called {name}: {found[name].folder} and "
-                f"{root.sources[name].folder}; make separate reports, or rename a folder"
+                f"{root.locations[name].folder}; make separate reports, or rename a folder"
             )
-        found |= root.sources
+        found |= root.locations
 
     folders = {name: source.folder for name, source in found.items()}
-    runs = with_labels([read_run(name, source) for name, source in found.items()])
+    runs = with_methods([read_run(name, source) for name, source in found.items()])
     details = Details()
     for dataset in dict.fromkeys(run.dataset for run in runs):
-        whole = [run for run in runs if run.dataset == dataset and run.whole]
+        whole = [run for run in runs if run.dataset == dataset and run.is_complete]
         if whole:
             add_details(details, dataset, whole, folders, examples)
 
@@ -169,7 +169,7 @@ def add_details(
     kept, twice = once(runs)
     details.runs |= {run.name: run for run in twice}
     try:
-        source, stored = open_source(kept, folders)
+        source, stored = open_dataset(kept, folders)
     except (ValueError, OSError) as error:
         why = f"no groups of rows and no tests by user: {error}"
         details.runs |= {run.name: with_note(run, why) for run in kept}
@@ -200,17 +200,17 @@ def read_root(root: Path) -> Root:
                 f"{root / 'sweep.json'} has version {sweep.get('version')}, but this program reads "
                 "version 1: start the sweep anew"
             )
-        rows = {row["name"]: Source(root / row["name"], row) for row in sweep["rows"]}
+        rows = {row["name"]: Location(root / row["name"], row) for row in sweep["rows"]}
         return Root(sweep["name"], sweep["budget"], rows)
 
     if (root / "config.yaml").is_file():
-        return Root(root.resolve().parent.name, "", {root.name: Source(root)})
+        return Root(root.resolve().parent.name, "", {root.name: Location(root)})
     inside = sorted(path.parent for path in root.glob("*/config.yaml"))
     if not inside:
         raise UsageError(
             f"{root} is no sweep (sweep.json), no run folder (config.yaml) and holds no run folders"
         )
-    return Root(root.name, "", {folder.name: Source(folder) for folder in inside})
+    return Root(root.name, "", {folder.name: Location(folder) for folder in inside})
 
 
 def read_json(path: Path) -> Json | None:
@@ -230,7 +230,7 @@ def read_json(path: Path) -> Json | None:
     return value
 
 
-def read_run(name: str, source: Source) -> Run:
+def read_run(name: str, source: Location) -> Run:
     """Read one run folder; what is missing or damaged becomes a note of the run."""
     folder, row = source.folder, source.row
     contents = read_contents(folder)
@@ -401,12 +401,12 @@ def dataset_name(settings: Json) -> str:
 def read_curves(path: Path) -> Curves:
     """Return the thinned curves of a metrics.jsonl by tag, of the tags in CURVES."""
     curves: Curves = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
         try:
             entry = json.loads(line)
             step = entry["step"]
         except (ValueError, KeyError, TypeError):
-            break  # a kill cut off the last line
+            continue  # damaged, or cut off by a kill
         for tag, value in entry.items():
             if tag.startswith(CURVES):
                 curves.setdefault(tag, []).append([step, value])
@@ -478,9 +478,9 @@ def environment_of(paths: Sequence[Path]) -> dict[str, str]:
     return {key: ", ".join(different) for key, different in values.items()}
 
 
-def with_labels(runs: Sequence[Run]) -> list[Run]:
+def with_methods(runs: Sequence[Run]) -> list[Run]:
     """Return the runs; those outside of sweeps get a method and a group."""
-    labelled: dict[str, Run] = {}
+    named: dict[str, Run] = {}
     for dataset, backbone in dict.fromkeys((run.dataset, run.backbone) for run in runs):
         alike = [
             run
@@ -489,11 +489,11 @@ def with_labels(runs: Sequence[Run]) -> list[Run]:
             and not run.method
             and run.settings
         ]
-        methods = labels([run.settings for run in alike])
+        methods = method_names([run.settings for run in alike])
         for run, method in zip(alike, methods, strict=True):
             group = "-".join(filter(None, [dataset, backbone, method]))
-            labelled[run.name] = replace(run, method=method, group=group)
-    return [labelled.get(run.name, run) for run in runs]
+            named[run.name] = replace(run, method=method, group=group)
+    return [named.get(run.name, run) for run in runs]
 
 
 def once(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
@@ -563,7 +563,7 @@ def fingerprint_of(evaluation: Path) -> str | None:
     return fingerprint
 
 
-def open_source(
+def open_dataset(
     runs: Sequence[Run], folders: Mapping[str, Path]
 ) -> tuple[InteractionDataset, StoredCatalogue | None]:
     """Open the dataset of some runs.
@@ -574,10 +574,10 @@ def open_source(
     Raises:
         UsageError: the dataset is gone, or is another one now.
     """
-    places = list(dict.fromkeys(Path(run.settings["dataset"]) for run in runs))
-    there = [place for place in places if (place / "dataset.json").is_file()]
+    candidates = list(dict.fromkeys(Path(run.settings["dataset"]) for run in runs))
+    there = [folder for folder in candidates if (folder / "dataset.json").is_file()]
     if not there:
-        raise UsageError(f"the dataset is not at {places[0]}")
+        raise UsageError(f"the dataset is not at {candidates[0]}")
     dataset = InteractionDataset.load(there[0])
     for run in runs:
         evaluated = fingerprint_of((folders[run.name] / EVALUATIONS["valid"]).parent)
