@@ -33,8 +33,7 @@ import pyarrow.parquet as pq
 
 from igd_ds.data.card import write_card
 from igd_ds.errors import UsageError
-from igd_ds.folders import new_folder, temporary_name, write_text
-from igd_ds.folders import sha256_of as sha256_of
+from igd_ds.folders import new_folder, sha256_of, temporary_name, write_text
 
 VERSION = 2
 SPLITS = ("train", "valid", "test")

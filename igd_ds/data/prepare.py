@@ -27,7 +27,6 @@ from igd_ds.data.dataset import (
     SourceData,
     item_table,
     read_info,
-    sha256_of,
     user_table,
     write_dataset,
 )
@@ -37,7 +36,7 @@ from igd_ds.data.raw import RawReader
 from igd_ds.data.raw_files import RawRequest
 from igd_ds.data.sources import SOURCES, find_files
 from igd_ds.errors import UsageError
-from igd_ds.folders import differing
+from igd_ds.folders import differing, sha256_of
 from igd_ds.items.shared_paths import MAX_ITEMS_PER_PATH, SharedPaths
 
 DROPPING = ("drop", "d3")  # the title policies that remove items

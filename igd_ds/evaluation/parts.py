@@ -18,13 +18,13 @@ import torch
 
 import igd_ds
 from igd_ds.backbones.saved import hashes_of
-from igd_ds.data.dataset import Split, sha256_of
+from igd_ds.data.dataset import Split
 from igd_ds.data.per_row import ItemLists, ItemScores
 from igd_ds.errors import UsageError
 from igd_ds.eval_config import EvalConfig
 from igd_ds.evaluation.recommender import Recommender
 from igd_ds.evaluation.results import LIST_SCHEMA, Ranked, write_results
-from igd_ds.folders import claim, differing, new_file, write_json
+from igd_ds.folders import claim, differing, new_file, sha256_of, write_json
 from igd_ds.search.engine import SearchResult
 from igd_ds.search.filters import ItemFilter
 from igd_ds.search.frontier import PerUser

@@ -23,26 +23,26 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from igd_ds.data.card import write_card
-from igd_ds.data.dataset import SPLITS, fingerprint, read_info, sha256_of
+from igd_ds.data.dataset import SPLITS, fingerprint, read_info
 from igd_ds.errors import UsageError
-from igd_ds.folders import differing, new_folder, write_json, write_text
+from igd_ds.folders import differing, new_folder, sha256_of, write_json, write_text
 from igd_ds.items.embeddings import ARRAY, load_embeddings
 from igd_ds.semantic_ids import collisions, quantizers
 from igd_ds.semantic_ids.quantizers import QuantizerOptions
 
 EXISTING = "existing"
-"""In the place of a quantizer: keep the IDs that the dataset has."""
+"""Value of `--quantizer` that keeps the IDs that the dataset has."""
 ONLY_RQ_VAE = tuple(
     name for name in asdict(QuantizerOptions()) if name not in ("levels", "codes", "seed")
 )
 """Fields of QuantizerOptions that only RQ-VAE uses."""
 LOGS = ("tensorboard", "quantizer.safetensors", "semantic_ids.json")
-"""Everything that lies in a log folder."""
+"""The names of all entries of a log folder."""
 
 
 @dataclass(frozen=True)
 class IDRequest:
-    """Which dataset shall get semantic IDs, and how they are made."""
+    """Which dataset gets semantic IDs, and how they are made."""
 
     dataset: Path
     """Canonical dataset folder."""
@@ -68,7 +68,7 @@ class Assigned:
     names: list[list[str]]
     """The token of each code, by level."""
     report: dict[str, Any]
-    """What the report says of how they were made; it has at least the key "warnings"."""
+    """The report's entries on how the codes were made; it has at least the key "warnings"."""
 
 
 def assign_ids(request: IDRequest) -> dict[str, Any] | None:
@@ -202,7 +202,7 @@ def existing_ids(request: IDRequest, items: pa.Table) -> Assigned:
         )
         raise UsageError(
             f"{request.dataset}: --quantizer existing needs IDs of one length for all items, found "
-            f"lengths {sorted(lengths)}, item {item} has {ids[item]}; make new IDs with another "
+            f"lengths {sorted(lengths)} (item {item} has {ids[item]}); make new IDs with another "
             "--quantizer"
         )
 
@@ -220,8 +220,8 @@ def existing_ids(request: IDRequest, items: pa.Table) -> Assigned:
         clashes = [name for level in names for name in level if name.startswith(f"<{letter}_")]
         if clashes:
             raise UsageError(
-                f"{request.dataset}: the codes of the extra level are called <{letter}_0> …, and "
-                f"{clashes[0]} exists; take reassign"
+                f"{request.dataset}: the codes of the extra level are called <{letter}_0> …, but "
+                f"{clashes[0]} exists already; give --collisions reassign"
             )
     claim_log_dir(request.log_dir)
     return Assigned(codes, names, {"warnings": []})
@@ -236,7 +236,7 @@ def claim_log_dir(folder: Path) -> None:
     if folder.exists():
         if foreign := sorted({path.name for path in folder.iterdir()} - set(LOGS)):
             raise UsageError(
-                f"--log_dir {folder} holds other things ({foreign[0]}); choose a new folder"
+                f"--log_dir {folder} holds other files ({foreign[0]}); choose a new folder"
             )
         shutil.rmtree(folder)
     folder.mkdir(parents=True)

@@ -18,8 +18,8 @@ import torch
 from tqdm import tqdm
 
 from igd_ds import distributed
-from igd_ds.data.dataset import sha256_of
 from igd_ds.errors import UsageError
+from igd_ds.folders import sha256_of
 from igd_ds.items.embeddings import write_embeddings
 
 if TYPE_CHECKING:

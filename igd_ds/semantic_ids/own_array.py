@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 
 from igd_ds import distributed
-from igd_ds.data.dataset import sha256_of
 from igd_ds.data.id_files import read_ids
+from igd_ds.folders import sha256_of
 from igd_ds.items.embeddings import check_vectors, chunks, open_array, write_embeddings
 from igd_ds.items.ids import ItemIds
 
