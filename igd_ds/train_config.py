@@ -59,6 +59,8 @@ class TrainConfig(ObjectiveOptions, ItemOptions, ModelOptions, LoopOptions):
         ModelOptions.check(self)
         LoopOptions.check(self)
         require(self, "max_title_tokens", lambda value: value >= 0, "must not be negative")
+        if self.max_title_tokens and self.item_kind == "semantic-id":
+            raise UsageError("--max_title_tokens has no effect with --item_kind semantic-id")
         self.objective_options()
         if self.decisiveness != INFORMATION_GAIN and self.entropy != TrainConfig.entropy:
             raise UsageError(

@@ -357,6 +357,15 @@ def test_rows_that_are_cut_are_counted():
         assert ("--max_title_tokens" in line) == bool(num_cut)
 
 
+def test_cutting_titles_needs_titles():
+    settings = {"ds_config": "x", "dataset": "x", "output_dir": "x", "model_name_or_path": "x"}
+    config = TrainConfig(**settings, igd_beta=0.1, max_title_tokens=9, item_kind="semantic-id")
+    with pytest.raises(UsageError, match="--max_title_tokens has no effect"):
+        config.check()
+    with pytest.raises(UsageError, match="max_title_tokens"):
+        TrainConfig(**settings, igd_beta=0.1, max_title_tokens=-1).check()
+
+
 # ---- templates
 
 
