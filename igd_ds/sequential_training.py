@@ -133,7 +133,7 @@ class SequenceLoss:
     def terms(self, engine: Any, batch: SequenceBatch) -> LossTerms:
         """Run the forward pass and return Σ loss and the number of targets."""
         batch = batch.to(distributed.device())
-        score = partial(engine, batch.histories, batch.places)
+        score = partial(engine, batch.histories, batch.positions)
         losses = LOSSES[self.name].function(score, batch.targets, self.negatives)
         num_targets = losses.new_tensor([len(batch.targets)], dtype=torch.float32)
         return LossTerms(losses.sum()[None], num_targets, losses.detach())
@@ -144,7 +144,7 @@ class SequenceLoss:
 
 
 class SequentialTraining:
-    """One training of a sequential recommender (loop.Training)."""
+    """One training of a sequential recommender (contracts.Training)."""
 
     normalization = "global"
     validation_metric = VALIDATION_METRIC
@@ -159,7 +159,7 @@ class SequentialTraining:
         if config.max_steps:
             self.total_steps = min(self.total_steps, config.max_steps)
 
-    def windows(self, first: int) -> Iterator[list[SequenceBatch]]:
+    def micro_batches(self, first: int) -> Iterator[list[SequenceBatch]]:
         """Yield this rank's micro-batches of steps `first`, `first` + 1, …
 
         They follow from the step's number alone.

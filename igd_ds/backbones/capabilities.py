@@ -1,4 +1,4 @@
-"""What a causal LM can do, found out from its configuration without loading any weight.
+"""What a causal LM can do, derived from its configuration without loading any weight.
 
 A search over a tree of tokens needs a model in which tokens exchange information only through
 transformers' AttentionInterface, by positions that are given to it. `reads_trees` sends a few
@@ -29,7 +29,7 @@ LOG = logging.getLogger(__name__)
 
 RECORDER = "igd_recorder"
 WINDOW_OF_LAYER = {"full_attention": False, "sliding_attention": True}
-"""Kinds of layers (`layer_types`) that a tree can follow, and whether they have a window."""
+"""Kinds of layers (`layer_types`) that support trees, and whether they have a sliding window."""
 
 HARMLESS = {
     "dropout", "scaling", "sliding_window", "softcap", "s_aux", "position_ids", "use_cache",
@@ -108,7 +108,7 @@ def model_without_weights(model_config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def forward_arguments(model: Any) -> set[str]:
-    """Return the names of the arguments that a model takes, also through an engine and PEFT."""
+    """Return the names of the arguments that a model takes, looking inside DeepSpeed and PEFT."""
     while isinstance(getattr(model, "module", None), torch.nn.Module):
         model = model.module  # DeepSpeed's engine
     if hasattr(model, "get_base_model"):
@@ -118,7 +118,7 @@ def forward_arguments(model: Any) -> set[str]:
 
 @dataclass
 class Recording:
-    """The attention calls of one pass: per call, the layer's window (None: full attention)."""
+    """The attention calls of one pass: per call the size of the sliding window, or None."""
 
     windows: list[int | None] = field(default_factory=list)
 
@@ -136,7 +136,7 @@ def record_attention(
     """Note an attention call and return values of the right shape; registered with transformers.
 
     Raises:
-        NotImplementedError: the call asks for something that a tree does not know.
+        NotImplementedError: the call asks for something that a tree does not support.
     """
     unknown = [
         name
@@ -150,7 +150,7 @@ def record_attention(
     if unknown:
         raise NotImplementedError(f"attention with {', '.join(unknown)}")
     if query.shape[0] != 1 or key.shape[:1] != query.shape[:1]:
-        raise NotImplementedError("attention over rows of its own")
+        raise NotImplementedError("attention over rows that the model formed itself")
 
     tree.windows.append(options.get("sliding_window"))
     return value.new_empty((1, query.shape[2], query.shape[1], value.shape[3])), None
@@ -192,7 +192,7 @@ def reads_trees(model: PreTrainedModel) -> bool:
 
 
 def _why_not(model: PreTrainedModel) -> str:
-    """Return why no tree can go through the model, "" if one can."""
+    """Return the reason why tree search is impossible; "" if it is possible."""
     config = model.config
     kinds = getattr(config, "layer_types", None)
     if not getattr(model, "_supports_attention_backend", False):
@@ -223,7 +223,7 @@ def _why_not(model: PreTrainedModel) -> str:
     if sorted(cache.updated) != list(range(num_layers)) or len(recording.windows) != num_layers:
         return f"{len(recording.windows)} attentions in {num_layers} layers"
     if [window is not None for window in recording.windows] != _has_window(config):
-        return "its attention layers do not say which windows they have"
+        return "its attention layers do not pass on their sliding windows"
     return ""
 
 

@@ -35,12 +35,12 @@ def read_model_config(
     shape = SHAPES / f"{name}.json"
     path = str(shape) if shape.is_file() and not Path(name).exists() else name
     try:
-        whole = AutoConfig.from_pretrained(
+        found = AutoConfig.from_pretrained(
             path, trust_remote_code=trust_remote_code, revision=revision or None
         )
     except (OSError, ValueError) as error:
         raise UsageError(f"no model configuration at '{name}' ({error})") from error
-    return text_config_of(whole)
+    return text_config_of(found)
 
 
 def text_config_of(model_config: PreTrainedConfig) -> PreTrainedConfig:
@@ -58,8 +58,3 @@ def text_config_of(model_config: PreTrainedConfig) -> PreTrainedConfig:
     if quantisation is not None:
         text.quantization_config = quantisation
     return text
-
-
-def is_multimodal(model_config: PreTrainedConfig) -> bool:
-    """Whether `text_config_of` returns a part of this configuration."""
-    return text_config_of(model_config) is not model_config

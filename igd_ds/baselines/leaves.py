@@ -1,6 +1,6 @@
-"""Items as columns of scores, for models that score whole items and generate no tokens.
+"""Items as columns of scores, for models that score complete items and generate no tokens.
 
-Items that are written alike share a leaf of the trie, and a column.
+Items with the same text or semantic ID share a leaf of the trie, and so a column.
 
 Letters in shapes: N items, L leaves, n rows of scores.
 """
@@ -28,16 +28,16 @@ EOS = 0
 def build_catalogue(dataset: ItemDataset, kind: str) -> StoredCatalogue:
     """Return the catalogue of a dataset without a tokenizer: each word is one token.
 
-    A word is a whole title, or one code of a semantic ID. The same items share a leaf as in the
-    catalogue of a generative model, with one exception: a tokenizer may normalise Unicode (that of
-    Qwen does, to NFC), and two titles may differ in nothing else.
+    A word is a complete title, or one code of a semantic ID. The same items share a leaf as in the
+    catalogue of a generative model, with one exception: a tokenizer may normalise Unicode (Qwen's
+    does, to NFC) and so give two titles the same tokens.
 
     Args:
         dataset: the items and the targets of the training rows.
         kind: "text", "semantic-id", or "auto", which takes titles if the dataset has any.
 
     Raises:
-        UsageError: an item has no title or semantic ID, where items are written as such.
+        UsageError: an item has no title or no semantic ID, whichever `kind` asks for.
     """
     if kind == "auto":
         kind = "text" if any(title is not None for title in dataset.titles) else "semantic-id"
@@ -77,8 +77,9 @@ def _words(dataset: ItemDataset, kind: str) -> list[Sequence[str]]:
 
     found = [item_words for item_words in words if item_words is not None]
     if len(found) < len(words):
+        what = "semantic ID" if kind == "semantic-id" else "title"
         raise UsageError(
-            f"--item_kind {kind}: item {words.index(None)} has no such name; take the other kind"
+            f"--item_kind {kind}: item {words.index(None)} has no {what}; give the other kind"
         )
     return found
 
@@ -99,7 +100,7 @@ class Leaves:
     shared_items: torch.Tensor
     """int64 (S,), the items of these leaves."""
     shared_by: torch.Tensor
-    """int64 (S,), to which entry of `shared` each of them belongs."""
+    """int64 (S,), the index in `shared` of the leaf of each of these items."""
 
     @classmethod
     def build(cls, trie: TokenTrie, device: torch.device) -> Leaves:

@@ -24,9 +24,9 @@ class SequenceBatch:
     """Right-padded histories, and which targets are predicted from which of their positions."""
 
     histories: torch.Tensor
-    """int64 (B, T), oldest item first. Behind the end of a history stands item 0, which a causal
-    model never looks at."""
-    places: torch.Tensor
+    """int64 (B, T), oldest item first. The padding behind a history is item 0; a causal model never
+    sees it."""
+    positions: torch.Tensor
     """int64 (n,), the position in the flattened (B·T) histories that predicts each row."""
     targets: torch.Tensor
     """int64 (n,), the rows' target items."""
@@ -35,7 +35,7 @@ class SequenceBatch:
         """Return the batch on `device`."""
         return SequenceBatch(
             self.histories.to(device, non_blocking=True),
-            self.places.to(device, non_blocking=True),
+            self.positions.to(device, non_blocking=True),
             self.targets.to(device, non_blocking=True),
         )
 
@@ -117,7 +117,7 @@ class Chains:
     def collate(self, sequences: np.ndarray) -> SequenceBatch:
         """Return a batch of sequences (B,).
 
-        MASKED_ROW in the place of a sequence only fills the batch: nothing is predicted there.
+        MASKED_ROW instead of a sequence only fills the batch: nothing is predicted there.
         """
         # Each sequence is the history of its last row.
         real = np.maximum(sequences, 0)
@@ -132,8 +132,8 @@ class Chains:
         # The rows of a sequence are predicted from its last positions, one each.
         count = np.where(sequences != MASKED_ROW, np.diff(self.offsets)[real], 0)
         rows = self.rows[ragged_arange(self.offsets[real], count)]
-        places = ragged_arange(np.arange(len(real)) * width + length - count, count)
+        positions = ragged_arange(np.arange(len(real)) * width + length - count, count)
         targets = self.split.targets[rows].astype(np.int64)
         return SequenceBatch(
-            torch.from_numpy(histories), torch.from_numpy(places), torch.from_numpy(targets)
+            torch.from_numpy(histories), torch.from_numpy(positions), torch.from_numpy(targets)
         )

@@ -1,10 +1,10 @@
-"""Sequential recommenders that score item ids: GRU4Rec, SASRec, LRURec, and two that only count.
+"""Recommenders that score item ids: GRU4Rec, SASRec and LRURec are trained, two others only count.
 
 Letters in shapes: B sequences, T items of a sequence, D width, H recurrent width, N items, n
 positions to predict from, C candidate items.
 
-Histories are right-padded with any item. All models here are causal, so no position sees what
-stands behind it.
+Histories are right-padded with any item. All models here are causal, so no position sees a later
+one.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 class SequentialModel(nn.Module, ABC):
     """An encoder of item sequences whose states score items.
 
-    A score is the state times the item's embedding, plus a bias if the paper has one.
+    A score is the product of state and item embedding, plus a bias if the paper has one.
     """
 
     def __init__(self, num_items: int, hidden_size: int, bias: bool):
@@ -43,28 +43,31 @@ class SequentialModel(nn.Module, ABC):
         """Return the state after each item, (B, T, D), from histories (B, T) int64."""
 
     def forward(
-        self, histories: torch.Tensor, places: torch.Tensor, candidates: torch.Tensor | None = None
+        self,
+        histories: torch.Tensor,
+        positions: torch.Tensor,
+        candidates: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return the scores of all items, or of the candidates alone.
 
         Args:
             histories: int64 (B, T).
-            places: int64 (n,), positions in the flattened (B·T) histories to predict from.
+            positions: int64 (n,), positions in the flattened (B·T) histories to predict from.
             candidates: int64 (C,), items; None for all items.
 
         Returns:
             (n, N), or (n, C) for candidates.
         """
-        states = self.encode(histories).flatten(0, 1)[places]
+        states = self.encode(histories).flatten(0, 1)[positions]
         if candidates is None:
             return F.linear(states, self.items.weight, self.bias)
         bias = None if self.bias is None else self.bias[candidates]
         return F.linear(states, self.items(candidates), bias)
 
     @torch.no_grad()
-    def log_probabilities(self, histories: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    def log_probabilities(self, histories: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Return the log-softmax of the scores of all items, float32 (n, N), in nats."""
-        scores: torch.Tensor = self(histories, places)
+        scores: torch.Tensor = self(histories, positions)
         return scores.float().log_softmax(1)
 
     def save_pretrained(
@@ -112,9 +115,8 @@ class GRU4Rec(SequentialModel):
 class SASRec(SequentialModel):
     """SASRec: blocks of causal self-attention and a point-wise feed-forward net.
 
-    Each sub-layer is normalised before. Positions count from the
-    oldest item of a history on, so that a row's scores do not depend on the rows that it is trained
-    with.
+    The input of each sub-layer is normalised. Positions count from the oldest item of a history on,
+    so that a row's scores do not depend on the rows that it is trained with.
     """
 
     def __init__(
@@ -187,7 +189,7 @@ class AttentionBlock(nn.Module):
 class LRURec(SequentialModel):
     """LRURec: blocks of a linear recurrent unit and a feed-forward net.
 
-    Each sub-layer is normalised behind its residual connection.
+    The sum of each sub-layer and its residual connection is normalised.
     """
 
     def __init__(
@@ -227,7 +229,7 @@ class RecurrentBlock(nn.Module):
         gamma = torch.sqrt(1 - torch.exp(-2 * nu))
         self.recurrence = nn.Parameter(torch.stack([nu, 2 * torch.pi * u2, gamma]).log())
 
-        # Real and imaginary parts of the H states stand next to each other.
+        # The real and the imaginary part of each of the H states are neighbours.
         self.input, self.output = nn.Linear(size, 4 * size), nn.Linear(4 * size, size)
         self.feed_forward = nn.Sequential(
             nn.Linear(size, 4 * size),
@@ -295,9 +297,9 @@ def scan_in_place(decay: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
     """Turn inputs (B, T, H) into the states of the recurrence, in place.
 
     This is the prefix scan of Brent and Kung. It takes 2·log₂ T passes that change 2·T positions in
-    all. On the way up, behind the pass with step s, each position 2s, 4s, … (counted from 1) holds
-    what its last 2s inputs add up to. On the way down, blocks of half the length get what lies
-    before them, until every position is complete.
+    all. On the way up, after the pass with step s, each position 2s, 4s, … (counted from 1) holds
+    the state that its last 2s inputs alone would give. On the way down, each half-length block
+    receives the state that precedes it, until every position is complete.
     """
     length = states.shape[1]
     powers: list[tuple[int, torch.Tensor]] = []
@@ -318,9 +320,9 @@ def scan_in_place(decay: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
 class Popularity(nn.Module):
     """Ranks items by their shares of the training targets, whatever the history is.
 
-    One more observation is spread over all items, in parts that are made slightly unequal at random
-    (seeded). So no item has probability 0, and ties are in random order; the item ids might follow
-    time or popularity.
+    One more observation is spread over all items, in parts that differ slightly at random (seeded).
+    So no item has probability 0, and ties are broken in random order. The order of the item ids
+    would not do, because it may follow time or popularity.
 
     Attributes:
         probability: float64 (N,).
@@ -346,12 +348,12 @@ class Popularity(nn.Module):
         count = np.bincount(targets, minlength=num_items) + parts / parts.sum()
         return cls(torch.from_numpy(count / count.sum()))
 
-    def log_probabilities(self, histories: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    def log_probabilities(self, histories: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Return the log-probabilities of all items, float64 (n, N), in nats.
 
         The arguments are those of `SequentialModel.log_probabilities`.
         """
-        return self.probability.log().expand(len(places), -1)
+        return self.probability.log().expand(len(positions), -1)
 
     def save_pretrained(self, folder: Path) -> None:
         """Write the counts to a new folder."""
@@ -361,11 +363,11 @@ class Popularity(nn.Module):
 class LastItemKNN(Popularity):
     """Ranks items by how often they came next after the last item of the user's history.
 
-    Popularity counts as one more observation, and decides ties.
+    The shares of `Popularity` are added as one more observation, which breaks ties.
 
     Attributes:
         begins, next_items, times: int64 (N+1,), (E,), (E,). Item i was followed by the items
-            next_items[begins[i] : begins[i+1]], as often as `times` says.
+            next_items[begins[i] : begins[i+1]]; `times` holds how often.
     """
 
     begins: torch.Tensor
@@ -397,10 +399,10 @@ class LastItemKNN(Popularity):
             torch.from_numpy(times),
         )
 
-    def log_probabilities(self, histories: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    def log_probabilities(self, histories: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """See `Popularity.log_probabilities`; only the last item of a history matters."""
-        counts = self.probability.repeat(len(places), 1)
-        for row, item in zip(counts, histories.flatten()[places], strict=True):
+        counts = self.probability.repeat(len(positions), 1)
+        for row, item in zip(counts, histories.flatten()[positions], strict=True):
             followers = slice(int(self.begins[item]), int(self.begins[item + 1]))
             row[self.next_items[followers]] += self.times[followers]
         return (counts / counts.sum(1, keepdim=True)).log()
@@ -445,7 +447,7 @@ SEQUENTIAL = {
 
 @dataclass(frozen=True)
 class Negatives:
-    """Draws items that were not the next one, from torch's global random numbers."""
+    """Draws negative items with torch's global random generator."""
 
     weights: torch.Tensor
     """float32 (N,): a shared negative is drawn with a probability proportional to its weight."""
@@ -457,7 +459,7 @@ class Negatives:
         return torch.multinomial(self.weights, self.number)
 
     def other_than(self, targets: torch.Tensor) -> torch.Tensor:
-        """Return for each target (n,) uniformly drawn other items, int64 (n, number)."""
+        """Return `number` uniformly drawn other items per target (n,), int64 (n, number)."""
         shape = (len(targets), self.number)
         drawn = torch.randint(len(self.weights) - 1, shape, device=targets.device)
         return drawn + (drawn >= targets[:, None])
@@ -479,8 +481,8 @@ def bce(score: Score, targets: torch.Tensor, negatives: Negatives) -> torch.Tens
     only the target is excluded.
     """
     items = torch.cat([targets[:, None], negatives.other_than(targets)], 1)
-    candidates, place = torch.unique(items, return_inverse=True)
-    scores = score(candidates).float().gather(1, place)
+    candidates, column = torch.unique(items, return_inverse=True)
+    scores = score(candidates).float().gather(1, column)
     return F.softplus(-scores[:, 0]) + F.softplus(scores[:, 1:]).mean(1)
 
 
@@ -491,17 +493,18 @@ def bpr_max(score: Score, targets: torch.Tensor, negatives: Negatives) -> torch.
     shared negatives. Scores pass through ELU. The ELU, the weight 1 of the second term and the
     constant 1e-24 are those of the published code.
     """
-    candidates, place = torch.unique(torch.cat([targets, negatives.shared()]), return_inverse=True)
+    items = torch.cat([targets, negatives.shared()])
+    candidates, column = torch.unique(items, return_inverse=True)
     scores = F.elu(score(candidates).float())
-    place = place[: len(targets), None]
-    share = scores.scatter(1, place, -torch.inf).softmax(1)
-    ahead = torch.sigmoid(scores.gather(1, place) - scores)
+    column = column[: len(targets), None]
+    share = scores.scatter(1, column, -torch.inf).softmax(1)
+    ahead = torch.sigmoid(scores.gather(1, column) - scores)
     return (share * scores**2).sum(1) - torch.log((share * ahead).sum(1) + 1e-24)
 
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss of n targets."""
+    """A loss over n targets, and its default number of negatives."""
 
     function: Callable[[Score, torch.Tensor, Negatives], torch.Tensor]
     """Takes scores, targets (n,) and negatives, and returns float32 (n,)."""
@@ -525,7 +528,7 @@ def save_tensors(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def load_model(folder: str | Path) -> SequentialModel | Popularity:
-    """Load what `igd baseline` saved, for inference: a model with `log_probabilities`.
+    """Load a model that `igd baseline` saved, for inference with `log_probabilities`.
 
     Raises:
         UsageError: there is no such model in the folder.

@@ -39,49 +39,39 @@ class Preset:
     """The counts, by name."""
 
 
+def amazon_2018(domain: str, paper: str, expected: Mapping[str, int]) -> Preset:
+    """Return the preset of an Amazon 2018 category under D3's protocol."""
+    return Preset("amazon-2018", {**D3, **D3_WINDOW, "domain": domain}, paper, expected)
+
+
+def amazon_2023(domain: str, expected: Mapping[str, int]) -> Preset:
+    """Return the preset of an Amazon 2023 category under MTC's protocol."""
+    return Preset("amazon-2023", {**LEAVE_ONE_OUT, "domain": domain}, "MTC Table 2", expected)
+
+
 PRESETS = {
-    "cds": Preset(
-        "amazon-2018",
-        {**D3, **D3_WINDOW, "domain": "CDs"},
-        "IGD Table 1",
-        {"items": 14_239, "train": 148_685, "valid": 18_586, "test": 18_587},
+    "cds": amazon_2018(
+        "CDs", "IGD Table 1", {"items": 14_239, "train": 148_685, "valid": 18_586, "test": 18_587}
     ),
-    "games": Preset(
-        "amazon-2018",
-        {**D3, **D3_WINDOW, "domain": "video games"},
+    "games": amazon_2018(
+        "video games",
         "IGD Table 1",
         {"items": 11_037, "train": 201_613, "valid": 25_202, "test": 25_203},
     ),
-    "toys": Preset(
-        "amazon-2018",
-        {**D3, **D3_WINDOW, "domain": "toys"},
-        "IGD Table 1",
-        {"items": 11_252, "train": 112_755},
+    "toys": amazon_2018("toys", "IGD Table 1", {"items": 11_252, "train": 112_755}),
+    "books": amazon_2018(
+        "books", "IGD Table 1", {"items": 41_722, "train": 682_998, "valid": 85_376, "test": 85_376}
     ),
-    "books": Preset(
-        "amazon-2018",
-        {**D3, **D3_WINDOW, "domain": "books"},
-        "IGD Table 1",
-        {"items": 41_722, "train": 682_998, "valid": 85_376, "test": 85_376},
-    ),
-    "sports": Preset(
-        "amazon-2018",
-        {**D3, **D3_WINDOW, "domain": "sports and outdoor products"},
-        "D3's protocol; not in IGD",
-    ),
+    "sports": amazon_2018("sports and outdoor products", "D3's protocol; not in IGD", {}),
     "steam": Preset(
         "steam", {**D3, "domain": "games"}, "IGD Table 6 (about)", {"interactions": 982_000}
     ),
-    "instruments-2023": Preset(
-        "amazon-2023",
-        {**LEAVE_ONE_OUT, "domain": "musical instruments"},
-        "MTC Table 2",
+    "instruments-2023": amazon_2023(
+        "musical instruments",
         {"interactions": 511_836, "users": 57_439, "items": 24_587},
     ),
-    "industrial-2023": Preset(
-        "amazon-2023",
-        {**LEAVE_ONE_OUT, "domain": "industrial and scientific products"},
-        "MTC Table 2",
+    "industrial-2023": amazon_2023(
+        "industrial and scientific products",
         {"interactions": 412_947, "users": 50_985, "items": 25_847},
     ),
     # These are the counts of S3-Rec's Yelp of 2019, whose window ends with the first second of the

@@ -72,7 +72,7 @@ class Ranker:
             place = slice(begin, begin + self.batch_size)
             chains = Chains.of_rows(split, rows[place])
             batch = chains.collate(np.arange(len(rows[place]))).to(device)
-            of_items = self.model.log_probabilities(batch.histories, batch.places)
+            of_items = self.model.log_probabilities(batch.histories, batch.positions)
             if number < num_batches:
                 values, columns = self.leaves.log_probabilities(of_items).topk(length)
                 leaves[place] = columns

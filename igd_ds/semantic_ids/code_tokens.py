@@ -52,7 +52,7 @@ def write_trained_tokenizer(
 
     Raises:
         UsageError: the dataset has no titles, or no semantic IDs for `with_codes`; `vocab_size` is
-            too small; a code is a token already, or codes run into each other; `output` was made
+            too small; a code is a token already, or codes merge with each other; `output` was made
             from another request.
     """
     info = read_info(dataset)
@@ -72,7 +72,7 @@ def write_trained_tokenizer(
         raise UsageError(f"{dataset} has no semantic IDs; leave out --semantic_ids")
     if not titles and not with_codes:
         raise UsageError(
-            f"{dataset} has semantic IDs instead of titles; add --semantic_ids or --codes_only"
+            f"{dataset} has semantic IDs and no titles; add --semantic_ids or --codes_only"
         )
 
     paths = semantic_ids if with_codes and semantic_ids is not None else []
@@ -94,8 +94,8 @@ def write_codes_tokenizer(dataset: Path, output: Path) -> str:
         A line that says what happened.
 
     Raises:
-        UsageError: the dataset has no semantic IDs; a code is a special token; codes run into each
-            other; `output` was made from another request.
+        UsageError: the dataset has no semantic IDs; a code is a special token; codes merge with
+            each other; `output` was made from another request.
     """
     request = {"dataset": fingerprint(read_info(dataset)), "codes_only": True}
     if is_made(output, TRAINING_RECORD, request):
@@ -126,7 +126,7 @@ def write_tokenizer_with_codes(dataset: Path, name: str, output: Path) -> str:
 
     Raises:
         UsageError: there is no such tokenizer; the dataset has no semantic IDs; a code is a token
-            already, or codes run into each other; `output` was made from another request.
+            already, or codes merge with each other; `output` was made from another request.
     """
     tokenizer = load_tokenizer(name)
     request = {
@@ -139,7 +139,7 @@ def write_tokenizer_with_codes(dataset: Path, name: str, output: Path) -> str:
     _, semantic_ids = read_items(dataset)
     if semantic_ids is None:
         raise UsageError(
-            f"{dataset} has no semantic IDs, so no codes to add; make some with igd ids"
+            f"{dataset} has no semantic IDs, so there are no codes to add; igd ids makes some"
         )
 
     codes = codes_of(semantic_ids)
@@ -256,9 +256,9 @@ def _code_token(code: str) -> AddedToken:
 def check_codes_stay_apart(
     tokenizer: PreTrainedTokenizerBase, semantic_ids: Sequence[Sequence[str]]
 ) -> None:
-    """Check that an item's codes are read as themselves when they are written one after the other.
+    """Check that the codes of an item, written without spaces, are read as the same codes.
 
-    Prompts write them so.
+    Prompts write them without spaces.
 
     Raises:
         UsageError: the codes of an item are read as other tokens.
@@ -274,8 +274,8 @@ def check_codes_stay_apart(
         read = tokenizer.convert_ids_to_tokens(ids)
         if read != list(codes):
             raise UsageError(
-                f"codes {codes} run into each other: {''.join(codes)!r} reads {read}; write codes "
-                "as '<a_12>'"
+                f"codes {codes} merge with each other: {''.join(codes)!r} is read as {read}; write "
+                "codes as '<a_12>'"
             )
 
 

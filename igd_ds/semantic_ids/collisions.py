@@ -1,4 +1,4 @@
-"""Codes of items: how items with equal IDs are told apart, and measures of what the codes decide.
+"""Codes of items: making equal IDs unique, and measures of how much the codes decide.
 
 Letters in shapes: N items, L levels. Codes are integers from 0. Code c of level l is written as the
 token `<a_c>` for l = 0, `<b_c>` for l = 1, and so on.
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from igd_ds.errors import UsageError
+from igd_ds.errors import UsageError, did_you_mean
 from igd_ds.items.decisiveness import filtering_ratio, mean_by_token, purity_gain
 from igd_ds.items.trie import TokenTrie
 
@@ -25,11 +25,11 @@ def resolve_collisions(codes: np.ndarray, sizes: Sequence[int], how: str, seed: 
     """Return codes that are unique per item: int32 (N, L), or (N, L+1) for `extra`.
 
     `reassign` (MTC, footnote 5): in each group of items with equal IDs one item keeps its codes,
-    and the others get a random last code that is unused under their prefix. A prefix may hold more
-    items than there are last codes. It first gives items away: each of them gets another random
-    code one level up, among the codes with room, and so on upwards; this is decided from the first
-    level down. As few items change as possible: N minus the number of different IDs. The random
-    choices are seeded.
+    and the others get a random last code that is unused under their prefix. If a prefix holds more
+    items than there are last codes, the surplus items first move to other prefixes: each gets
+    another random code one level up, among the codes with room, and so on upwards. Levels are
+    decided from the first one down. As few items change as possible: N minus the number of
+    different IDs. The random choices are seeded.
 
     `extra`: a further level numbers the items of a group 0, 1, 2 … in the order of their ids. It is
     0 for an item without a collision.
@@ -80,7 +80,8 @@ def check_collisions(num_items: int, sizes: Sequence[int], how: str) -> None:
         UsageError: it cannot.
     """
     if how not in COLLISIONS:
-        raise UsageError(f"--collisions {how}: unknown; known: {', '.join(COLLISIONS)}")
+        hint, known = did_you_mean(how, COLLISIONS), ", ".join(COLLISIONS)
+        raise UsageError(f"unknown --collisions '{how}'{hint} (known: {known})")
 
     room = int(np.prod([float(size) for size in sizes])) if how == "reassign" else num_items
     if num_items > room:

@@ -21,7 +21,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from igd_ds import distributed
-from igd_ds.errors import UsageError
+from igd_ds.errors import UsageError, did_you_mean
 from igd_ds.semantic_ids.collisions import LEVEL_LETTERS, collision_rate, use_and_perplexity
 
 CHUNK = 16_384  # rows that pass through memory at a time (assumed)
@@ -58,16 +58,16 @@ class QuantizerOptions:
     commitment: float = 0.25
     """Weight of the commitment term."""
     sinkhorn: float = 0.0
-    """0: each residual gets its nearest code. Above 0: training assigns codes evenly within each
-    batch, by Sinkhorn's algorithm with this regularisation (LETTER, LC-Rec: 0.003). The final IDs
-    are the nearest codes in both cases."""
+    """0: training gives each residual its nearest code. Above 0: training assigns codes evenly
+    within each batch, by Sinkhorn's algorithm with this regularisation (LETTER, LC-Rec: 0.003). The
+    final IDs are the nearest codes in both cases."""
     ema: float = 0.0
     """0: the codebook is trained by its gradient. Above 0: it is an exponential moving average with
     this decay (usual: 0.99)."""
 
 
 class Quantizer(nn.Module, ABC):
-    """What all quantizers share: scaled rows and one codebook per level.
+    """Base class of the quantizers: scaled rows and one codebook per level.
 
     Rows are centred and divided by one number, so that settings mean the same for the embeddings of
     any encoder. The entries of scaled rows have variance 1 on average.
@@ -217,7 +217,7 @@ class Quantization:
 
 @dataclass(frozen=True)
 class RQVAELosses:
-    """The loss of RQ-VAE and its terms, each (), and what the training step needs besides."""
+    """The loss of RQ-VAE and its terms, each (), and the codes and residuals behind them."""
 
     loss: torch.Tensor
     reconstruction: torch.Tensor
@@ -482,24 +482,25 @@ def check_options(name: str, options: QuantizerOptions, num_items: int, width: i
         UsageError: it cannot; the message names the flag and what to do.
     """
     if name not in QUANTIZERS:
-        raise UsageError(f"--quantizer {name}: unknown; known: {', '.join(QUANTIZERS)}")
+        hint, known = did_you_mean(name, QUANTIZERS), ", ".join(QUANTIZERS)
+        raise UsageError(f"unknown --quantizer '{name}'{hint} (known: {known})")
 
     # Sizes of the codebooks.
     if not 1 <= options.levels <= len(LEVEL_LETTERS):
         raise UsageError(
-            f"--levels {options.levels}: must be 1 to {len(LEVEL_LETTERS)}, a letter each"
+            f"--levels {options.levels}: must be 1 to {len(LEVEL_LETTERS)}: each level has a letter"
         )
     if options.codes < 2:
         raise UsageError(f"--codes {options.codes}: must be at least 2")
     if num_items < options.codes:
         raise UsageError(
-            f"--codes {options.codes}: a codebook larger than the data, which has {num_items} "
+            f"--codes {options.codes}: the codebook is larger than the data, which has {num_items} "
             f"items; give at most {num_items}"
         )
     if name == "pq" and width % options.levels:
         raise UsageError(
-            f"--quantizer pq: {options.levels} equal segments do not divide an embedding of "
-            f"{width} entries; choose --levels that does"
+            f"--quantizer pq: an embedding of {width} entries cannot be cut into {options.levels} "
+            "equal segments; give --levels that divides the number of entries"
         )
 
     # Training of RQ-VAE.
@@ -513,7 +514,7 @@ def check_options(name: str, options: QuantizerOptions, num_items: int, width: i
     if options.learning_rate <= 0:
         raise UsageError(f"--learning_rate {options.learning_rate}: must be above 0")
     if not 0 <= options.ema < 1:
-        raise UsageError(f"--ema {options.ema}: a decay, 0 (off) or below 1, e.g. 0.99")
+        raise UsageError(f"--ema {options.ema}: must be 0 (off) or a decay below 1, such as 0.99")
     if options.sinkhorn < 0 or options.commitment < 0:
         raise UsageError(
             f"--sinkhorn {options.sinkhorn}, --commitment {options.commitment}: must not be "
@@ -594,7 +595,7 @@ def residual_kmeans(
 
 
 def nearest(rows: torch.Tensor, book: torch.Tensor) -> torch.Tensor:
-    """Return the index int64 (B,) of the codeword nearest to each row; of equals, the lowest.
+    """Return the index int64 (B,) of the codeword nearest to each row; of equals the lowest index.
 
     Args:
         rows: (B, d).

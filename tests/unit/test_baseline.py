@@ -77,7 +77,7 @@ def test_chained_rows_are_the_datasets_rows_each_once_with_its_own_history(longe
             chains.rows[chains.offsets[s] : chains.offsets[s + 1]].tolist() for s in sequences[:-1]
         ]
         for place, target, row in zip(
-            batch.places.tolist(), batch.targets.tolist(), sum(members, []), strict=True
+            batch.positions.tolist(), batch.targets.tolist(), sum(members, []), strict=True
         ):
             sequence, end = divmod(place, width)
             assert (
@@ -116,7 +116,7 @@ def test_leaves_are_the_different_names_and_their_probabilities_add_up():
         assert stored.trie.train_count[leaves.nodes[column]] == sum(
             other in (0, 2, 2, 3) for other in alike
         ) + (name == ["a"])
-    with pytest.raises(UsageError, match="--item_kind text: item 0 has no such name"):
+    with pytest.raises(UsageError, match="--item_kind text: item 0 has no title"):
         build_catalogue(dataset, "text")
 
 
@@ -129,7 +129,7 @@ def made(tmp_path_factory):
 def entry(made, tmp_path, monkeypatch):
     """Return a function that runs an entry point with flags and returns its exit code."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(distributed, "init", lambda: None)
+    monkeypatch.setattr(distributed, "init", lambda *_: None)
     monkeypatch.setattr(distributed, "device", lambda: torch.device("cpu"))
     monkeypatch.setattr(baseline.signal, "signal", lambda *_: None)
 
@@ -155,7 +155,14 @@ def lists(folder):
 def test_popularity_lists_the_catalogue_by_training_count(entry, tmp_path):
     assert entry(baseline, *flags(tmp_path, "popularity")) == 0
     run = tmp_path / "popularity"
-    files = ["config.yaml", "ds_config.json", "env.json", "metrics.jsonl", "summary.json"]
+    files = [
+        "config.yaml",
+        "ds_config.json",
+        "env.json",
+        "lock.json",
+        "metrics.jsonl",
+        "summary.json",
+    ]
     folders = ["checkpoints", "eval", "model", "tensorboard"]
     assert sorted(path.name for path in run.iterdir()) == sorted(files + folders)
     assert json.loads((run / "summary.json").read_text())["seconds"] > 0
@@ -366,7 +373,7 @@ TRAINED = ["--ds_config", "ds_configs/zero1-fp32.json"]
         ),
         (
             ["--recommender", "popularity", "--item_kind", "semantic-id"],
-            "--item_kind semantic-id: item 0 has no such name",
+            "--item_kind semantic-id: item 0 has no semantic ID",
         ),
     ],
 )

@@ -275,18 +275,18 @@ def test_sinkhorn_balances():
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("vq", {}, "--quantizer vq: unknown; known: rq-vae, rq-kmeans, pq"),
-        ("pq", {"levels": 3}, "3 equal segments do not divide an embedding of 8"),
+        ("vq", {}, "unknown --quantizer 'vq' \\(known: rq-vae, rq-kmeans, pq\\)"),
+        ("pq", {"levels": 3}, "an embedding of 8 entries cannot be cut into 3 equal segments"),
         ("rq-vae", {"levels": 27}, "--levels 27: must be 1 to 26"),
         (
             "rq-vae",
             {"codes": 401},
-            "--codes 401: a codebook larger than the data, which has 400 items",
+            "--codes 401: the codebook is larger than the data, which has 400 items",
         ),
         ("rq-vae", {"codes": 1}, "--codes 1: must be at least 2"),
         ("rq-vae", {"epochs": 0}, "--epochs 0: must be at least 1"),
         ("rq-vae", {"learning_rate": 0.0}, "--learning_rate 0.0"),
-        ("rq-vae", {"ema": 1.0}, "--ema 1.0: a decay"),
+        ("rq-vae", {"ema": 1.0}, "--ema 1.0: must be 0 \\(off\\) or a decay"),
         ("rq-vae", {"sinkhorn": -1.0}, "--sinkhorn -1.0"),
     ],
 )
@@ -368,7 +368,7 @@ def test_collisions_that_cannot_be_resolved():
     with pytest.raises(UsageError, match="no letter is left"):
         resolve_collisions(np.zeros((2, 26), int), [2] * 26, "extra", 0)
     with pytest.raises(
-        UsageError, match="--collisions drop: unknown; known: reassign, extra, keep"
+        UsageError, match=r"unknown --collisions 'drop' \(known: reassign, extra, keep\)"
     ):
         resolve_collisions(np.zeros((2, 2), int), [2, 2], "drop", 0)
 

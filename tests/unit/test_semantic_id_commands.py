@@ -542,8 +542,8 @@ def test_uneven_existing_ids(folder):
     args = ids_command.parse(["--dataset", "d", "--output", "o", "--quantizer", "existing"])
     request = ids_command.request_of(args)
     for wrong, message in [
-        (["<a_1>"], r"found lengths \[1, 3\], item 4"),
-        (None, r"found lengths \[0, 3\], item 4 has None"),
+        (["<a_1>"], r"found lengths \[1, 3\] \(item 4"),
+        (None, r"found lengths \[0, 3\] \(item 4 has None"),
     ]:
         column = pa.array([*ids[:4], wrong, *ids[5:]], pa.list_(pa.string()))
         with pytest.raises(UsageError, match=message):
@@ -579,9 +579,12 @@ def test_a_collapsed_codebook_is_on_screen(folder, tmp_path, capsys):
     [
         (
             ["--quantizer", "rq-vae", "--codes", 61],
-            "--codes 61: a codebook larger than the data, which has 60 items",
+            "--codes 61: the codebook is larger than the data, which has 60 items",
         ),
-        (["--quantizer", "pq", "--levels", 3, "--codes", 8], "3 equal segments do not divide"),
+        (
+            ["--quantizer", "pq", "--levels", 3, "--codes", 8],
+            "an embedding of 8 entries cannot be cut into 3 equal segments",
+        ),
         (
             ["--quantizer", "rq-kmeans", "--levels", 27, "--codes", 8],
             "--levels 27: must be 1 to 26",

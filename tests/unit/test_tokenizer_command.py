@@ -140,6 +140,7 @@ def test_codes_must_be_tokens_of_their_own():
         bpe_with_codes(["A title"], ["text"], 300, ["a"])
     tokenizer = tokenizer_of_codes(["a", "bc", "ab", "c"])
     with pytest.raises(
-        UsageError, match=r"codes \['a', 'bc'\] run into each other: 'abc' reads \['ab', 'c'\]"
+        UsageError,
+        match=r"codes \['a', 'bc'\] merge with each other: 'abc' is read as \['ab', 'c'\]",
     ):
         check_codes_stay_apart(tokenizer, [["a", "bc"], ["ab", "c"]])

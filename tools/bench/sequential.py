@@ -129,7 +129,7 @@ def make_padded(name: str, chains: Chains) -> Step:
             [chains.rows[chains.offsets[s] : chains.offsets[s + 1]] for s in sequences]
         )
         batch = Chains.of_rows(chains.split, rows).collate(np.arange(len(rows)))
-        loss = F.cross_entropy(model(batch.histories, batch.places), batch.targets)
+        loss = F.cross_entropy(model(batch.histories, batch.positions), batch.targets)
         loss.backward()
         update()
         return loss.item()
