@@ -88,7 +88,7 @@ def _one_of(names: Iterable[str]) -> str:
 def _tag(names: Iterable[str]) -> re.Pattern[str]:
     """Return a pattern of the tags with these names; words behind a name must be attributes."""
     name = _one_of(names)
-    return re.compile(rf"<(?:/{name}\s*|{name}(?:\s[^<>]*=[^<>]*)?\s*/?)>", re.IGNORECASE)
+    return re.compile(rf"<(?:/{name}\s*|{name}(?:\s[^<>=]*=[^<>]*)?\s*/?)>", re.IGNORECASE)
 
 
 _BLOCK_TAG = _tag(_BLOCK_NAMES)
