@@ -9,7 +9,7 @@ vocabulary, K targets of the loss, M trie nodes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -18,6 +18,7 @@ import torch
 
 if TYPE_CHECKING:
     from igd_ds.config.model import ModelOptions, ModelSource
+    from igd_ds.engine.step import StepLoss, StepSums
     from igd_ds.items.search_trie import SearchTrie
     from igd_ds.items.store import StoredCatalogue
 
@@ -343,3 +344,61 @@ class Backbone(Protocol):
 
     def prompt_tree(self, model: torch.nn.Module) -> PromptTree:
         """Return an empty tree for one batch of searches."""
+
+
+class Training(Protocol):
+    """What an entry gives the loop (`igd_ds/loop.py`): batches, the loss of a step, a validation.
+
+    Example:
+        GenerativeTraining (`igd train`) and SequentialTraining (`igd baseline`) are the two
+        implementations:
+
+        >>> training = GenerativeTraining(config, run, inputs, micro_batch=8)
+        >>> fit(engine, training, config, run, LoopState(), StopRequest())
+    """
+
+    @property
+    def loss(self) -> StepLoss[Any]:
+        """What a step minimises."""
+
+    @property
+    def normalization(self) -> str:
+        """How Ω is taken, see `optimizer_step`."""
+
+    @property
+    def validation_metric(self) -> str:
+        """What early stopping watches; `validate` returns it as `valid/METRIC`."""
+
+    @property
+    def lower_is_better(self) -> bool:
+        """Whether a smaller value of the metric is better."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of one pass over the rows."""
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps the run has at most."""
+
+    @property
+    def tags(self) -> Mapping[str, str]:
+        """Tags of its own, beside runlog.TAGS: tag → meaning and unit."""
+
+    def micro_batches(self, first: int) -> Iterator[list[Any]]:
+        """Yield this rank's micro-batches of optimizer steps `first`, `first` + 1, …"""
+
+    def values(self, sums: StepSums, seconds: float) -> dict[str, float]:
+        """Return the log's scalars of some steps, which took `seconds`."""
+
+    def validate(self, engine: Any) -> dict[str, float]:
+        """Return the validation's scalars; all ranks call it."""
+
+    def save(self, engine: Any) -> None:
+        """Save the present weights as RUN/model; all ranks call it."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the objective's state, for the checkpoint."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up a state of `state_dict`."""

@@ -144,7 +144,7 @@ class Inputs:
 
 
 class GenerativeTraining:
-    """One training of a language model on token paths of items (loop.Training).
+    """One training of a language model on token paths of items (contracts.Training).
 
     Args:
         config: the run's settings.
@@ -196,7 +196,7 @@ class GenerativeTraining:
             for name in self.objective.targets:
                 self.tags[f"train/loss_{name}"] = f"nats per unit of weight: target {name}"
 
-    def windows(self, first: int) -> Iterator[list[Batch]]:
+    def micro_batches(self, first: int) -> Iterator[list[Batch]]:
         """Yield this rank's micro-batches of steps `first`, `first` + 1, …; the next is made
         meanwhile.
 

@@ -12,20 +12,21 @@ import dataclasses
 import math
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from igd_ds import distributed
 from igd_ds.config.training import LoopOptions
+from igd_ds.contracts import Training
 from igd_ds.distributed import say
 from igd_ds.engine.checkpoint import load_checkpoint, save_checkpoint, update_state
-from igd_ds.engine.step import StepLoss, StepSums, optimizer_step
+from igd_ds.engine.step import StepSums, optimizer_step
 from igd_ds.errors import EXIT_REQUEUE
 from igd_ds.folders import write_json
 from igd_ds.runlog import RunLog, peak_memory_gib
@@ -36,7 +37,7 @@ SEED_OF_STEP, SEED_OF_RANK = 1_000_003, 7_919
 
 @dataclass
 class LoopState:
-    """Where a training stands; saved with every checkpoint."""
+    """Progress of a training; saved with every checkpoint."""
 
     step: int = 0
     """Optimizer steps made."""
@@ -56,7 +57,7 @@ class LoopState:
     """The objective's own state."""
 
     def note_validation(self, value: float, lower_is_better: bool) -> bool:
-        """Take note of a validation at the present step; return whether it is the best so far."""
+        """Record a validation at the present step; return whether it is the best so far."""
         if self.best is None:
             improved = True
         else:
@@ -68,60 +69,6 @@ class LoopState:
             self.best = value
             self.best_step = self.step
         return improved
-
-
-class Training(Protocol):
-    """What an entry gives the loop.
-
-    Example:
-        `igd_ds/train.py` and `igd_ds/baseline.py` are the two implementations.
-    """
-
-    @property
-    def loss(self) -> StepLoss[Any]:
-        """What a step minimises."""
-
-    @property
-    def normalization(self) -> str:
-        """How Ω is taken, see `optimizer_step`."""
-
-    @property
-    def validation_metric(self) -> str:
-        """What early stopping watches; `validate` returns it as `valid/METRIC`."""
-
-    @property
-    def lower_is_better(self) -> bool:
-        """Whether a smaller value of the metric is better."""
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps of one pass over the rows."""
-
-    @property
-    def total_steps(self) -> int:
-        """Optimizer steps the run has at most."""
-
-    @property
-    def tags(self) -> Mapping[str, str]:
-        """Tags of its own, beside runlog.TAGS: tag → meaning and unit."""
-
-    def windows(self, first: int) -> Iterator[list[Any]]:
-        """Yield this rank's micro-batches of optimizer steps `first`, `first` + 1, …"""
-
-    def values(self, sums: StepSums, seconds: float) -> dict[str, float]:
-        """Return the log's scalars of some steps, which took `seconds`."""
-
-    def validate(self, engine: Any) -> dict[str, float]:
-        """Return the validation's scalars; all ranks call it."""
-
-    def save(self, engine: Any) -> None:
-        """Save the present weights as RUN/model; all ranks call it."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the objective's state, for the checkpoint."""
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up a state of `state_dict`."""
 
 
 class StopRequest:
@@ -191,7 +138,7 @@ def fit(
     total = training.total_steps
     every = options.validate_every or training.steps_per_epoch
     log = RunLog(run, distributed.is_main(), state.step, state.validated, training.tags)
-    windows = training.windows(state.step)
+    steps = training.micro_batches(state.step)
     bar = progress_bar(total, state.step)
     watch, sums = Stopwatch(), StepSums()
     started = time.perf_counter() - state.seconds
@@ -214,9 +161,9 @@ def fit(
         # Make one optimizer step.
         torch.manual_seed(step_seed(options.seed, state.step))
         learning_rate = engine.get_lr()[0]
-        window = next(windows)
+        batches = next(steps)
         step_sums, stopped = optimizer_step(
-            engine, window, training.loss, state.step, training.normalization, stop.received
+            engine, batches, training.loss, state.step, training.normalization, stop.received
         )
         sums += step_sums
         state.step += 1
@@ -242,6 +189,7 @@ def fit(
                 checkpoints, keep = run / "checkpoints", options.keep_checkpoints
                 save_checkpoint(engine, checkpoints, dataclasses.asdict(state), keep, lora)
         if stopped:
+            bar.close()
             log.close()
             say(f"stopped by a signal after step {state.step}; saved. Go on with --resume auto")
             return EXIT_REQUEUE
@@ -282,7 +230,7 @@ def validate(engine: Any, training: Training, state: LoopState, log: RunLog) -> 
 
 
 def finish(metric: str, options: LoopOptions, run: Path, state: LoopState, log: RunLog) -> None:
-    """Record that the training is finished: summary.json is what makes it so."""
+    """Record that the training is finished: a run is finished when summary.json exists."""
     assert state.best is not None, "the last step is validated"
     log.hparams(dataclasses.asdict(options), {"best_validation": state.best})
     log.close()

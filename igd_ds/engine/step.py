@@ -77,20 +77,20 @@ def _added(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any
 
 def optimizer_step(
     engine: Any,
-    window: Sequence[B],
+    micro_batches: Sequence[B],
     loss: StepLoss[B],
     step: int,
     normalization: str = "global",
     stop: bool = False,
 ) -> tuple[StepSums, bool]:
-    """Make one optimizer step over a window of micro-batches, one per accumulation step.
+    """Make one optimizer step over this rank's micro-batches.
 
     The normalisers Ω are summed over all ranks and micro-batches before the first backward pass, so
     the gradient does not depend on how rows are dealt (IGD Eq. 6).
 
     Args:
         engine: DeepSpeed engine.
-        window: this rank's micro-batches, on the CPU.
+        micro_batches: this rank's, one per accumulation step, on the CPU.
         loss: what is minimised.
         step: the optimizer step, counted from 0.
         normalization: "global", or "per_batch" for the published code's mean of micro-batch means.
@@ -106,7 +106,7 @@ def optimizer_step(
     device, world = distributed.device(), distributed.world_size()
 
     # Agree on Ω and on whether to stop, in one collective.
-    own = torch.stack([loss.normalisers(batch) for batch in window]).sum(0)
+    own = torch.stack([loss.normalisers(batch) for batch in micro_batches]).sum(0)
     agreed = torch.cat([own, own.new_tensor([float(stop)])]).to(device)
     *omega, stopped = distributed.all_reduce_sum(agreed).tolist()
     if not any(omega):
@@ -120,24 +120,24 @@ def optimizer_step(
     divisor = torch.tensor([o or 1.0 for o in omega], device=device)
     coefficients = loss.coefficients(step).to(device)
     total = None
-    for index, batch in enumerate(window):
+    for index, batch in enumerate(micro_batches):
         terms = loss.terms(engine, batch)
         if normalization == "global":
             losses = terms.numerators * (world / divisor)  # the engine averages over ranks
         else:
-            per_batch = terms.normalisers.clamp_min(EMPTY_WEIGHT) * len(window)
+            per_batch = terms.normalisers.clamp_min(EMPTY_WEIGHT) * len(micro_batches)
             losses = terms.numerators / per_batch
         engine.backward((coefficients * losses).sum(), scale_wrt_gas=False)
 
         sums = _flat(terms)
         total = sums if total is None else total + sums
-        if index == len(window) - 1:
+        if index == len(micro_batches) - 1:
             distributed.all_reduce_sum(total)
             _check_loss(total, step)
         engine.step()
 
     _check_gradient(engine, step)
-    assert total is not None, "a window has at least one micro-batch"
+    assert total is not None, "a step has at least one micro-batch"
     return _finished(total, terms, divisor, coefficients, loss, step), stopped > 0
 
 

@@ -186,7 +186,7 @@ class SmallTraining:
         self.validations = iter(values)
         self.saved, self.first = [], []
 
-    def windows(self, first: int):
+    def micro_batches(self, first: int):
         self.first.append(first)
         for step in range(first, self.total_steps):
             random = torch.Generator().manual_seed(step)
@@ -328,7 +328,7 @@ def test_save_every_adds_checkpoints(tmp_path, stop):
 
 def test_a_step_is_the_gradient_step_of_the_weighted_mean_over_its_window():
     """Σ w·loss / Σ w over both micro-batches, by autograd on all of their rows."""
-    (window,) = list(SmallTraining([]).windows(11))
+    (window,) = list(SmallTraining([]).micro_batches(11))
     engine, loss = SmallEngine(), SquaredError()
     before = [p.detach().clone().requires_grad_() for p in engine.module.parameters()]
     sums, stopped = optimizer_step(engine, window, loss, 11)
@@ -349,7 +349,7 @@ def test_a_step_is_the_gradient_step_of_the_weighted_mean_over_its_window():
 
 
 def test_per_batch_is_the_mean_of_the_micro_batches_own_means():
-    (window,) = list(SmallTraining([]).windows(11))
+    (window,) = list(SmallTraining([]).micro_batches(11))
     window[1] = dataclasses.replace(window[1], weights=torch.tensor([0.0, 0.0, 0.0, 1.0]))
     engine = SmallEngine()
     before = [p.detach().clone().requires_grad_() for p in engine.module.parameters()]
@@ -365,7 +365,7 @@ def test_per_batch_is_the_mean_of_the_micro_batches_own_means():
 
 
 def test_no_update_without_weight(capsys):
-    (window,) = list(SmallTraining([]).windows(11))
+    (window,) = list(SmallTraining([]).micro_batches(11))
     window = [dataclasses.replace(part, weights=torch.zeros(4)) for part in window]
     engine, loss = SmallEngine(), SquaredError()
     before = [p.detach().clone() for p in engine.module.parameters()]
@@ -381,7 +381,7 @@ def test_no_update_without_weight(capsys):
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_loss_that_is_not_finite_stops_before_the_update(accumulation):
-    (window,) = list(SmallTraining([]).windows(11))
+    (window,) = list(SmallTraining([]).micro_batches(11))
     engine, loss = SmallEngine(accumulation), SquaredError()
     bad = window[accumulation - 1]
     window = [*window[: accumulation - 1], dataclasses.replace(bad, targets=bad.targets * math.inf)]
@@ -392,7 +392,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(accumulation):
 
 
 def test_a_gradient_that_is_not_finite_is_reported():
-    (window,) = list(SmallTraining([]).windows(11))
+    (window,) = list(SmallTraining([]).micro_batches(11))
     engine = SmallEngine()
     engine.get_global_grad_norm = partial(float, "nan")
     with pytest.raises(FloatingPointError, match="step 8: the gradient is not finite"):
