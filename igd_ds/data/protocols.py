@@ -9,6 +9,7 @@ users. There is no Python loop over interactions; 50 million fit into 4 GiB (mea
 """
 
 import itertools
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta, timezone
@@ -23,6 +24,8 @@ from igd_ds.items.ragged import ragged_arange
 LATEST_SECOND = 10**11  # the year 5138; larger timestamps are milliseconds
 ITEMS_PER_CHUNK = 1 << 22  # history items gathered at a time; bounds the index arrays (assumed)
 COLD = ("keep", "drop")
+LARGE_LOSS = 0.2
+"""Share of the users or items whose loss is worth a warning."""
 EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 
 Counts = dict[str, dict[str, int]]
@@ -120,7 +123,9 @@ def leave_one_out(data: SourceData, options: ProtocolOptions) -> Rows:
         )
         interactions = _in_window(interactions, *options.window)
         funnel.append({"step": _window_text(*options.window)} | size(interactions))
+    before = size(interactions)
     interactions, steps = _reduced(interactions, options)
+    _warn_of_losses(before, size(interactions), options)
     funnel += steps
     if options.k_core:
         counts["k_core"] = size(interactions)
@@ -548,6 +553,31 @@ def _reduced(
     return interactions, steps
 
 
+def _warn_of_losses(
+    before: Mapping[str, int], left: Mapping[str, int], options: ProtocolOptions
+) -> None:
+    """Warn when duplicates and k-core drop more than a fifth of the users or items.
+
+    Interaction data have more users than items as a rule; else the columns may be swapped.
+    """
+    lost = {name: 1 - left[name] / max(before[name], 1) for name in ("users", "items")}
+    if max(lost.values()) <= LARGE_LOSS or not left["users"]:
+        return
+    rules = [f"the {options.k_core}-core"] if options.k_core else []
+    rules += [f"duplicates: {options.duplicates}"] if options.duplicates != "keep" else []
+    reason = ""
+    if before["items"] > before["users"]:
+        reason = (
+            f"; there are more items ({before['items']:,}) than users ({before['users']:,}): "
+            "are the columns swapped?"
+        )
+    print(
+        f"warning: {' and '.join(rules)} dropped {lost['users']:.0%} of the users and "
+        f"{lost['items']:.0%} of the items{reason}",
+        file=sys.stderr,
+    )
+
+
 def _d3_window(
     interactions: Interactions, options: ProtocolOptions
 ) -> tuple[Interactions, list[FunnelStep], int]:
@@ -575,6 +605,7 @@ def _d3_window(
 
     all_there_is = ", all there is" if left["items"] < options.min_items else ""
     steps.append({"step": text + all_there_is} | window_size)
+    _warn_of_losses(window_size, left, options)
     return window, [*steps, *core_steps], years
 
 

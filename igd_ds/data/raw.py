@@ -33,6 +33,7 @@ from igd_ds.data.raw_files import (
     open_raw,
     parse_json,
     parse_python,
+    shown,
     sniff,
 )
 from igd_ds.errors import UsageError
@@ -135,8 +136,11 @@ class RawReader:
         """
         self.connection.close()
         if isinstance(error, duckdb.Error):
-            where = "make room on the disk of --output, where DuckDB spills"
-            raise UsageError(f"{self._inputs()}: {_brief(error)}; {where}") from error
+            advice = "make room on the disk of --output, where DuckDB spills"
+            is_memory = isinstance(error, duckdb.OutOfMemoryException)
+            if is_memory and "No space left" not in str(error):
+                advice = "some lines are too long, such as metadata of several MB: shorten them"
+            raise UsageError(f"{self._inputs()}: {_brief(error)}; {advice}") from error
 
     def read_json_lines(
         self, table: str, paths: Sequence[Path], columns: Mapping[str, str]
@@ -150,10 +154,8 @@ class RawReader:
             paths: the files, read one after the other.
             columns: name → DuckDB type. A value that is missing or of another type becomes null.
         """
-        nested = {name: "[" in kind or kind == "JSON" for name, kind in columns.items()}
-        declared = ", ".join(
-            f"'{name}': '{'JSON' if nested[name] else 'VARCHAR'}'" for name in columns
-        )
+        read_as = _read_as(columns)
+        declared = ", ".join(f"'{name}': '{kind}'" for name, kind in read_as.items())
         options = f"format = 'newline_delimited', columns = {{{declared}}}, ignore_errors = true"
         empty = " AND ".join(f'"{name}" IS NULL' for name in columns)
 
@@ -163,6 +165,8 @@ class RawReader:
             source = self._as_json(path, list(columns)) if unreadable else path
             origin = f"read_json({self._alias(source)}, {options})"
             rows = self._insert(table, path, f"SELECT {_casts(columns)} FROM {origin}")
+            if source == path:
+                self._mend_surrogates(table, path, rows, columns, empty)
             self._check_share(path, rows, self._empty_lines(table, path, rows, empty))
 
     def read_csv(
@@ -189,15 +193,20 @@ class RawReader:
             delimiter: the text between two fields.
             header: whether the first line names the columns.
             encoding: of the file.
-            quote: the character around fields that hold the delimiter; "" for none.
+            quote: the character around fields that hold the delimiter; "" for none, unless the
+                header begins with a double quote.
         """
         self._create(table, columns)
         for path in paths:
-            names = _header(path, columns, delimiter, encoding, quote) if header else list(columns)
+            own_quote = quote or ('"' if header and first_line(path).startswith(b'"') else "")
+            if header:
+                names = _header(path, columns, delimiter, encoding, own_quote)
+            else:
+                names = list(columns)
             declared = ", ".join(f"{_quoted(name)}: 'VARCHAR'" for name in names)
             options = (
                 f"auto_detect = false, columns = {{{declared}}}, delim = '{delimiter}', "
-                f"header = {header}, quote = '{quote}', escape = '{quote}', "
+                f"header = {header}, quote = '{own_quote}', escape = '{own_quote}', "
                 f"encoding = '{encoding}', strict_mode = true, max_line_size = {MAX_LINE}, "
                 "store_rejects = true, rejects_limit = 0"
             )
@@ -306,6 +315,8 @@ class RawReader:
                 f"{path}: a line does not fit into {MEMORY_LIMIT} of memory ({_brief(error)})"
             ) from error
         except duckdb.Error as error:
+            if "maximum_object_size" in str(error):
+                raise UsageError(f"{path}: a line is longer than 16 MiB: shorten it") from error
             advice = "; is it whole? download it again" if "GZIP" in str(error) else ""
             raise UsageError(f"{path}: cannot be read ({_brief(error)}){advice}") from error
         self.funnel.append({"step": f"read {path.name}", "rows": rows})
@@ -332,8 +343,51 @@ class RawReader:
                 output.write((_json_text(found, keys) if line else "") + "\n")
         return target
 
+    def _mend_surrogates(
+        self,
+        table: str,
+        path: Path,
+        rows: int,
+        columns: Mapping[str, str],
+        empty: str,
+    ) -> None:
+        """Read lines with half a surrogate pair (half an emoji), which DuckDB takes for no JSON.
+
+        The half becomes a question mark. A line that was cut inside an emoji is else a good line.
+        """
+        mended = []
+        first = self._run(f"SELECT count(*) FROM {table}")[0][0] - rows
+        for row, _, line in self._null_rows(table, path, rows, empty):
+            found = parse_json(line) if b"\\ud" in line.lower() else None
+            text = _json_text(found, list(columns))
+            if text != "!":
+                mended.append(f'{{"igd_row": {first + row}, "igd_line": {text}}}\n')
+        if not mended:
+            return
+
+        kinds = ", ".join(f'"{name}" {kind}' for name, kind in _read_as(columns).items())
+        target = self._new_file("json")
+        target.write_text("".join(mended), encoding="utf-8", errors="replace")
+        origin = (
+            f"read_json('{target}', format = 'newline_delimited', columns = "
+            f"{{'igd_row': 'BIGINT', 'igd_line': 'STRUCT({kinds})'}})"
+        )
+        chosen = ", ".join(f'"{name}" = mended."{name}"' for name in columns)
+        self._run(
+            f"UPDATE {table} SET {chosen} FROM (SELECT igd_row, {_casts(columns)} FROM "
+            f"(SELECT igd_row, unnest(igd_line) FROM {origin})) AS mended "
+            f"WHERE {table}.rowid = mended.igd_row"
+        )
+
     def _empty_lines(self, table: str, path: Path, rows: int, empty: str) -> list[tuple[int, str]]:
         """Return (line number, what it holds) for the newest `rows` rows with nulls alone."""
+        found = self._null_rows(table, path, rows, empty)
+        return [(number, _what_is_wrong(line)) for _, number, line in found]
+
+    def _null_rows(
+        self, table: str, path: Path, rows: int, empty: str
+    ) -> list[tuple[int, int, bytes]]:
+        """Return (row of the file, line number, line) for the newest rows with nulls alone."""
         first = self._run(f"SELECT count(*) FROM {table}")[0][0] - rows
         null_rows = self._run(
             f"SELECT rowid FROM {table} WHERE rowid >= {first} AND {empty} ORDER BY rowid"
@@ -350,7 +404,7 @@ class RawReader:
                     continue
                 row += 1
                 if row in wanted:
-                    found.append((number, f"no such object: {line[:60]!r}"))
+                    found.append((row, number, line))
         return found
 
     def _check_share(self, path: Path, rows: int, rejected: list[tuple[int, str]]) -> None:
@@ -409,11 +463,24 @@ class RawReader:
         """
         self._run(CHOOSE_LINES)
         found, repeated, differing = self._run(COUNT_CHOSEN)[0]
+        if not found:
+            self._check_metadata_is_absent()
         missing = self._run("SELECT count(*) FROM item_code")[0][0] - found
         notes = (
             f"{missing:,} without, {repeated:,} on several lines, {differing:,} with several titles"
         )
         self.funnel.append({"step": f"items with metadata ({notes})", "items": found})
+
+    def _check_metadata_is_absent(self) -> None:
+        """Raise UsageError if there are lines of metadata, of which none belongs to an item."""
+        example, lines = self._run("SELECT min(item), count(*) FROM item_line")[0]
+        if lines:
+            item = self._run("SELECT min(name) FROM item_code")[0][0]
+            raise UsageError(
+                f"{self._inputs()}: none of the {lines:,} lines of metadata has the id of an item "
+                f"with interactions: ids there are such as {example!r}, here such as {item!r}; "
+                "write both alike, or leave the metadata out"
+            )
 
     def _shuffled(self, table: str, salt: int) -> tuple[np.ndarray, pa.Array]:
         """Return an order and the names in this order.
@@ -485,9 +552,24 @@ class RawReader:
         return interactions
 
 
+def _read_as(columns: Mapping[str, str]) -> dict[str, str]:
+    """Return the types as which columns of JSON lines are read before they are cast."""
+    nested = {name: "[" in kind or kind == "JSON" for name, kind in columns.items()}
+    return {name: "JSON" if is_nested else "VARCHAR" for name, is_nested in nested.items()}
+
+
 def _casts(columns: Mapping[str, str]) -> str:
     """Return the SQL that casts text columns to their types; what cannot be cast becomes null."""
     return ", ".join(f'try_cast("{name}" AS {kind}) AS "{name}"' for name, kind in columns.items())
+
+
+def _what_is_wrong(line: bytes) -> str:
+    """Return why a line is rejected, and its beginning."""
+    try:
+        line.decode("utf-8")
+    except UnicodeDecodeError:
+        return f"not UTF-8 (iconv -f LATIN1 -t UTF-8 FILE converts Latin-1): {shown(line)}"
+    return f"no such object: {shown(line)}"
 
 
 def _header(
@@ -503,6 +585,8 @@ def _header(
             raise UsageError(f"{path}: the first line is blank, and should be the header")
     text = first_line(path).decode(encoding, "replace").removeprefix("\ufeff")
     names = [name.strip().strip(quote or None) for name in text.split(delimiter)]
+    # pandas writes its index under no name.
+    names = [name or f"column {place + 1}" for place, name in enumerate(names)]
     if missing := [name for name in columns if name not in names]:
         raise UsageError(
             f"{path}: no column {', '.join(missing)}; its header has {', '.join(names)}"

@@ -137,6 +137,11 @@ def first_line(path: Path) -> bytes:
     raise UsageError(f"{path}: the file is empty")
 
 
+def shown(line: bytes) -> str:
+    """Return the beginning of a line for a message, in quotes."""
+    return repr(line.decode("utf-8", "replace").strip()[:60])
+
+
 def parse_python(line: bytes) -> dict[Any, Any] | None:
     """Return the dict that a line of Python source spells, or None if it spells none.
 
@@ -168,9 +173,14 @@ def sniff(path: Path) -> tuple[str, list[str]]:
     The form is "json", "python" or "text". The keys are those of the object or of the header.
 
     Raises:
-        UsageError: the file is empty, or a broken gzip file.
+        UsageError: the file is empty or a broken gzip file, or it holds one JSON array.
     """
     line = first_line(path)
+    if line.startswith(b"[") and line[1:].lstrip()[:1] in (b"", b"{"):
+        raise UsageError(
+            f"{path}: one JSON array, where one object per line is needed: "
+            f"jq -c '.[]' {path.name} > LINES.json"
+        )
     for form, parse in [("json", parse_json), ("python", parse_python)]:
         found = parse(line)
         if found is not None:

@@ -21,6 +21,13 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
+def flip_data(path: Path) -> None:
+    """Flip a bit in the first page of a Parquet file, whose end in small files is mostly schema."""
+    content = bytearray(path.read_bytes())
+    content[80] ^= 0x10
+    path.write_bytes(content)
+
+
 def empty(path: Path) -> None:
     """Leave nothing of a file."""
     path.write_bytes(b"")
@@ -75,7 +82,7 @@ EVALUATED: list[tuple[str, Alteration]] = [
 # An evaluation that was killed between its parts and its end.
 PARTS: list[tuple[str, Alteration]] = [
     ("request.json", empty),
-    ("parts/*", flip),
+    ("parts/*", flip_data),
     ("parts/*", cut),
     ("request.json", cut),
     ("parts/*", empty),

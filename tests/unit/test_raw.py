@@ -71,9 +71,9 @@ def test_broken_lines_are_counted_up_to_a_limit(tmp_path):
     assert events(data) == [("u", f"i{n}", DAY * n) for n in range(1, 98)]
     assert data.funnel[0] == {"step": "read r.json.gz", "rows": 100}
     assert data.funnel[1] == {
-        "step": "broken lines in r.json.gz: line 42: no such object: b'{broken\\n'; "
-        "line 101: no such object: b'[1, 2]\\n'; "
-        "line 102: no such object: b'{\"other\": 1}\\n'",
+        "step": "broken lines in r.json.gz: line 42: no such object: '{broken'; "
+        "line 101: no such object: '[1, 2]'; "
+        "line 102: no such object: '{\"other\": 1}'",
         "rows": 3,
     }
     # The same three lines, as interactions without user, item and time.
@@ -229,7 +229,7 @@ def test_python_lines_are_literals_only(tmp_path):
         max_bad_lines=0.05,
     )
     assert events(data) == [*[(f"u{n}", "it's", n) for n in range(1, 40)], ("u", "i", DAY)]
-    assert "line 6: no such object: b\"{'user': open" in data.funnel[1]["step"]
+    assert "line 6: no such object: \"{'user': open" in data.funnel[1]["step"]
 
 
 JSON_VALUES = st.recursive(

@@ -159,7 +159,7 @@ def test_recbole_finds_columns_by_name_and_joins_benchmark_files(tmp_path):
         ({"x__inter": ML + "1\t2\t3\tnan\n"}, "1 of 5 interactions cannot be used .*time 1"),
         (
             {"x__inter": ML, "x__item": "item_id:token\tyear:float\n1\t2\n"},
-            "x.item: no column item_name or title",
+            "none of the 1 lines of metadata has the id of an item",
         ),
         (
             {"x__inter": ML, "x__item": "key:token\ttitle:token\n1\t2\n"},

@@ -173,11 +173,26 @@ def _sniffed(path: Path) -> tuple[str, list[str]]:
         return "unreadable", []
 
 
+def _is_whole(name: str, folder: Path) -> bool:
+    """Return whether a folder has every file that a source needs."""
+    kinds = {role: kind for role, kind in SOURCES[name].files.items() if not kind.optional}
+    roles = {_role(kinds, path) for path in folder.iterdir() if path.is_file()}
+    return kinds.keys() <= roles
+
+
 def _stranger(name: str, path: Path) -> str:
     """Return why a file is none of this source: whose file it looks like, or what it lacks."""
-    for other, source in SOURCES.items():
-        if other != name and (role := _role(source.files, path)):
-            return f"{path}: this looks like {other} ({role}), not {name}: use --source {other}"
+    others = {
+        other: role
+        for other, source in SOURCES.items()
+        if other != name and (role := _role(source.files, path))
+    }
+    if others:
+        # Several sources may have such a file: the one that finds all it needs beside it.
+        other = max(others, key=lambda other: _is_whole(other, path.parent))
+        return (
+            f"{path}: this looks like {other} ({others[other]}), not {name}: use --source {other}"
+        )
     form, keys = _sniffed(path)
     if form == "unreadable":
         sniff(path)  # raises what is wrong with it

@@ -3,7 +3,7 @@
     NAME.inter   user_id:token TAB item_id:token TAB rating:float TAB timestamp:float …
                  a header with types, then one line per interaction
     NAME.item    item_id:token TAB title:token_seq TAB categories:token_seq …
-                 optional; without it the items have no titles
+                 optional; without it, or without a title in it, the items have no titles
 
 Page: https://recbole.io/dataset_list.html (ready-made files of some 40 datasets, from a kB to
 several GB; each keeps its own licence), or your own files, made with RecSysDatasets' conversion
@@ -34,7 +34,7 @@ from pathlib import Path
 
 from igd_ds.data.dataset import SourceData
 from igd_ds.data.raw import RawReader
-from igd_ds.data.raw_files import FileKind, parts_in_order, sniff
+from igd_ds.data.raw_files import FileKind, first_line, parts_in_order, shown, sniff
 from igd_ds.errors import UsageError
 
 FILES = {
@@ -104,18 +104,20 @@ def read_items(raw: RawReader, path: Path, item_name: str) -> str:
     Its id column is `item_name` or another name of ITEM.
 
     Raises:
-        UsageError: there is no column of ids or of titles.
+        UsageError: there is no column of ids.
     """
     names = typed_header(path)
     item, title = first_of(names, (item_name, *ITEM)), first_of(names, TITLE)
-    if not (item and title):
-        missing = " or ".join(TITLE if item else ITEM)
+    if not item:
+        missing = " or ".join(ITEM)
         raise UsageError(f"{path}: no column {missing}; the header has {', '.join(names.values())}")
 
     # Alias → column, for texts; then the columns that need a conversion.
-    texts = {"item": item, "title": title}
+    texts = {"item": item} | ({"title": title} if title else {})
     texts |= {name: names[name] for name in ("brand", "description") if name in names}
     chosen = [f"{unquoted(column)} AS {name}" for name, column in texts.items()]
+    if not title:
+        chosen.append("NULL::VARCHAR AS title")
     columns = list(texts.values())
     if categories := first_of(names, CATEGORIES):
         chosen.append(f"{SEQUENCE.format(unquoted(categories))} AS categories")
@@ -132,9 +134,14 @@ def typed_header(path: Path) -> dict[str, str]:
     """Return the columns of the header, name → "name:type".
 
     Raises:
-        UsageError: a column has no type or occurs twice.
+        UsageError: a column has no type or occurs twice, or there are no tabs between the columns.
     """
     columns = sniff(path)[1]
+    if len(columns) > 1 and b"\t" not in first_line(path):
+        raise UsageError(
+            f"{path}: the fields of atomic files are separated by tabs; its header is "
+            f"{shown(first_line(path))}"
+        )
     if untyped := [column for column in columns if ":" not in column]:
         raise UsageError(
             f"{path}: column {untyped[0]!r} of the header has no type; atomic files say name:type, "
