@@ -246,13 +246,13 @@ def set_timeout(minutes: float) -> None:
     _timeout = timedelta(minutes=1.25 * minutes)
     if not dist.is_initialized():
         return
-    if not hasattr(dist.new_group, "__wrapped__"):
-        _give_new_groups_our_timeout()
+    _give_new_groups_our_timeout()
     dist.distributed_c10d._get_default_store().set_timeout(_timeout)
     for group in [dist.group.WORLD, *_groups]:
         dist.distributed_c10d._set_pg_timeout(_timeout, group)
 
 
+@functools.cache  # once
 def _give_new_groups_our_timeout() -> None:
     """Wrap `new_group`, which DeepSpeed calls without a timeout: it would then be 30 minutes."""
     make = dist.new_group

@@ -4,7 +4,8 @@ It writes the files that they would leave: config.yaml of train.py, and request.
 without the hashes. Or it does what the folder $FAKE_PLAN says: `scores.json` has the validation
 NDCG@10 of each row, `defaults.json` the default settings of the scripts by name. A file
 `ROW.SCRIPT` (train, valid, test, test-exact) names another action: "fail", "stop" (exit 85), "hang"
-(until a signal) or "meet" (wait until another row meets).
+(until a signal), "launch" (as torchrun: start another process that hangs, and die of a signal) or
+"meet" (wait until another row meets).
 
 It imports nothing slow, because tests start it hundreds of times. The flags are checked by the test
 that reads `calls.jsonl`.
@@ -13,6 +14,7 @@ that reads `calls.jsonl`.
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -68,12 +70,18 @@ def obey(order: str, plan: Path, row: str, output: Path) -> int | None:
     if order == "hang":
 
         def save(number: int, _: object) -> None:
+            time.sleep(0.5)
             write(output / f"saved-on-{number}", "")
             os._exit(85)
 
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, save)
         (plan / "hanging").touch()
+        time.sleep(60)
+
+    if order == "launch":
+        rank = os.environ | {"FAKE_ORDER": "hang"}
+        subprocess.Popen([sys.executable, *sys.argv], env=rank, start_new_session=True)
         time.sleep(60)
 
     if order == "meet":
@@ -106,7 +114,8 @@ def main() -> int:
         write(output / name, settings)
 
     path = plan / f"{row}.{part}"
-    code = obey(path.read_text() if path.is_file() else "", plan, row, output)
+    order = path.read_text() if path.is_file() else ""
+    code = obey(os.environ.get("FAKE_ORDER", order), plan, row, output)
     if code is not None:
         return code
     if part == "train":

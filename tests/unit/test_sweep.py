@@ -622,9 +622,14 @@ def test_a_stopped_row_waits_and_is_resumed(world):
     assert world.last[0]["flags"]["resume"] == ["auto"]
 
 
-@pytest.mark.parametrize(("sent", "received"), [("SIGTERM", 15), ("SIGINT", 15), ("SIGUSR1", 10)])
-def test_signals_reach_the_rows_and_end_the_sweep(world, sent, received):
-    world.order(U0, "train", "hang")
+@pytest.mark.parametrize(
+    ("order", "sent", "received"),
+    [("hang", "SIGTERM", 15), ("hang", "SIGINT", 15), ("hang", "SIGUSR1", 10)]
+    # A launcher that dies at once, with a rank in a session of its own, which saves.
+    + [("launch", "SIGTERM", 15), ("launch", "SIGUSR1", 10)],
+)
+def test_signals_reach_the_rows_and_end_the_sweep(world, order, sent, received):
+    world.order(U0, "train", order)
     words = [world.table, "--output", str(world.runs), "--launcher", FAKE]
     process = subprocess.Popen(
         [sys.executable, "-m", "igd_ds.cli", "sweep", *words], stdout=subprocess.DEVNULL
@@ -639,9 +644,8 @@ def test_signals_reach_the_rows_and_end_the_sweep(world, sent, received):
     process.send_signal(getattr(signal, sent))
     assert process.wait(timeout=30) == 85
     assert (world.runs / U0 / f"saved-on-{received}").exists()
-    assert set(world.states().values()) == {"waiting"} and world.calls() == [
-        (U0, "train")
-    ]  # no other row began
+    assert set(world.states().values()) == {"waiting"}
+    assert set(world.calls()) == {(U0, "train")}, "no other row began"
 
 
 def test_a_row_that_a_killed_sweep_left_is_told_from_one_that_runs(world):
