@@ -24,7 +24,7 @@ from igd_ds.errors import UsageError
 from igd_ds.eval_config import EvalConfig
 from igd_ds.evaluation.recommender import Recommender
 from igd_ds.evaluation.results import LIST_SCHEMA, Ranked, write_results
-from igd_ds.folders import claim, differing, new_file, sha256_of, write_json
+from igd_ds.folders import claim, differing, new_file, remove_temporaries, sha256_of, write_json
 from igd_ds.search.engine import SearchResult
 from igd_ds.search.filters import ItemFilter
 from igd_ds.search.frontier import PerUser
@@ -127,6 +127,7 @@ def claim_output_folder(output: Path, config: EvalConfig, task: RankingTask) -> 
         shutil.rmtree(output / "parts", ignore_errors=True)
     else:
         (output / "parts").mkdir(exist_ok=True)
+        remove_temporaries(output / "parts")
         _remove_damaged(output / "parts")
     return finished
 
