@@ -3,6 +3,7 @@
 #   make demo      generated data, two trainings, evaluation, report
 #   make test      all tests that need no GPU
 #   make test-isa  the tests that must hold on any processor, under this machine's older instruction sets
+#   make faults    the fault campaign in full (about an hour); make test runs a few dozen of its cases
 #   make lint      ruff, mypy, codespell
 #   make bench     every benchmark in its quick form
 PYTHON ?= python3
@@ -10,7 +11,7 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-isa lint bench
+.PHONY: setup demo test test-isa faults lint bench
 
 setup: $(STAMP)
 
@@ -29,6 +30,9 @@ test: setup
 
 test-isa: setup
 	$(BIN)/python tools/other_cpus.py
+
+faults: setup
+	OMP_NUM_THREADS=1 IGD_DS_FAULTS=all $(BIN)/python -m pytest tests/faults
 
 lint: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash tools/check.sh
