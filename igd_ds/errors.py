@@ -44,7 +44,13 @@ REFUSED = {
     errno.EACCES: "permission denied",
     errno.EPERM: "permission denied",
 }
-FULL_IN_WORDS = ("No space left on device", "StorageFull", "PytorchStreamWriter failed writing")
+FULL_IN_WORDS = {
+    "No space left on device": FULL[errno.ENOSPC],
+    "StorageFull": FULL[errno.ENOSPC],
+    # torch.save does not say why it failed.
+    "PytorchStreamWriter failed writing": "writing failed, probably no space left on the device",
+    "iostream error": "writing failed, probably no space left on the device",
+}
 """Words of libraries that write files and raise no OSError: Arrow, safetensors, torch."""
 
 
@@ -72,15 +78,20 @@ def refused_by_system(error: BaseException, folders: Sequence[Path]) -> tuple[st
     # A full disk may be the reason of an error that was raised later, while a file was closed.
     cause: BaseException | None = error
     while cause is not None:
-        number = cause.errno if isinstance(cause, OSError) else None
-        if number in FULL or any(words in str(cause) for words in FULL_IN_WORDS):
+        if why := _full_disk(cause):
             place = getattr(cause, "filename", None)
             names = [os.fsdecode(place)] if place is not None else [str(path) for path in folders]
             where = ", ".join(names) or "output"
-            why = FULL.get(number, FULL[errno.ENOSPC]) if number else FULL[errno.ENOSPC]
             return f"{where}: {why}; make room, then start again", EXIT_FAILURE
         cause = cause.__cause__ or cause.__context__
     return None
+
+
+def _full_disk(error: BaseException) -> str | None:
+    """Say what an error says of a full disk; None if it says something else."""
+    if isinstance(error, OSError) and error.errno in FULL:
+        return FULL[error.errno]
+    return next((why for words, why in FULL_IN_WORDS.items() if words in str(error)), None)
 
 
 def _has_working_folder() -> bool:

@@ -5,6 +5,7 @@ are filled under a temporary name and then renamed. What a killed process leaves
 its name: TARGET.tmp-PID. The next process that claims the folder removes it.
 """
 
+import errno
 import glob
 import hashlib
 import json
@@ -48,6 +49,21 @@ def remove_temporaries(folder: Path, pattern: str = "*") -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+def reserve(path: Path) -> None:
+    """Give a file the disk space of its size, before it is mapped into memory and written.
+
+    Raises:
+        OSError: the disk is full. Without this, the first write to a missing page would kill the
+            process (SIGBUS).
+    """
+    with open(path, "r+b") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # this file system cannot
+                raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
 
 
 def sha256_of(path: Path) -> str:

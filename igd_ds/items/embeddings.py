@@ -26,7 +26,7 @@ import pyarrow as pa
 
 from igd_ds import distributed
 from igd_ds.errors import UsageError
-from igd_ds.folders import is_made, new_folder, write_text
+from igd_ds.folders import is_made, new_folder, reserve, write_text
 from igd_ds.items.ids import ItemIds
 
 ARRAY, RECORD = "embeddings.npy", "embeddings.json"
@@ -124,6 +124,7 @@ def write_embeddings(
             partial = unfinished.enter_context(new_folder(folder))
             array = np.lib.format.open_memmap(partial / ARRAY, mode="w+", dtype=dtype, shape=shape)
             array.flush()
+            reserve(partial / ARRAY)
             return str(partial)
 
         def finish(partial: Path) -> None:
