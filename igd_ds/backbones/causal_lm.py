@@ -14,7 +14,7 @@ import torch
 
 from igd_ds.backbones import lora, vocabulary
 from igd_ds.backbones.model_config import read_model_config, text_config_of
-from igd_ds.backbones.saved import Origin, base_of, origin_of
+from igd_ds.backbones.saved import Origin, base_of, origin_of, reading_weights
 from igd_ds.contracts import IGNORED, Batch, Capabilities, PromptTree
 from igd_ds.errors import UsageError
 
@@ -276,7 +276,8 @@ def load_weights(
     Quantised weights are placed on `device` at once, as bitsandbytes requires.
 
     Raises:
-        UsageError: the checkpoint is multimodal and lacks weights of the text model.
+        UsageError: the checkpoint is multimodal and lacks weights of the text model, or its files
+            are missing or damaged.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -293,7 +294,10 @@ def load_weights(
             "device_map": {"": device},
         }
 
-    model, report = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **settings)
+    with reading_weights(name):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            name, output_loading_info=True, **settings
+        )
     if text is not whole and report["missing_keys"]:
         raise UsageError(
             f"'{name}' is a multimodal checkpoint without weights for "

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -347,3 +348,28 @@ def _file_of(origin: Origin, name: str) -> Path | None:
     except (OSError, ValueError) as error:
         raise UsageError(f"no model at '{origin.name}' ({error})") from error
     return None if found is None else Path(found)
+
+
+@contextmanager
+def reading_weights(name: str) -> Iterator[None]:
+    """Turn what libraries raise for missing or damaged weights into one line.
+
+    Args:
+        name: the folder of the weights, or their name on the hub.
+
+    Raises:
+        UsageError: a file of weights is missing, cut off or damaged.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        missing = isinstance(error, FileNotFoundError) or getattr(error, "errno", None) is None
+        if isinstance(error, OSError) and not missing:
+            raise  # the system refuses, for example because the disk is full
+        why = " ".join(str(error).split())
+        raise UsageError(
+            f"{name}: its weights are missing, cut off or damaged ({why}); copy or download them "
+            "again"
+        ) from error

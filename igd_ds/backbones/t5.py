@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from igd_ds.backbones.saved import reading_weights
 from igd_ds.contracts import IGNORED, Batch, Capabilities, PromptTree
 from igd_ds.errors import UsageError
 
@@ -105,9 +106,11 @@ class T5:
         if options.model_config:
             model = AutoModelForSeq2SeqLM.from_config(model_config, **settings)
         else:
-            model = AutoModelForSeq2SeqLM.from_pretrained(
-                options.model_name_or_path, revision=options.revision or None, **settings
-            )
+            name = options.model_name_or_path
+            with reading_weights(name):
+                model = AutoModelForSeq2SeqLM.from_pretrained(
+                    name, revision=options.revision or None, **settings
+                )
         if options.gradient_checkpointing:
             model.gradient_checkpointing_enable(
                 gradient_checkpointing_kwargs={"use_reentrant": False}
@@ -121,11 +124,12 @@ class T5:
         from transformers import AutoModelForSeq2SeqLM
 
         assert not load_in_4bit, "fit_model_config lets no T5 be quantised"
-        model = AutoModelForSeq2SeqLM.from_pretrained(
-            source.model,
-            dtype="auto" if source.dtype == "auto" else getattr(torch, source.dtype),
-            attn_implementation="sdpa",
-        )
+        with reading_weights(source.model):
+            model = AutoModelForSeq2SeqLM.from_pretrained(
+                source.model,
+                dtype="auto" if source.dtype == "auto" else getattr(torch, source.dtype),
+                attn_implementation="sdpa",
+            )
         return model.to(device).eval()
 
     def label_logits(self, model: Any, batch: Batch) -> torch.Tensor:

@@ -44,10 +44,17 @@ def load_tokenizer(
         tokenizer = kind.from_pretrained(
             name, trust_remote_code=trust_remote_code, revision=revision or None
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
+        folder = Path(name)
+        if (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file():
+            raise UsageError(
+                f"{folder / 'tokenizer.model'} needs the package sentencepiece: pip install "
+                "sentencepiece, or give a folder with tokenizer.json in --tokenizer"
+            ) from error
+        why = " ".join(str(error).split())
         raise UsageError(
             f"no tokenizer at '{name}': give a folder with tokenizer.json or a hub name in "
-            f"--tokenizer ({error})"
+            f"--tokenizer ({why})"
         ) from error
 
     # For a folder with a config.json and no tokenizer files, transformers makes a tokenizer of the

@@ -9,8 +9,13 @@ import json
 from pathlib import Path
 
 import pytest
+import tiny_run
+import torch
 from raw_source import events_of, items_of, reading
+from safetensors.torch import load_file, save_file
 
+from igd_ds.backbones.causal_lm import load_weights
+from igd_ds.backbones.tokenizer import load_tokenizer
 from igd_ds.commands import prepare
 from igd_ds.config.options import parse
 from igd_ds.data.sources import find_files
@@ -163,6 +168,51 @@ def test_a_large_loss_is_told_with_its_likely_reason(tmp_path, capsys):
     warning = next(line for line in capsys.readouterr().err.splitlines() if "warning" in line)
     assert "the 2-core dropped 0% of the users and 92% of the items" in warning
     assert "more items (65) than users (2): are the columns swapped?" in warning
+
+
+# ---- models
+
+
+def gone(model: Path) -> None:
+    (model / "model.safetensors").unlink()
+
+
+def cut(model: Path) -> None:
+    path = model / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:5000])
+
+
+def shard_gone(model: Path) -> None:
+    """One of two shards is missing."""
+    weights = load_file(model / "model.safetensors")
+    names = sorted(weights)
+    shards = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+    half = {name: weights[name] for name in names[: len(names) // 2]}
+    save_file(half, model / shards[0], metadata={"format": "pt"})
+    index = {name: shards[0] if name in half else shards[1] for name in names}
+    (model / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": 1}, "weight_map": index})
+    )
+    (model / "model.safetensors").unlink()
+
+
+@pytest.mark.parametrize("damage", [gone, cut, shard_gone])
+def test_weights_that_are_not_whole_are_named(tmp_path, damage):
+    tiny_run.write_model(tmp_path / "model")
+    damage(tmp_path / "model")
+    with pytest.raises(UsageError) as caught:
+        load_weights(str(tmp_path / "model"), torch.float32, False, torch.device("cpu"))
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path / 'model'}: its weights are missing, cut off or damaged")
+    assert "\n" not in message
+
+
+def test_a_tokenizer_that_needs_sentencepiece_says_so(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(b"no model")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    with pytest.raises(UsageError) as caught:
+        load_tokenizer(str(tmp_path))
+    assert "needs the package sentencepiece" in str(caught.value) and "\n" not in str(caught.value)
 
 
 # ---- flags
