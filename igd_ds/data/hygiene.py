@@ -40,13 +40,13 @@ import hashlib
 import html
 import html.entities
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from tensorboard._vendor.bleach import html5lib_shim
-from tensorboard._vendor.bleach._vendor.html5lib import constants
-from tensorboard._vendor.bleach._vendor.html5lib.filters import sanitizer
+from bleach.html5lib_shim import HTML_TAGS, HTML_TAGS_BLOCK_LEVEL
+from html5lib import constants
 
 from igd_ds.errors import UsageError
 
@@ -68,16 +68,21 @@ MISSING_VALUES = frozenset({
 EXACT_MISSING_VALUES = frozenset({"NA", "undefined"})
 """The same, where the case matters: "Na" and "Undefined" are titles."""
 
-# The names of tags are those of html5lib, which TensorBoard brings along.
+# html5lib's own advice for its list of elements and CSS properties is another library, which would
+# bring a sanitizer that we do not need.
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)
+    from html5lib.filters import sanitizer
+
 _HTML = constants.namespaces["html"]
 _SPECIAL_NAMES = {name for space, name in constants.specialElements if space == _HTML}
-_BLOCK_NAMES = (_SPECIAL_NAMES | html5lib_shim.HTML_TAGS_BLOCK_LEVEL) - {"wbr"}
+_BLOCK_NAMES = (_SPECIAL_NAMES | HTML_TAGS_BLOCK_LEVEL) - {"wbr"}
 HTML_NAMES = frozenset({
     *_BLOCK_NAMES,
-    *html5lib_shim.HTML_TAGS,
+    *HTML_TAGS,
     *(name for space, name in sanitizer.allowed_elements if space == _HTML),
 })  # fmt: skip
-"""The names of all HTML elements, in lower case."""
+"""The names of all HTML elements, in lower case: html5lib has the older ones, bleach the new."""
 
 
 def _one_of(names: Iterable[str]) -> str:
