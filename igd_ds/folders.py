@@ -63,7 +63,7 @@ def reserve(path: Path) -> None:
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
         except OSError as error:
             if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # this file system cannot
-                raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+                raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def sha256_of(path: Path) -> str:
