@@ -31,7 +31,7 @@ DEFAULTS = asdict(QuantizerOptions())
 HELP = {
     "levels": "codes per ID",
     "codes": "size of a level's codebook",
-    "seed": "of training and of the random choices that resolve collisions",
+    "seed": "seed of the training and of the random choices that resolve collisions",
     "epochs": "rq-vae: passes over the items",
     "learning_rate": "rq-vae: learning rate of Adam",
     "batch_size": "rq-vae: items per step",
@@ -53,14 +53,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--output", required=True, type=Path, metavar="DATASET2", help="dataset folder to make"
     )
-    parser.add_argument("--quantizer", required=True, choices=[*QUANTIZERS, EXISTING])
+    parser.add_argument(
+        "--quantizer",
+        required=True,
+        choices=[*QUANTIZERS, EXISTING],
+        help=f"how codes are learned; {EXISTING} keeps the IDs that the dataset has",
+    )
     parser.add_argument("--embeddings", type=Path, help="folder that igd embed made")
     parser.add_argument(
         "--collisions",
         choices=COLLISIONS,
         default=COLLISIONS[0],
         help="what happens to items with equal IDs: another random last code, a further level that "
-        f"numbers them, or nothing (default {COLLISIONS[0]})",
+        f"numbers them, or nothing (default: {COLLISIONS[0]})",
     )
     parser.add_argument(
         "--log_dir",
@@ -69,9 +74,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     for name, what in HELP.items():
         default = DEFAULTS[name]
-        parser.add_argument(f"--{name}", type=type(default), help=f"{what} (default {default})")
+        parser.add_argument(f"--{name}", type=type(default), help=f"{what} (default: {default})")
     parser.add_argument(
-        "--hidden", type=int, nargs="+", help="rq-vae: widths of the encoder's hidden layers"
+        "--hidden",
+        type=int,
+        nargs="+",
+        help="rq-vae: widths of the encoder's hidden layers "
+        f"(default: {' '.join(map(str, DEFAULTS['hidden']))})",
     )
     args = parser.parse_args(argv)
 

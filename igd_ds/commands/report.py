@@ -1,10 +1,10 @@
 """Make the report of some runs: tables, figures and significance tests of both papers.
 
     igd report runs/demo --output runs/demo-report
-    igd report runs/demo --baseline SASRec --output …   # compare with SASRec instead of uniform
+    igd report runs/demo --reference SASRec --output …  # compare with SASRec instead of uniform
     igd report REPORT/data --output REPORT2             # the same report from its stored numbers
 
-The report is one page, and the same as Markdown, CSV, LaTeX, PNG and SVG. The main results are also
+The report is one page, and the same in Markdown, CSV, LaTeX, PNG and SVG. The main results are also
 printed. Incomplete runs are listed with the reason and are left out of every mean.
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from igd_ds import distributed
 from igd_ds.config.options import FlagParser
-from igd_ds.errors import UsageError
+from igd_ds.errors import UsageError, did_you_mean
 from igd_ds.studies.report.pages import check_folder, left_out, render
 from igd_ds.studies.report.runs import read_runs
 from igd_ds.studies.report.study import REFERENCE, Study, load
@@ -32,8 +32,8 @@ def read(folders: Sequence[Path], examples: int) -> tuple[Study, bool]:
     stored = [folder for folder in folders if (folder / "study.json").is_file()]
     if stored and len(folders) > 1:
         raise UsageError(
-            f"{stored[0]} is the stored study of a report: give it alone, or give the runs that it "
-            "was made of"
+            f"{stored[0]} is the stored study of a report: give it alone, or give the runs "
+            "from which it was made"
         )
     return (load(folders[0]), True) if stored else (read_runs(folders, examples), False)
 
@@ -48,7 +48,10 @@ def compared_with(study: Study, method: str | None) -> Study:
         return study
     known = list(dict.fromkeys(run.method for run in study.runs if run.method))
     if method not in known:
-        raise UsageError(f"--baseline: no run is a '{method}'; the methods are: {', '.join(known)}")
+        raise UsageError(
+            f"--reference: no run is a '{method}'{did_you_mean(method, known)}; "
+            f"the methods are: {', '.join(known)}"
+        )
     return replace(study, reference=method)
 
 
@@ -75,18 +78,19 @@ def parser() -> argparse.ArgumentParser:
         "--examples",
         type=int,
         default=5,
-        help="rows per dataset and backbone whose lists are shown; default: 5",
+        help="rows per dataset and backbone whose lists are shown (default: 5)",
     )
     parser.add_argument(
-        "--baseline",
+        "--reference",
+        "--baseline",  # its former name
         metavar="METHOD",
-        help="method that the others are compared with, by its name in the report; "
-        f"default: {REFERENCE}",
+        help="method that the others are compared with, by its name in the report "
+        f"(default: {REFERENCE})",
     )
     parser.add_argument(
         "--command",
         default="",
-        help="command line that makes runs and report, shown in it; default: this one",
+        help="command line that makes runs and report, shown in the report (default: this one)",
     )
     return parser
 
@@ -102,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     check_folder(arguments.output)
     study, is_stored = read(arguments.runs, arguments.examples)
-    study = compared_with(study, arguments.baseline)
+    study = compared_with(study, arguments.reference)
     command = arguments.command or ("" if is_stored else shlex.join(["igd", "report", *argv]))
     tables, figures = render(study, arguments.output, command)
 

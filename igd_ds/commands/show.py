@@ -1,4 +1,4 @@
-"""Show items as a model reads them: tokens, the gain of each as a bar, and shared prefixes.
+"""Show items as a model reads them: tokens, each with its gain as a bar, and shared prefixes.
 
     igd show --dataset DATASET --tokenizer PATH "Super Mario" 4711 [--worst N] [--json]
         [--item_kind text|semantic-id] [--entropy prior|conditional] [--limit N]
@@ -6,8 +6,8 @@
 
 An item is named by the source's id, its title, or a part of its title; the tokenizer may be a
 RUN/model. The bars are those of IGD Figure 1. 41× means 41 training rows. --worst N lists the items
-that are hardest to tell apart: those whose last deciding token comes latest, those that end where
-others go on, and those with equal token paths.
+that are hardest to tell apart: those whose last deciding token comes latest, those that are a
+prefix of other items, and those with equal token paths.
 """
 
 import argparse
@@ -20,11 +20,10 @@ from typing import Any, TextIO
 
 from igd_ds import distributed
 from igd_ds.backbones.tokenizer import load_tokenizer
+from igd_ds.commands.catalogue_flags import add_catalogue_flags
 from igd_ds.config.options import FlagParser
 from igd_ds.data.dataset import InteractionDataset
 from igd_ds.errors import UsageError
-from igd_ds.items.catalogue import KINDS
-from igd_ds.items.decisiveness import ENTROPIES
 from igd_ds.items.ids import SOURCE, SPACES, ItemIds
 from igd_ds.items.view import MOST_TRAINED, CatalogueView, describe, find, visible, worst
 
@@ -103,7 +102,7 @@ def text_of(tokens: Sequence[Described]) -> str:
 
 
 def and_more(shown: Sequence[str], total: int) -> str:
-    """Join what is shown and tell how many of `total` are not."""
+    """Join the shown texts and add how many of `total` are not shown."""
     rest = f" · {total - len(shown)} more" if total > len(shown) else ""
     return " · ".join(shown) + rest
 
@@ -142,9 +141,9 @@ def print_forced(tokens: Sequence[Described], first: int, last: int, paint: Pain
     """Print the forced tokens with numbers `first` … `last`, counted from 1 on, on one line."""
     token = tokens[first - 1]
     text = fit(text_of(tokens[first - 1 : last]), TOKEN_WIDTH + BAR_WIDTH + 1)
-    label = f"{first}-{last}" if last > first else str(first)
+    numbers = f"{first}-{last}" if last > first else str(first)
     counts = f"{token['items']:>8} {token['train_count']:>9}"
-    print(paint(f"  {label:>6} {text} {'forced':>14} {counts}", DIM))
+    print(paint(f"  {numbers:>6} {text} {'forced':>14} {counts}", DIM))
 
 
 def print_token(token: Described, number: int, largest: float, paint: Paint) -> None:
@@ -165,7 +164,7 @@ def print_token(token: Described, number: int, largest: float, paint: Paint) -> 
 
 
 def print_worst(found: Described, paint: Paint) -> None:
-    """Print what `worst` found."""
+    """Print the items that `worst` found."""
     prefixes = f"ending where others go on: {plural(found['prefix_items'], 'item')}"
     for key, title in (("latest", "told apart latest"), ("prefixes", prefixes)):
         print(paint(title, BOLD))
@@ -190,35 +189,27 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="igd show", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("items", nargs="*", metavar="ITEM", help="id, title or part of a title")
-    parser.add_argument("--dataset", required=True, help="canonical dataset folder")
-    parser.add_argument("--tokenizer", required=True, help="tokenizer folder or name on the hub")
-    parser.add_argument(
-        "--item_kind",
-        choices=KINDS,
-        help="what items are written as: titles or codes (default: titles if the dataset has any)",
-    )
-    parser.add_argument(
-        "--entropy", choices=ENTROPIES, default="prior", help="definition of the entropy"
-    )
+    add_catalogue_flags(parser)
     parser.add_argument(
         "--worst",
         type=int,
         default=0,
         metavar="N",
-        help="list the N items of each sort that are hardest to tell apart",
+        help="list the N items of each kind that are hardest to tell apart (default: 0)",
     )
     parser.add_argument(
         "--limit",
         type=int,
         default=3,
         metavar="N",
-        help="show at most N of the items that an ITEM names (default 3)",
+        help="show at most N of the items that an ITEM names (default: 3)",
     )
     parser.add_argument(
         "--ids",
         choices=SPACES,
         default=SOURCE,
-        help="ids that name an ITEM: the source's, or dense item ids of the dataset folder",
+        help="ids that name an ITEM: the source's, or dense item ids of the dataset folder "
+        f"(default: {SOURCE})",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
 
@@ -228,7 +219,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             "nothing to show: name an item (id, title or part of it), or give --worst N"
         )
     if args.worst < 0 or args.limit < 1:
-        raise UsageError(f"--worst {args.worst} and --limit {args.limit} must be numbers of items")
+        raise UsageError(
+            f"--worst {args.worst} must be at least 0, and --limit {args.limit} at least 1"
+        )
     return args
 
 

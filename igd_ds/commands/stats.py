@@ -14,11 +14,11 @@ from typing import Any
 
 from igd_ds import distributed
 from igd_ds.backbones.tokenizer import load_tokenizer
+from igd_ds.commands.catalogue_flags import add_catalogue_flags
 from igd_ds.config.options import FlagParser
 from igd_ds.data.dataset import InteractionDataset
 from igd_ds.data.statistics import KEYS, catalogue_statistics
-from igd_ds.items.catalogue import KINDS, Catalogue
-from igd_ds.items.decisiveness import ENTROPIES
+from igd_ds.items.catalogue import Catalogue
 from igd_ds.items.trie import TokenTrie
 
 
@@ -47,16 +47,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = FlagParser(
         prog="igd stats", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--dataset", required=True, help="canonical dataset folder")
-    parser.add_argument("--tokenizer", required=True, help="tokenizer folder or name on the hub")
-    parser.add_argument(
-        "--item_kind",
-        choices=KINDS,
-        help="what items are written as: titles or codes (default: titles if the dataset has any)",
-    )
-    parser.add_argument(
-        "--entropy", choices=ENTROPIES, default="prior", help="definition of the entropy"
-    )
+    add_catalogue_flags(parser)
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object instead of the table"
     )

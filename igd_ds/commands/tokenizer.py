@@ -45,7 +45,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--vocab_size",
         type=int,
         help="tokens of the BPE, special ones included, codes not included "
-        f"(default {DEFAULT_VOCAB_SIZE})",
+        f"(default: {DEFAULT_VOCAB_SIZE})",
     )
 
     codes = parser.add_mutually_exclusive_group()

@@ -36,10 +36,11 @@ import yaml
 
 from igd_ds.config.options import current_names
 from igd_ds.errors import EXIT_REQUEUE, UsageError
+from igd_ds.evaluation.parts import REQUEST_FILES
 from igd_ds.folders import is_temporary, write_json
 from igd_ds.process import descendants, have_ended
 from igd_ds.run_folder import FREE_ON_RESUME
-from igd_ds.studies.report.study import METRIC, labels
+from igd_ds.studies.report.study import METRIC, method_names
 from igd_ds.studies.sweep_table import (
     EVALUATIONS_OWN,
     Row,
@@ -57,8 +58,6 @@ ENTRIES = Path(__file__).resolve().parents[1]
 """Folder of train.py, eval.py and baseline.py."""
 STOPPED = (EXIT_REQUEUE, -signal.SIGUSR1, 128 + signal.SIGUSR1)
 """Exit codes of a stopped row: saved; ended by USR1 while loading; the same as srun reports it."""
-REQUEST_FILES = ("guidance", "item_filter")
-"""Settings of eval.py that name files."""
 ERROR_LINE = re.compile(r"(\[rank\d+\]: )?(error: |[\w.]*(Error|Exception): )")
 LAUNCHER_ERROR = ("ChildFailedError", "CalledProcessError")
 
@@ -110,7 +109,8 @@ def survey(table: Table, runs: Path) -> dict[str, Status]:
     """Return the status of every row by name, read from the run folders and the rows' own files.
 
     A row is finished if it was validated and not chosen, or tested. It is waiting if it has not
-    begun, was interrupted, or its family is undecided. Rows that the table excludes are not run.
+    begun, was interrupted, or validation has not chosen yet. Rows that the table excludes have the
+    state "not run".
     """
     scores = {row.name: validation_score(runs / row.name) for row in table.to_run}
     chosen = table.choose(scores)
@@ -314,7 +314,7 @@ def changed_settings(row: Row, run: Path) -> list[str]:
         for name, value in asdict(row.config).items():
             # A setting that is newer than the run had its default.
             before = saved.get(name, getattr(cls, name, None))
-            if name not in FREE_ON_RESUME and plain(before) != plain(value):
+            if name not in FREE_ON_RESUME and as_stored(before) != as_stored(value):
                 changed.add(name)
 
     if row.is_baseline:  # the settings of its evaluations are in its config.yaml
@@ -349,12 +349,12 @@ def changed_request(row: Row, evaluation: Settings, request: Mapping[str, Any]) 
         before, after = request[name], now[name]
         if name in REQUEST_FILES:
             before, after = bool(before), bool(after)
-        if plain(before) != plain(after):
+        if as_stored(before) != as_stored(after):
             changed.add(name)
     return changed
 
 
-def plain(value: Any) -> Any:
+def as_stored(value: Any) -> Any:
     """Return a setting as files store it: a tuple as a list."""
     return list(value) if isinstance(value, tuple) else value
 
@@ -364,9 +364,9 @@ def write_snapshot(table: Table, runs: Path) -> None:
     statuses = survey(table, runs)
     methods: dict[str, str] = {}
     for block in {(row.dataset, row.backbone) for row in table.rows}:
-        # Labels tell the rows of one block apart.
+        # Method names tell the rows of one block apart.
         members = [row for row in table.rows if (row.dataset, row.backbone) == block]
-        named = labels([asdict(row.config) for row in members])
+        named = method_names([asdict(row.config) for row in members])
         methods |= {row.name: method for row, method in zip(members, named, strict=True)}
 
     rows = []
@@ -442,9 +442,9 @@ class Runner:
         """Send a signal to all processes of a row, whatever process group a launcher gave them."""
         ranks = descendants(child.pid)
         self.signalled.setdefault(child.pid, set()).update(ranks)
-        for process in [*ranks, child]:
+        for send in [*(rank.send_signal for rank in ranks), child.send_signal]:
             with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):  # just ended
-                process.send_signal(number)
+                send(number)
 
     def run(self, rows: Iterable[Row], stage: int) -> None:
         """Run a stage of `rows`, as many at a time as there are devices.
@@ -609,8 +609,8 @@ def run_one(runner: Runner, retry: bool, index: int, stage: int) -> bool:
         raise UsageError(f"{row.name} failed before ({status.error}); --retry runs it again")
 
     if stage == 2 and status.chosen is None:
-        family = [other.name for other in table.to_run if other.family == row.family]
-        missing = [name for name in family if statuses[name].score is None]
+        candidates = [other.name for other in table.to_run if other.family == row.family]
+        missing = [name for name in candidates if statuses[name].score is None]
         raise UsageError(
             f"{row.name}: validation cannot choose before all candidates have finished; missing: "
             f"{', '.join(missing)}"

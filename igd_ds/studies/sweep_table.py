@@ -27,12 +27,12 @@ evaluation; baselines take these values, and item_kind, from the other rows of t
 `{dataset}` in a text is replaced by the dataset's name, and `{split}` in an evaluation by valid or
 test. Shared settings may contain what a single objective or recommender uses; the others ignore it.
 `run: false` keeps rows in the table and the report without running them, such as rows that need
-other hardware, or a failed candidate that shall not hold up the choice of its family.
+other hardware, or a failed candidate that should not hold up the choice.
 
 A row is called DATASET-BACKBONE-OBJECTIVE-…-seedN or DATASET-RECOMMENDER-…-seedN, with the entry's
 own settings in between, so that names stay when the table grows. The rows of a *group* differ only
-in the seed. The rows of a *family* differ in the seed and in the settings of `select`; validation
-chooses one group of each family.
+in the seed. The *candidates* of one choice differ in the seed and in the settings of `select`;
+validation chooses one group among them.
 """
 
 import dataclasses
@@ -94,7 +94,7 @@ class Row:
     Attributes:
         name: folder of the run below RUNS.
         group: the name without the seed.
-        family: a key that is equal for the rows that validation chooses among.
+        family: a key that is equal for the candidates of one choice.
         dataset: name of the dataset.
         backbone: name of the backbone; "" for a baseline.
         seed: seed of the run.
@@ -173,25 +173,25 @@ class Table:
         """Return for every row that is run whether validation chose its group.
 
         The group with the best mean score over its seeds is chosen; of equal means the first in the
-        table wins. A family with one group has nothing to choose: each row is decided by its own
-        score.
+        table wins. Where the candidates are a single group, there is nothing to choose: each row is
+        decided by its own score.
 
         Args:
             scores: METRIC on validation at α = 0 by row name; None for a row that has not finished
                 or has failed.
 
         Returns:
-            True or False by row name; None if a row of the family has no score yet.
+            True or False by row name; None if a candidate has no score yet.
         """
-        families: defaultdict[tuple[str, ...], defaultdict[str, list[float | None]]] = defaultdict(
+        choices: defaultdict[tuple[str, ...], defaultdict[str, list[float | None]]] = defaultdict(
             lambda: defaultdict(list)
         )
         for row in self.to_run:
-            families[row.family][row.group].append(scores[row.name])
+            choices[row.family][row.group].append(scores[row.name])
 
         chosen: dict[str, bool | None] = {}
         for row in self.to_run:
-            groups = families[row.family]
+            groups = choices[row.family]
             if len(groups) == 1:
                 chosen[row.name] = None if scores[row.name] is None else True
             else:
@@ -501,7 +501,7 @@ def _in_name(value: Any) -> str:
 def _family(
     dataset: str, backbone: str, config: Config, evaluation: Settings, select: Sequence[str]
 ) -> tuple[str, ...]:
-    """Return the key of a row's family: everything except the seed and what is selected."""
+    """Return the key of a row's candidates: everything but the seed and the selected settings."""
     every = dataclasses.asdict(config)
     compared = {name: value for name, value in every.items() if name not in ("seed", *select)}
     # The speed of a curriculum may be selected; with and without a curriculum are two methods.

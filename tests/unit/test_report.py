@@ -106,16 +106,16 @@ def test_run_folders_to_a_report_and_the_same_again(made, tmp_path, capsys):
     assert "```\nmake it\n```" in (second / "README.md").read_text()
 
 
-def test_a_report_against_another_baseline_and_back(made, tmp_path, capsys):
+def test_a_report_against_another_reference_and_back(made, tmp_path, capsys):
     first, second = tmp_path / "first", tmp_path / "second"
     assert (
-        report.main([str(made), "-o", str(first), "--examples", "0", "--baseline", "igd β=0.1"])
+        report.main([str(made), "-o", str(first), "--examples", "0", "--reference", "igd β=0.1"])
         == 0
     )
     assert "vs igd β=0.1" in (first / "tables" / "main-toy.md").read_text().replace("\\", "")
     assert report.main([str(first / "data"), "-o", str(second)]) == 0
     assert bytes_of(second) == bytes_of(first)  # the study keeps it
-    assert report.main([str(first / "data"), "-o", str(second), "--baseline", "uniform"]) == 0
+    assert report.main([str(first / "data"), "-o", str(second), "--reference", "uniform"]) == 0
     assert "vs uniform" in (second / "tables" / "main-toy.md").read_text()
     capsys.readouterr()
     assert "no run is a 'SASRec'; the methods are: igd β=0.1, uniform" in refused(

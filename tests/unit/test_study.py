@@ -21,9 +21,9 @@ from igd_ds.studies.report.runs import environment_of, read_runs, thinned
 from igd_ds.studies.report.study import (
     Run,
     family_of,
-    labels,
     lines_by,
     load,
+    method_names,
     method_of,
     objective_of,
     save,
@@ -95,7 +95,7 @@ def test_labels_name_what_differs_within_a_method():
         base | {"cft_lambda": 1.0},
         {"objective": "uniform", "epochs": 3},
     ]
-    assert labels(many) == ["cft λ=0.5", "cft λ=0.5", "cft λ=1", "uniform"]
+    assert method_names(many) == ["cft λ=0.5", "cft λ=0.5", "cft λ=1", "uniform"]
 
 
 def test_a_family_shares_all_but_what_validation_chooses():
@@ -138,7 +138,7 @@ def test_a_line_differs_in_one_setting_and_the_seed_alone():
     )
     runs = [
         Run(str(i), "toy", "q", method, method, one["seed"], "finished", settings=one)
-        for i, (one, method) in enumerate(zip(settings, labels(settings), strict=True))
+        for i, (one, method) in enumerate(zip(settings, method_names(settings), strict=True))
     ]
     found = lines_by(runs, "curriculum_c")
 
@@ -246,7 +246,7 @@ def test_a_test_must_hold_the_alpha_that_is_reported(source, tmp_path, objective
     assert run.note == (
         ""
         if state == "finished"
-        else f"eval/test lacks α = {lacking}, which the run is to be reported at"
+        else f"eval/test lacks α = {lacking}, at which the run is reported"
     )
 
 
@@ -420,7 +420,7 @@ def test_states_and_notes_of_a_sweep(run, tmp_path):
         ("gone", "waiting", ""),
         ("large", "not run", ""),
     ]
-    assert all(run.valid and "valid" in run.ranks for run in study.runs if run.whole)
+    assert all(run.valid and "valid" in run.ranks for run in study.runs if run.is_complete)
     assert study.runs[0].family == family_of(study.runs[0].settings) and study.runs[4].family == "f"
     assert study.runs[-1].settings == {"objective": "uniform"}  # from the table
 

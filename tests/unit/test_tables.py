@@ -10,7 +10,7 @@ import pytest
 from igd_ds.studies import significance
 from igd_ds.studies.report import tables
 from igd_ds.studies.report.layout import Cell, Table
-from igd_ds.studies.report.study import AT_ALPHA, Ranks, Run, Study, labels
+from igd_ds.studies.report.study import AT_ALPHA, Ranks, Run, Study, method_names
 from igd_ds.studies.rounding import significant
 
 DECILES = [0.1] * 10
@@ -466,7 +466,9 @@ def test_mtc_ablation_has_a_line_for_each_part():
         make_run(
             method, 0, {"0.0": level[name], "0.1": 0.9}, {"0.0": level[name]}, settings=settings
         )
-        for (name, settings), method in zip(many.items(), labels(list(many.values())), strict=True)
+        for (name, settings), method in zip(
+            many.items(), method_names(list(many.values())), strict=True
+        )
     ]
     study = Study("s", "", runs[::-1])
     found = table(study, "ablation-mtc")
@@ -629,7 +631,7 @@ def test_markdown():
 
 def test_plain_text_is_aligned():
     assert (
-        SMALL.plain()
+        SMALL.text()
         == "A & B\nMethod  NDCG@10\na|b_c   0.1235 ± 0.0100 *\nd       –\ne       0.1000\n"
     )
 

@@ -145,14 +145,14 @@ class Block:
         caption: str,
         draw: Callable[[Canvas], None],
         height: float,
-        labels: Collection[str] = (),
+        entries: Collection[str] = (),
     ) -> Figure:
-        """Return a figure named after its block; a legend of `labels` adds to its height."""
-        place = f"{self.dataset}, {self.backbone}" if self.backbone else self.dataset
+        """Return a figure named after its block; a legend of `entries` adds to its height."""
+        block = f"{self.dataset}, {self.backbone}" if self.backbone else self.dataset
         words = f"{self.dataset} {self.backbone} {name}".lower()
         slug = re.sub(r"[^a-z0-9]+", "-", words).strip("-")
-        size = (WIDTH, height + legend_height(labels))
-        return Figure(slug, f"{title}: {place}", caption, draw, size)
+        size = (WIDTH, height + legend_height(entries))
+        return Figure(slug, f"{title}: {block}", caption, draw, size)
 
     def tested(self, *keys: str) -> dict[str, list[Run]]:
         """Return the runs with test metrics by method, in the order of the table.
@@ -181,7 +181,7 @@ def blocks(study: Study) -> list[Block]:
     """Return a block for each dataset and backbone; a dataset with only baselines is one block."""
     found = []
     for dataset in dict.fromkeys(run.dataset for run in study.runs):
-        runs = [run for run in study.runs if run.dataset == dataset and run.whole]
+        runs = [run for run in study.runs if run.dataset == dataset and run.is_complete]
         comparisons = compare(study, dataset)
         for backbone in dict.fromkeys(run.backbone for run in runs if not run.is_baseline) or [""]:
             own = [run for run in runs if run.is_baseline or run.backbone == backbone]
@@ -278,22 +278,22 @@ def draw_curves(
     axes: Axes, lines: Mapping[str, tuple[Sequence[Run], str]], looks: Sequence[Look]
 ) -> None:
     """Draw the mean curve and its band for each line's runs and tag, where they have it."""
-    for index, (label, (runs, tag)) in enumerate(lines.items()):
+    for index, (name, (runs, tag)) in enumerate(lines.items()):
         if curve := mean_curve(runs, tag):
             steps, mean, deviation = curve
-            every = (index % 5 / 50, 0.1)  # markers of different lines stand at different places
-            axes.plot(steps, mean, label=label, markevery=every, **looks[index])
+            every = (index % 5 / 50, 0.1)  # markers of different lines stand at different positions
+            axes.plot(steps, mean, label=name, markevery=every, **looks[index])
             band: Look = {"color": looks[index]["color"], "alpha": 0.15, "linewidth": 0}
             axes.fill_between(steps, mean - deviation, mean + deviation, **band)
     axes.set_xlabel("optimizer step")
 
 
 def draw_points(
-    axes: Axes, places: Sequence[float], points: Sequence[Point], index: int, **settings: Any
+    axes: Axes, positions: Sequence[float], points: Sequence[Point], index: int, **settings: Any
 ) -> None:
-    """Draw means at `places`, with bars of one deviation where the deviation is not 0."""
+    """Draw means at `positions`, with bars of one deviation where the deviation is not 0."""
     axes.errorbar(
-        places,
+        positions,
         np.array([point.mean for point in points]),
         np.array(bars(points)),
         capsize=2.5,
@@ -306,23 +306,25 @@ def bars(points: Sequence[Point]) -> list[float]:
     return [point.deviation if point.deviation > 0 else math.nan for point in points]
 
 
-def columns(labels: Collection[str]) -> int:
-    """Return how many columns of a legend with these labels fit into the width."""
-    longest = 0.6 + 0.065 * max(map(len, labels), default=1)  # inches: a stroke, a gap, the letters
-    return max(1, min(int(WIDTH / longest), len(labels)))
+def columns(entries: Collection[str]) -> int:
+    """Return how many columns of a legend with these entries fit into the width."""
+    longest = 0.6 + 0.065 * max(
+        map(len, entries), default=1
+    )  # inches: a stroke, a gap, the letters
+    return max(1, min(int(WIDTH / longest), len(entries)))
 
 
-def legend_height(labels: Collection[str]) -> float:
-    """Return the height of a legend with these labels, in inches."""
-    return 0.19 * math.ceil(len(labels) / columns(labels))
+def legend_height(entries: Collection[str]) -> float:
+    """Return the height of a legend with these entries, in inches."""
+    return 0.19 * math.ceil(len(entries) / columns(entries))
 
 
 def legend(figure: Canvas) -> None:
     """Put one legend for all panels below them."""
     lines: dict[str, Artist] = {}
     for axes in figure.axes:
-        handles, labels = axes.get_legend_handles_labels()
-        lines |= dict(zip(labels, handles, strict=True))
+        handles, names = axes.get_legend_handles_labels()
+        lines |= dict(zip(names, handles, strict=True))
     figure.legend(
         list(lines.values()),
         list(lines),
@@ -376,12 +378,12 @@ def improvements(block: Block) -> Figure | None:
     def draw(figure: Canvas) -> None:
         axes = figure.subplots()
         axes.axvline(0, color="#606060", linewidth=1)
-        for place, (c, low, high) in enumerate(reversed(compared)):
+        for position, (c, low, high) in enumerate(reversed(compared)):
             mean = significant(c.mean - c.reference_mean)
             ends = [[mean - significant(low)], [significant(high) - mean]]
             axes.errorbar(
                 [mean],
-                [place],
+                [position],
                 xerr=ends,
                 fmt="o",
                 color=COLOURS[1],
@@ -406,14 +408,14 @@ def losses_by_beta(block: Block) -> Figure | None:
     """Return IGD Figures 5 and 7, over the grid of β."""
     by_beta = sorted(block.trained_with("igd"), key=lambda run: float(run.settings["igd_beta"]))
     grid = by_method(by_beta)
-    plain = by_method(block.trained_with(REFERENCE))
+    unweighted = by_method(block.trained_with(REFERENCE))
     if len(grid) < 2:
         return None
 
-    looks = [look(0) | {"color": COLOURS[2]}] * len(plain)
+    looks = [look(0) | {"color": COLOURS[2]}] * len(unweighted)
     looks += [shade(index, len(grid)) for index in range(len(grid))]
     title = "Training loss by β (IGD Figures 5, 7)"
-    return token_losses(block, "loss-by-beta", title, plain | grid, looks)
+    return token_losses(block, "loss-by-beta", title, unweighted | grid, looks)
 
 
 def losses_by_objective(block: Block) -> Figure | None:
@@ -577,11 +579,11 @@ def sensitivity(axes: Axes, block: Block, lines: Lines, metric: str) -> None:
 
     for index, (line, by_value) in enumerate(lines.items(), 1):
         points = [validated(runs, metric) for runs in by_value.values()]
-        places = [values.index(value) for value in by_value]
-        draw_points(axes, places, points, index, markerfacecolor="white", label=line)
+        positions = [values.index(value) for value in by_value]
+        draw_points(axes, positions, points, index, markerfacecolor="white", label=line)
         above = {
-            place: point.mean
-            for place, point in zip(places, points, strict=True)
+            position: point.mean
+            for position, point in zip(positions, points, strict=True)
             if point.mean > level
         }
         filled = look(index) | {"linestyle": "none", "label": f"_{line} above"}
@@ -631,21 +633,21 @@ def effective_range(block: Block, lines: Lines) -> str:
 
 def curriculum_sensitivity(block: Block) -> Figure | None:
     """Return MTC Figure 4: validation against the curriculum's speed c."""
-    axes_labels = {
+    axis_titles = {
         "curriculum_cT": "c·T, T optimizer steps in all",
         "curriculum_c": "c, per optimizer step",
     }
     runs = block.trained_with("multi-target")
-    found = {label: lines_by(runs, setting) for setting, label in axes_labels.items()}
-    label = max(found, key=lambda label: sum(map(len, found[label].values())))
-    lines = found[label]
+    found = {title: lines_by(runs, setting) for setting, title in axis_titles.items()}
+    axis_title = max(found, key=lambda title: sum(map(len, found[title].values())))
+    lines = found[axis_title]
     if not lines:
         return None
 
     def draw(figure: Canvas) -> None:
         for axes, metric in zip(figure.subplots(1, 2), ("ndcg@5", "ndcg@10"), strict=True):
             sensitivity(axes, block, lines, metric)
-            axes.set_xlabel(label)
+            axes.set_xlabel(axis_title)
         legend(figure)
 
     caption = "Multi-target by the speed of its curriculum."
@@ -688,19 +690,19 @@ def popularity(block: Block) -> Figure | None:
 
     def draw(figure: Canvas) -> None:
         axes = figure.subplots()
-        places = np.arange(1, 11)
+        positions = np.arange(1, 11)
         first = next(iter(methods.values()))[0]
         targets = np.array(
             first.test["target_popularity_deciles"] if first.test else [math.nan] * 10
         )
         grey: Look = {"color": "#dcdcdc", "edgecolor": "#909090"}
-        axes.bar(places, significant_array(100 * targets), label="targets", width=0.8, **grey)
+        axes.bar(positions, significant_array(100 * targets), label="targets", width=0.8, **grey)
         for index, (method, runs) in enumerate(methods.items()):
             deciles = zip(*[chosen(run)["popularity_deciles"] for run in runs], strict=True)
             points = [spread([100 * share for share in decile]) for decile in deciles]
-            beside = places + 0.7 * (index - (len(methods) - 1) / 2) / len(methods)
+            beside = positions + 0.7 * (index - (len(methods) - 1) / 2) / len(methods)
             draw_points(axes, beside.tolist(), points, index, label=method, linestyle="none")
-        axes.set_xticks(places)
+        axes.set_xticks(positions)
         axes.set_xlabel("decile of the catalogue by training popularity (1: most popular)")
         axes.set_ylabel("share (%)")
         legend(figure)
@@ -721,7 +723,7 @@ def head_tail(block: Block) -> Figure | None:
         return None
 
     def draw(figure: Canvas) -> None:
-        places = np.arange(len(methods))[::-1]
+        positions = np.arange(len(methods))[::-1]
         panels = figure.subplots(1, 2, sharey=True)
         for axes, (half, key) in zip(panels, halves.items(), strict=True):
             points = [
@@ -730,10 +732,10 @@ def head_tail(block: Block) -> Figure | None:
             ]
             means = [point.mean for point in points]
             filling: Look = {"color": "#cfe3f1", "edgecolor": COLOURS[1], "height": 0.62}
-            axes.barh(places, means, hatch="" if half == "head" else "///", **filling)
+            axes.barh(positions, means, hatch="" if half == "head" else "///", **filling)
             black: Look = {"fmt": "none", "color": "#000000", "capsize": 2.5}
-            axes.errorbar(means, places, xerr=bars(points), **black)
-            axes.set_yticks(places, list(methods))
+            axes.errorbar(means, positions, xerr=bars(points), **black)
+            axes.set_yticks(positions, list(methods))
             axes.grid(axis="y", visible=False)
             axes.set_title(f"{half} targets")
             axes.set_xlabel("test NDCG@10")
@@ -757,8 +759,8 @@ def purity(study: Study) -> Figure | None:
         for index, (dataset, numbers) in enumerate(catalogues.items()):
             gain = significant_array(numbers["purity_gain_by_token"])
             ratio = significant_array(100 * np.array(numbers["filtering_ratio"]))
-            places = np.linspace(0, 100, len(gain))
-            gains.plot(places, gain, label=dataset, markevery=0.1, **look(index))
+            positions = np.linspace(0, 100, len(gain))
+            gains.plot(positions, gain, label=dataset, markevery=0.1, **look(index))
             ratios.plot(np.arange(1, len(ratio) + 1), ratio, label=dataset, **look(index))
         gains.set_xlabel("tokens, the most decisive first (%)")
         gains.set_ylabel("mean purity gain of the token (0 to 1)")
@@ -768,9 +770,9 @@ def purity(study: Study) -> Figure | None:
         legend(figure)
 
     caption = (
-        "Left: purity gain of each token, a mean over its places in the catalogue. Right: share of "
-        "the items still possible that one more token rules out, a mean over the edges of the "
-        "trie at that level."
+        "Left: purity gain of each token, a mean over the edges of the trie with this token. "
+        "Right: share of the remaining items that one more token rules out, a mean over the edges "
+        "of the trie at that level."
     )
     size = (WIDTH, 3.0 + legend_height(catalogues))
     return Figure("purity", "What a token decides (MTC Figure 1, Table 1)", caption, draw, size)

@@ -117,7 +117,7 @@ class Table:
             text += "".join(f"\n* {in_markdown(note)}" for note in self.notes) + "\n"
         return text
 
-    def plain(self) -> str:
+    def text(self) -> str:
         """Return title and cells in aligned columns, for a terminal."""
         lines = [self.columns, *([cell.text for cell in row] for row in self.rows)]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

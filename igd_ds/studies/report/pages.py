@@ -1,4 +1,4 @@
-"""Writes a report: one self-contained page, the same as Markdown, and all tables and figures.
+"""Writes a report: one self-contained page, the same in Markdown, and all tables and figures.
 
     index.html  README.md  tables/NAME.{csv,md,tex}  figures/NAME.{png,svg}
     data/{study.json,ranks.parquet}
@@ -25,7 +25,7 @@ WRITERS = {"csv": Table.csv, "md": Table.markdown, "tex": Table.latex}
 LONG = 60
 """A column of text with more characters than this is broken into lines."""
 STATES = {"no test": "validated only"}
-"""How the summary names a state of a run, where it is not the state itself."""
+"""State of a run → its name in the summary, where the two differ."""
 
 
 def render(study: Study, folder: Path, command: str = "") -> tuple[list[Table], list[Figure]]:
@@ -95,7 +95,11 @@ def write_files(folder: Path, tables: list[Table], figures: list[Figure]) -> dic
 
 def left_out(study: Study) -> list[Run]:
     """Return the runs of which something is missing, without those that were not meant to run."""
-    return [run for run in study.runs if run.state not in NOT_BEGUN and (not run.is_complete or run.note)]
+    return [
+        run
+        for run in study.runs
+        if run.state not in NOT_BEGUN and (not run.is_complete or run.note)
+    ]
 
 
 def summary(study: Study) -> dict[str, str]:
@@ -152,7 +156,7 @@ def column_classes(table: Table) -> list[str]:
 
 
 def inline(figure: Figure, drawing: str) -> str:
-    """Return the element of an SVG file for a page with others: labelled, and with unique ids."""
+    """Return the element of an SVG file with a title and with ids that are unique on the page."""
     from markupsafe import escape as escape_html
 
     element = drawing[drawing.index("<svg") :]

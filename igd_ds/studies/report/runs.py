@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from igd_ds.baselines.leaves import build_catalogue
+from igd_ds.config.options import current_names
 from igd_ds.data.dataset import InteractionDataset
 from igd_ds.data.statistics import catalogue_statistics
 from igd_ds.errors import UsageError
@@ -39,6 +40,7 @@ from igd_ds.studies.report.study import (
     reported_alpha,
 )
 from igd_ds.studies.rounding import significant
+from igd_ds.train_config import TrainConfig
 
 POINTS = 200
 """Points of a stored curve at most."""
@@ -80,7 +82,7 @@ EXAMPLE_LENGTH = 3
 
 @dataclass(frozen=True)
 class Location:
-    """Where a run is read from: its folder and its row of sweep.json, None outside of sweeps."""
+    """The place of a run: its folder and its row of sweep.json, None outside of sweeps."""
 
     folder: Path
     row: Json | None = None
@@ -97,7 +99,7 @@ class Root:
 
 @dataclass(frozen=True)
 class Contents:
-    """What could be read of a run folder (the keys of FILES), and what is wrong with the rest."""
+    """The readable files of a run folder (keys: FILES), and the problems of the others."""
 
     files: dict[str, Json | None]
     problems: dict[str, str]
@@ -105,7 +107,7 @@ class Contents:
 
 @dataclass
 class Details:
-    """What the datasets behind the runs add to a study; see `Study` for the fields."""
+    """The part of a study that comes from the datasets; see `Study` for the fields."""
 
     runs: dict[str, Run] = field(default_factory=dict)  # runs that were changed, by name
     catalogues: dict[str, Json] = field(default_factory=dict)
@@ -135,13 +137,13 @@ def read_runs(roots: Sequence[Path], examples: int) -> Study:
             )
         found |= root.locations
 
-    folders = {name: source.folder for name, source in found.items()}
-    runs = with_methods([read_run(name, source) for name, source in found.items()])
+    folders = {name: location.folder for name, location in found.items()}
+    runs = with_methods([read_run(name, location) for name, location in found.items()])
     details = Details()
     for dataset in dict.fromkeys(run.dataset for run in runs):
-        whole = [run for run in runs if run.dataset == dataset and run.is_complete]
-        if whole:
-            add_details(details, dataset, whole, folders, examples)
+        complete = [run for run in runs if run.dataset == dataset and run.is_complete]
+        if complete:
+            add_details(details, dataset, complete, folders, examples)
 
     return Study(
         name=" + ".join(dict.fromkeys(root.name for root in given)),
@@ -161,30 +163,30 @@ def add_details(
     folders: Mapping[str, Path],
     examples: int,
 ) -> None:
-    """Add what the dataset itself tells about its complete runs: ranks, row groups, examples.
+    """Add the ranks, row groups and examples of a dataset's complete runs.
 
-    Where the dataset cannot be read, its runs get a note.
+    If the dataset cannot be read, its runs get a note instead.
     """
     refuse_unlike(runs, folders)
     kept, twice = once(runs)
     details.runs |= {run.name: run for run in twice}
     try:
-        source, stored = open_dataset(kept, folders)
+        opened, stored = open_dataset(kept, folders)
     except (ValueError, OSError) as error:
         why = f"no groups of rows and no tests by user: {error}"
         details.runs |= {run.name: with_note(run, why) for run in kept}
         return
 
-    kept = [with_ranks(run, folders[run.name], source) for run in kept]
+    kept = [with_ranks(run, folders[run.name], opened) for run in kept]
     details.runs |= {run.name: run for run in kept}
     if stored:
-        details.catalogues[dataset] = describe_catalogue(source, stored)
+        details.catalogues[dataset] = describe_catalogue(opened, stored)
     else:
-        # There are only baselines. Which items share a leaf is known without a tokenizer, what
-        # their tokens are is not.
-        stored = build_catalogue(source, kept[0].settings.get("item_kind", "auto"))
-    details.rows[dataset] = row_groups(kept, source, stored.trie)
-    details.examples += examples_of(kept, folders, source, examples)
+        # There are only baselines, so there is no tokenizer. The items that share a leaf are known
+        # without one, and only they are needed here.
+        stored = build_catalogue(opened, kept[0].settings.get("item_kind", "auto"))
+    details.rows[dataset] = row_groups(kept, opened, stored.trie)
+    details.examples += examples_of(kept, folders, opened, examples)
 
 
 def read_root(root: Path) -> Root:
@@ -230,9 +232,9 @@ def read_json(path: Path) -> Json | None:
     return value
 
 
-def read_run(name: str, source: Location) -> Run:
-    """Read one run folder; what is missing or damaged becomes a note of the run."""
-    folder, row = source.folder, source.row
+def read_run(name: str, location: Location) -> Run:
+    """Read one run folder. A missing or damaged file becomes a note of the run, not an error."""
+    folder, row = location.folder, location.row
     contents = read_contents(folder)
     files = contents.files
     state, reason = state_of(row, contents)
@@ -293,9 +295,7 @@ def read_settings(path: Path) -> Json | None:
         return None
     try:
         settings: Json = yaml.safe_load(path.read_text(encoding="utf-8"))
-        settings = {
-            "objective" if key == "weighting" else key: value for key, value in settings.items()
-        }
+        settings = current_names(TrainConfig, settings)
         method_of(settings)
         return settings | {"seed": int(settings["seed"]), "dataset": str(settings["dataset"])}
     except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
@@ -333,7 +333,7 @@ def state_of(row: Json | None, contents: Contents) -> tuple[str, str]:
 
     Args:
         row: its row of the sweep; None outside of sweeps.
-        contents: what could be read of its folder.
+        contents: the files of its folder.
     """
     files, problems = contents.files, contents.problems
     if row and (row["state"] == "not run" or (row["state"] == "waiting" and not files["config"])):
@@ -361,7 +361,7 @@ def state_of(row: Json | None, contents: Contents) -> tuple[str, str]:
         return "no test", "; ".join(filter(None, [untested, error]))
     alpha = reported_alpha(config or {}, valid or {})
     if alpha not in test["alpha"]:
-        return "unfinished", f"eval/test lacks α = {alpha}, which the run is to be reported at"
+        return "unfinished", f"eval/test lacks α = {alpha}, at which the run is reported"
     return "finished", error
 
 
@@ -497,7 +497,7 @@ def with_methods(runs: Sequence[Run]) -> list[Run]:
 
 
 def once(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
-    """Return the first run of each method and seed, and the further ones with a note."""
+    """Return the first run of each method and seed; and the other ones, each with a note."""
     first: dict[tuple[str, str, int], Run] = {}
     twice = []
     for run in runs:
@@ -540,14 +540,14 @@ def refuse_unlike(runs: Sequence[Run], folders: Mapping[str, Path]) -> None:
                     for key in different
                 ]
                 raise UsageError(
-                    f"{evaluation} and {first[different[0]][1]} are evaluations of {run.dataset}, "
-                    f"but not alike: {', '.join(shown)} differ; make separate reports, or evaluate "
-                    "one of them again"
+                    f"{evaluation} and {first[different[0]][1]} are evaluations of {run.dataset} "
+                    f"that are not alike ({', '.join(shown)} differ): make separate reports, or "
+                    "evaluate one of them again"
                 )
 
 
 def describe_evaluation(folder: Path, run: Run) -> Json:
-    """Return the values that must be alike, as far as evaluation and dataset record them."""
+    """Return those values of ALIKE and ALIKE_IN_BACKBONE that evaluation or dataset record."""
     results = read_json(folder / "metrics.json") or {}
     dataset: Json = {"fingerprint": fingerprint_of(folder)}
     with contextlib.suppress(KeyError, ValueError):

@@ -17,10 +17,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from igd_ds.config.options import current_names
 from igd_ds.errors import UsageError
 from igd_ds.evaluation import metrics
 from igd_ds.folders import write_table, write_text
 from igd_ds.run_folder import FREE_ON_RESUME
+from igd_ds.train_config import TrainConfig
 
 Json = dict[str, Any]
 """A JSON object, such as a config.yaml or a metrics.json."""
@@ -64,7 +66,7 @@ AT_ALPHA = (
 
 
 class Ranks(NamedTuple):
-    """Where the targets of the evaluated rows stand in a run's lists.
+    """The ranks of the evaluated rows' targets in a run's lists.
 
     `row` (R,) int32 holds the row ids, ascending. `rank` (R,) int32 holds the rank of each row's
     target, from 1, or 0 where the list does not contain it.
@@ -92,7 +94,7 @@ class Run:
     seed: int
     state: str
     note: str = ""
-    family: str = ""  # equal for the runs that validation chooses among
+    family: str = ""  # a key that is equal for the candidates of one choice on validation
     settings: Json = field(default_factory=dict)
     valid: Json | None = None
     test: Json | None = None
@@ -105,7 +107,7 @@ class Run:
     ranks: dict[str, Ranks] = field(default_factory=dict)  # by split, at `alpha`
 
     @property
-    def whole(self) -> bool:
+    def is_complete(self) -> bool:
         """Whether the run is complete, so that its figures may be averaged with others."""
         return self.state in ("finished", "no test")
 
@@ -136,7 +138,7 @@ class Study:
 
     Attributes:
         name: title of the report.
-        budget: free text: what was fixed before the first run.
+        budget: free text on what was fixed before the first run.
         runs: all runs, complete or not.
         catalogues: for each dataset the statistics of `igd stats`, with `purity_gain_by_token`
             (descending, thinned) and `quantizer` (or None).
@@ -161,8 +163,8 @@ class Study:
 
 
 def objective_of(settings: Json) -> str | None:
-    """Return the objective of a config.yaml; its key was `weighting` before version 0.2."""
-    objective: str | None = settings.get("objective", settings.get("weighting"))
+    """Return the objective of a config.yaml, also under its former key; None for a baseline."""
+    objective: str | None = current_names(TrainConfig, settings).get("objective")
     return objective
 
 
@@ -199,19 +201,19 @@ def reported_alpha(settings: Json, valid: Json) -> str:
     return metrics.best_alpha(valid, METRIC) if objective_of(settings) in IGD else "0.0"
 
 
-def labels(many: Sequence[Json]) -> list[str]:
-    """Return a label for each config.yaml of one dataset and backbone.
+def method_names(many: Sequence[Json]) -> list[str]:
+    """Return a method name for each config.yaml of one dataset and backbone.
 
-    The label is `method_of`. Where two settings have the same method, the settings in which they
+    The name is `method_of`. Where two settings have the same method, the settings in which they
     differ follow as name=value.
     """
     methods = [method_of(settings) for settings in many]
     for method in set(methods):
-        places = [i for i, other in enumerate(methods) if other == method]
-        keys = sorted({key for i in places for key in many[i]} - NO_METHOD)
-        differing = [key for key in keys if len({repr(many[i].get(key)) for i in places}) > 1]
+        indices = [i for i, other in enumerate(methods) if other == method]
+        keys = sorted({key for i in indices for key in many[i]} - NO_METHOD)
+        differing = [key for key in keys if len({repr(many[i].get(key)) for i in indices}) > 1]
 
-        for i in places:
+        for i in indices:
             values = {
                 SYMBOLS.get(key, key): many[i][key]
                 for key in differing
@@ -226,7 +228,7 @@ def labels(many: Sequence[Json]) -> list[str]:
 
 
 def family_of(settings: Json) -> str:
-    """Return a key that is equal for the runs that validation chooses among (outside of sweeps)."""
+    """Return a key that is equal for the candidates of one choice on validation (no sweep)."""
     kept = {
         key: value
         for key, value in settings.items()
@@ -238,8 +240,8 @@ def family_of(settings: Json) -> str:
 def lines_by(runs: Sequence[Run], setting: str) -> dict[str, dict[float, list[Run]]]:
     """Return the runs by line and by the setting's value, ascending.
 
-    The runs of a line differ only in the setting and the seed. A line is named by its label without
-    the setting. Lines with a single value are left out.
+    The runs of a line differ only in the setting and the seed. The name of a line is its method
+    without the setting. Lines with a single value are left out.
     """
     lines: dict[str, dict[float, list[Run]]] = {}
     having = [run for run in runs if run.settings.get(setting) is not None]
@@ -260,12 +262,12 @@ def save(study: Study, folder: Path) -> None:
     `rank of NAME` the rank of the target in the lists of the run NAME.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    plain = {
+    stored = {
         STORED.get(f.name, f.name): getattr(study, f.name)
         for f in fields(Study)
         if f.name not in ("rows", "runs")
     }
-    plain["runs"] = [
+    stored["runs"] = [
         {f.name: getattr(run, f.name) for f in fields(Run) if f.name != "ranks"}
         for run in study.runs
     ]
@@ -284,11 +286,11 @@ def save(study: Study, folder: Path) -> None:
     empty = pa.table({"dataset": pa.array([], pa.string()), "split": pa.array([], pa.string())})
     together = pa.concat_tables([empty, *tables], promote_options="default")
     write_table(folder / "ranks.parquet", together)
-    write_text(folder / "study.json", json.dumps(plain, ensure_ascii=False) + "\n")
+    write_text(folder / "study.json", json.dumps(stored, ensure_ascii=False) + "\n")
 
 
 def load(folder: Path) -> Study:
-    """Read what `save` wrote.
+    """Read a study that `save` wrote.
 
     Raises:
         UsageError: a file is missing, damaged, or was written by another version.
@@ -300,10 +302,10 @@ def load(folder: Path) -> Study:
             "give the folder data of a report"
         )
 
-    plain = _read(study, lambda path: json.loads(path.read_text(encoding="utf-8")))
+    stored = _read(study, lambda path: json.loads(path.read_text(encoding="utf-8")))
     table = _read(ranks, pq.read_table)
     try:
-        return _study(plain, table)
+        return _study(stored, table)
     except (KeyError, TypeError, AttributeError) as error:
         raise UsageError(
             f"{folder} is damaged or was written by another version ({error!r}); "
@@ -312,7 +314,7 @@ def load(folder: Path) -> Study:
 
 
 def _read(path: Path, reader: Callable[[Path], Any]) -> Any:
-    """Return what `reader` makes of a file; raise UsageError where it cannot read it."""
+    """Return the result of `reader` for a file; raise UsageError where it cannot read it."""
     try:
         return reader(path)
     except (ValueError, OSError) as error:  # pyarrow raises either
@@ -321,10 +323,10 @@ def _read(path: Path, reader: Callable[[Path], Any]) -> Any:
         ) from error
 
 
-def _study(plain: Json, table: pa.Table) -> Study:
-    """Put together what `save` took apart."""
+def _study(stored: Json, table: pa.Table) -> Study:
+    """Return the study from the JSON object and the table that `save` wrote."""
     rows: dict[str, dict[str, RowGroups]] = {}
-    ranks: dict[str, dict[str, Ranks]] = {run["name"]: {} for run in plain["runs"]}
+    ranks: dict[str, dict[str, Ranks]] = {run["name"]: {} for run in stored["runs"]}
     parts = dict.fromkeys(
         zip(table["dataset"].to_pylist(), table["split"].to_pylist(), strict=True)
     )
@@ -341,7 +343,7 @@ def _study(plain: Json, table: pa.Table) -> Study:
             if column is not None and not column.null_count:
                 by_split[split] = Ranks(groups["row"], column.to_numpy())
 
-    names = {stored: name for name, stored in STORED.items()}
-    values = {names.get(name, name): value for name, value in plain.items() if name != "runs"}
-    runs = [Run(**run, ranks=ranks[run["name"]]) for run in plain["runs"]]
+    names = {key: name for name, key in STORED.items()}
+    values = {names.get(name, name): value for name, value in stored.items() if name != "runs"}
+    runs = [Run(**run, ranks=ranks[run["name"]]) for run in stored["runs"]]
     return Study(**values, runs=runs, rows=rows)

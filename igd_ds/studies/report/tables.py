@@ -72,7 +72,7 @@ def all_tables(study: Study) -> list[Table]:
 
 def datasets(study: Study) -> list[str]:
     """Return the datasets that have a complete run, in order."""
-    return list(dict.fromkeys(run.dataset for run in study.runs if run.whole))
+    return list(dict.fromkeys(run.dataset for run in study.runs if run.is_complete))
 
 
 def methods(study: Study, dataset: str, split: str = "test", baselines: bool = False) -> Methods:
@@ -82,7 +82,9 @@ def methods(study: Study, dataset: str, split: str = "test", baselines: bool = F
     """
     found: Methods = {}
     evaluated = [
-        run for run in study.runs if run.dataset == dataset and run.whole and getattr(run, split)
+        run
+        for run in study.runs
+        if run.dataset == dataset and run.is_complete and getattr(run, split)
     ]
     for is_baseline in (True, False) if baselines else (False,):
         for backbone in dict.fromkeys(run.backbone for run in study.runs):
@@ -150,7 +152,7 @@ def measures_of(runs: Iterable[Run]) -> list[str]:
     tested = [
         next(iter(run.test["alpha"].values()))["token_match"]
         for run in runs
-        if run.whole and run.test
+        if run.is_complete and run.test
     ]
     return [measure for measure in MEASURES if any(measure in values for values in tested)]
 
@@ -342,8 +344,8 @@ def main_table(study: Study, dataset: str) -> Table:
         last.append(Cell(None))
     for (backbone, method), runs in found.items():
         is_baseline = runs[0].is_baseline
-        cells, place = measured(runs, measures), measures.index(METRIC)
-        cells[place] = replace(cells[place], star=(backbone, method) in stars)
+        cells, index = measured(runs, measures), measures.index(METRIC)
+        cells[index] = replace(cells[index], star=(backbone, method) in stars)
         names = ("baseline", method, "") if is_baseline else (backbone, method, chosen_alphas(runs))
         rows.append([*words(*names, len(runs)), *cells])
         compared = not is_baseline and method != study.reference
@@ -380,14 +382,14 @@ def expected_popularity(run: Run, measures: Sequence[str]) -> Row:
 
 
 def gaps(study: Study, dataset: str, found: Methods) -> list[str]:
-    """Return notes on incomplete means: seeds without a whole test, methods with one seed."""
+    """Return notes on incomplete means: seeds without a complete test, methods with one seed."""
     notes = []
     for (backbone, method), runs in found.items():
         lost = [
             run
             for run in study.runs
             if (run.dataset, run.backbone, run.method) == (dataset, backbone, method)
-            and not (run.whole and run.test)
+            and not (run.is_complete and run.test)
             and run.state not in NOT_BEGUN
         ]
         if lost:
@@ -457,14 +459,14 @@ def significance_table(study: Study, dataset: str) -> Table:
 
 
 def selection(study: Study) -> list[Table]:
-    """Return what validation chose among: the families with several candidates."""
+    """Return the candidates that validation chose among, where there are several."""
     rows, notes = [], []
     for dataset in datasets(study):
-        families: dict[tuple[str, str], dict[str, list[Run]]] = {}
+        choices: dict[tuple[str, str], dict[str, list[Run]]] = {}
         for (backbone, method), runs in methods(study, dataset, "valid", baselines=True).items():
-            families.setdefault((backbone, runs[0].family), {})[method] = runs
+            choices.setdefault((backbone, runs[0].family), {})[method] = runs
 
-        for (backbone, _), candidates in families.items():
+        for (backbone, _), candidates in choices.items():
             if len(candidates) < 2:
                 continue
             data = title_of(dataset, backbone)
@@ -481,8 +483,8 @@ def selection(study: Study) -> list[Table]:
                 )
     columns = ["Data", "Candidate", "Seeds", "Tested", "NDCG@10"]
     caption = (
-        "Validation NDCG@10 at α = 0. The candidates of a family differ only in the settings that "
-        "validation chooses, and the best one is tested. IGD's α is chosen afterwards."
+        "Validation NDCG@10 at α = 0. Candidates of one method differ only in the settings that "
+        "validation chooses, and the best candidate is tested. IGD's α is chosen afterwards."
     )
     return [Table("selection", "Selection on validation", caption, columns, rows, notes)]
 
@@ -500,11 +502,11 @@ def beta_sensitivity(study: Study) -> list[Table]:
     for dataset in datasets(study):
         found = methods(study, dataset, "valid")
         for backbone in backbones_of(found):
-            plain = found.get((backbone, REFERENCE))
+            unweighted = found.get((backbone, REFERENCE))
             runs = [run for (its, _), runs in found.items() if its == backbone for run in runs]
             data = title_of(dataset, backbone)
-            for name, by_beta in lines_by(runs, "igd_beta").items() if plain else ():
-                block = [beta_row(data, REFERENCE, None, plain or [])]
+            for name, by_beta in lines_by(runs, "igd_beta").items() if unweighted else ():
+                block = [beta_row(data, REFERENCE, None, unweighted or [])]
                 block += [beta_row(data, name, beta, runs) for beta, runs in by_beta.items()]
                 effective = [
                     f"{row[2].value:g}"
@@ -543,13 +545,13 @@ def igd_ablation(study: Study) -> list[Table]:
             best = best_on_valid(found, backbone, trained_with("igd"))
             if not best or (backbone, REFERENCE) not in found:
                 continue
-            weighted, plain = found[backbone, best], found[backbone, REFERENCE]
-            has_grid = all(run.valid and len(run.valid["alpha"]) > 1 for run in plain)
+            weighted, unweighted = found[backbone, best], found[backbone, REFERENCE]
+            has_grid = all(run.valid and len(run.valid["alpha"]) > 1 for run in unweighted)
             parts = (
                 (best, weighted, CURRENT),
                 ("w/o w_d (α = 0)", weighted, "0.0"),
-                (f"w/o w_t ({REFERENCE})", plain, BEST if has_grid else UNMEASURED),
-                ("w/o both", plain, "0.0"),
+                (f"w/o w_t ({REFERENCE})", unweighted, BEST if has_grid else UNMEASURED),
+                ("w/o both", unweighted, "0.0"),
             )
             block = [
                 [*words(title_of(dataset, backbone), name), *measured(runs, measures, alpha)]
@@ -648,10 +650,10 @@ def mtc_ablation(study: Study) -> list[Table]:
 
     caption = (
         "Test at α = 0. The first lines are cumulative, as in the paper: front-greater on a "
-        "schedule to cross-entropy; the same on to frequency; learned shares; the curriculum. The "
-        "further lines are front-greater and frequency alone, without a schedule, and the form "
-        "that scales the logits. Each line is a training of its own. Where several settings were "
-        "tried, the line shows the one with the best validation NDCG@10."
+        "schedule to cross-entropy; the schedule extended to frequency; learned shares; the "
+        "curriculum. The further lines are front-greater and frequency alone, without a schedule, "
+        "and the form that scales the logits. Each line is a separate training. Where several "
+        "settings were tried, the line shows the one with the best validation NDCG@10."
     )
     columns = ["Data", "Components", "Method", *headings(measures)]
     title = "Components of multi-target (MTC Table 4)"
@@ -659,7 +661,7 @@ def mtc_ablation(study: Study) -> list[Table]:
 
 
 Cases = dict[tuple[str, str], list[str]]
-"""(dataset, backbone) → the two cells that label it."""
+"""(dataset, backbone) → the first two cells of its rows."""
 
 
 def backbones(study: Study) -> list[Table]:
@@ -701,17 +703,17 @@ def gains(
 ) -> Table:
     """Return a table of the reference, the best method and its improvement for each of `cases`."""
     rows, measures = [], measures_of(study.runs)
-    for (dataset, backbone), label in cases.items():
+    for (dataset, backbone), case in cases.items():
         found = methods(study, dataset, baselines=True)
         best = best_on_valid(found, backbone, other_than(study.reference))
         reference = reference_of(study, found, backbone)
         if best and reference:
             pair = {study.reference: reference, best: found[backbone, best]}
             block = [
-                [*words(*label, method), *measured(runs, measures)] for method, runs in pair.items()
+                [*words(*case, method), *measured(runs, measures)] for method, runs in pair.items()
             ]
             cells = improvement(found[backbone, best], reference, measures)
-            rows += [*marked(block, 3), [*words(*label, "improvement"), *cells]]
+            rows += [*marked(block, 3), [*words(*case, "improvement"), *cells]]
     return Table(name, title, caption, [*columns, "Method", *headings(measures)], rows)
 
 
@@ -833,7 +835,7 @@ def beam_and_exact(study: Study) -> list[Table]:
     columns = ["Data", "Method", "α", "Seeds", "Rows", "NDCG@10 beam", "NDCG@10 exact"]
     columns += ["HR@10 beam", "HR@10 exact", "Proven", "Missed of top 1", "Missed of the list"]
     caption = (
-        "The same test rows, searched in both ways. Proven: share of the rows whose whole exact "
+        "The same test rows, searched in both ways. Proven: share of the rows whose complete exact "
         "list is proven to be the best one. Missed: number of truly best items that the beam's "
         "list lacks, where these items are proven."
     )
@@ -864,7 +866,7 @@ def beam_and_exact_row(data: str, method: str, runs: Sequence[Run]) -> Row:
         sorted(entry["beam"]["missed_of_true_top"].items(), key=lambda pair: int(pair[0]))
         for entry in entries
     ]
-    missed = [over_seeds([pairs[place][1] for pairs in by_length], ".3f") for place in (0, -1)]
+    missed = [over_seeds([pairs[index][1] for pairs in by_length], ".3f") for index in (0, -1)]
     names = words(data, method, as_list(alphas), len(runs), exact[0]["rows"])
     return [*names, *accuracy, proven, *missed]
 
@@ -885,7 +887,7 @@ def examples(study: Study) -> list[Table]:
             f"differently. History, oldest first: {'; '.join(e['history'])}. "
             f"Next item: {e['target']} (bold where listed). {AT_ALPHA}"
         )
-        columns = ["Method", *(f"Place {i + 1}" for i in range(length))]
+        columns = ["Method", *(f"Rank {i + 1}" for i in range(length))]
         name = slug("example", e["dataset"], e["backbone"], str(e["row"]))
         title = f"Example (MTC Table 7): {title_of(e['dataset'], e['backbone'])}"
         tables.append(Table(name, title, caption, columns, rows))
@@ -896,7 +898,7 @@ def all_runs(study: Study) -> list[Table]:
     """Return every run, complete or not, with its cost."""
     rows = []
     for run in study.runs:
-        is_reported = run.whole and not run.is_baseline and run.alpha is not None
+        is_reported = run.is_complete and not run.is_baseline and run.alpha is not None
         alpha = f"{float(run.alpha or 0):g}" if is_reported else ""
         named = words(run.name, run.dataset, run.backbone, run.method, run.seed, run.state)
         seconds = [Cell(seconds, form=",.0f") for seconds in (run.seconds, run.eval_seconds)]
