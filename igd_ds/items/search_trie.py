@@ -15,7 +15,7 @@ from igd_ds.items.trie import TokenTrie
 class SearchTrie:
     """Arrays of a TokenTrie of M nodes on one device, each in the smallest dtype that holds it.
 
-    An array is indexed by node, and edge e leads into node e. The whole takes 10 to 18 bytes per
+    An array is indexed by node, and edge e leads into node e. All arrays take 10 to 18 bytes per
     node, depending on the dtypes. Cast values to int64 before you index with them (`.long()`):
     torch would take a uint8 index for a mask.
 

@@ -491,7 +491,7 @@ class Runner:
             if code:
                 error = last_error(text, code)
             self.record(row, Attempt("failed", error=error))
-            self.say(f"{row.name}: failed: {error} (whole output: {self.log_file(row)})")
+            self.say(f"{row.name}: failed: {error} (complete output: {self.log_file(row)})")
         return is_done
 
     def _run_logged(self, row: Row, step: Step, device: str | None) -> tuple[int, str]:

@@ -139,8 +139,8 @@ def compare(ours: Path, plain: Path) -> dict[str, int]:
         number += len(found)
 
     titles = pq.read_table(plain / "titles.parquet")
-    places = pc.index_in(item_names, titles["item"])
-    wanted = titles["title"].combine_chunks().take(places)
+    rows = pc.index_in(item_names, titles["item"])
+    wanted = titles["title"].combine_chunks().take(rows)
     different = pc.sum(pc.not_equal(wanted, items["title"].combine_chunks())).as_py()
     assert different == 0, f"{different} of {len(items)} titles differ"
     return {"rows": number}
@@ -165,8 +165,8 @@ def other_formats(num_reviews: int, folder: Path) -> dict[str, float]:
 
     seconds = {}
     forms = [form for form in FORMS if form != "amazon-2018"]
-    for place, form in enumerate(["amazon-2023-csv", *forms]):
-        here = folder / f"{form}-{place}"
+    for number, form in enumerate(["amazon-2023-csv", *forms]):
+        here = folder / f"{form}-{number}"
         here.mkdir()
         paths = [str(path) for path in make_files(form, num_reviews, here)]
         arguments = ["--source", SOURCES.get(form, form), "--input", *paths]

@@ -135,10 +135,10 @@ def compare(
     for number in range(rounds):
         for side in SIDES[:: 1 if number % 2 == 0 else -1]:
             with tempfile.TemporaryDirectory(dir=folder) as name:
-                place = Path(name)
-                (place / "data").symlink_to(folder / "data")
-                (place / "tokenizer").symlink_to(folder / "tokenizer")
-                found[side].append(in_fork(measure, side, place, model, batch_size, num_steps))
+                own = Path(name)
+                (own / "data").symlink_to(folder / "data")
+                (own / "tokenizer").symlink_to(folder / "tokenizer")
+                found[side].append(in_fork(measure, side, own, model, batch_size, num_steps))
 
     losses = np.array([one.losses for runs in found.values() for one in runs])
     assert losses.shape == (2 * rounds, num_steps), losses.shape

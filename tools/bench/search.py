@@ -336,7 +336,7 @@ def check_line(line: Line, measured: dict[str, dict]) -> None:
 def check_same(name: str, leaves, scores, expected_leaves, expected_scores) -> float:
     """Assert that lists (B, K) are the same, and return the largest difference of their scores.
 
-    Items may change places, also with an item behind the end of the list, if their scores are
+    Items may change ranks, also with an item behind the end of the list, if their scores are
     within SWAP_GAP.
     """
     assert np.array_equal(leaves < 0, expected_leaves < 0), (
@@ -350,9 +350,9 @@ def check_same(name: str, leaves, scores, expected_leaves, expected_scores) -> f
     assert worst <= SCORE_TOLERANCE, f"{name} differ in scores by {difference.max():.1e}"
 
     for user, rank in np.argwhere(leaves != expected_leaves):
-        places = np.flatnonzero(expected_leaves[user] == leaves[user, rank])
-        place = places[0] if len(places) else np.flatnonzero(listed[user])[-1]
-        gap = abs(expected_scores[user, place] - expected_scores[user, rank])
+        ranks = np.flatnonzero(expected_leaves[user] == leaves[user, rank])
+        other = ranks[0] if len(ranks) else np.flatnonzero(listed[user])[-1]
+        gap = abs(expected_scores[user, other] - expected_scores[user, rank])
         assert gap <= SWAP_GAP + rounding[user, rank], (
             f"{name} differ: user {user}, rank {rank + 1}, scores {gap:.1e} apart"
         )
@@ -424,8 +424,8 @@ def write_chart(measured: dict[str, dict], path: Path) -> None:
         "grid": "beam, per α of five",
     }
     scale, lines = 400 / max(bars.values()), []
-    for place, (side, value) in enumerate(bars.items()):
-        y, width = 40 + 30 * place, max(1, scale * value)
+    for number, (side, value) in enumerate(bars.items()):
+        y, width = 40 + 30 * number, max(1, scale * value)
         lines.append(
             f'<text x="150" y="{y + 15}" text-anchor="end">{labels.get(side, side)}</text>'
         )

@@ -28,7 +28,7 @@ The sides take turns at every step, so that all of them see the same state of a 
 Times are wall time. Ratios are medians, over steps, of the ratio on the same rows.
 
 Length grouping: our step on the same rows in both orders of `epoch_batches`, in turns of a few
-batches; whole times are compared.
+batches; complete times are compared.
 
 Gain: TokenTrie and information gain of 25,000 different random IDs, against the published nested
 scan. The scan is timed on the prefixes of a few items, whose values are compared, and multiplied up

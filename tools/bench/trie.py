@@ -6,7 +6,7 @@ Items are synthetic and resemble book titles (seed 0): about 12 tokens, Zipf-dis
 151,936. Half of the items belong to series that share their first tokens. Every item ends in tokens
 of its own, "\\n" and EOS. Training counts are Zipf-distributed, and one item in ten is cold.
 
-Every measurement takes place in a process of its own, with one thread. Memory is the process's peak
+Every measurement runs in a process of its own, with one thread. Memory is the process's peak
 above what it had with the input loaded. Time is the median of the measurements. The trie of dicts
 is written as one would usually write it: a node is a dict from token to child, and keeps its
 numbers under string keys. The outputs of both sides are compared array by array. Tokenization is
@@ -148,7 +148,7 @@ def flatten_plain(root) -> dict:
 def measure(side: str, folder: Path, save: bool) -> None:
     """Load, build once, and print seconds and peak memory; with `save`, write the outputs, too.
 
-    It takes place in a fresh process.
+    It runs in a fresh process.
     """
     token_ids, offsets, counts = (
         np.load(folder / f"{name}.npy") for name in ("token_ids", "offsets", "counts")
