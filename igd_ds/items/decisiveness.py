@@ -192,8 +192,8 @@ def gain_ratio(trie: TokenTrie) -> np.ndarray:
 
     IG(c; v) / −Σ P ln P, with the sum over c and its siblings. Quinlan's ratio belongs to a
     complete split. In a trie the mean of IG over the next token IS the split information, so that
-    ratio is 1 at every branching prefix. The ratio of one edge says how many times the average the token
-    decides, and it does not favour prefixes with many children. It is 0 on the edges of
+    ratio is 1 at every branching prefix. The ratio of one edge says how many times the average the
+    token decides, and it does not favour prefixes with many children. It is 0 on the edges of
     `zero_gain`, can be negative, and has a long upper tail.
     """
     split = np.zeros(trie.num_nodes)
