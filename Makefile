@@ -3,7 +3,7 @@
 #   make demo      generated data, two trainings, evaluation, report
 #   make test      all tests that need no GPU
 #   make test-isa  the tests that must hold on any processor, under this machine's older instruction sets
-#   make faults    the fault campaign in full (about an hour); make test runs a few dozen of its cases
+#   make faults    the fault campaign in full; make test runs a few dozen of its cases
 #   make lint      ruff, mypy, codespell
 #   make bench     every benchmark in its quick form
 PYTHON ?= python3

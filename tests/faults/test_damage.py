@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import results
 from conftest import ALL
@@ -22,9 +23,12 @@ def flip(path: Path) -> None:
 
 
 def flip_data(path: Path) -> None:
-    """Flip a bit in the first page of a Parquet file, whose end in small files is mostly schema."""
+    """Flip a bit in the scores of a Parquet file; a small file is mostly schema."""
+    group = pq.read_metadata(path).row_group(0)
+    column = group.column(group.num_columns - 3)  # the score
+    start = column.dictionary_page_offset or column.data_page_offset
     content = bytearray(path.read_bytes())
-    content[80] ^= 0x10
+    content[start + column.total_compressed_size - 1] ^= 0x10
     path.write_bytes(content)
 
 
