@@ -1,7 +1,6 @@
 """The fault campaign's inputs, and what its commands give when nobody disturbs them."""
 
 import functools
-import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -15,9 +14,6 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "dist"))
 import faults_world  # noqa: E402
 import ranks  # noqa: E402
 from operations import Fault, faulty  # noqa: E402
-
-ALL = os.environ.get("IGD_DS_FAULTS") == "all"
-"""Whether `make faults` runs: all cases instead of a few dozen."""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ The text dataset has titles; the codes dataset has semantic IDs, as LC-Rec's fil
 
 import importlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ TIGER = {
     "dropout_rate": 0.1,
 }
 ITEMS, USERS = 40, 30
+ALL = os.environ.get("IGD_DS_FAULTS") == "all"
+"""Whether `make faults` runs: all cases instead of a few dozen."""
 
 
 @dataclass(frozen=True)

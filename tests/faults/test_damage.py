@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import results
-from conftest import ALL
+from faults_world import ALL
 from operations import Fault
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import results
-from conftest import ALL
+from faults_world import ALL
 from operations import Fault
 
 # Command: at how many places, spread over its file operations, it is killed by default.
