@@ -16,7 +16,8 @@ each other (`tests/unit/test_structure.py` checks both):
     → train_config · eval_config · baseline_config
     → evaluation
     → studies
-    → loop · generative_training · sequential_training
+    → loop · training_inputs
+    → generative_training · sequential_training
     → train · eval · baseline
     → commands → cli
 
@@ -44,6 +45,7 @@ each other (`tests/unit/test_structure.py` checks both):
 | `evaluation` | metrics, validation, result files, recommending from Python |
 | `studies` | tables of runs, significance tests, the report |
 | `loop` | the training loop |
+| `training_inputs` | what a training begins with: dataset, tokenizer, weights, catalogue |
 | `generative_training`, `sequential_training` | what it trains: language models, baselines |
 | `train`, `eval`, `baseline` | entries, each with its settings in `…_config` |
 | `commands`, `cli` | the command `igd` and its subcommands |

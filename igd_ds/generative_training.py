@@ -16,7 +16,6 @@ from igd_ds import distributed
 from igd_ds.backbones.saved import (
     BASE_FILE,
     DESCRIPTION_FILE,
-    Origin,
     read_json_object,
     write_manifest,
 )
@@ -38,8 +37,7 @@ from igd_ds.data.batches import (
     sample_rows,
     steps_per_epoch,
 )
-from igd_ds.data.dataset import InteractionDataset
-from igd_ds.data.prompts import PromptBuilder, Template
+from igd_ds.data.prompts import PromptBuilder
 from igd_ds.engine.export import save_model
 from igd_ds.engine.step import StepSums
 from igd_ds.evaluation.validation import VALIDATIONS, ValidationTask
@@ -48,6 +46,7 @@ from igd_ds.items.search_trie import SearchTrie
 from igd_ds.items.store import load_catalogue
 from igd_ds.objectives import OBJECTIVES
 from igd_ds.train_config import TrainConfig
+from igd_ds.training_inputs import Inputs
 
 OBJECTIVE_FILE = "objective.json"
 """In RUN/model: the objective's state, where it has one (λ of multi-target, τ of msl)."""
@@ -124,23 +123,6 @@ class TokenLoss:
     def update(self, totals: StepTotals) -> Mapping[str, float]:
         """Tell the objective about the step."""
         return self.objective.update(totals)
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What a run is given, read and checked before a run folder is claimed."""
-
-    template: Template
-    dataset: InteractionDataset
-    tokenizer: Any
-    """Hugging Face tokenizer with EOS and PAD."""
-    added_ids: range
-    """Tokens that the model's own tokenizer lacks."""
-    model_config: Any
-    """Hugging Face configuration of the model."""
-    backbone: Backbone
-    origin: Origin | None = None
-    """Where pretrained weights come from; None for random weights."""
 
 
 class GenerativeTraining:

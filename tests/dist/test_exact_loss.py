@@ -40,7 +40,7 @@ def build(world, name="igd", normalization="global"):
 
     The random weights are the same for all.
     """
-    from igd_ds import train
+    from igd_ds import training_inputs
     from igd_ds.config.options import parse
     from igd_ds.generative_training import GenerativeTraining
     from igd_ds.objectives import msl
@@ -59,9 +59,9 @@ def build(world, name="igd", normalization="global"):
 
     run = world.folder / f"exact-{name}"
     config = parse(TrainConfig, world.train_flags(run, **flags))
-    inputs = train.load_inputs(config)
+    inputs = training_inputs.load_inputs(config)
     if not run.exists():
-        train.build_catalogue(run / "catalogue", config, inputs)
+        training_inputs.build_catalogue(run / "catalogue", config, inputs)
     training = GenerativeTraining(config, run, inputs, MICRO)
     torch.manual_seed(0)
     model = inputs.backbone.build(

@@ -112,7 +112,7 @@ def check_model_loads(world, run: Path, settings: dict) -> None:
 
 
 def _load_and_measure(world, run, settings) -> None:
-    from igd_ds import train
+    from igd_ds import training_inputs
     from igd_ds.backbones.saved import describe
     from igd_ds.config.model import ModelSource
     from igd_ds.config.options import parse
@@ -122,7 +122,7 @@ def _load_and_measure(world, run, settings) -> None:
     from igd_ds.train_config import TrainConfig
 
     config = parse(TrainConfig, world.train_flags(run, 2, **settings))
-    training = GenerativeTraining(config, run, train.load_inputs(config), micro_batch=2)
+    training = GenerativeTraining(config, run, training_inputs.load_inputs(config), micro_batch=2)
     if (run / "model" / "objective.json").is_file():
         training.load_state_dict(json.loads((run / "model" / "objective.json").read_text()))
 

@@ -20,7 +20,7 @@ import torch
 from tokenizers import normalizers
 from transformers import PreTrainedTokenizerFast
 
-from igd_ds import train
+from igd_ds import training_inputs
 from igd_ds.backbones import CausalLM, read_model_config
 from igd_ds.backbones.saved import (
     DESCRIPTION_FILE,
@@ -47,6 +47,7 @@ from igd_ds.evaluation.recommender import Recommender
 from igd_ds.folders import write_json
 from igd_ds.items.catalogue import Catalogue, tokenizer_fingerprint
 from igd_ds.items.store import load_catalogue, save_catalogue
+from igd_ds.train_config import TrainConfig
 
 CPU = torch.device("cpu")
 PATTERNS = ["d[12]", "d?", "*", "x::y", "d[!0]", "**", "simplecache::d1", "hf:::d"]
@@ -246,7 +247,7 @@ def test_training_with_a_tokenizer_that_changes_when_saved_can_be_evaluated(inpu
 
 def command(entry: str, *words: object) -> None:
     """Run an entry in a process of its own."""
-    root = Path(train.__file__).parents[1]
+    root = Path(training_inputs.__file__).parents[1]
     environment = os.environ | {
         "PYTHONPATH": str(root),
         "DS_ACCELERATOR": "cpu",
@@ -469,23 +470,23 @@ def test_a_trained_run_is_gone_on_with_from_its_folder(adapter, tmp_path):
         "ds_config": "", "dataset": tmp_path / "data", "output_dir": tmp_path / "next",
         "model_name_or_path": adapter, "lora_r": 2, "lora_alpha": 4, "max_length": 160,
     }  # fmt: skip
-    config = train.TrainConfig(
+    config = TrainConfig(
         **{key: str(v) if isinstance(v, Path) else v for key, v in words.items()}
     )
-    found = train.load_inputs(config)
+    found = training_inputs.load_inputs(config)
     assert found.origin.name == str(tmp_path / "base") and found.added_ids == range(0)
     (tmp_path / "next").mkdir()
-    train.record_base(tmp_path / "next" / "base.json", found.origin, is_needed=False)
+    training_inputs.record_base(tmp_path / "next" / "base.json", found.origin, is_needed=False)
     record = json.loads((tmp_path / "next" / "base.json").read_text())
     assert record == describe(adapter)["base"]
 
     # A resumed run needs the weights that it began with.
     other_weights(tmp_path / "base")
     with pytest.raises(UsageError, match="not those that the adapter"):
-        train.record_base(tmp_path / "next" / "base.json", found.origin, is_needed=True)
+        training_inputs.record_base(tmp_path / "next" / "base.json", found.origin, is_needed=True)
     plain = origin_of(str(tmp_path / "base"))
     with pytest.raises(UsageError, match="has other weights than when .* began"):
-        train.record_base(tmp_path / "next" / "base.json", plain, is_needed=True)
+        training_inputs.record_base(tmp_path / "next" / "base.json", plain, is_needed=True)
 
 
 # ---- models on the hub
@@ -562,9 +563,9 @@ def test_a_run_resumes_at_the_commit_it_began_with(hub, tmp_path):
     run, origin = tmp_path / "run", origin_of("shop/tiny")
     (run / "checkpoints").mkdir(parents=True)
     write_json(run / "base.json", base_record(dataclasses.replace(origin, revision="1" * 40), "x"))
-    assert train.as_begun(origin, run).revision == ""  # no step was made yet
+    assert training_inputs.as_begun(origin, run).revision == ""  # no step was made yet
     (run / "checkpoints" / "step-00000001").mkdir()
-    assert train.as_begun(origin, run).revision == "1" * 40
+    assert training_inputs.as_begun(origin, run).revision == "1" * 40
 
 
 def test_a_revision_of_a_folder_is_refused(tmp_path):

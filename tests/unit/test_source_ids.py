@@ -253,7 +253,7 @@ def test_mistaken_ids_are_refused(recommender, arguments, message):
 def entry(run, tmp_path, monkeypatch):
     """Run an entry point with flags; return the folder of what it wrote."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(distributed, "init", lambda: None)
+    monkeypatch.setattr(distributed, "init", lambda *_: None)
     monkeypatch.setattr(distributed, "device", lambda: torch.device("cpu"))
     monkeypatch.setattr(baseline.signal, "signal", lambda *_: None)
 

@@ -318,7 +318,7 @@ def test_runs_that_call_their_objective_a_weighting_are_read_alike(source, run, 
 
 def test_groups_of_a_real_evaluation_are_those_that_it_measured(source, tmp_path, monkeypatch):
     """NDCG of head, tail, warm and cold rows from the stored ranks equals that of metrics.json."""
-    monkeypatch.setattr(distributed, "init", lambda: None)
+    monkeypatch.setattr(distributed, "init", lambda *_: None)
     monkeypatch.setattr(distributed, "device", lambda: torch.device("cpu"))
     folder, data = shutil.copytree(source, tmp_path / "run"), source.parent / "data"
     settings = {

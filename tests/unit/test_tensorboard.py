@@ -79,7 +79,7 @@ def runs(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
-        patch.setattr(distributed, "init", lambda: None)
+        patch.setattr(distributed, "init", lambda *_: None)
         patch.setattr(distributed, "device", lambda: torch.device("cpu"))
 
         def evaluate(name, *flags):

@@ -22,7 +22,7 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast, T5Config
 
-from igd_ds import train
+from igd_ds import training_inputs
 from igd_ds.backbones import backbone_of
 from igd_ds.backbones.tokenizer import load_tokenizer
 from igd_ds.commands import prepare as prepare_command
@@ -31,12 +31,12 @@ from igd_ds.data.dataset import InteractionDataset, Split
 from igd_ds.data.prompts import PromptBuilder, Template
 from igd_ds.errors import UsageError
 from igd_ds.evaluation.results import final_metrics
-from igd_ds.generative_training import Inputs
 from igd_ds.items.as_text import control_tokens, encode
 from igd_ds.items.catalogue import Catalogue, item_paths, tokenizer_fingerprint
 from igd_ds.items.shared_paths import SharedPaths
 from igd_ds.items.trie import TokenTrie
 from igd_ds.train_config import TrainConfig
+from igd_ds.training_inputs import Inputs
 
 CONTROL = ["<s>", "</s>", "<pad>", "<|im_start|>"]
 
@@ -189,13 +189,13 @@ def test_titles_a_tokenizer_cannot_write(faults, tmp_path, capsys):
     with pytest.raises(
         UsageError, match="4 items with different texts share 2 token paths"
     ) as told:
-        train.build_catalogue(tmp_path / "catalogue", config, inputs)
+        training_inputs.build_catalogue(tmp_path / "catalogue", config, inputs)
     assert "日本語アルバム" in str(told.value) and "--allow_merged_titles" in str(told.value)
     assert not (tmp_path / "catalogue").exists()
 
     config = dataclasses.replace(config, allow_merged_titles=True)
     capsys.readouterr()
-    train.build_catalogue(tmp_path / "catalogue", config, inputs)
+    training_inputs.build_catalogue(tmp_path / "catalogue", config, inputs)
     assert "2 with different texts" in capsys.readouterr().out
 
 
