@@ -5,9 +5,9 @@
     igd prepare --preset games --input Video_Games_5.json.gz meta_Video_Games.json.gz --output GAMES
     igd prepare --source amazon-2018 --help    # which files it reads, from which page, how large
 
-Equal inputs and options give equal bytes. If the output is complete and was made from the same
-request, the command does nothing; if it was made from another request, the command refuses. It
-never overwrites anything.
+Equal inputs and options give equal bytes (the card's figures: on one kind of CPU). If the output is
+complete and was made from the same request, the command does nothing; if it was made from another
+request, the command refuses. It never overwrites anything.
 """
 
 import argparse

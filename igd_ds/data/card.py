@@ -4,7 +4,8 @@ Letters: N items, R rows of a split.
 
 Everything is counted in the tables that are written beside the card, so the card is right for any
 source and protocol. What happened before (funnel, hygiene, sources) is quoted from dataset.json.
-Equal input gives equal bytes, whatever the user's matplotlib settings are.
+Equal input gives equal bytes on one kind of CPU, whatever the user's matplotlib settings are. On
+another kind, the drawing of a figure may round differently.
 """
 
 import re
