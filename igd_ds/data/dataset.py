@@ -13,8 +13,8 @@ Letters: N items, I interactions, R rows of a split, H items in all histories of
     README.md, *.png            the data card; the fingerprint of the dataset does not cover it
 
 A `source_id` is the name that the source gives to an item or user (an ASIN, a reviewer's id). The
-index of a row in its file is its `row_id`. A dataset folder is complete or absent. Equal inputs give
-equal bytes; only the figures of the card may differ on another kind of CPU.
+index of a row in its file is its `row_id`. A dataset folder is complete or absent. Equal inputs
+give equal bytes; only the figures of the card may differ on another kind of CPU.
 """
 
 import fcntl

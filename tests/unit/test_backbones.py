@@ -90,7 +90,11 @@ def test_capabilities_need_no_memory_and_are_kept(monkeypatch):
     ("kind", "settings", "reason"),
     [
         ("bloom", {}, "does not attend through AttentionInterface"),
-        ("phimoe", {"sliding_window": 4, "num_local_experts": 2}, "do not pass on their sliding windows"),
+        (
+            "phimoe",
+            {"sliding_window": 4, "num_local_experts": 2},
+            "do not pass on their sliding windows",
+        ),
         ("roberta", {"is_decoder": True}, "positions do not begin at 0"),
         ("lfm2", {"layer_types": ["conv", "full_attention"]}, "layers of kind ['conv']"),
         ("gemma3_text", {"use_bidirectional_attention": True}, "is_causal=False"),

@@ -264,7 +264,9 @@ def test_unknown_names_list_the_known_ones():
         decisiveness.entropy(trie, "shannon")
     with pytest.raises(UsageError, match="prior, conditional"):
         decisiveness.edge_gain(trie, "information-gain", "shannon")
-    message = "unknown --decisiveness 'gain_ratio', did you mean 'gain-ratio'. .known: information-gain"
+    message = (
+        "unknown --decisiveness 'gain_ratio', did you mean 'gain-ratio'. .known: information-gain"
+    )
     with pytest.raises(UsageError, match=message):
         decisiveness.edge_gain(trie, "gain_ratio")
     with pytest.raises(UsageError, match="zero, raw"):

@@ -470,9 +470,7 @@ def test_a_trained_run_is_gone_on_with_from_its_folder(adapter, tmp_path):
         "ds_config": "", "dataset": tmp_path / "data", "output_dir": tmp_path / "next",
         "model_name_or_path": adapter, "lora_r": 2, "lora_alpha": 4, "max_length": 160,
     }  # fmt: skip
-    config = TrainConfig(
-        **{key: str(v) if isinstance(v, Path) else v for key, v in words.items()}
-    )
+    config = TrainConfig(**{key: str(v) if isinstance(v, Path) else v for key, v in words.items()})
     found = training_inputs.load_inputs(config)
     assert found.origin.name == str(tmp_path / "base") and found.added_ids == range(0)
     (tmp_path / "next").mkdir()

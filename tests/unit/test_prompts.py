@@ -131,7 +131,9 @@ def test_a_title_longer_than_the_context_is_named():
 
 
 def test_templates_are_checked(tmp_path):
-    with pytest.raises(UsageError, match="no template 'shrt'; known names: alpaca, chat, codes, short"):
+    with pytest.raises(
+        UsageError, match="no template 'shrt'; known names: alpaca, chat, codes, short"
+    ):
         Template.load("shrt")
     file = tmp_path / "mine.yaml"
     file.write_text("prefix: a\nitem: '{item}'\nseparator: ','\nsuffix: b\n")
