@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +19,12 @@ from transformers import AttentionInterface, AutoModelForCausalLM, Cache
 
 from igd_ds.backbones.lora import adaptable_layers
 from igd_ds.contracts import Capabilities
+from igd_ds.distributed import say
 from igd_ds.errors import UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-LOG = logging.getLogger(__name__)
 
 RECORDER = "igd_recorder"
 WINDOW_OF_LAYER = {"full_attention": False, "sliding_attention": True}
@@ -187,7 +186,10 @@ def reads_trees(model: PreTrainedModel) -> bool:
     """Whether a tree of tokens can go through the model (on the meta device) in one packed pass."""
     reason = _why_not(model)
     if reason:
-        LOG.info("no tree search over %s: %s", type(model).__name__, reason)
+        say(
+            f"warning: no tree search over {type(model).__name__}: {reason}. Its search runs over "
+            "the model's own KV cache: the lists are the same, but it is slower"
+        )
     return not reason
 
 
