@@ -34,7 +34,9 @@ from typing import Any
 import psutil
 import yaml
 
+from igd_ds.backbones.saved import DESCRIPTION_FILE
 from igd_ds.config.options import current_names
+from igd_ds.contracts import Likelihood
 from igd_ds.errors import EXIT_REQUEUE, UsageError
 from igd_ds.evaluation.parts import REQUEST_FILES
 from igd_ds.folders import is_temporary, write_json
@@ -327,19 +329,37 @@ def changed_settings(row: Row, run: Path) -> list[str]:
         path = run / "eval" / folder / "request.json"
         if evaluation is not None and path.is_file():
             request = json.loads(path.read_text(encoding="utf-8"))
-            changed |= {f"{block}.{name}" for name in changed_request(row, evaluation, request)}
+            now = in_request(row, evaluation, trained_likelihood(run))
+            changed |= {f"{block}.{name}" for name in changed_request(now, request)}
     return sorted(changed)
 
 
-def changed_request(row: Row, evaluation: Settings, request: Mapping[str, Any]) -> set[str]:
+def trained_likelihood(run: Path) -> Likelihood:
+    """Return how the run's model was trained; the default where it does not say so."""
+    path = run / "model" / DESCRIPTION_FILE
+    if not path.is_file():
+        return Likelihood()
+    return Likelihood(**json.loads(path.read_text(encoding="utf-8")).get("likelihood", {}))
+
+
+def in_request(row: Row, evaluation: Settings, likelihood: Likelihood) -> Settings:
+    """Return an evaluation's settings as its request.json has them: with what is "as trained"."""
+    settings = resolved(evaluation)
+    if not settings["max_length"]:
+        settings["max_length"] = getattr(row.config, "max_length", 0)
+    if settings["softmax"] == "auto":
+        settings["softmax"] = likelihood.softmax
+    if settings["temperature"] is None:
+        settings["temperature"] = likelihood.temperature
+    return settings
+
+
+def changed_request(now: Settings, request: Mapping[str, Any]) -> set[str]:
     """Return the names of settings that differ between an evaluation's request.json and the table.
 
     The request holds hashes of files; here it only matters whether there is a file. The α of a test
     is what validation chose, so it is not compared.
     """
-    now = resolved(evaluation)
-    trained = getattr(row.config, "max_length", 0)
-    now["max_length"] = now["max_length"] or trained  # 0: as in training
     ignored = EVALUATIONS_OWN | {"base_model"}
     if request["split"] == "test":
         ignored = ignored | {"alpha"}

@@ -93,6 +93,13 @@ def obey(order: str, plan: Path, row: str, output: Path) -> int | None:
     return None
 
 
+def likelihood_of(description: Path) -> dict[str, Any]:
+    if description.is_file():
+        found: dict[str, Any] = json.loads(description.read_text())["likelihood"]
+        return found
+    return {"softmax": "full", "temperature": 1.0}
+
+
 def main() -> int:
     plan, script = Path(os.environ["FAKE_PLAN"]), Path(sys.argv[1]).name
     flags = flags_of(sys.argv[2:])
@@ -110,6 +117,10 @@ def main() -> int:
         defaults = json.loads((plan / "defaults.json").read_text())[script]
         settings = settings_of(flags, defaults)
         settings["max_length"] = settings["max_length"] or 512
+        if script == "eval.py":  # as the model was trained
+            likelihood = likelihood_of(output.parents[1] / "model/igd_ds.json")
+            for key, asked in (("softmax", "auto"), ("temperature", None)):
+                settings[key] = likelihood[key] if settings[key] == asked else settings[key]
         name = "config.yaml" if part == "train" else "request.json"  # JSON is YAML
         write(output / name, settings)
 

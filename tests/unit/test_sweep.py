@@ -874,6 +874,23 @@ def test_other_settings_than_a_row_was_run_with_are_refused(world, capsys):
     )
 
 
+def test_what_a_model_was_trained_with_is_no_other_setting(world, capsys):
+    """The table leaves softmax and temperature to the model; the request says what they were."""
+    model = world.runs / U1 / "model/igd_ds.json"
+    model.parent.mkdir(parents=True)
+    model.write_text(json.dumps({"likelihood": {"softmax": "masked", "temperature": 4.5}}))
+    (world.runs / "sweep.json").write_text(json.dumps({"name": "test"}))
+    assert world.run() == 0
+    request = json.loads((world.runs / U1 / "eval/valid/request.json").read_text())
+    assert (request["softmax"], request["temperature"]) == ("masked", 4.5)
+
+    assert world.run("--list") == 0
+    world.write(evaluation={"alpha": [0, 0.2], "num_rows": 50, "softmax": "masked"})
+    assert world.run("--list") == 2
+    message = f"{U0} was run with other settings, these differ: evaluation.softmax; undo it"
+    assert message in capsys.readouterr().err
+
+
 def test_a_search_that_was_not_begun_may_be_added(world):
     assert world.run() == 0
     world.calls()
@@ -991,6 +1008,7 @@ COUNTS = {
     + 4 * FIVE * (3 + 1 + 4 + 2 + 2 * 2 + BETAS + 5 + 2)
     + 3 * FIVE * (1 + 2 + 5)
     + 3 * FIVE * (1 + 5),
+    "decisiveness": 5,
     "demo": 6,
     "cpu": 3 * (1 + 1 + 1 + 6 + 1) + 3 * (1 + 1 + 1 + 2) + 3 * (1 + 2 + 1 + 2) + 3 * (2 + 3 * 3),
 }
@@ -1146,6 +1164,8 @@ def test_a_real_sweep(tmp_path):
     ]
     done = subprocess.run(words, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
+    again = subprocess.run([*words, "--list"], capture_output=True, text=True, env=environment)
+    assert again.returncode == 0, again.stdout + again.stderr
     rows = {
         row["name"]: row for row in json.loads((tmp_path / "runs/sweep.json").read_text())["rows"]
     }
