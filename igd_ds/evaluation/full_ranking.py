@@ -25,7 +25,7 @@ from igd_ds.data.per_row import SCORES_RECORD, scores_record
 from igd_ds.errors import UsageError
 from igd_ds.evaluation import metrics
 from igd_ds.evaluation.results import LIST_SCHEMA, Ranked, write_results
-from igd_ds.folders import write_json
+from igd_ds.folders import remove_temporaries, write_json
 from igd_ds.items.ragged import ragged_arange
 from igd_ds.items.trie import TokenTrie
 
@@ -107,7 +107,7 @@ def evaluate(ranker: Ranker, ranked: Ranked, output: Path, config: BaselineConfi
         UsageError: --save_scores, and the disk is too small for the scores.
     """
     split, rows, num_items = ranked.split, ranked.rows, ranked.dataset.num_items
-    distributed.on_main(lambda: output.mkdir(parents=True, exist_ok=True))
+    distributed.on_main(lambda: make_folder(output))
 
     # Scores are filled into a mapped file by all ranks.
     scores, unfinished = None, output / "scores.tmp.npy"
@@ -151,6 +151,12 @@ def evaluate(ranker: Ranker, ranked: Ranked, output: Path, config: BaselineConfi
         write_results(output, ranked, settings, [(0.0, lists, None)], timing)
 
     distributed.on_main(write)
+
+
+def make_folder(output: Path) -> None:
+    """Make the folder of an evaluation without what a killed one left. We hold the run's lock."""
+    output.mkdir(parents=True, exist_ok=True)
+    remove_temporaries(output)
 
 
 def rows_to_rank(split: Split, config: BaselineConfig) -> np.ndarray:

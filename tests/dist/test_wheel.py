@@ -40,7 +40,9 @@ DS_CONFIG = {
 
 def source_files() -> set[str]:
     """Return the package's files, as they are named in a wheel."""
-    paths = [path for path in (ROOT / "igd_ds").rglob("*") if path.is_file()]
+    # `rglob` leaves out the folders that are links: DeepSpeed files and model shapes.
+    folders = os.walk(ROOT / "igd_ds", followlinks=True)
+    paths = [Path(folder, name) for folder, _, names in folders for name in names]
     return {str(path.relative_to(ROOT)) for path in paths if path.suffix != ".pyc"}
 
 
