@@ -93,8 +93,7 @@ def refuse_other_dataset(run: Path, fingerprint: str, data: BaselineData) -> Non
     if fingerprint != data.dataset.fingerprint:
         raise UsageError(
             f"--dataset: {run} was trained on another dataset, or another version of it; give a "
-            "new "
-            "--output_dir"
+            "new --output_dir"
         )
 
 

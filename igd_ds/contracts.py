@@ -175,6 +175,13 @@ class Likelihood:
     temperature: float = 1.0
     """The logits are divided by it."""
 
+    def with_asked(self, softmax: str, temperature: float | None) -> Likelihood:
+        """Return this likelihood with what a user asks for; "auto" and None leave it as it is."""
+        return Likelihood(
+            self.softmax if softmax == "auto" else softmax,
+            self.temperature if temperature is None else temperature,
+        )
+
 
 class Objective(Protocol):
     """What a training minimises. A row of the table in `igd_ds/objectives/__init__.py`.

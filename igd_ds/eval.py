@@ -56,8 +56,7 @@ def main() -> int:
     if config.num_beams > (num_leaves := task.recommender.num_leaves):
         say(
             f"warning: --num_beams {config.num_beams}, but the catalogue has {num_leaves} "
-            "different "
-            "items: lists are that long"
+            "different items: lists are that long"
         )
 
     count, seconds = search_rows(config, task, output / "parts")
@@ -88,8 +87,7 @@ def with_chosen_alpha(config: EvalConfig) -> EvalConfig:
     if results["split"] == config.split:
         raise UsageError(
             f"--alpha_from {config.alpha_from} evaluated {config.split} itself: α is chosen on "
-            "another "
-            "split"
+            "another split"
         )
     chosen = sorted({0.0, float(metrics.best_alpha(results))})
     return dataclasses.replace(config, alpha=tuple(chosen))

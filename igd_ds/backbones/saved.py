@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from igd_ds.contracts import Likelihood
 from igd_ds.distributed import say
 from igd_ds.errors import UsageError
 from igd_ds.folders import sha256_of, write_json
@@ -66,6 +67,11 @@ def describe(folder: str | Path) -> dict[str, Any]:
             "train.py"
         )
     return read_json_object(path, "it is damaged; train again, or restore it")
+
+
+def likelihood_of(description: Mapping[str, Any]) -> Likelihood:
+    """Return how a model was trained; models saved before this was recorded have the plain one."""
+    return Likelihood(**description.get("likelihood", {}))
 
 
 # ---- the files of a saved model

@@ -40,8 +40,7 @@ class T5:
 
         Raises:
             UsageError: the model is no T5, an option is not for T5, or the tokenizer has tokens
-            that
-                a pretrained T5 does not have.
+                that a pretrained T5 does not have.
         """
         name = options.model_config or options.model_name_or_path
         can = self.capabilities(model_config)

@@ -21,11 +21,18 @@ import yaml
 
 from igd_ds import distributed
 from igd_ds.backbones import backbone_of, read_model_config
-from igd_ds.backbones.saved import DESCRIPTION_FILE, Origin, base_of, check_model, describe
+from igd_ds.backbones.saved import (
+    DESCRIPTION_FILE,
+    Origin,
+    base_of,
+    check_model,
+    describe,
+    likelihood_of,
+)
 from igd_ds.backbones.tokenizer import load_tokenizer
 from igd_ds.config.model import ModelSource
 from igd_ds.config.search import Limits, ScoringOptions
-from igd_ds.contracts import Backbone, Likelihood
+from igd_ds.contracts import Backbone
 from igd_ds.data.cut_titles import with_cut_titles
 from igd_ds.data.dataset import InteractionDataset
 from igd_ds.data.prompts import PromptBuilder, Template
@@ -114,8 +121,7 @@ class Recommender:
         if self.max_length > self.description["max_length"]:
             raise UsageError(
                 f"--max_length {source.max_length} exceeds the {self.description['max_length']} "
-                "that "
-                "the model was trained with"
+                "that the model was trained with"
             )
 
         self.base_weights = distributed.on_main(lambda: check_model(source))
@@ -138,8 +144,8 @@ class Recommender:
             template, self.tokenizer, as_written, catalogue.kind, budget
         )
 
-        # What the search walks. Models saved before likelihoods were recorded have the plain one.
-        self.likelihood = Likelihood(**self.description.get("likelihood", {}))
+        # What the search walks.
+        self.likelihood = likelihood_of(self.description)
         self.num_leaves = int(np.count_nonzero(self.stored.trie.is_leaf))
         self.trie = SearchTrie.build(self.stored.trie, self.device)
         self.ranges = ItemRanges.build(self.stored.trie, self.device)
@@ -248,8 +254,7 @@ class Recommender:
             if not row.any():
                 raise UsageError(
                     f"{labels[user]}: item filter and guidance together leave nothing; loosen one "
-                    "of "
-                    "them"
+                    "of them"
                 )
         return q
 
@@ -459,7 +464,6 @@ def _dataset_of(run: Path) -> Path:
     if not dataset.is_dir():
         raise UsageError(
             f"the run in {run} was trained on {dataset}, which is not there: give dataset= with "
-            "its "
-            "present folder"
+            "its present folder"
         )
     return dataset

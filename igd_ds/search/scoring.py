@@ -179,10 +179,7 @@ class Scoring:
                 f"unknown --softmax '{options.softmax}'{did_you_mean(options.softmax, SOFTMAXES)} "
                 f"(known: {', '.join(SOFTMAXES)})"
             )
-        softmax = likelihood.softmax if options.softmax == "auto" else options.softmax
-        temperature = options.temperature
-        if temperature is None:
-            temperature = likelihood.temperature
+        asked = likelihood.with_asked(options.softmax, options.temperature)
 
         prior = None
         if options.popularity_prior:
@@ -194,8 +191,8 @@ class Scoring:
             pooled=rule.per_step,
             alphas=tuple(float(alpha) for alpha in options.alpha),
             length_penalty=float(options.length_penalty),
-            masked_softmax=softmax == "masked",
-            temperature=float(temperature),
+            masked_softmax=asked.softmax == "masked",
+            temperature=float(asked.temperature),
             prior=prior,
         )
 

@@ -34,7 +34,7 @@ from typing import Any
 import psutil
 import yaml
 
-from igd_ds.backbones.saved import DESCRIPTION_FILE
+from igd_ds.backbones.saved import DESCRIPTION_FILE, describe, likelihood_of
 from igd_ds.config.options import current_names
 from igd_ds.contracts import Likelihood
 from igd_ds.errors import EXIT_REQUEUE, UsageError
@@ -336,10 +336,8 @@ def changed_settings(row: Row, run: Path) -> list[str]:
 
 def trained_likelihood(run: Path) -> Likelihood:
     """Return how the run's model was trained; the default where it does not say so."""
-    path = run / "model" / DESCRIPTION_FILE
-    if not path.is_file():
-        return Likelihood()
-    return Likelihood(**json.loads(path.read_text(encoding="utf-8")).get("likelihood", {}))
+    model = run / "model"
+    return likelihood_of(describe(model) if (model / DESCRIPTION_FILE).is_file() else {})
 
 
 def in_request(row: Row, evaluation: Settings, likelihood: Likelihood) -> Settings:
@@ -347,11 +345,8 @@ def in_request(row: Row, evaluation: Settings, likelihood: Likelihood) -> Settin
     settings = resolved(evaluation)
     if not settings["max_length"]:
         settings["max_length"] = getattr(row.config, "max_length", 0)
-    if settings["softmax"] == "auto":
-        settings["softmax"] = likelihood.softmax
-    if settings["temperature"] is None:
-        settings["temperature"] = likelihood.temperature
-    return settings
+    asked = likelihood.with_asked(settings["softmax"], settings["temperature"])
+    return settings | asdict(asked)
 
 
 def changed_request(now: Settings, request: Mapping[str, Any]) -> set[str]:

@@ -29,8 +29,8 @@ INFO = {
     "counts": {},
     "sources": [],
     "hygiene": {},
+    "funnel": [],
 }
-INFO |= {"funnel": []}
 TITLES = ["a", "b\nü", None, "a"]
 HISTORIES = {"train": [[0, 1], [2], [3, 3, 0]], "valid": [[1]], "test": [[0], [1, 2]]}
 TARGETS = {"train": [1, 2, 0], "valid": [3], "test": [2, 2]}

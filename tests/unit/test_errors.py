@@ -56,8 +56,8 @@ def raised(error: Exception, cause: Exception | None = None) -> Exception:
             EXIT_FAILURE,
         ),
         (
-            PermissionError(errno.EACCES, "Permission denied", "/root/x"),
-            "/root/x: permission denied; change that, or give another path",
+            PermissionError(errno.EACCES, "Permission denied", "/srv/x"),
+            "/srv/x: permission denied; change that, or give another path",
             EXIT_USAGE,
         ),
         (
