@@ -95,9 +95,8 @@ def check_disk_space(run: Path, trained_parameters: int, keep_checkpoints: int) 
     if free < needed - there:
         raise UsageError(
             f"--output_dir {run}: {free / 2**30:.2f} GiB free, but {keep_checkpoints} checkpoints "
-            "and "
-            f"the model need about {(needed - there) / 2**30:.2f} GiB more; free space or lower "
-            "--keep_checkpoints"
+            f"and the model need about {(needed - there) / 2**30:.2f} GiB more; free space or "
+            "lower --keep_checkpoints"
         )
 
 

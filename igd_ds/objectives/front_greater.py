@@ -99,8 +99,7 @@ def _vectors(context: ObjectiveContext, path: Path) -> np.ndarray:
 
 
 def dispersion_reductions(trie: TokenTrie, vectors: np.ndarray) -> np.ndarray:
-    """Return δ_k = μ_{k−1} − μ_k for levels k = 1 … L, float64 (L,), of embeddings `vectors` (N,
-    D).
+    """Return δ_k = μ_{k−1} − μ_k for levels k = 1 … L, float64 (L,), of `vectors` (N, D).
 
     Splitting a group G into parts P takes Σ_P |P|·‖centroid(P) − centroid(G)‖² off the summed
     squared distances. The function sums that term: it is never negative (MTC Lemma 4.1), it is no

@@ -142,9 +142,9 @@ class LearnedMixture(MultiTarget):
     and nothing in the published objective opposes it. Losses of different weightings are not on one
     scale, so the drift says little about which target is useful: watch α' in TensorBoard. `kendall`
     opposes the drift with Kendall et al.'s log σ_j. With the coefficient 1/(2σ_j²) = α_j that term
-    is −½ Σ_j log α_j up to a constant, α_j = λ_j / Σ λ. It is taken of α and not of λ, because −½ Σ
-    log λ_j raises all s_j alike, which no α_j feels. And it is taken before the curriculum, which
-    sets α'_fr = 0 on purpose.
+    is −½ Σ_j log α_j up to a constant, α_j = λ_j / Σ λ. The term is taken of α, because
+    −½ Σ log λ_j would raise every s_j by the same amount and so leave every α_j as it is. It is
+    taken before the curriculum, which sets α'_fr = 0 on purpose.
     """
 
     def __init__(self, options: MultiTargetOptions, total_steps: int):
