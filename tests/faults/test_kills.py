@@ -134,9 +134,9 @@ def test_a_file_system_that_fills_up(campaign, folder, name):
 
 
 def fill(folder: Path) -> None:
-    """Wait until the command has recorded its request, then fill the file system."""
+    """Wait until the command has passed its own check of free space, then fill the file system."""
     deadline = time.monotonic() + 60
-    records = ("output/config.yaml", "output/request.json")
+    records = ("output/metrics.jsonl", "output/request.json")
     while not any((folder / name).is_file() for name in records):
         assert time.monotonic() < deadline, "the command has not begun"
         time.sleep(0.01)
