@@ -86,10 +86,11 @@ class Ranker:
         return self.leaves.nodes[columns_of_rows], distributed.all_reduce_sum(log_p).cpu().numpy()
 
     def ndcg(self, trie: TokenTrie, split: Split, rows: np.ndarray, cutoff: int) -> float:
-        """Return NDCG@cutoff (token match) of the lists for rows (R,)."""
+        """Return NDCG@cutoff (item match) of the lists for rows (R,)."""
         leaves, _ = self.rank(split, rows, cutoff)
         target = trie.leaf_of_item[split.targets[rows]]
-        sums = metrics.ranking_sums(metrics.items_ahead(leaves, target), [cutoff])
+        ahead, credit = metrics.items_ahead(leaves, target), 1 / trie.num_items[target]
+        sums = metrics.ranking_sums(ahead, [cutoff], credit=credit)
         return sums[f"ndcg@{cutoff}"] / len(rows)
 
 

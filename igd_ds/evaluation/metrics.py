@@ -20,6 +20,12 @@ from igd_ds.items.trie import TokenTrie
 CUTOFFS = (1, 3, 5, 10, 20)
 """The K of HR@K and NDCG@K."""
 
+HEADLINE = "item_match"
+"""The entry of metrics.json that α, β and the best checkpoint are chosen by, and that is tested.
+
+A hit counts 1 / n if n items share its token path, so that a model cannot gain by titles that
+cannot be told apart. Token match, the papers' measure, counts it in full."""
+
 TOP = 10
 """Entries of each list that diversity, coverage and popularity are measured on (IGD Table 7)."""
 
@@ -472,18 +478,18 @@ def compare_with_beam(
 
 
 def best_alpha(results: Mapping[str, Any], metric: str = "ndcg@10") -> str:
-    """Return the α with the highest token-match `metric`, and the smallest such α on a tie.
+    """Return the α with the highest `metric` in HEADLINE, and the smallest such α on a tie.
 
     Args:
         results: a metrics.json; the α is returned as it is written there.
-        metric: a key of `token_match`.
+        metric: a key of HEADLINE's entry, `ndcg@10` say.
 
     Raises:
         UsageError: the lists are too short for the metric.
     """
     values: dict[str, float] = {}
     for alpha, entry in results["alpha"].items():
-        value = entry["token_match"].get(metric)
+        value = entry[HEADLINE].get(metric)
         if value is None:
             raise UsageError(
                 f"cannot choose α by {metric}: that evaluation's lists hold "

@@ -84,7 +84,7 @@ def gain_group(batch: Batch, stored: StoredCatalogue) -> torch.Tensor:
 def validation_ndcg(
     engine: Any, task: ValidationTask, batches: Sequence[np.ndarray]
 ) -> dict[str, float]:
-    """Return NDCG@10 (token match) of a beam search with 10 beams; see `validation_nll`."""
+    """Return NDCG@10 (item match) of a beam search with 10 beams; see `validation_nll`."""
     device, stored, split = distributed.device(), task.context.stored, task.rows.split
     likelihood = task.objective.likelihood()
     scoring = Scoring.build(stored.trie, stored.gain, ScoringOptions(), device, likelihood)
@@ -101,7 +101,8 @@ def validation_ndcg(
         real = rows != MASKED_ROW
         targets = stored.trie.leaf_of_item[split.targets[rows[real]]]
         ahead = metrics.items_ahead(leaves[real], targets)
-        ndcg = metrics.ranking_sums(ahead, [10])["ndcg@10"]
+        credit = 1 / stored.trie.num_items[targets]
+        ndcg = metrics.ranking_sums(ahead, [10], credit=credit)["ndcg@10"]
         sums += torch.tensor([ndcg, real.sum()], dtype=torch.float64, device=device)
 
     total, count = distributed.all_reduce_sum(sums).tolist()

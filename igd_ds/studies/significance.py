@@ -13,7 +13,8 @@ from typing import NamedTuple
 import numpy as np
 import scipy.stats
 
-from igd_ds.studies.report.study import METRIC, Run, Study
+from igd_ds.evaluation.metrics import HEADLINE
+from igd_ds.studies.report.study import METRIC, Ranks, Run, Study
 from igd_ds.studies.rounding import mean_sd, on_grid
 
 LEVEL = 0.05
@@ -36,7 +37,7 @@ class Bootstrap(NamedTuple):
 class Comparison:
     """A method compared with the reference of its dataset and backbone.
 
-    The figure is NDCG@10 on test at `Run.alpha`, over the seeds that both methods have.
+    The figure is NDCG@10 (item match) on test at `Run.alpha`, over the seeds that both have.
 
     Attributes:
         relative: improvement of the mean over the reference, 0.1 for 10 %.
@@ -152,10 +153,11 @@ def holm(p: Sequence[float]) -> list[float]:
     return restored
 
 
-def ndcg(rank: np.ndarray) -> np.ndarray:
-    """Return the NDCG@10 of each row (R,) from its target's rank; 0 where it is not listed."""
+def ndcg(ranks: Ranks) -> np.ndarray:
+    """Return the NDCG@10 (item match) of each row (R,), float64; 0 where no hit is listed."""
+    rank = ranks.rank
     listed = (rank > 0) & (rank <= CUTOFF)
-    return np.where(listed, 1 / np.log2(np.where(listed, rank, 1) + 1), 0.0)
+    return np.where(listed, ranks.credit / np.log2(np.where(listed, rank, 1) + 1), 0.0)
 
 
 @functools.lru_cache(maxsize=64)  # tables and figures ask for the same ones
@@ -230,10 +232,10 @@ def compare_runs(
 
 def tested_figures(runs: Sequence[Run]) -> list[float]:
     """Return METRIC on test of each run, at the α that the run is reported at."""
-    return [run.test["alpha"][run.alpha]["token_match"][METRIC] for run in runs if run.test]
+    return [run.test["alpha"][run.alpha][HEADLINE][METRIC] for run in runs if run.test]
 
 
 def mean_by_row(runs: Sequence[Run]) -> np.ndarray:
-    """Return the NDCG@10 of each test row (R,), float64, as a mean over the runs."""
-    mean: np.ndarray = np.mean([ndcg(run.ranks["test"].rank) for run in runs], axis=0)
+    """Return the NDCG@10 (item match) of each test row (R,), float64, as a mean over the runs."""
+    mean: np.ndarray = np.mean([ndcg(run.ranks["test"]) for run in runs], axis=0)
     return mean

@@ -38,6 +38,7 @@ from igd_ds.backbones.saved import DESCRIPTION_FILE, describe, likelihood_of
 from igd_ds.config.options import current_names
 from igd_ds.contracts import Likelihood
 from igd_ds.errors import EXIT_REQUEUE, UsageError
+from igd_ds.evaluation.metrics import HEADLINE
 from igd_ds.evaluation.parts import REQUEST_FILES
 from igd_ds.folders import is_temporary, write_json
 from igd_ds.process import descendants, have_ended
@@ -154,7 +155,7 @@ def validation_score(run: Path) -> float | None:
         return None
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
-        value: float = results["alpha"]["0.0"]["token_match"][METRIC]
+        value: float = results["alpha"]["0.0"][HEADLINE][METRIC]
     except (ValueError, KeyError, TypeError):  # damaged, or written by an older version
         return None
     return value if math.isfinite(value) else None

@@ -133,7 +133,7 @@ def main() -> int:
         write(output / "summary.json", {})
     else:
         value = json.loads((plan / "scores.json").read_text())[row]
-        write(output / "metrics.json", {"alpha": {"0.0": {"token_match": {"ndcg@10": value}}}})
+        write(output / "metrics.json", {"alpha": {"0.0": {"item_match": {"ndcg@10": value}}}})
     return 0
 
 

@@ -135,10 +135,11 @@ def curves(random, settings: dict) -> dict[str, list]:
     return found
 
 
-def ranks(random, level: float) -> np.ndarray:
-    return np.where(
-        random.random(NUM_ROWS) < 3 * level, random.integers(1, 11, NUM_ROWS), 0
-    ).astype(np.int32)
+def listed(random, level: float) -> Ranks:
+    """Ranks of drawn rows; every fifth hit shares its path with another item."""
+    hit, drawn = random.random(NUM_ROWS) < 3 * level, random.integers(1, 11, NUM_ROWS)
+    credit = np.where(np.arange(NUM_ROWS) % 5, 1, 0.5)
+    return Ranks(ROWS, np.where(hit, drawn, 0).astype(np.int32), hit * credit)
 
 
 def run(
@@ -167,7 +168,7 @@ def run(
         "seconds": float(random.uniform(100, 400)),
         "eval_seconds": float(random.uniform(10, 40)),
         "world_size": 1,
-        "ranks": {split: Ranks(ROWS, ranks(random, level)) for split in ("valid", "test")},
+        "ranks": {split: listed(random, level) for split in ("valid", "test")},
     }
 
     return Run(**fields | changes)

@@ -461,7 +461,7 @@ def test_alpha_from_takes_the_best_alpha_of_another_split(evaluate, tmp_path, mo
     shutil.copytree(source, valid)
     results = read_metrics(valid) | {"split": "valid"}
     for alpha, value in (("0.0", 0.1), ("0.3", 0.4), ("0.6", 0.2)):
-        results["alpha"][alpha]["token_match"]["ndcg@10"] = value
+        results["alpha"][alpha]["item_match"]["ndcg@10"] = value
     (valid / "metrics.json").write_text(json.dumps(results))
 
     _, output = evaluate("--alpha_from", valid, "--num_beams", 2, output="chosen")

@@ -209,7 +209,7 @@ def test_beta_is_drawn_and_judged_as_averaged_by_hand(study):
         for run in study.runs
         if run.dataset == "books-small" and run.settings.get("objective") in ("igd", "uniform")
     ):
-        entry = run.valid["alpha"]["0.0"]["token_match"]
+        entry = run.valid["alpha"]["0.0"]["item_match"]
         values.setdefault(run.settings.get("igd_beta"), []).append(
             (entry["hr@10"], entry["ndcg@10"])
         )
@@ -260,7 +260,7 @@ def test_nothing_but_seeds_is_averaged_in_a_sensitivity(study, dataset, name):
     def worse(run):
         settings, method = run.settings | {"epochs": 9}, f"{run.method} epochs=9"
         entries = {
-            a: e | {"token_match": {k: v / 2 for k, v in e["token_match"].items()}}
+            a: e | {"item_match": {k: v / 2 for k, v in e["item_match"].items()}}
             for a, e in run.valid["alpha"].items()
         }
         return dataclasses.replace(

@@ -211,7 +211,7 @@ def test_exact_lists_compared_with_a_beam_search():
 
 def test_the_best_alpha_is_the_smallest_on_a_tie():
     values = {"0.0": 0.1, "0.3": 0.4, "0.2": 0.4, "1.0": 0.2}
-    entries = {alpha: {"token_match": {"ndcg@10": value}} for alpha, value in values.items()}
+    entries = {alpha: {"item_match": {"ndcg@10": value}} for alpha, value in values.items()}
     assert metrics.best_alpha({"alpha": entries, "num_beams": 10}) == "0.2"
     with pytest.raises(UsageError, match="cannot choose α by ndcg@20: .* lists hold 10 items"):
         metrics.best_alpha({"alpha": entries, "num_beams": 10}, "ndcg@20")

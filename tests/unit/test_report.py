@@ -79,14 +79,11 @@ def test_run_folders_to_a_report_and_the_same_again(made, tmp_path, capsys):
         for seed in range(2)
     ]
     best = [
-        max(sorted(alphas), key=lambda alpha, of=alphas: of[alpha]["token_match"]["ndcg@10"])
+        max(sorted(alphas), key=lambda alpha, of=alphas: of[alpha]["item_match"]["ndcg@10"])
         for alphas in valid
     ]
     mean = np.mean(
-        [
-            entries[alpha]["token_match"]["ndcg@10"]
-            for entries, alpha in zip(test, best, strict=True)
-        ]
+        [entries[alpha]["item_match"]["ndcg@10"] for entries, alpha in zip(test, best, strict=True)]
     )
     [line] = [
         line

@@ -26,7 +26,9 @@ def test_mean_and_sample_deviation():
 
 
 def test_ndcg_of_a_rank():
-    assert ndcg(np.array([0, 1, 3, 10, 11])) == pytest.approx([0, 1, 0.5, 1 / np.log2(11), 0])
+    rank, credit = np.array([0, 1, 3, 10, 11]), np.array([0, 1, 0.5, 1, 1])
+    expected = [0, 1, 0.25, 1 / np.log2(11), 0]
+    assert ndcg(Ranks(np.arange(5), rank, credit)) == pytest.approx(expected)
 
 
 def test_holm_by_hand():
@@ -128,10 +130,12 @@ def test_a_bootstrap_of_no_and_of_a_sure_difference():
     )
 
 
-def make_run(method: str, seed: int, ranks: np.ndarray, **changes) -> Run:
+def make_run(method: str, seed: int, rank: np.ndarray, **changes) -> Run:
+    """A run whose rows 0, 4, 8, … have a target that shares its path with another item."""
+    rows = np.arange(len(rank), dtype=np.int32)
+    ranks = Ranks(rows, rank, (rank > 0) * np.where(rows % 4, 1, 0.5))
     value = float(ndcg(ranks).mean())
-    results = {"alpha": {"0.0": {"token_match": {"ndcg@10": value}}}}
-    rows = np.arange(len(ranks), dtype=np.int32)
+    results = {"alpha": {"0.0": {"item_match": {"ndcg@10": value}}}}
     run = Run(
         f"{method}-{seed}",
         "toy",
@@ -143,7 +147,7 @@ def make_run(method: str, seed: int, ranks: np.ndarray, **changes) -> Run:
         valid=results,
         test=results,
     )
-    return replace(run, ranks={"test": Ranks(rows, ranks)}, **changes)
+    return replace(run, ranks={"test": ranks}, **changes)
 
 
 @pytest.fixture
@@ -172,7 +176,7 @@ def test_methods_are_compared_over_the_seeds_and_rows_that_both_have(study):
 
     values = {
         m: [
-            run.test["alpha"]["0.0"]["token_match"]["ndcg@10"]
+            run.test["alpha"]["0.0"]["item_match"]["ndcg@10"]
             for run in study.runs
             if run.method == m
         ]
@@ -186,7 +190,7 @@ def test_methods_are_compared_over_the_seeds_and_rows_that_both_have(study):
     )
 
     by_row = {
-        m: np.mean([ndcg(run.ranks["test"].rank) for run in study.runs if run.method == m], axis=0)
+        m: np.mean([ndcg(run.ranks["test"]) for run in study.runs if run.method == m], axis=0)
         for m in values
     }
     expected = bootstrap_over_users(
@@ -248,7 +252,7 @@ def test_another_baseline_may_be_named_one_that_does_not_generate_too(study):
     assert [(c.method, c.reference, c.seeds) for c in compared] == [
         (m, "SASRec", [0, 1]) for m in ("uniform", "better", "same")
     ]
-    values = [run.test["alpha"]["0.0"]["token_match"]["ndcg@10"] for run in sequential]
+    values = [run.test["alpha"]["0.0"]["item_match"]["ndcg@10"] for run in sequential]
     assert compared[0].reference_mean == pytest.approx(np.mean(values))
 
 

@@ -17,6 +17,7 @@ from study_runs import ROWS, TITLES, draw, ndcg, sweep_row, write_run, write_swe
 from igd_ds import distributed, eval
 from igd_ds.data.batches import sample_rows
 from igd_ds.data.dataset import InteractionDataset
+from igd_ds.studies import significance
 from igd_ds.studies.report.runs import environment_of, read_runs, thinned
 from igd_ds.studies.report.study import (
     Run,
@@ -190,7 +191,7 @@ def test_a_whole_run(run):
         found.curves.keys() == {"train/nll"} and len(found.curves["train/nll"]) == 200
     )  # the last, cut line is passed over
     assert found.best_alpha == max(
-        study_runs.ALPHAS, key=lambda alpha: found.valid["alpha"][alpha]["token_match"]["ndcg@10"]
+        study_runs.ALPHAS, key=lambda alpha: found.valid["alpha"][alpha]["item_match"]["ndcg@10"]
     )
 
 
@@ -282,12 +283,16 @@ def test_ranks_are_those_of_the_predictions(source, run):
         ).to_pylist():
             if dataset.splits[split].targets[line["row_id"]] in line["item_ids"]:
                 expected[line["row_id"]] = line["rank"]
-        rows, ranks = found.ranks[split]
+        rows, ranks, credit = found.ranks[split]
         assert dict(zip(rows.tolist(), ranks.tolist(), strict=True)) == expected
         results = getattr(found, split)["alpha"][found.alpha]
         assert np.mean([ndcg(rank) for rank in ranks]) == pytest.approx(
             results["token_match"]["ndcg@10"]
         )
+        assert significance.ndcg(found.ranks[split]).mean() == pytest.approx(
+            results["item_match"]["ndcg@10"]
+        )
+        assert set(credit[ranks > 0]) == {0.5, 1.0} and not credit[ranks == 0].any()
         assert (
             study.rows["toy"][split]["user"].tolist()
             == dataset.splits[split].user_ids[ROWS[split]].tolist()
@@ -553,7 +558,7 @@ def test_lists_too_short_to_choose_by(run):
     folder = run("uniform")
     path = folder / "eval" / "test" / "metrics.json"
     results = json.loads(path.read_text())
-    del results["alpha"]["0.0"]["token_match"]["ndcg@10"]
+    del results["alpha"]["0.0"]["item_match"]["ndcg@10"]
     path.write_text(json.dumps(results))
     assert "its lists hold 10 items" in only(read_runs([folder], 0)).note
 

@@ -1197,11 +1197,11 @@ def test_a_real_sweep(tmp_path):
             (tmp_path / "runs" / name / "eval/valid/metrics.json").read_text()
         )["alpha"]
         assert set(valid[name]) == {"0.0", "0.4"}
-    ndcg = {name: alphas["0.0"]["token_match"]["ndcg@10"] for name, alphas in valid.items()}
+    ndcg = {name: alphas["0.0"]["item_match"]["ndcg@10"] for name, alphas in valid.items()}
     chosen = max(sorted(ndcg), key=ndcg.get)
     assert [name for name in rows if rows[name]["chosen"]] == [chosen]
     test = json.loads((tmp_path / "runs" / chosen / "eval/test/metrics.json").read_text())
-    best = max(("0.0", "0.4"), key=lambda alpha: valid[chosen][alpha]["token_match"]["ndcg@10"])
+    best = max(("0.0", "0.4"), key=lambda alpha: valid[chosen][alpha]["item_match"]["ndcg@10"])
     assert test["split"] == "test" and test["rows"] == 12 and set(test["alpha"]) == {"0.0", best}
     assert {path.parents[1].name for path in (tmp_path / "runs").glob("*/eval/test")} == {
         chosen,

@@ -17,10 +17,14 @@ DECILES = [0.1] * 10
 
 
 def entry(value: float, **more) -> dict:
-    """Figures of an α whose NDCG@10 is `value`, NDCG@5 half and HR twice of it."""
+    """Figures of an α whose NDCG@10 is `value`, NDCG@5 half and HR twice of it.
+
+    In token match every figure is 0.1 more.
+    """
     match = {"ndcg@5": value / 2, "ndcg@10": value, "hr@5": value * 1.5, "hr@10": value * 2}
     found = {
-        "token_match": match,
+        "item_match": match,
+        "token_match": {measure: value + 0.1 for measure, value in match.items()},
         "first_token_repetition": 0.5,
         "score_entropy_bits": 2.5,
         "coverage": 0.3,
@@ -111,6 +115,8 @@ def test_main_results():
         "NDCG@10",
         "HR@5",
         "HR@10",
+        "NDCG@10, token match",
+        "HR@10, token match",
         "vs uniform",
     ]
 
@@ -131,18 +137,21 @@ def test_main_results():
         and lines[0][4:8] == ["–", "0.0100", "–", "0.0200"]
     )
     assert [row[5].mark for row in found.rows] == ["", "second", "", "best", "", ""]
-    assert lines[5][4:] == ["+50.00%"] * 4 + ["–"]  # 0.3 over 0.2
-    assert [line[8] for line in lines[:5]] == ["–", "–", "–", "+50.00%", "+10.00%"]
+    assert [line[8][:6] for line in lines[:5]] == ["–", "0.3800", "0.3000", "0.4000", "0.3200"]
+    # 0.3 over 0.2, and as token match 0.4 over 0.3 and 0.7 over 0.5.
+    assert lines[5][4:] == ["+50.00%"] * 4 + ["+33.33%", "+40.00%", "–"]
+    assert [line[10] for line in lines[:5]] == ["–", "–", "–", "+50.00%", "+10.00%"]
 
 
 def test_results_over_another_baseline():
     """SASRec's 0.28 in place of uniform's 0.2: for all that generate, uniform too."""
     found = table(replace(make_study(), reference="SASRec"), "main-toys")
-    assert found.columns[8] == "vs SASRec" and "marks a difference from SASRec" in found.caption
-    assert {row[1].text: row[8].text for row in found.rows if row[8].value is not None} == {
+    assert found.columns[10] == "vs SASRec" and "marks a difference from SASRec" in found.caption
+    assert {row[1].text: row[10].text for row in found.rows if row[10].value is not None} == {
         "uniform": "-28.57%", "igd β=0.2": "+7.14%", "igd-linear β=0.4": "-21.43%",
     }  # fmt: skip
-    assert text(found)[-1][1:] == ["improvement of igd β=0.2", "", "–", *["+7.14%"] * 4, "–"]
+    last = ["improvement of igd β=0.2", "", "–", *["+7.14%"] * 4, "+5.26%", "+6.06%", "–"]
+    assert text(found)[-1][1:] == last
     tests = table(replace(make_study(), reference="SASRec"), "significance-toys")
     assert tests.columns[3] == "SASRec" and [row[1].text for row in tests.rows] == [
         "uniform",
@@ -173,13 +182,13 @@ def test_each_dataset_has_the_cutoffs_that_its_own_lists_reach():
     study = make_study()
     for run in study.runs:
         for found in (run.test or {"alpha": {}})["alpha"].values():
-            found["token_match"]["ndcg@20"] = 0.4
+            found["item_match"]["ndcg@20"] = 0.4
     shorter = [
         replace(make_run("uniform", seed, {"0.0": 0.2}, {"0.0": 0.2}), dataset="books")
         for seed in (0, 1)
     ]
     study = replace(study, runs=[*study.runs, *shorter])
-    at = {name: table(study, f"main-{name}").columns[4:-1] for name in ("toys", "books")}
+    at = {name: table(study, f"main-{name}").columns[4:-3] for name in ("toys", "books")}
     assert at["toys"] == ["NDCG@5", "NDCG@10", "NDCG@20", "HR@5", "HR@10"] and at["books"] == [
         "NDCG@5",
         "NDCG@10",
@@ -226,7 +235,7 @@ def test_the_star_is_on_what_the_corrected_test_finds(monkeypatch):
     stars = {
         row[1].text: [cell.star for cell in row[4:-1]] for row in table(study, "main-toys").rows
     }
-    assert stars.pop("igd β=0.2") == [False, True, False, False] and not any(
+    assert stars.pop("igd β=0.2") == [False, True, *4 * [False]] and not any(
         map(any, stars.values())
     )
 
@@ -376,8 +385,10 @@ def test_groups_are_weighted_means_over_rows():
         "cold": np.array([False, False, True, False]),
         "history": np.array([1, 5, 6, 10]),
     }
-    study, ranks = make_study(), np.array([1, 0, 3, 1], np.int32)  # NDCG 1, 0, 0.5, 1
-    run = replace(study.runs[0], ranks={"test": Ranks(np.arange(4, dtype=np.int32), ranks)})
+    # NDCG 1, 0, 0.5, 1; the third target shares its path with another item.
+    study, rank = make_study(), np.array([1, 0, 3, 1], np.int32)
+    ranks = Ranks(np.arange(4, dtype=np.int32), rank, np.array([1, 0, 0.5, 1]))
+    run = replace(study.runs[0], ranks={"test": ranks})
     found = table(replace(study, runs=[run], rows={"toys": {"test": known}}), "groups-toys")
 
     assert found.columns == [
@@ -392,7 +403,7 @@ def test_groups_are_weighted_means_over_rows():
     ]
     assert text(found)[0][2:] == ["2", "2", "3", "1", "2", "2"]
     assert [cell.value for cell in found.rows[1][2:]] == pytest.approx(
-        [1.5 / 2, 1.0 / 2, 2 / 3, 0.5, 0.5, 0.75]
+        [1.5 / 2, 0.75 / 2, 2 / 3, 0.25, 0.5, 0.625]
     )
 
 
@@ -422,7 +433,7 @@ def test_mtc_ablation_relaxed_match_and_quantizers():
     assert relaxed.columns[2:] == ["top-1", "top-2", "whole ID"] and text(relaxed)[0][2:] == [
         "0.4000",
         "0.3000",
-        "0.1050",
+        "0.2050",
     ]
 
     quantizers = [[cell.text for cell in row[1:5]] for row in table(study, "quantizers").rows]
@@ -534,10 +545,10 @@ def test_beam_beside_exact():
     assert (line["α"], line["Rows"], line["NDCG@10 beam"], line["NDCG@10 exact"]) == (
         "0",
         3,
-        0.2,
         0.3,
-    )  # 0.1, the chosen one, is not there
-    assert (line["HR@10 beam"], line["HR@10 exact"], line["Proven"]) == (0.4, 0.6, 0.5)
+        0.4,
+    )  # α = 0.1, the chosen one, is not there
+    assert (line["HR@10 beam"], line["HR@10 exact"], line["Proven"]) == (0.5, 0.7, 0.5)
     assert (line["Missed of top 1"], line["Missed of the list"]) == (0.25, 3.0)
 
 

@@ -196,13 +196,14 @@ def test_the_two_softmaxes_rank_differently(plain):
 
 
 def ranked_ndcg(plain: Plain, logprobs) -> float:
-    """Return the mean NDCG of the targets in a ranking of the whole catalogue."""
+    """Return the mean NDCG (item match) of the targets in a ranking of the whole catalogue."""
     split, gains = plain.dataset.splits["test"], []
     for row in ROWS:
         prompt, target = plain.prompt(split.history(row)), plain.paths[split.targets[row]]
         scores = {path: sum(logprobs(plain, prompt, path)) for path in plain.different_paths}
         rank = 1 + sum(score > scores[target] for score in scores.values())
-        gains.append(1 / math.log2(rank + 1))
+        num_items = sum(path == target for path in plain.paths)
+        gains.append(1 / num_items / math.log2(rank + 1))
     return float(np.mean(gains))
 
 

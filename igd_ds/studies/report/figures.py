@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from igd_ds.evaluation.metrics import HEADLINE
 from igd_ds.studies.report.study import AT_ALPHA, REFERENCE, Json, Run, Study, lines_by
 from igd_ds.studies.rounding import DIGITS, mean_sd, significant, significant_array
 from igd_ds.studies.significance import Comparison, compare
@@ -245,9 +246,7 @@ def chosen(run: Run) -> Json:
 
 def validated(runs: Sequence[Run], metric: str) -> Point:
     """Return mean and deviation over seeds of a validation metric at α = 0."""
-    return spread(
-        [run.valid["alpha"]["0.0"]["token_match"].get(metric) for run in runs if run.valid]
-    )
+    return spread([run.valid["alpha"]["0.0"][HEADLINE].get(metric) for run in runs if run.valid])
 
 
 class MeanCurve(NamedTuple):
@@ -741,8 +740,8 @@ def head_tail(block: Block) -> Figure | None:
             axes.set_xlabel("test NDCG@10")
 
     caption = (
-        "Head: the more frequent half of the items that occur as test targets. Tail: the other "
-        f"half. The two panels have different scales. {AT_ALPHA}"
+        "Token match. Head: the more frequent half of the items that occur as test targets. Tail: "
+        f"the other half. The two panels have different scales. {AT_ALPHA}"
     )
     height = 0.9 + 0.25 * len(methods)
     return block.figure("head-tail", "Head and tail (MTC Figure 3)", caption, draw, height)

@@ -17,7 +17,7 @@ from igd_ds.errors import UsageError
 from igd_ds.folders import locked, replaced_folder, write_text
 from igd_ds.studies.report.figures import Figure, all_figures
 from igd_ds.studies.report.layout import Table
-from igd_ds.studies.report.study import NOT_BEGUN, Run, Study, load, save
+from igd_ds.studies.report.study import MATCHES, NOT_BEGUN, Run, Study, load, save
 from igd_ds.studies.report.tables import all_tables, cost
 
 ENTRIES = {"index.html", "README.md", "tables", "figures", "data"}
@@ -113,6 +113,7 @@ def summary(study: Study) -> dict[str, str]:
     )
     return {
         "Runs": f"{len(study.runs)}: {', '.join(states)}",
+        "Hits": f"{MATCHES} Figures are item match where nothing else is said.",
         "Budget": study.budget or "not stated",
         "Cost": cost(study.runs),
         "Environment": environment or "not recorded",

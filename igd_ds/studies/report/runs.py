@@ -312,7 +312,7 @@ def problem_of(split: str, results: Json) -> str:
     if split == "valid" and "0.0" not in alphas:
         return "no α = 0, at which validation chooses; evaluate with it too"
     for alpha, entry in alphas.items():
-        if METRIC not in entry.get("token_match", {}):
+        if METRIC not in entry.get(metrics.HEADLINE, {}):
             length = results.get("num_beams", "too few")
             return f"no {METRIC} at α = {alpha}, which chooses α; its lists hold {length} items"
     broken = next((path for path, number in numbers_in(results) if not math.isfinite(number)), None)
@@ -634,14 +634,17 @@ def target_ranks(path: Path, targets: np.ndarray) -> Ranks:
     """
     table = pq.read_table(path, columns=["row_id", "rank", "item_ids"])
     row, items = table["row_id"].to_numpy(), table["item_ids"].combine_chunks()
+    num_items = pc.list_value_length(items).to_numpy()
 
     # `line` has the table's line of each listed item, then of each one that is the row's target.
-    line = np.repeat(np.arange(len(row)), pc.list_value_length(items).to_numpy())
+    line = np.repeat(np.arange(len(row)), num_items)
     line = line[items.flatten().to_numpy() == targets[row[line]]]
     rows = np.unique(row)
-    rank = np.zeros(len(rows), np.int32)
-    rank[np.searchsorted(rows, row[line])] = table["rank"].to_numpy()[line]
-    return Ranks(rows.astype(np.int32), rank)
+    place = np.searchsorted(rows, row[line])
+    rank, credit = np.zeros(len(rows), np.int32), np.zeros(len(rows))
+    rank[place] = table["rank"].to_numpy()[line]
+    credit[place] = 1 / num_items[line]
+    return Ranks(rows.astype(np.int32), rank, credit)
 
 
 def row_groups(

@@ -59,6 +59,10 @@ SELECTABLE = SYMBOLS.keys() - {"frequency_beta"}
 """The settings that the papers choose on validation."""
 IGD = ("igd", "igd-linear")
 """The objectives that IGD's decoding belongs to."""
+MATCHES = (
+    "Item match: a hit on a token path that n items share counts 1/n. Token match, the measure of "
+    "the papers, counts it in full."
+)
 AT_ALPHA = (
     "IGD is reported at the α that was best on each run's validation rows, every other method at "
     "α = 0 (plain beam search)."
@@ -69,11 +73,13 @@ class Ranks(NamedTuple):
     """The ranks of the evaluated rows' targets in a run's lists.
 
     `row` (R,) int32 holds the row ids, ascending. `rank` (R,) int32 holds the rank of each row's
-    target, from 1, or 0 where the list does not contain it.
+    target, from 1, or 0 where the list does not contain it. `credit` (R,) float64 is the share of
+    the hit that counts in item match: 1 / n if n items share the rank, 0 without a hit.
     """
 
     row: np.ndarray
     rank: np.ndarray
+    credit: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -258,8 +264,8 @@ STORED = {"reference": "baseline"}
 def save(study: Study, folder: Path) -> None:
     """Write FOLDER/study.json and FOLDER/ranks.parquet; equal studies give equal bytes.
 
-    The Parquet file has one line per dataset, split and row: the row's groups, and in the column
-    `rank of NAME` the rank of the target in the lists of the run NAME.
+    The Parquet file has one line per dataset, split and row: the row's groups, and in the columns
+    `rank of NAME` and `credit of NAME` the target's place in the lists of the run NAME (see Ranks).
     """
     folder.mkdir(parents=True, exist_ok=True)
     stored = {
@@ -276,7 +282,10 @@ def save(study: Study, folder: Path) -> None:
     for dataset, splits in study.rows.items():
         for split, groups in splits.items():
             ranked = [run for run in study.runs if run.dataset == dataset and split in run.ranks]
-            columns = groups | {f"rank of {run.name}": run.ranks[split].rank for run in ranked}
+            columns = dict(groups)
+            for run in ranked:
+                columns[f"rank of {run.name}"] = run.ranks[split].rank
+                columns[f"credit of {run.name}"] = run.ranks[split].credit
             where = {
                 "dataset": [dataset] * len(groups["row"]),
                 "split": [split] * len(groups["row"]),
@@ -341,7 +350,8 @@ def _study(stored: Json, table: pa.Table) -> Study:
         for name, by_split in ranks.items():
             column = part[f"rank of {name}"] if f"rank of {name}" in part.column_names else None
             if column is not None and not column.null_count:
-                by_split[split] = Ranks(groups["row"], column.to_numpy())
+                credit = part[f"credit of {name}"].to_numpy()
+                by_split[split] = Ranks(groups["row"], column.to_numpy(), credit)
 
     names = {key: name for name, key in STORED.items()}
     values = {names.get(name, name): value for name, value in stored.items() if name != "runs"}

@@ -13,10 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from igd_ds.evaluation.metrics import HEADLINE
 from igd_ds.studies import significance
 from igd_ds.studies.report.layout import Cell, Row, Table
 from igd_ds.studies.report.study import (
     AT_ALPHA,
+    MATCHES,
     METRIC,
     NOT_BEGUN,
     REFERENCE,
@@ -30,6 +32,8 @@ from igd_ds.studies.rounding import mean_sd, significant
 from igd_ds.studies.significance import ndcg, relative
 
 MEASURES = ("ndcg@5", "ndcg@10", "ndcg@20", "hr@5", "hr@10", "hr@20")
+BESIDE = (METRIC, "hr@10")
+"""The measures that the main results also give as token match."""
 SCHEDULED = {
     "fg-ce": "front-greater → CE",
     "fg-ce-fr": "front-greater → CE → frequency",
@@ -139,9 +143,14 @@ def over_seeds(values: Sequence[float | None], form: str = ".4f") -> Cell:
     return Cell(mean, sd, form)
 
 
-def measured(runs: Sequence[Run], measures: Sequence[str], alpha: str | None = CURRENT) -> Row:
+def measured(
+    runs: Sequence[Run],
+    measures: Sequence[str],
+    alpha: str | None = CURRENT,
+    match: str = HEADLINE,
+) -> Row:
     """Return the accuracy of a method on test, one cell per measure."""
-    return [average(runs, "token_match", measure, alpha=alpha) for measure in measures]
+    return [average(runs, match, measure, alpha=alpha) for measure in measures]
 
 
 def measures_of(runs: Iterable[Run]) -> list[str]:
@@ -150,7 +159,7 @@ def measures_of(runs: Iterable[Run]) -> list[str]:
     A measure is missing where the lists were too short for it.
     """
     tested = [
-        next(iter(run.test["alpha"].values()))["token_match"]
+        next(iter(run.test["alpha"].values()))[HEADLINE]
         for run in runs
         if run.is_complete and run.test
     ]
@@ -189,22 +198,27 @@ def marked(rows: Sequence[Row], first: int, smallest: Sequence[int] = ()) -> lis
     return rows
 
 
-def improvement(runs: Sequence[Run], reference: Sequence[Run], measures: Sequence[str]) -> Row:
+def improvement(
+    runs: Sequence[Run],
+    reference: Sequence[Run],
+    measures: Sequence[str],
+    match: str = HEADLINE,
+) -> Row:
     """Return the relative improvement of each measure's mean over the reference's.
 
     The cells are empty where there is no reference.
     """
     cells = []
     for measure in measures:
-        mean, other = mean_on_test(runs, measure), mean_on_test(reference, measure)
+        mean, other = (mean_on_test(its, match, measure) for its in (runs, reference))
         known = mean is not None and other is not None
         cells.append(Cell(relative(mean or 0.0, other or 0.0) if known else None, form="+.2%"))
     return cells
 
 
-def mean_on_test(runs: Sequence[Run], measure: str) -> float | None:
+def mean_on_test(runs: Sequence[Run], match: str, measure: str) -> float | None:
     """Return the mean of a measure on test with all digits; None if a run lacks it."""
-    values = [metric_of(run, "test", CURRENT, ("token_match", measure)) for run in runs]
+    values = [metric_of(run, "test", CURRENT, (match, measure)) for run in runs]
     return mean_sd(values)[0] if values and None not in values else None
 
 
@@ -229,7 +243,7 @@ def best_on_valid(found: Methods, backbone: str, accept: Accept) -> str | None:
     Only methods whose runs `accept` takes are considered. Of equal values the first method wins.
     """
     means = {
-        method: average(runs, "token_match", METRIC, split="valid").number
+        method: average(runs, HEADLINE, METRIC, split="valid").number
         for (its, method), runs in found.items()
         if its == backbone and accept(runs[0])
     }
@@ -346,6 +360,7 @@ def main_table(study: Study, dataset: str) -> Table:
         is_baseline = runs[0].is_baseline
         cells, index = measured(runs, measures), measures.index(METRIC)
         cells[index] = replace(cells[index], star=(backbone, method) in stars)
+        cells += measured(runs, BESIDE, match="token_match")
         names = ("baseline", method, "") if is_baseline else (backbone, method, chosen_alphas(runs))
         rows.append([*words(*names, len(runs)), *cells])
         compared = not is_baseline and method != study.reference
@@ -360,6 +375,7 @@ def main_table(study: Study, dataset: str) -> Table:
         reference = reference_of(study, found, backbone)
         if best and reference:
             cells = improvement(found[backbone, best], reference, measures)
+            cells += improvement(found[backbone, best], reference, BESIDE, "token_match")
             rows.append([*words(backbone, f"improvement of {best}", "", None), *cells, Cell(None)])
 
     caption = (
@@ -367,17 +383,23 @@ def main_table(study: Study, dataset: str) -> Table:
         f"seeds. Bold: best; underlined: second. * marks a difference from {study.reference} in "
         f"NDCG@10 (paired bootstrap over users, Holm-corrected p < {significance.LEVEL}). Last "
         f"column: improvement over {study.reference} in NDCG@10. Last row: improvement in every "
-        f"measure, for the method with the best validation NDCG@10. {AT_ALPHA}"
+        f"measure, for the method with the best validation NDCG@10. {MATCHES} {AT_ALPHA}"
     )
-    columns = ["Model", "Method", "α", "Seeds", *headings(measures), f"vs {study.reference}"]
+    columns = ["Model", "Method", "α", "Seeds", *headings(measures)]
+    columns += [f"{name}, token match" for name in headings(BESIDE)]
+    columns.append(f"vs {study.reference}")
     title = f"Main results: {dataset}"
     return Table(slug("main", dataset), title, caption, columns, rows, gaps(study, dataset, found))
 
 
 def expected_popularity(run: Run, measures: Sequence[str]) -> Row:
-    """Return the row of a ranking by popularity, which every evaluation computes."""
+    """Return the row of a ranking by popularity, which every evaluation computes.
+
+    It ranks items, not token paths, so that it has no token match.
+    """
     expected = run.test["popularity_baseline"] if run.test else {}
     cells = [Cell(expected.get(measure)) for measure in measures]
+    cells += [Cell(None) for _ in BESIDE]
     return [*words("baseline", "popularity (expected)", "", None), *cells]
 
 
@@ -492,7 +514,7 @@ def selection(study: Study) -> list[Table]:
 def candidate(data: str, method: str, runs: Sequence[Run]) -> Row:
     """Return the row of one candidate of `selection`."""
     tested = "yes" if any(run.test for run in runs) else ""
-    value = average(runs, "token_match", METRIC, split="valid", alpha="0.0")
+    value = average(runs, HEADLINE, METRIC, split="valid", alpha="0.0")
     return [*words(data, method, len(runs), tested), value]
 
 
@@ -530,7 +552,7 @@ def beta_sensitivity(study: Study) -> list[Table]:
 def beta_row(data: str, objective: str, beta: float | None, runs: Sequence[Run]) -> Row:
     """Return the row of one β of `beta_sensitivity`; None: the unweighted loss."""
     cells = [
-        average(runs, "token_match", measure, split="valid", alpha="0.0")
+        average(runs, HEADLINE, measure, split="valid", alpha="0.0")
         for measure in (METRIC, "hr@10")
     ]
     return [*words(data, objective), Cell(beta, form="g"), *words(len(runs)), *cells]
@@ -583,8 +605,7 @@ def linear_and_binary(study: Study) -> list[Table]:
             betas = [form.split("=")[1] for form in forms[1:]]
             for measure in ("hr@10", METRIC):
                 cells = [
-                    average(found[backbone, form], "token_match", measure, alpha="0.0")
-                    for form in forms
+                    average(found[backbone, form], HEADLINE, measure, alpha="0.0") for form in forms
                 ]
                 largest = max((c.number for c in cells if c.number is not None), default=None)
                 cells = [
@@ -605,8 +626,8 @@ def alpha_grid(study: Study) -> list[Table]:
     paths = {
         ("first_token_repetition",): ".3f",
         ("score_entropy_bits",): ".2f",
-        ("token_match", METRIC): ".4f",
-        ("token_match", "hr@10"): ".4f",
+        (HEADLINE, METRIC): ".4f",
+        (HEADLINE, "hr@10"): ".4f",
     }
 
     rows = []
@@ -735,7 +756,8 @@ def relaxed_match(study: Study) -> list[Table]:
 
         columns = ["Model", "Method", *(f"top-{level}" for level in levels), "whole ID"]
         caption = (
-            f"Test NDCG@5 on {dataset} if a hit needs only the first k codes of an item. {AT_ALPHA}"
+            f"Test NDCG@5 on {dataset} if a hit needs only the first k codes of an item; "
+            f"token match. {AT_ALPHA}"
         )
         title = f"Relaxed match (MTC Table 6): {dataset}"
         tables.append(Table(slug("relaxed", dataset), title, caption, columns, marked(rows, 2)))
@@ -750,7 +772,7 @@ def row_groups(study: Study) -> list[Table]:
         values = []
         for (backbone, method), runs in methods(study, dataset, baselines=True).items():
             if groups and all("test" in run.ranks for run in runs):
-                gained = [ndcg(run.ranks["test"].rank) for run in runs]
+                gained = [ndcg(run.ranks["test"]) for run in runs]
                 cells = [
                     over_seeds([weighted_mean(gain, weight) for gain in gained])
                     for weight in groups.values()
@@ -835,9 +857,9 @@ def beam_and_exact(study: Study) -> list[Table]:
     columns = ["Data", "Method", "α", "Seeds", "Rows", "NDCG@10 beam", "NDCG@10 exact"]
     columns += ["HR@10 beam", "HR@10 exact", "Proven", "Missed of top 1", "Missed of the list"]
     caption = (
-        "The same test rows, searched in both ways. Proven: share of the rows whose complete exact "
-        "list is proven to be the best one. Missed: number of truly best items that the beam's "
-        "list lacks, where these items are proven."
+        "The same test rows, searched in both ways; hits are token match. Proven: share of the "
+        "rows whose complete exact list is proven to be the best one. Missed: number of truly best "
+        "items that the beam's list lacks, where these items are proven."
     )
     return [Table("beam-exact", "Beam and exact search", caption, columns, rows)]
 
