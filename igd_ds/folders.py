@@ -23,6 +23,9 @@ import pyarrow.parquet as pq
 from igd_ds.errors import UsageError
 from igd_ds.locks import LOCK, acquire, holding
 
+OLD = ".old"
+"""Ends the name of a folder while `replaced_folder` puts the new one in its place."""
+
 
 def temporary_name(path: Path) -> Path:
     """Return the name under which this process writes what shall become `path`."""
@@ -118,6 +121,21 @@ def write_table(path: Path, table: pa.Table) -> None:
         pq.write_table(table, temporary)
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and its parents where they are missing.
+
+    Raises:
+        UsageError: a part of the path is a file, or the file system takes no folders (/proc).
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, FileNotFoundError, NotADirectoryError) as error:
+        raise UsageError(
+            f"{folder}: no folder can be made there ({error.strerror}: {error.filename}); give "
+            "another path"
+        ) from error
+
+
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """Yield an empty folder to fill; when the block ends, it is renamed to `folder`.
@@ -134,7 +152,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
         ...     write_text(unfinished / "dataset.json", "{}")
     """
     temporary = temporary_name(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(folder.parent)
     with locked(folder):
         if folder.exists():
             raise UsageError(f"{folder} exists already; delete it or choose another output")
@@ -174,8 +192,9 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
     The old content stays until the new one is complete. If the block raises, the old one stays.
     Only for folders inside a claimed one, whose lock keeps other processes off.
     """
-    old = folder.with_name(f"{folder.name}.old")
+    old = folder.with_name(f"{folder.name}{OLD}")
     temporary = temporary_name(folder)
+    put_back(old)
     remove_temporaries(folder.parent, glob.escape(folder.name))
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -189,6 +208,13 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def put_back(old: Path) -> None:
+    """Give FOLDER.old its name back if `replaced_folder` was killed between its two renames."""
+    folder = old.with_name(old.name.removesuffix(OLD))
+    if old.is_dir() and not folder.exists():
+        old.rename(folder)
 
 
 def differing(
@@ -245,9 +271,11 @@ def claim(folder: Path, record: str, flag: str, what: str) -> bool:
         UsageError: the folder holds other files and no record, or another process uses it.
     """
     _refuse_foreign(folder, record, flag, what)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     acquire(folder / LOCK, f"{flag} {folder}")
     remove_temporaries(folder)
+    for old in folder.glob(f"*{OLD}"):
+        put_back(old)
     return (folder / record).is_file()
 
 

@@ -55,6 +55,8 @@ class LoopState:
     """Fingerprint of the dataset."""
     objective: dict[str, Any] = field(default_factory=dict)
     """The objective's own state."""
+    log: dict[str, Any] = field(default_factory=dict)
+    """`RunLog.mark` when the state was saved."""
 
     def note_validation(self, value: float, lower_is_better: bool) -> bool:
         """Record a validation at the present step; return whether it is the best so far."""
@@ -137,7 +139,7 @@ def fit(
     distributed.set_timeout(options.timeout)  # all ranks work alike from here on
     total = training.total_steps
     every = options.validate_every or training.steps_per_epoch
-    log = RunLog(run, distributed.is_main(), state.step, state.validated, training.tags)
+    log = RunLog(run, distributed.is_main(), state.step, state.validated, training.tags, state.log)
     steps = training.micro_batches(state.step)
     bar = progress_bar(total, state.step)
     watch, sums = Stopwatch(), StepSums()
@@ -185,7 +187,7 @@ def fit(
         save_due = bool(options.save_every) and state.step % options.save_every == 0
         if stopped or save_due or is_due(every):
             with watch.paused():
-                state.objective = training.state_dict()
+                state.objective, state.log = training.state_dict(), log.mark()
                 checkpoints, keep = run / "checkpoints", options.keep_checkpoints
                 save_checkpoint(engine, checkpoints, dataclasses.asdict(state), keep, lora)
         if stopped:
@@ -235,6 +237,7 @@ def finish(metric: str, options: LoopOptions, run: Path, state: LoopState, log: 
     log.hparams(dataclasses.asdict(options), {"best_validation": state.best})
     log.close()
     summary = {"validation_metric": metric, **dataclasses.asdict(state)}
+    del summary["log"]
     distributed.on_main(lambda: write_json(run / "summary.json", summary))
     say(
         f"done: best {metric} {state.best:.4f} at step {state.best_step}; model in "

@@ -1,5 +1,6 @@
 """Rank 0's record of a run, TensorBoard and `metrics.jsonl`, and the unit of every tag."""
 
+import hashlib
 import json
 import resource
 import string
@@ -101,6 +102,8 @@ class RunLog:
             step once; None keeps all.
         validated: the last validation that the resumed run knows of; a later one is dropped too,
             because the run was killed before it took note of it, and makes it again.
+        mark: what `mark` returned when the resumed checkpoint was saved. A log that has changed
+            since is told.
         tags: tags that may be used beside TAGS, with their units.
     """
 
@@ -111,6 +114,7 @@ class RunLog:
         resume_step: int | None = None,
         validated: int | None = None,
         tags: Mapping[str, str] | None = None,
+        mark: Mapping[str, Any] | None = None,
     ):
         self.enabled = enabled
         self.tags = TAGS | dict(tags or {})
@@ -121,6 +125,12 @@ class RunLog:
 
         self.path = Path(folder) / "metrics.jsonl"
         last: list[dict[str, Any]] = []
+        if mark and mark != mark_of(self.path, mark["bytes"]):
+            print(
+                f"warning: {self.path} has lost or changed lines since the checkpoint was saved: "
+                "its curves have gaps; the training itself does not read it",
+                flush=True,
+            )
         if resume_step is not None:
             kept = drop_entries_after(self.path, resume_step, validated)
             last = [entry for entry in kept if entry["step"] == resume_step]
@@ -190,6 +200,10 @@ class RunLog:
             for name, value in metrics.items():
                 writer.add_scalar(name, value)
 
+    def mark(self) -> dict[str, Any]:
+        """Return the size of metrics.jsonl in bytes and its SHA-256; {} if this is not rank 0."""
+        return mark_of(self.path, self.path.stat().st_size) if self.enabled else {}
+
     def close(self) -> None:
         """Flush and close both records."""
         if self.enabled:
@@ -206,6 +220,12 @@ class RunLog:
         for tag in tags:
             if tag not in self.tags:
                 raise KeyError(f"tag '{tag}' is not in runlog.TAGS: add it there with its unit")
+
+
+def mark_of(path: Path, size: int) -> dict[str, Any]:
+    """Return the SHA-256 of the first `size` bytes of a file, and how many of them there are."""
+    content = path.read_bytes()[:size] if path.is_file() else b""
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def drop_entries_after(path: Path, step: int, validated: int | None = None) -> list[dict[str, Any]]:

@@ -94,8 +94,8 @@ def check_disk_space(run: Path, trained_parameters: int, keep_checkpoints: int) 
     free = shutil.disk_usage(run).free
     if free < needed - there:
         raise UsageError(
-            f"--output_dir {run}: {free / 2**30:.2f} GiB free, but {keep_checkpoints} checkpoints "
-            f"and the model need about {(needed - there) / 2**30:.2f} GiB more; free space or "
+            f"--output_dir {run}: {free / 2**20:,.0f} MiB free, but {keep_checkpoints} checkpoints "
+            f"and the model need about {(needed - there) / 2**20:,.0f} MiB more; free space or "
             "lower --keep_checkpoints"
         )
 

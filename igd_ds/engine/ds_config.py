@@ -59,7 +59,7 @@ RUN_KEYS = {
 SHIPPED = Path(__file__).parents[1] / "ds_configs"
 """The DeepSpeed files that come with igd_ds."""
 
-SECTIONS = ("zero_optimization", "bf16", "fp16", "data_types")
+SECTIONS = ("zero_optimization", "bf16", "fp16", "data_types", "checkpoint")
 
 DsConfig = dict[str, Any]
 """A DeepSpeed configuration as its JSON file holds it."""
@@ -142,10 +142,7 @@ def _read(path: Path) -> DsConfig:
         raise UsageError(f"{path}: not JSON ({error})") from error
 
     if not isinstance(ds, dict) or not all(isinstance(ds.get(key, {}), dict) for key in SECTIONS):
-        raise UsageError(
-            f"{path}: the file and its zero_optimization, bf16, fp16 and data_types must be JSON "
-            "objects"
-        )
+        raise UsageError(f"{path}: the file and its {', '.join(SECTIONS)} must be JSON objects")
     return ds
 
 
@@ -184,6 +181,11 @@ def _check_combination(ds: DsConfig, path: Path, load_in_4bit: bool) -> None:
         )
     if dtype_of(ds) == torch.float16 and not torch.cuda.is_available():
         raise UsageError(f"{path}: fp16 needs a GPU; use bf16 or fp32 here")
+    if ds.get("checkpoint", {}).get("load_universal"):
+        raise UsageError(
+            f"{path}: checkpoint.load_universal belongs to the run; remove it: --resume auto "
+            "converts checkpoints of another number of ranks itself"
+        )
     if load_in_4bit and _offload_device(ds, "offload_param") != "none":
         raise UsageError(
             f"{path}: zero_optimization.offload_param does not work with --load_in_4bit; remove it"

@@ -11,6 +11,8 @@ one table, each on rows of its own.
 """
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import math
@@ -23,7 +25,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -192,6 +194,25 @@ def runs_here(runs: Path, row: Row) -> int | None:
     attempt = last_attempt(runs, row)
     here = attempt.state == "running" and attempt.host == socket.gethostname()
     return attempt.pid if here and is_alive(attempt, attempt_file(runs, row)) else None
+
+
+@contextlib.contextmanager
+def claimed(runs: Path, row: Row) -> Iterator[bool]:
+    """Hold a row's lock for a block; yield whether we have it.
+
+    It keeps two sweeps that start at once from running one row twice. The kernel frees it when the
+    process ends. Where the file system has no such locks, only what `last_attempt` says protects.
+    """
+    with open(attempt_file(runs, row).with_suffix(".lock"), "w") as file:
+        is_ours = True
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            is_ours = False
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+        yield is_ours
 
 
 def steps(row: Row, runs: Path, stage: int) -> list[Step]:
@@ -471,22 +492,26 @@ class Runner:
             list(pool.map(lambda row: self.run_row(row, stage), rows))
 
     def run_row(self, row: Row, stage: int) -> None:
-        """Run the commands of a row that are not done, until one fails or a signal stops it.
-
-        The row is skipped if another sweep on this machine runs it already.
-        """
+        """Run a stage of a row, unless another sweep runs the row already."""
         device = self.devices.get()
         try:
-            if process := runs_here(self.runs, row):
-                self.say(f"{row.name}: running already, as process {process}")
-                return
-            for step in steps(row, self.runs, stage):
-                if self.signal is not None:
-                    break
-                if not step.done.is_file() and not self.execute(row, step, device):
-                    break
+            with claimed(self.runs, row) as is_ours:
+                if not is_ours:
+                    self.say(f"{row.name}: another sweep runs it now")
+                elif process := runs_here(self.runs, row):
+                    self.say(f"{row.name}: running already, as process {process}")
+                else:
+                    self._run_steps(row, stage, device)
         finally:
             self.devices.put(device)
+
+    def _run_steps(self, row: Row, stage: int, device: str | None) -> None:
+        """Run the commands of a row that are not done, until one fails or a signal stops it."""
+        for step in steps(row, self.runs, stage):
+            if self.signal is not None:
+                break
+            if not step.done.is_file() and not self.execute(row, step, device):
+                break
 
     def execute(self, row: Row, step: Step, device: str | None) -> bool:
         """Run one command with its output in the row's log; return whether it is done.

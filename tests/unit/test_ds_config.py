@@ -64,6 +64,7 @@ GOOD = {
     [
         ({"zero_optimisation": {}}, {}, "did you mean 'zero_optimization'"),
         ({"gradient_acumulation_steps": 2}, {}, "unknown key 'gradient_acumulation_steps'"),
+        ({"checkpoint": {"load_universal": True}}, {}, "checkpoint.load_universal belongs to"),
         ({"gradient_accumulation_steps": 2}, {}, "belongs to the run.*--global_batch_size"),
         ({"train_batch_size": 64}, {}, "belongs to the run.*--global_batch_size"),
         ({"gradient_clipping": 1.0}, {}, "--max_grad_norm"),
@@ -142,7 +143,7 @@ def test_disk_space(tmp_path, monkeypatch):
     check_disk_space(tmp_path, 1_000_000, 2)
     usage = shutil.disk_usage(tmp_path)._replace(free=10_000_000)
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(UsageError, match="--output_dir .*GiB free"):
+    with pytest.raises(UsageError, match="--output_dir .*MiB free"):
         check_disk_space(tmp_path, 1_000_000, 2)
     (tmp_path / "checkpoints").mkdir()
     # What lies there already takes no further space.

@@ -207,3 +207,44 @@ def test_a_folder_of_others_is_not_claimed(tmp_path):
             claim(folder, "request.json", "--output_dir", "evaluation")
         assert str(caught.value) == message
     assert names(tmp_path) == ["thesis.tex"]
+
+
+# ---- what a kill between two renames leaves, and places that take no folder ----
+
+
+def test_a_folder_that_was_killed_between_its_two_renames_is_put_back(tmp_path):
+    run = tmp_path / "run"
+    claim(run, "config.yaml", "--output_dir", "run")
+    (run / "config.yaml").touch()
+    (run / "model.old").mkdir()
+    (run / "model.old" / "first").touch()
+
+    assert claim(run, "config.yaml", "--output_dir", "run")
+    assert names(run / "model") == ["first"] and not (run / "model.old").exists()
+
+    # The next one who replaces the folder finds it too, and keeps it if he fails.
+    (run / "model").rename(run / "model.old")
+    with pytest.raises(ZeroDivisionError), replaced_folder(run / "model"):
+        1 / 0  # noqa: B018
+    assert names(run / "model") == ["first"] and not (run / "model.old").exists()
+
+
+def test_a_half_deleted_old_folder_takes_nobodys_place(tmp_path):
+    """Killed after both renames: the new folder stands, and the old one is removed later."""
+    for name in ("model", "model.old"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "model" / "new").touch()
+    folders.put_back(tmp_path / "model.old")
+    assert names(tmp_path / "model") == ["new"]
+
+
+@pytest.mark.parametrize("place", ["/proc/igd_ds/run", "FILE/run"])
+def test_a_place_that_takes_no_folder_is_named(tmp_path, place):
+    (tmp_path / "FILE").touch()
+    with pytest.raises(UsageError, match="run: no folder can be made there .* give another path"):
+        claim(tmp_path / place, "config.yaml", "--output_dir", "run")
+    with (
+        pytest.raises(UsageError, match="no folder can be made there"),
+        new_folder(tmp_path / place / "data"),
+    ):
+        pass

@@ -254,7 +254,7 @@ def test_a_whole_run_validates_logs_and_saves_when_it_is_due(tmp_path, stop):
     assert folders == ["step-00000008", "step-00000012"]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary.pop("validation_metric") == "nll"
-    assert LoopState(**summary) == state
+    assert LoopState(**summary, log=state.log) == state
     assert (state.step, state.best, state.best_step, state.stale) == (12, 2.0, 8, 1)
     assert state.dataset == "the dataset" and state.objective == {"updates": 12}
     losses = [value for _, value in logged(tmp_path / "run", "train/loss")]

@@ -97,3 +97,36 @@ def test_json_is_atomic_and_ordered(tmp_path):
     write_json(tmp_path / "a.json", {"b": 1, "a": [1.5]})
     assert (tmp_path / "a.json").read_text() == '{\n  "a": [\n    1.5\n  ],\n  "b": 1\n}\n'
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize(
+    ("alter", "told"),
+    [
+        (lambda lines: lines, False),
+        (lambda lines: [*lines, '{"step": 6, "train/loss": 6.0}\n'], False),
+        (lambda lines: [], True),
+        (lambda lines: lines[:-1], True),
+        (lambda lines: lines[1:], True),
+        (lambda lines: [lines[0].replace("1.0", "7.0"), *lines[1:]], True),
+        (None, True),
+    ],
+    ids=["unchanged", "went on", "emptied", "cut", "beheaded", "changed", "gone"],
+)
+def test_a_log_that_changed_since_the_checkpoint_is_told(tmp_path, capsys, alter, told):
+    log = RunLog(tmp_path, enabled=True)
+    for step in range(1, 6):
+        log.log(step, {"train/loss": float(step)})
+    mark = log.mark()
+    log.close()
+
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.unlink()
+    if alter is not None:
+        path.write_text("".join(alter(lines)))
+    RunLog(tmp_path, enabled=True, resume_step=5, mark=mark).close()
+    assert ("metrics.jsonl has lost or changed lines" in capsys.readouterr().out) == told
+
+
+def test_ranks_that_do_not_write_have_no_mark(tmp_path):
+    assert RunLog(tmp_path, enabled=False).mark() == {}

@@ -710,6 +710,19 @@ def test_a_row_that_another_sweep_has_begun_meanwhile_is_left_to_it(world, monke
     assert f"{U1}: running already, as process {process.pid}" in capsys.readouterr().out
 
 
+def test_of_two_sweeps_that_start_a_row_at_once_one_leaves_it_alone(world, capsys):
+    """The other one has the row's lock and has not recorded its process yet."""
+    (world.runs / "logs").mkdir(parents=True)
+    row = _sweep_table.read_table(world.table).to_run[1]
+    with sweep.claimed(world.runs, row) as first, sweep.claimed(world.runs, row) as second:
+        assert (first, second) == (True, False)
+        assert world.run() == 1
+    assert (U1, "train") not in world.calls()
+    assert f"{U1}: another sweep runs it now" in capsys.readouterr().out
+    assert not sweep.attempt_file(world.runs, row).exists(), "no failure is recorded"
+    assert world.run() == 0 and set(world.states().values()) == {"finished"}
+
+
 @pytest.mark.parametrize("words", [(), ("--row", "0")])
 def test_the_snapshot_is_there_before_any_row_has_a_folder(world, monkeypatch, words):
     there = []
