@@ -49,8 +49,8 @@ def log_of(run: Path) -> list[dict[str, float]]:
 def check_same_evaluation(output: Path, whole: Path) -> None:
     """Check that metrics and lists of an evaluation are equal byte for byte."""
     for pattern in EVALUATION:
-        names = [path.name for path in whole.glob(pattern)]
-        assert names and names == [path.name for path in output.glob(pattern)]
+        names = sorted(path.name for path in whole.glob(pattern))
+        assert names and names == sorted(path.name for path in output.glob(pattern))
         for name in names:
             assert (output / name).read_bytes() == (whole / name).read_bytes(), f"{name} differs"
 
