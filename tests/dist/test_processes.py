@@ -284,3 +284,11 @@ def test_two_trainings_on_one_folder(world, tmp_path):
     assert f"learning_rate: {[0.001, 0.002][winner]}" in (run / "config.yaml").read_text()
     assert json.loads((run / "summary.json").read_text())["step"] == 6
     assert not (run / "lock.json").exists()
+
+
+@pytest.mark.parametrize(("launcher", "said"), [({"TORCHELASTIC_RUN_ID": "x"}, True), ({}, False)])
+def test_that_torchrun_turns_85_into_1_is_said_under_torchrun(launcher, said):
+    code = "from igd_ds import distributed; distributed.run(lambda: 85)"
+    done = rank_0(code, **launcher)
+    assert done.returncode == 85
+    assert ("exit code 85: saved, to be started again. torchrun reports 1" in done.stdout) == said
