@@ -52,6 +52,7 @@ each other (`tests/unit/test_structure.py` checks both):
 
 Example:
     >>> import igd_ds
+    >>> dataset = igd_ds.prepare(frame, "DATASET")  # a DataFrame with user, item, time, title
     >>> recommender = igd_ds.Recommender.load("RUN")
     >>> lists = recommender.recommend([["B0031", "B0007"]], k=10)  # ids as the source has them
 """
@@ -60,6 +61,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from igd_ds.data.frames import prepare as prepare
     from igd_ds.evaluation.recommender import RankedList as RankedList
     from igd_ds.evaluation.recommender import Recommender as Recommender
     from igd_ds.items.catalogue import Catalogue as Catalogue
@@ -69,6 +71,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "prepare": "igd_ds.data.frames",
     "Recommender": "igd_ds.evaluation.recommender",
     "RankedList": "igd_ds.evaluation.recommender",
     "Catalogue": "igd_ds.items.catalogue",

@@ -22,8 +22,8 @@ from igd_ds.data.hygiene import POLICIES
 from igd_ds.data.prepare import DatasetRequest, prepare
 from igd_ds.data.presets import PRESETS
 from igd_ds.data.protocols import COLD, DEFAULTS, DUPLICATES, PROTOCOLS, ProtocolOptions
-from igd_ds.data.sources import SOURCES
-from igd_ds.errors import UsageError
+from igd_ds.data.sources import SOURCES, table
+from igd_ds.errors import UsageError, did_you_mean
 
 # The values of options that neither a flag, nor a preset, nor the protocol's defaults set.
 LAST_DEFAULTS: dict[str, str | int | None] = {
@@ -97,6 +97,21 @@ def _add_input_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--output", required=True, type=Path, metavar="DATASET", help="the folder to make"
+    )
+
+    parser.add_argument(
+        "--columns",
+        nargs="*",
+        default=[],
+        metavar="FIELD=COLUMN",
+        help="source csv: columns by name, or by number from 1 (fields: user, item, timestamp, "
+        "title, brand, categories, price, description, semantic_id)",
+    )
+    parser.add_argument(
+        "--time_format",
+        default="",
+        metavar="FORMAT",
+        help="source csv: how times are written, such as %%d.%%m.%%Y (default: numbers, ISO dates)",
     )
 
     # Words.
@@ -221,8 +236,32 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         if getattr(args, option) is None:
             setattr(args, option, value)
     args.name = args.name or args.output.resolve().name
+    args.columns = _columns(args.columns)
     _check_ranges(args)
+    if args.source != "csv" and (args.columns or args.time_format):
+        flag = "--columns" if args.columns else "--time_format"
+        raise UsageError(f"{flag} is for --source csv: the other sources know their files")
     return args
+
+
+def _columns(pairs: Sequence[str]) -> dict[str, str]:
+    """Return --columns FIELD=COLUMN … as a dict.
+
+    Raises:
+        UsageError: a pair has no =, or its field is unknown.
+    """
+    columns = {}
+    for pair in pairs:
+        name, equals, column = pair.partition("=")
+        if not equals or not column:
+            raise UsageError(f"--columns {pair}: write FIELD=COLUMN, such as user=customer")
+        if name not in table.NAMES:
+            raise UsageError(
+                f"--columns {pair}: unknown field {name}{did_you_mean(name, table.NAMES)} (fields: "
+                f"{', '.join(table.NAMES)})"
+            )
+        columns[name] = column
+    return columns
 
 
 def _choose_source_and_protocol(args: argparse.Namespace) -> None:
@@ -235,6 +274,8 @@ def _choose_source_and_protocol(args: argparse.Namespace) -> None:
     if preset:
         args.source = preset.source
         args.protocol = args.protocol or preset.options["protocol"]
+    if args.source == "csv":
+        args.protocol = args.protocol or table.PROTOCOL
     for option in ("source", "protocol"):
         if getattr(args, option) is None:
             raise UsageError(f"--{option} is missing: give it, or a --preset")
@@ -292,6 +333,8 @@ def request(args: argparse.Namespace) -> DatasetRequest:
         titles=args.titles,
         num_items=args.num_items,
         max_bad_lines=args.max_bad_lines,
+        columns=args.columns,
+        time_format=args.time_format,
         preset=args.preset,
         expected=PRESETS[args.preset].expected if args.preset else {},
     )

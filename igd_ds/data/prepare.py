@@ -71,6 +71,10 @@ class DatasetRequest:
     """Items of synthetic data; 0 takes the default."""
     max_bad_lines: float = 0.001
     """Share of the lines that may be rejected."""
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """Source csv: field → column, where the names do not tell."""
+    time_format: str = ""
+    """Source csv: how times are written, as strptime spells it."""
     preset: str | None = None
     """The preset that the options come from."""
     expected: Mapping[str, int] = field(default_factory=dict)
@@ -119,6 +123,8 @@ def _request_info(wanted: DatasetRequest) -> dict[str, Any]:
         "titles": wanted.titles,
         "num_items": wanted.num_items,
         "max_bad_lines": wanted.max_bad_lines,
+        **({"columns": dict(wanted.columns)} if wanted.columns else {}),
+        **({"time_format": wanted.time_format} if wanted.time_format else {}),
         "ties": "file position",
         **vars(wanted.options),
         "window": [start, end],
@@ -152,6 +158,8 @@ def _rows_and_items(
         num_items=wanted.num_items,
         num_users=wanted.options.num_users,
         max_bad_lines=wanted.max_bad_lines,
+        columns=wanted.columns,
+        time_format=wanted.time_format,
     )
     with _scratch(wanted.output) as scratch, RawReader(request, scratch) as raw:
         data = SOURCES[wanted.source].read(raw, files)

@@ -10,6 +10,7 @@ item or time. Rejected lines are left out and counted in the funnel. If their sh
 `max_bad_lines`, that is an error.
 """
 
+import csv
 import json
 import sys
 import time
@@ -584,7 +585,10 @@ def _header(
         if not lines.readline().strip():
             raise UsageError(f"{path}: the first line is blank, and should be the header")
     text = first_line(path).decode(encoding, "replace").removeprefix("\ufeff")
-    names = [name.strip().strip(quote or None) for name in text.split(delimiter)]
+    if quote and len(delimiter) == 1:
+        names = [name.strip() for name in next(csv.reader([text], delimiter=delimiter))]
+    else:
+        names = [name.strip() for name in text.split(delimiter)]
     # pandas writes its index under no name.
     names = [name or f"column {place + 1}" for place, name in enumerate(names)]
     if missing := [name for name in columns if name not in names]:

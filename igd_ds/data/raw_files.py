@@ -4,9 +4,9 @@ import ast
 import gzip
 import json
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import IO, Any, cast
@@ -38,9 +38,13 @@ class FileKind:
     """The source works without this file."""
     many: bool = False
     """There may be several such files; the source reads them one after the other."""
+    any_file: bool = False
+    """Every file is taken that the user gives; the source itself tells what it is."""
 
     def matches(self, path: Path, form: str, keys: Iterable[str]) -> bool:
         """Return whether a file is of this kind, given what `sniff` found in it."""
+        if self.any_file:
+            return True
         name = path.name.removesuffix(".gz")
         for pattern in self.names:
             if fnmatch(f"{path.parent.name}/{name}" if "/" in pattern else name, pattern):
@@ -49,7 +53,7 @@ class FileKind:
 
     def described(self) -> str:
         """Return a description of the file for an error message."""
-        parts = []
+        parts = ["any table"] if self.any_file else []
         if self.keys:
             what = "a header" if self.header else "lines"
             parts.append(f"{what} with {', '.join(sorted(self.keys))}")
@@ -70,6 +74,10 @@ class RawRequest:
     """Users of synthetic data; 0 takes the source's default."""
     max_bad_lines: float = 0.001
     """Share of the lines that may be rejected."""
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """Field → column, for tables of the user's own."""
+    time_format: str = ""
+    """How times are written there, as strptime spells it; "" recognises numbers and ISO dates."""
 
 
 def parts_in_order(paths: Sequence[Path], suffix: str) -> list[Path]:

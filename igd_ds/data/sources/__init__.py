@@ -24,6 +24,7 @@ from igd_ds.data.sources import (
     sequences,
     steam,
     synthetic,
+    table,
     yelp,
 )
 from igd_ds.errors import UsageError
@@ -84,6 +85,7 @@ SOURCES: dict[str, Source] = {
     "d3-csv": _source(d3_csv),
     "lcrec-json": _source(lcrec_json),
     "recbole": _source(recbole),
+    "csv": _source(table),
     "sequences": _source(sequences),
     "synthetic": _source(synthetic),
 }
@@ -185,7 +187,7 @@ def _stranger(name: str, path: Path) -> str:
     others = {
         other: role
         for other, source in SOURCES.items()
-        if other != name and (role := _role(source.files, path))
+        if other not in (name, "csv") and (role := _role(source.files, path))
     }
     if others:
         # Several sources may have such a file: the one that finds all it needs beside it.

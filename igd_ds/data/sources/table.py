@@ -1,0 +1,350 @@
+"""Source `csv`: interactions of your own, as CSV, TSV, Parquet or JSON lines.
+
+    shop.csv     customer_id,sku,ordered_at,product_name,price
+                 one line per interaction; the file may name the items too
+    items.csv    sku,title,brand,category
+                 optional: a second file with a line per item; all of them belong to the catalogue
+
+A file with users and items is taken for interactions, a file with items alone for items. There may
+be several files of interactions with the same columns. They are plain or gzip, UTF-8; ids are texts
+and stay as they are.
+
+Columns are found by name. Capital letters, spaces and underscores do not matter:
+
+    user         user, customer, visitor, session, client, member, buyer, account, reviewer (with or
+                 without id), uid
+    item         item, product, movie, book, article, song, track, business, game, parent_asin (with
+                 or without id), asin, sku, iid
+    timestamp    timestamp, time, date, datetime, ts, unix_review_time, created_at, event_time, and
+                 such of order, purchase or invoice; without one, the order of the lines is taken
+    title        title, name, item_name, item_title, and such of product and movie
+    metadata     brand (manufacturer, store), categories (category, genres, genre), price,
+                 description (details)
+    semantic_id  semantic_id, sid, codes: "<a_12><b_7>", or numbers such as "12 7", which become
+                 <a_12> <b_7>
+
+--columns names others: --columns user=kunde item=artikel timestamp=bestellt_am. In a file without a
+header a column is named by its number: --columns user=1 item=2 timestamp=4. Amazon's files of
+ratings alone have no header and are recognised.
+
+A time is a number (seconds, milliseconds, micro- or nanoseconds since 1970) or a date such as
+2024-01-31 or 2024-01-31T18:30:00+01:00 (UTC where it says nothing else). Other dates need
+--time_format, for example --time_format %d.%m.%Y.
+
+Without --protocol, the protocol is leave-one-out.
+"""
+
+import csv
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from igd_ds.data.dataset import SourceData
+from igd_ds.data.raw import RawReader
+from igd_ds.data.raw_files import FileKind, first_line, sniff
+from igd_ds.errors import UsageError, did_you_mean
+
+FILES = {"tables": FileKind(any_file=True, many=True)}
+
+PROTOCOL = "leave-one-out"
+"""What `igd prepare` takes where --protocol is missing."""
+
+PEOPLE = ("user", "customer", "visitor", "session", "client", "member", "buyer", "account")
+THINGS = ("item", "product", "movie", "book", "article", "song", "track", "business", "game")
+EVENTS = ("order", "purchase", "invoice", "event", "review", "rating")
+NAMES = {
+    "user": (*PEOPLE, *(f"{name}id" for name in PEOPLE), "reviewerid", "reviewer", "uid"),
+    "item": ("parentasin", "asin", "sku", *(f"{name}id" for name in THINGS), *THINGS, "iid"),
+    "timestamp": (
+        *("timestamp", "time", "datetime", "date", "ts", "unixreviewtime", "createdat"),
+        *(f"{event}{end}" for event in EVENTS for end in ("timestamp", "time", "date", "edat")),
+        *("orderedat", "purchasedat", "invoicedat"),
+    ),
+    "title": (
+        "title",
+        *(f"{thing}{end}" for thing in THINGS for end in ("title", "name")),
+        "name",
+    ),
+    "brand": ("brand", "manufacturer", "store"),
+    "categories": ("categories", "category", "genres", "genre"),
+    "price": ("price", "unitprice"),
+    "description": ("description", "details"),
+    "semantic_id": ("semanticid", "sid", "codes"),
+}
+"""Field → names of columns without capitals and punctuation; the first one that is there counts."""
+
+OF_ITEMS = ("title", "brand", "categories", "price", "description", "semantic_id")
+DELIMITERS = ("\t", ";", "|", ",")
+ASIN = re.compile(r"B[0-9A-Z]{9}|\d{9}[\dX]")
+MAGNITUDES = {10**17: 10**9, 10**14: 10**6}
+"""Smallest number of nano- and microseconds since 1973, and how many of them make a second."""
+LIKE_A_DAY = r"(19|20)\d\d[01]\d[0-3]\d"
+
+# SQL.
+CATEGORIES = """
+    nullif([trim(part, ' "''') FOR part IN string_split_regex(trim({0}, '[] '),
+        CASE WHEN {0}[1] = '[' OR NOT regexp_matches({0}, '[|;>]') THEN ',' ELSE '[|;>]' END)
+        IF trim(part, ' "''') <> ''], [])"""
+CODE_PARTS = """regexp_extract_all({0}, '<[^<>]+>|[^\\s,<>"\\[\\]]+')"""
+SEMANTIC_ID = (
+    "CASE WHEN regexp_full_match({0}, '[\\d\\s,\\[\\]\"]+') THEN list_transform({parts}, "
+    "lambda part, level: '<' || chr(96 + level::INTEGER) || '_' || part || '>') "
+    "ELSE {parts} END"
+)
+PRICE = "try_cast(regexp_replace({0}, '^[^0-9.-]+', '') AS DOUBLE)"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A file of the user's, and where its fields are."""
+
+    path: Path
+    form: str
+    """"json", "parquet" or "text"."""
+    columns: Sequence[str]
+    """All of the file, in its order."""
+    delimiter: str = ","
+    has_header: bool = True
+    fields: Mapping[str, str] = field(default_factory=dict)
+    """Field (a key of NAMES) → column."""
+
+
+def read(raw: RawReader, files: Mapping[str, list[Path]]) -> SourceData:
+    """Read the files.
+
+    Raises:
+        UsageError: no file has users and items, columns cannot be told, or times cannot be read;
+            the message names the file, its columns and what to add.
+    """
+    tables = [open_table(path, raw.request.columns) for path in files["tables"]]
+    _check_columns(tables, raw.request.columns)
+    events = [table for table in tables if "user" in table.fields]
+    catalogues = [table for table in tables if "user" not in table.fields]
+    _check_tables(events, catalogues)
+
+    # Interactions, and what they say of their items.
+    known = events[0].fields
+    _load(raw, "events", events)
+    seconds, position = _times(raw, events[0])
+    interactions = (
+        f'SELECT {_column(known["user"])} AS "user", {_column(known["item"])} AS item, '
+        f'{seconds} AS "time", {position} AS position FROM events'
+    )
+    items = _items("events", known)
+
+    # A file of items takes the place of that.
+    if catalogues:
+        _load(raw, "catalogue", catalogues)
+        items = _items("catalogue", catalogues[0].fields)
+    return raw.source_data(
+        interactions, items, whole_catalogue=bool(catalogues), timed="timestamp" in known
+    )
+
+
+def open_table(path: Path, given: Mapping[str, str]) -> Table:
+    """Find out the form of a file, and the columns of its fields.
+
+    Args:
+        path: the file.
+        given: --columns, field → column; a number counts columns from 1.
+
+    Raises:
+        UsageError: the file is empty or broken, or has no column of items.
+    """
+    table = _form_of(path, given)
+    fields = _named_fields(table, given)
+    if not table.has_header and not fields:
+        fields = _fields_of_ratings(table)
+    if "item" not in fields:
+        raise UsageError(
+            f"{path}: no column of items among {', '.join(table.columns)}: name it, for example "
+            "--columns user=COLUMN item=COLUMN timestamp=COLUMN"
+        )
+    return Table(table.path, table.form, table.columns, table.delimiter, table.has_header, fields)
+
+
+def _form_of(path: Path, given: Mapping[str, str]) -> Table:
+    """Return a file's form and columns; its fields are still open."""
+    if _is_parquet(path):
+        return Table(path, "parquet", pq.read_schema(path).names)
+    form, keys = sniff(path)
+    if form == "json":
+        return Table(path, form, keys)
+    if form == "python":
+        raise UsageError(f"{path}: Python dicts, one per line: write them as JSON lines")
+
+    text = first_line(path).decode("utf-8", "replace").removeprefix("\ufeff")
+    delimiter = max(DELIMITERS, key=text.count)
+    cells = next(csv.reader([text], delimiter=delimiter))
+    cells = [cell.strip() for cell in cells]
+    known = {name for names in NAMES.values() for name in names}
+    has_header = any(_plain(cell) in known or cell in given.values() for cell in cells)
+    names = cells if has_header else [""] * len(cells)
+    columns = [name or f"column {place}" for place, name in enumerate(names, 1)]
+    return Table(path, "text", columns, delimiter, has_header)
+
+
+def _is_parquet(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(4) == b"PAR1"
+
+
+def _plain(name: str) -> str:
+    """Return a name without capitals, spaces and punctuation."""
+    return re.sub(r"[\W_]", "", name.lower())
+
+
+def _named_fields(table: Table, given: Mapping[str, str]) -> dict[str, str]:
+    """Return field → column: as --columns says where the file has that column, else by its name."""
+    plain = {_plain(column): column for column in reversed(table.columns)}
+    found = {
+        key: plain[next(name for name in names if name in plain)]
+        for key, names in NAMES.items()
+        if any(name in plain for name in names)
+    }
+    for name, column in given.items():
+        if column in table.columns:
+            found[name] = column
+        elif column.isdigit() and 0 < int(column) <= len(table.columns):
+            found[name] = table.columns[int(column) - 1]
+    return found
+
+
+def _fields_of_ratings(table: Table) -> dict[str, str]:
+    """Return the fields of Amazon's ratings: user, item (or the other way round), stars, time.
+
+    Files of 2014 begin with the user, those of 2018 with the item.
+    """
+    values = next(csv.reader([first_line(table.path).decode("utf-8", "replace")]))
+    is_rating = len(values) == 4 and values[3].strip().isdigit()
+    places = [place for place in (0, 1) if is_rating and ASIN.fullmatch(values[place].strip())]
+    if len(places) != 1:
+        return {}
+    item = places[0]
+    return {
+        "user": table.columns[1 - item],
+        "item": table.columns[item],
+        "timestamp": table.columns[3],
+    }
+
+
+def _check_columns(tables: Sequence[Table], given: Mapping[str, str]) -> None:
+    """Raise UsageError for a column of --columns that no file has."""
+    for name, column in given.items():
+        if not any(column in table.columns or column.isdigit() for table in tables):
+            columns = [column for table in tables for column in table.columns]
+            raise UsageError(
+                f"--columns {name}={column}: no such column{did_you_mean(column, columns)} "
+                f"(columns: {', '.join(columns)})"
+            )
+
+
+def _check_tables(events: Sequence[Table], catalogues: Sequence[Table]) -> None:
+    """Raise UsageError unless there are interactions, and files of one kind have one form."""
+    if not events:
+        table = catalogues[0]
+        raise UsageError(
+            f"{table.path}: no column of users among {', '.join(table.columns)}: name it, for "
+            "example --columns user=COLUMN item=COLUMN, or give the file of interactions too"
+        )
+    for tables in (events, catalogues):
+        for table in tables[1:]:
+            first = tables[0]
+            if (table.form, table.fields) != (first.form, first.fields):
+                raise UsageError(
+                    f"{first.path} and {table.path} have other forms or columns "
+                    f"({', '.join(first.columns)}; {', '.join(table.columns)}): give files that "
+                    "are alike"
+                )
+
+
+def _load(raw: RawReader, name: str, tables: Sequence[Table]) -> None:
+    """Make a table of texts of the files' columns that are used."""
+    first, paths = tables[0], [table.path for table in tables]
+    used = dict.fromkeys(first.fields.values(), "VARCHAR")
+    if first.form == "parquet":
+        parts = [pq.read_table(path, columns=list(used)) for path in paths]
+        raw.add_table(f"{name}_typed", pa.concat_tables(parts))
+        chosen = ", ".join(f"{_column(column)}::VARCHAR AS {_column(column)}" for column in used)
+        raw.connection.execute(f"CREATE TABLE {name} AS SELECT {chosen} FROM {name}_typed")
+        raw.funnel.append({"step": f"read {first.path.name}", "rows": sum(map(len, parts))})
+    elif first.form == "json":
+        raw.read_json_lines(name, paths, used)
+    else:
+        columns = used if first.has_header else dict.fromkeys(first.columns, "VARCHAR")
+        raw.read_csv(
+            name,
+            paths,
+            columns,
+            delimiter=first.delimiter,
+            header=first.has_header,
+            quote='"',
+        )
+
+
+def _times(raw: RawReader, table: Table) -> tuple[str, str]:
+    """Return the SQL of an interaction's time in whole seconds or milliseconds, and its place.
+
+    Raises:
+        UsageError: most times cannot be read, or look like 20240131.
+    """
+    if "timestamp" not in table.fields:
+        return "NULL::BIGINT", "rowid"
+    raw.connection.execute("SET TimeZone = 'UTC'")
+    text, form = _column(table.fields["timestamp"]), raw.request.time_format
+    exact = f"coalesce(try_cast({text} AS DOUBLE), epoch(try_cast({text} AS TIMESTAMPTZ)))"
+    if form:
+        exact = f"epoch(try_strptime({text}, {_text(form)}))"
+
+    count, readable, days, example, largest = raw.connection.execute(
+        f"SELECT count(*), count({exact}), "
+        f"count(*) FILTER (regexp_full_match({text}, '{LIKE_A_DAY}')), "
+        f"min({text}) FILTER ({exact} IS NULL), max({exact}) FROM events"
+    ).fetchall()[0]
+    where = f"{table.path}: column {table.fields['timestamp']}"
+    if not form and count == days:
+        raise UsageError(f"{where} holds days such as 20240131: add --time_format %Y%m%d")
+    if count - readable > raw.request.max_bad_lines * count:
+        raise UsageError(
+            f"{where}: {count - readable:,} of {count:,} times cannot be read, such as "
+            f"{example!r}: say how they are written, for example --time_format %d.%m.%Y"
+        )
+
+    # Within a second the fraction decides the order; from here on the position says it.
+    unit = next((unit for least, unit in MAGNITUDES.items() if (largest or 0) >= least), 1)
+    seconds = f"try_cast(floor({exact} / {unit}) AS BIGINT)"
+    return seconds, f"row_number() OVER (ORDER BY {exact}, rowid) - 1"
+
+
+def _items(table: str, fields: Mapping[str, str]) -> str | None:
+    """Return the SELECT of the items that a table describes, or None if it does not."""
+    described = [name for name in OF_ITEMS if name in fields]
+    if not described:
+        return None
+
+    chosen = [f"{_column(fields['item'])} AS item"]
+    if "title" not in fields:
+        chosen.append("NULL::VARCHAR AS title")
+    for name in described:
+        text = _column(fields[name])
+        value = {
+            "categories": CATEGORIES.format(text),
+            "price": PRICE.format(text),
+            "semantic_id": SEMANTIC_ID.format(text, parts=CODE_PARTS.format(text)),
+        }.get(name, text)
+        chosen.append(f"{value} AS {name}")
+    return f"SELECT {', '.join(chosen)}, rowid AS position FROM {table}"
+
+
+def _column(name: str) -> str:
+    """Return the name of a column as SQL spells it."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+def _text(value: str) -> str:
+    """Return a text as SQL spells it."""
+    return "'" + value.replace("'", "''") + "'"

@@ -1,0 +1,315 @@
+"""Source `csv`: tables of the user's own, from files and from Python."""
+
+import gzip
+import importlib.util
+import json
+
+import pandas
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from raw_source import events_of, items_of, reading
+
+import igd_ds
+from igd_ds.commands import prepare
+from igd_ds.data.dataset import InteractionDataset
+from igd_ds.errors import UsageError
+
+EVENTS = [("ann", "x1", 100, "Tea, green"), ("bob", "x2", 50, "Cup"), ("ann", "x2", 70, "Cup")]
+EXPECTED = [("ann", "x1", 100), ("bob", "x2", 50), ("ann", "x2", 70)]
+IN_TIME = [("bob", "x2", 50), ("ann", "x2", 70), ("ann", "x1", 100)]
+
+
+def written(path, text: str, compress: bool = False):
+    path.write_bytes(gzip.compress(text.encode()) if compress else text.encode())
+    return path
+
+
+def csv_of(events, header: str, delimiter: str = ",") -> str:
+    lines = [header]
+    for user, item, time, title in events:
+        title = f'"{title}"' if delimiter in title else title
+        lines.append(delimiter.join([user, item, str(time), title]))
+    return "\n".join(lines) + "\n"
+
+
+def read(*paths, **options):
+    """Return what the source reads, in order of time."""
+    with reading("csv", list(paths), **options) as data:
+        return sorted(events_of(data), key=lambda event: event[2] or 0), items_of(data)
+
+
+# ---- forms of files
+
+
+@pytest.mark.parametrize(
+    ("name", "header", "delimiter"),
+    [
+        ("shop.csv", "user,item,timestamp,title", ","),
+        ("shop.tsv", "user_id\titem_id\ttimestamp\ttitle", "\t"),
+        ("shop.csv", "Customer ID;SKU;Order Date;Product Name", ";"),
+        ("shop.txt", "visitorid|asin|unixReviewTime|name", "|"),
+    ],
+)
+@pytest.mark.parametrize("compress", [False, True])
+def test_delimited_text_by_common_names(tmp_path, name, header, delimiter, compress):
+    path = written(tmp_path / name, csv_of(EVENTS, header, delimiter), compress)
+    events, items = read(path)
+    assert events == IN_TIME
+    assert {item: values[0] for item, values in items.items()} == {"x1": "Tea, green", "x2": "Cup"}
+
+
+def test_json_lines_and_parquet(tmp_path):
+    columns = ("userId", "itemId", "ts", "title")
+    entries = [dict(zip(columns, event, strict=True)) for event in EVENTS]
+    lines = written(tmp_path / "shop.jsonl", "".join(json.dumps(e) + "\n" for e in entries))
+    pq.write_table(pa.Table.from_pylist(entries), tmp_path / "shop.parquet")
+    assert read(lines) == read(tmp_path / "shop.parquet")
+    assert read(lines)[0] == IN_TIME
+
+
+def test_what_pandas_and_spreadsheets_write(tmp_path):
+    """An index column without a name, a quoted header, a byte order mark, a comma in a name."""
+    text = '\ufeff"","user","item","Price, EUR","timestamp"\n"0","ann","x1","3","100"\n'
+    path = written(tmp_path / "shop.csv", text)
+    assert read(path)[0] == [("ann", "x1", 100)]
+
+
+def test_a_file_of_items_takes_the_place_of_what_interactions_say(tmp_path):
+    events = written(tmp_path / "events.csv", csv_of(EVENTS, "user,item,time,title"))
+    items = written(
+        tmp_path / "items.csv",
+        "sku,title,brand,category,price\nx1,Green tea,Leaf,Food|Tea,$3.50\nx3,New,,,\n"
+        'x2,Cup,Clay,"Home, Kitchen",\n',
+    )
+    _, found = read(events, items)
+    assert found == {
+        "x1": ("Green tea", None, None, ["Food", "Tea"], "Leaf", 3.5),
+        "x2": ("Cup", None, None, ["Home", "Kitchen"], "Clay", None),
+        "x3": ("New", None, None, None, None, None),
+    }
+
+
+def test_several_files_of_interactions_are_read_one_after_the_other(tmp_path):
+    parts = [
+        written(tmp_path / f"part-{n}.csv", csv_of(part, "user,item,time,title"))
+        for n, part in enumerate((EVENTS[:1], EVENTS[1:]))
+    ]
+    assert read(*parts)[0] == IN_TIME
+    other = written(tmp_path / "other.csv", "client,item\nann,x1\n")
+    with pytest.raises(UsageError, match="other.csv and .*part-0.csv have other forms or columns"):
+        read(parts[0], other)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("12 7", ["<a_12>", "<b_7>"]),
+        ("[12, 7]", ["<a_12>", "<b_7>"]),
+        ("<a_12><b_7>", ["<a_12>", "<b_7>"]),
+        ("x_3 y_4", ["x_3", "y_4"]),
+    ],
+)
+def test_semantic_ids_and_numbers_prefixed_by_level(tmp_path, text, expected):
+    path = written(tmp_path / "shop.csv", f'user,item,sid\nann,x1,"{text}"\n')
+    assert read(path)[1]["x1"][1] == expected
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "A2SUAM1J3GNN3B,B00000JGVX,5.0,1350000000\nA2SUAM1J3GNN3C,0321714113,4.0,1360000000\n",
+        "B00000JGVX,A2SUAM1J3GNN3B,5.0,1350000000\n0321714113,A2SUAM1J3GNN3C,4.0,1360000000\n",
+    ],
+    ids=["2014", "2018"],
+)
+def test_amazons_ratings_without_a_header(tmp_path, lines):
+    events, _ = read(written(tmp_path / "ratings.csv", lines))
+    assert events == [
+        ("A2SUAM1J3GNN3B", "B00000JGVX", 1350000000),
+        ("A2SUAM1J3GNN3C", "0321714113", 1360000000),
+    ]
+
+
+# ---- columns that are named by flags
+
+
+def test_columns_by_name_and_by_number(tmp_path):
+    named = written(tmp_path / "a.csv", "kunde,artikel,am\nann,x1,5\n")
+    columns = {"user": "kunde", "item": "artikel", "timestamp": "am"}
+    assert read(named, columns=columns)[0] == [("ann", "x1", 5)]
+    bare = written(tmp_path / "b.csv", "9,x1,ann\n5,x2,bob\n")
+    columns = {"user": "3", "item": "2", "timestamp": "1"}
+    assert read(bare, columns=columns)[0] == [("bob", "x2", 5), ("ann", "x1", 9)]
+
+
+def test_a_flag_beats_a_common_name(tmp_path):
+    path = written(tmp_path / "a.csv", "user,item,asin,name\nann,1,x1,Tea\n")
+    assert read(path)[0] == [("ann", "x1", None)], "asin is the more telling name"
+    assert read(path, columns={"item": "item"})[0] == [("ann", "1", None)]
+
+
+# ---- times
+
+SECONDS = [1600000000, 1500000000, 1550000000]
+DAYS = [1599955200, 1599868800, 1599782400]
+
+
+@pytest.mark.parametrize(
+    ("times", "expected", "options"),
+    [
+        (("100", "50.5", "50.25"), [100, 50, 50], {}),
+        ((f"1600{9 * '0'}", f"1500{9 * '0'}", f"1550{9 * '0'}"), SECONDS, {}),
+        ((f"1600{12 * '0'}", f"1500{12 * '0'}", f"1550{12 * '0'}"), SECONDS, {}),
+        ((f"1600{15 * '0'}", f"1500{15 * '0'}", f"1550{15 * '0'}"), SECONDS, {}),
+        (("2020-09-13", "2020-09-12T01:00:00+01:00", "2020-09-11 00:00:00"), DAYS, {}),
+        (("13.09.2020", "12.09.2020", "11.09.2020"), DAYS, {"time_format": "%d.%m.%Y"}),
+        (("20200913", "20200912", "20200911"), DAYS, {"time_format": "%Y%m%d"}),
+    ],
+    ids=["seconds", "milli", "micro", "nano", "ISO", "German", "digits"],
+)
+def test_times_are_numbers_or_dates(tmp_path, times, expected, options):
+    lines = [f"ann,x{place},{time}" for place, time in enumerate(times)]
+    path = written(tmp_path / "a.csv", "user,item,time\n" + "\n".join(lines) + "\n")
+    with reading("csv", [path], **options) as data:
+        found = events_of(data)
+    by_item = {item: time for _, item, time in found}
+    assert [by_item[f"x{place}"] for place in range(3)] == expected
+    if times[1] == "50.5":
+        assert [item for _, item, _ in found] == ["x2", "x1", "x0"], "the fraction decides"
+
+
+def test_without_times_the_lines_are_in_order(tmp_path):
+    path = written(tmp_path / "a.csv", "user,item\nann,x2\nann,x1\n")
+    with reading("csv", [path]) as data:
+        assert events_of(data) == [("ann", "x2", None), ("ann", "x1", None)]
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "message"),
+    [
+        ("a,b,c\n1,2,3\n", {}, r"a.csv: no column of items among column 1, column 2, column 3"),
+        ("item,title\nx1,Tea\n", {}, r"a.csv: no column of users among item, title: name it"),
+        ("user,item\nann,x1\n", {"columns": {"title": "label"}}, r"--columns title=label: no such"),
+        ("user,item,time\nann,x1,yesterday\n", {}, r"1 of 1 times cannot be read, such as 'yest"),
+        ("user,item,time\nann,x1,20240131\n", {}, r"add --time_format %Y%m%d"),
+        ("", {}, r"a.csv: the file is empty"),
+        ("{'user': 'ann', 'item': 'x1'}\n", {}, r"a.csv: Python dicts"),
+    ],
+)
+def test_bad_tables_are_named(tmp_path, text, options, message):
+    path = written(tmp_path / "a.csv", text)
+    with pytest.raises(UsageError, match=message), reading("csv", [path], **options):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--source", "csv", "--columns", "usr=a"], "unknown field usr, did you mean 'user'"),
+        (["--source", "csv", "--columns", "user"], "--columns user: write FIELD=COLUMN"),
+        (
+            ["--source", "yelp", "--protocol", "d3", "--columns", "user=a"],
+            "--columns is for --source csv",
+        ),
+        (
+            ["--source", "yelp", "--protocol", "d3", "--time_format", "%Y"],
+            "--time_format is for --source csv",
+        ),
+    ],
+)
+def test_bad_flags_are_named(tmp_path, flags, message):
+    with pytest.raises(UsageError, match=message):
+        prepare.main([*flags, "--output", str(tmp_path / "data")])
+
+
+# ---- the command, and Python
+
+
+def shop(people: int = 12, visits: int = 5) -> pandas.DataFrame:
+    rows = [
+        {
+            "customer": f"c-{person}",
+            "sku": f"s-{(person + visit) % 7}",
+            "ordered_at": pandas.Timestamp("2024-01-01") + pandas.Timedelta(days=visit),
+            "product_name": f"Product {(person + visit) % 7}",
+        }
+        for person in range(people)
+        for visit in range(visits)
+    ]
+    return pandas.DataFrame(rows)
+
+
+def test_a_shops_export_with_an_index_and_quotes(shared, tmp_path):
+    """The case a_shop of shared/faults: 4,000 lines, 400 customers, 200 products."""
+    path = shared / "faults" / "make_inputs.py"
+    spec = importlib.util.spec_from_file_location("make_inputs", path)
+    make_inputs = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make_inputs)
+    make_inputs.a_shop(tmp_path / "shop")
+
+    events, items = read(tmp_path / "shop" / "shop.csv")
+    assert len(events) == 4000 and len({user for user, _, _ in events}) == 400
+    assert events[-1][2] == 1_600_000_000 + 3999 * 977
+    assert set(items) == {f"sku-{number:04d}" for number in range(200)}
+    assert items["sku-0007"][0] == "Product, number 7"
+
+
+class Stream:
+    """What polars and others hand over: Arrow's stream interface and nothing else."""
+
+    def __init__(self, table: pa.Table):
+        self.table = table
+
+    def __arrow_c_stream__(self, requested_schema=None):
+        return self.table.__arrow_c_stream__(requested_schema)
+
+
+def test_one_command_makes_a_dataset_of_a_csv(tmp_path, capsys):
+    shop().to_csv(tmp_path / "shop.csv")
+    words = ["--source", "csv", "--input", str(tmp_path / "shop.csv")]
+    assert prepare.main([*words, "--output", str(tmp_path / "data")]) == 0
+    data = InteractionDataset.load(tmp_path / "data")
+    assert data.info["protocol"] == "leave-one-out" and len(data.splits["test"]) == 12
+    assert "column 1" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda frame: frame, pa.Table.from_pandas, lambda f: Stream(pa.Table.from_pandas(f))],
+    ids=["pandas", "Arrow", "Arrow's stream"],
+)
+def test_frames_and_files_give_the_same_dataset(tmp_path, make):
+    frame = shop()
+    frame.to_csv(tmp_path / "shop.csv", index=False)
+    of_file = igd_ds.prepare(tmp_path / "shop.csv", tmp_path / "a" / "shop", max_history=3)
+    of_frame = igd_ds.prepare(make(frame), tmp_path / "b" / "shop", max_history=3)
+    for name in ("items", "users", "train", "valid", "test"):
+        ours, theirs = (tmp_path / side / "shop" / f"{name}.parquet" for side in "ab")
+        assert pq.read_table(ours).equals(pq.read_table(theirs)), name
+    assert of_frame.titles == of_file.titles
+    assert max(len(of_frame.splits["test"].history(row)) for row in range(12)) == 3
+    again = igd_ds.prepare(make(frame), tmp_path / "b" / "shop", max_history=3)
+    assert again.fingerprint == of_frame.fingerprint
+
+
+def test_items_may_come_as_a_second_frame(tmp_path):
+    items = pandas.DataFrame({"sku": [f"s-{n}" for n in range(9)], "title": list("abcdefghi")})
+    data = igd_ds.prepare(shop(), tmp_path / "data", items=items)
+    assert sorted(data.titles) == list("abcdefghi")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_histroy": 3}, "unknown option max_histroy, did you mean 'max_history'"),
+        ({"protocol": "leave-one"}, "protocol 'leave-one', did you mean 'leave-one-out'"),
+        ({"items": 3}, "items: a int is no table"),
+    ],
+)
+def test_bad_options_in_python(tmp_path, options, message):
+    with pytest.raises(UsageError, match=message):
+        igd_ds.prepare(shop(), tmp_path / "data", **options)
