@@ -41,7 +41,7 @@ class Comparison:
 
     Attributes:
         relative: improvement of the mean over the reference, 0.1 for 10 %.
-        seeds_p: p of the Mann–Whitney U test over seeds.
+        seeds_p: p of the Mann–Whitney U test over seeds; None for one seed.
         seeds_smallest_p: the smallest p that so few seeds can give.
         low, high, users_p: interval and p of the paired bootstrap over users; None where the ranks
             of the rows are unknown or all rows belong to one user.
@@ -58,8 +58,8 @@ class Comparison:
     reference_mean: float
     reference_sd: float | None
     relative: float | None
-    seeds_p: float
-    seeds_smallest_p: float
+    seeds_p: float | None
+    seeds_smallest_p: float | None
     low: float | None = None
     high: float | None = None
     users_p: float | None = None
@@ -153,6 +153,12 @@ def holm(p: Sequence[float]) -> list[float]:
     return restored
 
 
+def holm_of_known(p: Sequence[float | None]) -> list[float | None]:
+    """Return Holm's correction of the p values that there are; None stays None."""
+    corrected = iter(holm([value for value in p if value is not None]))
+    return [None if value is None else next(corrected) for value in p]
+
+
 def ndcg(ranks: Ranks) -> np.ndarray:
     """Return the NDCG@10 (item match) of each row (R,), float64; 0 where no hit is listed."""
     rank = ranks.rank
@@ -164,9 +170,9 @@ def ndcg(ranks: Ranks) -> np.ndarray:
 def compare(study: Study, dataset: str) -> list[Comparison]:
     """Compare each tested method of a dataset with the reference on the same rows and seeds.
 
-    The reference is the one of the method's own backbone, or a baseline. A method that has only one
-    seed in common with it is left out, because one run cannot be tested against one. The p values
-    are corrected over all comparisons of the dataset.
+    The reference is the one of the method's own backbone, or a baseline. With one seed in common
+    there is no test over seeds; the bootstrap over users then speaks of these two trainings. The p
+    values are corrected over all comparisons of the dataset.
     """
     found: list[Comparison] = []
     tested = [run for run in study.runs if (run.dataset, run.state) == (dataset, "finished")]
@@ -181,15 +187,15 @@ def compare(study: Study, dataset: str) -> list[Comparison]:
                 by_method.setdefault(run.method, {})[run.seed] = run
         for by_seed in by_method.values():
             seeds = sorted(by_seed.keys() & reference.keys())
-            if len(seeds) > 1:
+            if seeds:
                 pairs = [by_seed[seed] for seed in seeds], [reference[seed] for seed in seeds]
                 found.append(compare_runs(*pairs, users))
 
-    seeds_holm = holm([c.seeds_p for c in found])
-    users_holm = iter(holm([c.users_p for c in found if c.users_p is not None]))
+    seeds_holm = holm_of_known([c.seeds_p for c in found])
+    users_holm = holm_of_known([c.users_p for c in found])
     return [
-        replace(c, seeds_holm=p, users_holm=None if c.users_p is None else next(users_holm))
-        for c, p in zip(found, seeds_holm, strict=True)
+        replace(c, seeds_holm=of_seeds, users_holm=of_users)
+        for c, of_seeds, of_users in zip(found, seeds_holm, users_holm, strict=True)
     ]
 
 
@@ -205,7 +211,7 @@ def compare_runs(
     """
     values, others = tested_figures(runs), tested_figures(reference)
     (mean, sd), (reference_mean, reference_sd) = mean_sd(values), mean_sd(others)
-    seeds_p, seeds_smallest_p = mann_whitney(values, others)
+    seeds_p, seeds_smallest_p = mann_whitney(values, others) if len(runs) > 1 else (None, None)
 
     bootstrap = None
     if users is not None and all("test" in run.ranks for run in (*runs, *reference)):

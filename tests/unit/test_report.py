@@ -182,7 +182,9 @@ def test_a_sweep_with_rows_that_are_not_whole(made, tmp_path, capsys):
 
 
 def test_bad_input_is_an_error_that_says_what_to_do(made, tmp_path, capsys):
-    assert "holds no run folders" in refused(tmp_path / "nothing", "-o", tmp_path / "out")
+    assert "no run folder (config.yaml) and holds none" in refused(
+        tmp_path / "nothing", "-o", tmp_path / "out"
+    )
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("mine")
     assert "holds no report, but thesis.tex" in refused(made, "-o", tmp_path / "full")
@@ -203,4 +205,4 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     [line] = done.stderr.splitlines()
-    assert line.startswith("error: ") and "holds no run folders" in line
+    assert line.startswith("error: ") and "no run folder (config.yaml) and holds none" in line

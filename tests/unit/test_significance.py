@@ -208,11 +208,14 @@ def test_methods_are_compared_over_the_seeds_and_rows_that_both_have(study):
     assert better.significant and not same.significant
 
 
-def test_a_single_seed_an_unfinished_run_and_a_missing_baseline_give_no_test(study):
+def test_a_single_seed_has_no_test_over_seeds_and_unfinished_runs_have_none(study):
     one_seed = replace(
         study, runs=[run for run in study.runs if run.method != "better" or run.seed == 0]
     )
-    assert [c.method for c in compare(one_seed, "toy")] == ["same"]
+    better = compare(one_seed, "toy")[0]
+    assert (better.method, better.seeds) == ("better", [0])
+    assert better.seeds_p is None and better.seeds_holm is None and better.sd is None
+    assert better.low < better.mean - better.reference_mean < better.high
     unfinished = [
         replace(run, state="unfinished") if (run.method, run.seed) == ("better", 2) else run
         for run in study.runs

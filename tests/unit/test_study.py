@@ -653,8 +653,29 @@ def test_a_folder_of_run_folders_is_read_and_others_are_refused(run, tmp_path):
     assert [run.method for run in study.runs] == ["igd β=0.1", "uniform"] and study.name == "runs"
     with pytest.raises(ValueError, match="is no sweep"):
         read_runs([tmp_path / "runs" / "data"], 0)
-    with pytest.raises(ValueError, match="two runs are called igd"):
-        read_runs([tmp_path / "runs", tmp_path / "runs" / "igd"], 0)
+
+    # The same run, given twice, counts once.
+    twice = read_runs([tmp_path / "runs", tmp_path / "runs" / "igd"], 0)
+    assert [run.state for run in twice.runs] == ["finished", "finished", "unfinished"]
+
+
+def test_folders_at_any_depth_make_one_report(run, tmp_path):
+    """Two experiments, whose runs are called alike, in folders of one folder."""
+    for seed, name in enumerate(("first", "second")):
+        run("uniform", seed=seed), run("igd", objective="igd", igd_beta=0.1, seed=seed)
+        (tmp_path / "runs").rename(tmp_path / name)
+        (tmp_path / "all" / "deep").mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).rename(tmp_path / "all" / "deep" / name)
+    deep = tmp_path / "all" / "deep"
+    together = read_runs([tmp_path / "all"], 0)
+    assert {run.name for run in together.runs} == {
+        f"deep/{name}/{method}" for name in ("first", "second") for method in ("uniform", "igd")
+    }
+    assert {run.state for run in together.runs} == {"finished"}
+    beside = read_runs([deep / "first", deep / "second"], 0)
+    assert {run.name for run in beside.runs} == {
+        f"{deep / name}/{method}" for name in ("first", "second") for method in ("uniform", "igd")
+    }
 
 
 def test_a_run_that_is_there_twice_counts_once(run):

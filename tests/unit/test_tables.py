@@ -257,14 +257,17 @@ def test_runs_that_are_not_whole_are_never_averaged_in():
     ]  # no deviation of one seed
     assert found.notes == [
         "qwen, igd β=0.2: mean of 1 of 2 runs (seed 1 unfinished).",
-        "One seed: no standard deviation and no test for igd β=0.2.",
+        "One seed, and so no standard deviation over seeds: igd β=0.2.",
     ]
 
     tests = table(replace(study, runs=runs), "significance-toys")
-    assert [row[1].text for row in tests.rows] == ["igd-linear β=0.4"]
-    assert tests.notes[-1] == (
-        "Not tested, because fewer than two seeds are shared with uniform: igd β=0.2."
-    )
+    assert [(row[1].text, row[2].text) for row in tests.rows] == [
+        ("igd β=0.2", "1"),
+        ("igd-linear β=0.4", "2"),
+    ]
+    elsewhere = [replace(run, seed=7) if "igd β" in run.method else run for run in runs]
+    tests = table(replace(study, runs=elsewhere), "significance-toys")
+    assert tests.notes[-1] == "Not tested, because no seed is shared with uniform: igd β=0.2."
 
 
 def test_the_tests_say_what_so_few_seeds_can_show():

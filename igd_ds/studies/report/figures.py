@@ -280,7 +280,8 @@ def draw_curves(
     for index, (name, (runs, tag)) in enumerate(lines.items()):
         if curve := mean_curve(runs, tag):
             steps, mean, deviation = curve
-            every = (index % 5 / 50, 0.1)  # markers of different lines stand at different positions
+            # Markers of different lines stand at different positions; a single point has its own.
+            every = (index % 5 / 50, 0.1) if len(steps) > 1 else None
             axes.plot(steps, mean, label=name, markevery=every, **looks[index])
             band: Look = {"color": looks[index]["color"], "alpha": 0.15, "linewidth": 0}
             axes.fill_between(steps, mean - deviation, mean + deviation, **band)

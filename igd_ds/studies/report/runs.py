@@ -6,6 +6,7 @@ A run that is unfinished, failed, damaged or written by an older version is note
 import contextlib
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -116,26 +117,22 @@ class Details:
 
 
 def read_runs(roots: Sequence[Path], examples: int) -> Study:
-    """Read run folders, folders of run folders, and folders of sweeps.
+    """Read run folders, sweeps, and folders that hold them at any depth.
 
     Args:
         roots: the folders.
         examples: number of rows per dataset and backbone whose lists are shown.
 
     Raises:
-        UsageError: a folder is none of these, two runs have the same name, or runs of one dataset
-            were not evaluated alike.
+        UsageError: a folder is none of these, or runs of one dataset were not evaluated alike.
     """
-    found: dict[str, Location] = {}
     given = [read_root(Path(root)) for root in roots]
-    for root in given:
-        if twice := [name for name in root.locations if name in found]:
-            name = twice[0]
-            raise UsageError(
-                f"two runs are called {name}: {found[name].folder} and "
-                f"{root.locations[name].folder}; make separate reports, or rename a folder"
-            )
-        found |= root.locations
+    names = Counter(name for root in given for name in root.locations)
+    found: dict[str, Location] = {}
+    for path, root in zip(roots, given, strict=True):
+        for name, location in root.locations.items():
+            # Runs that are called alike are told apart by the folder that was given.
+            found[name if names[name] == 1 else f"{path}/{name}"] = location
 
     folders = {name: location.folder for name, location in found.items()}
     runs = with_methods([read_run(name, location) for name, location in found.items()])
@@ -190,10 +187,12 @@ def add_details(
 
 
 def read_root(root: Path) -> Root:
-    """Return the runs below a folder.
+    """Return the runs of a folder and of the folders below it.
+
+    A run that lies deeper is called by its path from `root`.
 
     Raises:
-        UsageError: it is no sweep and no run folder, and holds no run folders.
+        UsageError: it is no sweep and no run folder, and holds none.
     """
     sweep = read_json(root / "sweep.json")
     if sweep is not None:
@@ -207,12 +206,24 @@ def read_root(root: Path) -> Root:
 
     if (root / "config.yaml").is_file():
         return Root(root.resolve().parent.name, "", {root.name: Location(root)})
-    inside = sorted(path.parent for path in root.glob("*/config.yaml"))
-    if not inside:
+
+    budgets: list[str] = []
+    locations: dict[str, Location] = {}
+    for folder in sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else ():
+        if not any(next(folder.rglob(name), None) for name in ("config.yaml", "sweep.json")):
+            continue
+        inside = read_root(folder)
+        budgets.append(inside.budget)
+        is_run = (folder / "config.yaml").is_file()
+        locations |= {
+            name if is_run else f"{folder.name}/{name}": location
+            for name, location in inside.locations.items()
+        }
+    if not locations:
         raise UsageError(
-            f"{root} is no sweep (sweep.json), no run folder (config.yaml) and holds no run folders"
+            f"{root} is no sweep (sweep.json), no run folder (config.yaml) and holds none"
         )
-    return Root(root.name, "", {folder.name: Location(folder) for folder in inside})
+    return Root(root.name, "\n".join(filter(None, budgets)), locations)
 
 
 def read_json(path: Path) -> Json | None:

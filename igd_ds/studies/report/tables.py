@@ -18,6 +18,7 @@ from igd_ds.studies import significance
 from igd_ds.studies.report.layout import Cell, Row, Table
 from igd_ds.studies.report.study import (
     AT_ALPHA,
+    IGD,
     MATCHES,
     METRIC,
     NOT_BEGUN,
@@ -180,7 +181,8 @@ def marked(rows: Sequence[Row], first: int, smallest: Sequence[int] = ()) -> lis
     """Return the rows of a block with the best and the second best value of each column marked.
 
     Columns before `first` are not marked. The best value is the largest one, except in the columns
-    of `smallest`. Values that are equal after rounding are marked alike.
+    of `smallest`. Values that are equal after rounding are marked alike. A 0 is marked only where
+    small is good.
     """
     rows = [list(row) for row in rows]
     for column in range(first, len(rows[0]) if rows else 0):
@@ -193,7 +195,7 @@ def marked(rows: Sequence[Row], first: int, smallest: Sequence[int] = ()) -> lis
         marks = {values[0]: "best", values[1]: "second"}
         for row in rows:
             number = row[column].number
-            if number in marks:
+            if number in marks and (number or column in smallest):
                 row[column] = replace(row[column], mark=marks[number])
     return rows
 
@@ -379,9 +381,10 @@ def main_table(study: Study, dataset: str) -> Table:
             rows.append([*words(backbone, f"improvement of {best}", "", None), *cells, Cell(None)])
 
     caption = (
-        f"Test rows of {dataset}; the whole catalogue is ranked; mean ± standard deviation over "
-        f"seeds. Bold: best; underlined: second. * marks a difference from {study.reference} in "
-        f"NDCG@10 (paired bootstrap over users, Holm-corrected p < {significance.LEVEL}). Last "
+        f"{rows_of(study, dataset, 'test')}; the whole catalogue is ranked; mean ± standard "
+        "deviation over seeds. Bold: best; underlined: second. * marks a difference from "
+        f"{study.reference} in NDCG@10 (paired bootstrap over users, Holm-corrected p < "
+        f"{significance.LEVEL}). Last "
         f"column: improvement over {study.reference} in NDCG@10. Last row: improvement in every "
         f"measure, for the method with the best validation NDCG@10. {MATCHES} {AT_ALPHA}"
     )
@@ -390,6 +393,19 @@ def main_table(study: Study, dataset: str) -> Table:
     columns.append(f"vs {study.reference}")
     title = f"Main results: {dataset}"
     return Table(slug("main", dataset), title, caption, columns, rows, gaps(study, dataset, found))
+
+
+def rows_of(study: Study, dataset: str, split: str) -> str:
+    """Return how many rows of a split were evaluated, out of how many, as text."""
+    evaluated = {
+        results["rows"]
+        for run in study.runs
+        if run.dataset == dataset and (results := getattr(run, split)) and "rows" in results
+    }
+    count = " and ".join(f"{rows:,}" for rows in sorted(evaluated)) or "no"
+    total = study.catalogues.get(dataset, {}).get(f"{split}_rows")
+    of_all = f" of {total:,}" if total else ""
+    return f"{count}{of_all} {split} rows of {dataset}"
 
 
 def expected_popularity(run: Run, measures: Sequence[str]) -> Row:
@@ -423,7 +439,7 @@ def gaps(study: Study, dataset: str, found: Methods) -> list[str]:
         method for (_, method), runs in found.items() if len(runs) == 1 and not runs[0].is_baseline
     ]
     if single:
-        notes.append(f"One seed: no standard deviation and no test for {', '.join(single)}.")
+        notes.append(f"One seed, and so no standard deviation over seeds: {', '.join(single)}.")
     return notes
 
 
@@ -459,7 +475,11 @@ def significance_table(study: Study, dataset: str) -> Table:
         f"Holm: corrected over the methods of the dataset. {AT_ALPHA}"
     )
 
-    smallest = {(len(c.seeds), round(c.seeds_smallest_p, 4)) for c in compared}
+    smallest = {
+        (len(c.seeds), round(c.seeds_smallest_p, 4))
+        for c in compared
+        if c.seeds_smallest_p is not None
+    }
     notes = [
         f"With {n} seeds per method, the p of the Mann–Whitney U test is at least {p:g} before "
         "correction."
@@ -473,8 +493,7 @@ def significance_table(study: Study, dataset: str) -> Table:
     ]
     if untested:
         notes.append(
-            f"Not tested, because fewer than two seeds are shared with {study.reference}: "
-            f"{', '.join(untested)}."
+            f"Not tested, because no seed is shared with {study.reference}: {', '.join(untested)}."
         )
     name, title = slug("significance", dataset), f"Tests: {dataset}"
     return Table(name, title, caption, columns, rows, notes)
@@ -630,7 +649,7 @@ def alpha_grid(study: Study) -> list[Table]:
         (HEADLINE, "hr@10"): ".4f",
     }
 
-    rows = []
+    rows, notes = [], []
     for dataset in datasets(study):
         for (backbone, method), runs in methods(study, dataset).items():
             grids = [set(run.valid["alpha"]) for run in runs if run.valid]
@@ -644,13 +663,30 @@ def alpha_grid(study: Study) -> list[Table]:
                 names = words(title_of(dataset, backbone), method)
                 block.append([*names, Cell(float(alpha), form="g"), *cells])
             rows += marked(block, 3, smallest=(3,))
+            if block and runs[0].objective in IGD and (error := standard_error(runs)):
+                notes.append(
+                    f"{title_of(dataset, backbone)}, {method}: validation chose α = "
+                    f"{chosen_alphas(runs)}; the standard error of NDCG@10 there is {error:.4f}."
+                )
 
     columns = ["Data", "Method", "α", "FWR ↓", "ISE ↑ (bits)", "NDCG@10", "HR@10"]
     caption = (
         "Validation. α > 0 is IGD's decoding, for every training. FWR: share of the most common "
         "first token among the ten items of a list. ISE: entropy of the scores of a list."
     )
-    return [Table("alpha", "Diversity and accuracy along α (IGD Table 7)", caption, columns, rows)]
+    title = "Diversity and accuracy along α (IGD Table 7)"
+    return [Table("alpha", title, caption, columns, rows, notes)]
+
+
+def standard_error(runs: Sequence[Run]) -> float | None:
+    """Return the standard error of the mean NDCG@10 over validation rows, for one of the seeds.
+
+    None where the ranks of the rows are unknown.
+    """
+    if not runs or "valid" not in runs[0].ranks:
+        return None
+    gained = ndcg(runs[0].ranks["valid"])
+    return significant(float(np.std(gained) / math.sqrt(len(gained))))
 
 
 def mtc_ablation(study: Study) -> list[Table]:
