@@ -92,6 +92,10 @@ class Measures:
     """By split: int (R,)."""
     times: dict[str, np.ndarray]
     """By split: int64, the timestamps that are not null, in seconds since 1970."""
+    repeats: dict[str, float]
+    """By split: the share of rows whose target is in their history."""
+    pairs: int
+    """Different pairs of a user and a target, in all splits."""
     popularity: np.ndarray
     """int64 (N,): how often an item is a training target."""
     title_words: np.ndarray
@@ -110,6 +114,8 @@ class Measures:
             users=pc.count_distinct(pa.chunked_array(user_chunks)).as_py(),
             history_lengths={name: column.to_numpy() for name, column in lengths.items()},
             times={name: column.to_numpy() for name, column in times.items()},
+            repeats={name: _repeat_share(splits[name]) for name in SPLIT_WORDS},
+            pairs=_num_pairs(splits),
             popularity=np.bincount(splits["train"]["target"].to_numpy(), minlength=len(items)),
             title_words=pc.count_substring_regex(titles, WORD).to_numpy(),
             title_characters=pc.utf8_length(titles).to_numpy(),
@@ -126,6 +132,24 @@ class Measures:
         if not times:
             return None
         return min(int(t.min()) for t in times), max(int(t.max()) for t in times)
+
+
+def _repeat_share(rows: pa.Table) -> float:
+    """Return the share of rows whose target is in their history."""
+    repeated = 0
+    for batch in rows.select(["history", "target"]).to_batches():
+        history, target = batch.columns
+        length = pc.list_value_length(history).to_numpy()
+        row = np.repeat(np.arange(len(length)), length)
+        is_target = history.flatten().to_numpy() == target.to_numpy()[row]
+        repeated += len(np.unique(row[is_target]))
+    return repeated / max(len(rows), 1)
+
+
+def _num_pairs(splits: Mapping[str, pa.Table]) -> int:
+    """Return how many different pairs of a user and a target all splits have."""
+    pairs = pa.concat_tables(splits[name].select(["user_id", "target"]) for name in SPLIT_WORDS)
+    return pairs.group_by(["user_id", "target"]).aggregate([]).num_rows
 
 
 def write_card(
@@ -161,7 +185,7 @@ def write_card(
         _distributions(measures),
         *(f"![{what}]({name})" for name, what in figures.items()),
         *missing,
-        _order_and_loading(info["protocol"]),
+        _order_and_loading(info["protocol"], measures.span() is not None),
         _sources(info["sources"]),
     ]
     text = "\n\n".join(section for section in sections if section)
@@ -227,7 +251,8 @@ def _summary(info: Mapping[str, Any], items: pa.Table, measures: Measures) -> st
 
     sentences = [
         f"{len(items):,} items{domain} and {measures.users:,} users, in {rows[0]}, {rows[1]} and "
-        f"{rows[2]} rows.",
+        f"{rows[2]} rows. Density: {_percent(measures.pairs / (measures.users * len(items)))} of "
+        "the pairs of a user and an item occur as targets.",
         "A row is what a user met before, oldest first (the history), and what came next (the "
         "target).",
         f"Protocol {escape(info['protocol'])}" + (f": {words}." if words else "."),
@@ -272,14 +297,19 @@ def _splits_table(splits: Mapping[str, pa.Table], measures: Measures) -> str:
         users = pc.count_distinct(splits[name]["user_id"]).as_py()
         cold = (measures.popularity[splits[name]["target"].to_numpy()] == 0).mean()
         row = [name, f"{splits[name].num_rows:,}", f"{users:,}", _percent(cold)]
+        row.append(_percent(measures.repeats[name]))
         if has_times:
             times = measures.times[name]
             row += [_date(times.min()), _date(times.max())] if len(times) else ["", ""]
         rows.append(row)
 
-    header = ["split", "rows", "users", "rows with a cold target", "first target", "last target"]
+    header = ["split", "rows", "users", "rows with a cold target", "with a repeated target"]
+    header += ["first target", "last target"]
     table = _table(header[: len(rows[0])], rows)
-    return table + "\n\nAn item is cold if it is the target of no training row."
+    return (
+        f"{table}\n\nAn item is cold if it is the target of no training row. A target is repeated "
+        "if it is in the row's history."
+    )
 
 
 def _funnel(steps: Sequence[Mapping[str, Any]]) -> str:
@@ -366,13 +396,15 @@ def _distributions(measures: Measures) -> str:
     return "\n\n".join(["## Distributions", table, _table(["", "items", "share"], facts)])
 
 
-def _order_and_loading(protocol: str) -> str:
+def _order_and_loading(protocol: str, has_times: bool) -> str:
     if protocol == "given":
         order = "Rows are in the order of the source's files."
+    elif not has_times:
+        order = "Interactions are in the order of the source's files: they have no timestamps."
     else:
         order = (
             "Interactions are ordered by time. Interactions of equal time keep the order of the "
-            "source's files (file position), and so do all interactions of data without timestamps."
+            "source's files (file position)."
         )
     return f"""## Order and loading
 

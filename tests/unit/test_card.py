@@ -122,6 +122,7 @@ def test_numbers_equal_plain_counting(rows, tmp_path):
             str(len(found)),
             str(len({row[0] for row in found})),
             cold,
+            f"{100 * sum(row[2] in row[1] for row in found) / len(found):.1f} %",
             *dates,
         ]
 
@@ -249,5 +250,7 @@ def test_three_rows_of_semantic_ids(tmp_path, time):
     assert ("No figure over time" in text) == (time != 1_500_000_000)
 
     date = {None: None, 1_500_000_000: "2017-07-14", 10**13: "318857-05-20"}[time]
-    assert row_of(text, "train") == ["1", "1", "0.0 %", *([date, date] if date else [])]
+    assert row_of(text, "train") == ["1", "1", "0.0 %", "0.0 %", *([date, date] if date else [])]
     assert ("There are no timestamps." in text) == (time is None)
+    assert ("Interactions are ordered by time." in text) == (time is not None)
+    assert "Density: 33.3 % of the pairs" in text, "3 of 3 × 3"
