@@ -5,6 +5,7 @@ are filled under a temporary name and then renamed. What a killed process leaves
 its name: TARGET.tmp-PID. The next process that claims the folder removes it.
 """
 
+import contextlib
 import errno
 import glob
 import hashlib
@@ -178,6 +179,16 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
+def forget_lock(folder: Path) -> None:
+    """Remove FOLDER.lock of a process that was killed when it had made the folder already.
+
+    A lock whose holder still runs stays.
+    """
+    if folder.with_name(f"{folder.name}.lock").exists():
+        with contextlib.suppress(UsageError), locked(folder):
+            pass
+
+
 def flush_files(folder: Path) -> None:
     """Wait until the content of all files of a folder is on the disk."""
     for path in folder.rglob("*"):
@@ -238,6 +249,7 @@ def is_made(folder: Path, record: str, request: Mapping[str, Any], flag: str = "
     """
     if not folder.exists():
         return False
+    forget_lock(folder)
 
     asked = json.loads(json.dumps(request))
     path = folder / record

@@ -36,7 +36,7 @@ from igd_ds.data.raw import RawReader
 from igd_ds.data.raw_files import RawRequest
 from igd_ds.data.sources import SOURCES, find_files
 from igd_ds.errors import UsageError
-from igd_ds.folders import differing, sha256_of
+from igd_ds.folders import differing, forget_lock, sha256_of
 from igd_ds.items.shared_paths import MAX_ITEMS_PER_PATH, SharedPaths
 
 DROPPING = ("drop", "d3")  # the title policies that remove items
@@ -281,6 +281,7 @@ def _finished(output: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UsageError: the output is another dataset.
     """
+    forget_lock(output)
     info = read_info(output)
     asked = json.loads(json.dumps(asked))
     if different := differing(info, asked):

@@ -25,7 +25,15 @@ from tqdm import tqdm
 from igd_ds.data.card import write_card
 from igd_ds.data.dataset import SPLITS, fingerprint, read_info
 from igd_ds.errors import UsageError
-from igd_ds.folders import differing, new_folder, sha256_of, write_json, write_text
+from igd_ds.folders import (
+    differing,
+    forget_lock,
+    is_temporary,
+    new_folder,
+    sha256_of,
+    write_json,
+    write_text,
+)
 from igd_ds.items.embeddings import ARRAY, load_embeddings
 from igd_ds.semantic_ids import collisions, quantizers
 from igd_ds.semantic_ids.quantizers import QuantizerOptions
@@ -84,6 +92,7 @@ def assign_ids(request: IDRequest) -> dict[str, Any] | None:
     info = read_info(request.dataset)
     record = _record(request, info)
     if request.output.exists():
+        forget_lock(request.output)
         made = read_info(request.output).get("semantic_ids", {}).get("request", {})
         if changed := differing(made, record):
             raise UsageError(
@@ -234,7 +243,8 @@ def claim_log_dir(folder: Path) -> None:
         UsageError: the folder holds anything else.
     """
     if folder.exists():
-        if foreign := sorted({path.name for path in folder.iterdir()} - set(LOGS)):
+        own = {path.name for path in folder.iterdir() if not is_temporary(path)}
+        if foreign := sorted(own - set(LOGS)):
             raise UsageError(
                 f"--log_dir {folder} holds other files ({foreign[0]}); choose a new folder"
             )

@@ -100,7 +100,8 @@ def test_a_stopped_command_goes_on(campaign, folder, name, share, kind):
     codes, text = disturbed(campaign, name, share, folder, kind)
     # 85: it has saved; 143: an evaluation told to end. A signal before the command listens ends it,
     # and one at its end comes too late.
-    assert set(codes) <= {85, 143, 0, -10, -15}, f"{codes}\n{text[-2000:]}"
+    lost = {1} if {-10, -15} & set(codes) else set()  # a rank whose peer was ended so early
+    assert set(codes) <= {85, 143, 0, -10, -15} | lost, f"{codes}\n{text[-2000:]}"
     check_second_run(campaign, name, folder)
 
 

@@ -248,3 +248,23 @@ def test_a_place_that_takes_no_folder_is_named(tmp_path, place):
         new_folder(tmp_path / place / "data"),
     ):
         pass
+
+
+def test_a_lock_left_when_the_folder_was_made_already_is_removed(tmp_path):
+    """Killed between the rename and the release of the lock; a living holder's lock stays."""
+    target, lock = tmp_path / "data", tmp_path / "data.lock"
+    with new_folder(target) as unfinished:
+        write_json(unfinished / "request.json", {"a": 1})
+
+    dead = "import os, sys; from pathlib import Path; from igd_ds import locks; "
+    dead += "locks.acquire(Path(sys.argv[1]), 'x'); os._exit(0)"
+    subprocess.run([sys.executable, "-c", dead, lock], check=True)
+    assert lock.exists() and is_made(target, "request.json", {"a": 1})
+    assert not lock.exists()
+
+    living = dead.replace("os._exit(0)", "print(flush=True); sys.stdin.read()")
+    words = [sys.executable, "-c", living, lock]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        assert is_made(target, "request.json", {"a": 1}) and lock.exists()
+        process.stdin.close()
