@@ -50,8 +50,7 @@ Ids = Iterable[ItemId] | np.ndarray
 """A flat list of ids."""
 
 SCORINGS_KEPT = 8
-"""Scoring options whose arrays stay on the device. A service has few; a sweep over α must not fill
-the memory."""
+"""Scoring options whose arrays stay in memory. A service has few; a sweep over α must not fill it."""
 
 
 @dataclass(frozen=True)
@@ -147,8 +146,8 @@ class Recommender:
         # What the search walks.
         self.likelihood = likelihood_of(self.description)
         self.num_leaves = int(np.count_nonzero(self.stored.trie.is_leaf))
-        self.trie = SearchTrie.build(self.stored.trie, self.device)
-        self.ranges = ItemRanges.build(self.stored.trie, self.device)
+        self.trie = SearchTrie.build(self.stored.trie)
+        self.ranges = ItemRanges.build(self.stored.trie)
         self.batch_size, self.limits = 16, Limits()
         self._one_at_a_time = threading.Lock()
         self._backbone: Backbone | None = None
@@ -207,10 +206,8 @@ class Recommender:
             self.model = self._backbone.load(self.source, load_in_4bit, self.device)
 
     def _build_scoring(self, options: ScoringOptions) -> Scoring:
-        """Return the Scoring of some options on this device; `scoring` keeps the last few."""
-        return Scoring.build(
-            self.stored.trie, self.stored.gain, options, self.device, self.likelihood
-        )
+        """Return the Scoring of some options; `scoring` keeps the last few."""
+        return Scoring.build(self.stored.trie, self.stored.gain, options, self.likelihood)
 
     def per_user(
         self,
@@ -247,10 +244,10 @@ class Recommender:
         self, q: np.ndarray, item_filter: ItemFilter, labels: Sequence[str]
     ) -> np.ndarray:
         """Set q (B, N) to 0, in place, where the user may not get the item."""
-        items = torch.arange(q.shape[1], device=self.device)
+        items = torch.arange(q.shape[1])
         for user, row in enumerate(q):
             allowed = item_filter.allows_items(torch.full_like(items, user), items)
-            row[~allowed.cpu().numpy()] = 0
+            row[~allowed.numpy()] = 0
             if not row.any():
                 raise UsageError(
                     f"{labels[user]}: item filter and guidance together leave nothing; loosen one "
@@ -294,9 +291,9 @@ class Recommender:
         items = trie.item_order[ragged_arange(trie.first_item[leaves], count)]
 
         if item_filter is not None:
-            user = torch.from_numpy(users[owner].astype(np.int64)).to(self.device)
-            item = torch.from_numpy(items.astype(np.int64)).to(self.device)
-            allowed = item_filter.allows_items(user, item).cpu().numpy()
+            user = torch.from_numpy(users[owner].astype(np.int64))
+            item = torch.from_numpy(items.astype(np.int64))
+            allowed = item_filter.allows_items(user, item).numpy()
             owner, items = owner[allowed], items[allowed]
         return items, np.bincount(owner, minlength=len(leaves))
 
@@ -423,9 +420,9 @@ class Recommender:
         self, found: SearchResult, k: int, item_filter: ItemFilter | None
     ) -> list[RankedList]:
         """Return the users' lists at the search's only α."""
-        leaves = found.leaves[0].cpu().numpy()
-        scores = found.scores[0].cpu().numpy()
-        certified = found.certified[0].cpu().numpy()
+        leaves = found.leaves[0].numpy()
+        scores = found.scores[0].numpy()
+        certified = found.certified[0].numpy()
         user, place = np.nonzero(leaves >= 0)
         items, count = self.items_under(leaves[user, place], user, item_filter)
         items_of_place = np.split(items, count.cumsum()[:-1])

@@ -37,7 +37,7 @@ class Policy(Protocol):
 
 @dataclass(frozen=True)
 class SearchResult:
-    """Ranked lists of B users at nA values of α, best first."""
+    """Ranked lists of B users at nA values of α, best first; all tensors lie on the CPU."""
 
     leaves: torch.Tensor
     """int32 (nA, B, K): leaves of the trie; −1 where the user can get fewer than K."""
@@ -77,8 +77,8 @@ def search(
 
     Args:
         tree: a prompt tree after `prefill`. Prefill it again before another search.
-        trie: the catalogue's trie on the tree's device.
-        scoring: how a path is scored, on the same device.
+        trie: the catalogue's trie, on the CPU.
+        scoring: how a path is scored.
         num_beams: K.
         method: a name in METHODS.
         per_user: item filter and guidance of this batch's users.
@@ -103,10 +103,9 @@ def search(
     assert len(scoring.gain) == trie.num_nodes, "one gain per node of this trie"
 
     num_users, num_alphas = len(tree.prompt_logits), len(scoring.alphas)
-    device = tree.prompt_logits.device
     frontier = Frontier(tree, trie, scoring, per_user)
-    pair_user = torch.arange(num_users, device=device).repeat_interleave(num_alphas)
-    pair_alpha = torch.tensor(scoring.alphas, device=device).repeat(num_users)
+    pair_user = torch.arange(num_users).repeat_interleave(num_alphas)
+    pair_alpha = torch.tensor(scoring.alphas).repeat(num_users)
 
     def by_alpha(values: torch.Tensor) -> torch.Tensor:
         """Turn (A, …) into (nA, B, …)."""

@@ -3,6 +3,9 @@
 All searches of a batch (each user at each α, and the exact search after the beam search) read and
 extend the same frontier, so no token is sent through the model twice for one user.
 
+Everything but the logits lies on the CPU. On an accelerator the search thus waits once per pass,
+for the log-probabilities of the edges that the pass has found, and launches few operations there.
+
 Letters in shapes: B users, X expanded nodes, E edges, Q edges to expand, T tokens of a pass,
 V vocabulary. A *chain* is a row of tokens, each the child of the one before, that go through the
 model together (see `contracts.PromptTree`).
@@ -27,9 +30,10 @@ from igd_ds.search.scoring import Scoring
 # they get that far (measured: docs/search.md).
 LOOKAHEAD = 12
 
-# Logits per block of the softmax: 4 MiB of fp32. malloc keeps such blocks for the next use and
-# gives blocks of 16 MiB back to the system (measured).
-BLOCK = 2**20
+# Logits per block of the softmax. On a CPU 4 MiB of fp32: malloc keeps such blocks for the next use
+# and gives blocks of 16 MiB back to the system (measured). An accelerator keeps freed memory
+# anyway: there a block only bounds the memory, at 1 GiB.
+CPU_BLOCK, DEVICE_BLOCK = 2**20, 2**28
 
 
 @dataclass(frozen=True)
@@ -49,8 +53,8 @@ class PerUser:
 class GrowableArray:
     """A one-dimensional tensor to which values are appended; its memory doubles when it is full."""
 
-    def __init__(self, dtype: torch.dtype, device: torch.device):
-        self.memory = torch.empty(1024, dtype=dtype, device=device)
+    def __init__(self, dtype: torch.dtype):
+        self.memory = torch.empty(1024, dtype=dtype)
         self.size = 0
 
     def append(self, values: torch.Tensor) -> None:
@@ -83,8 +87,8 @@ class Frontier:
 
     Args:
         tree: a prefilled prompt tree of B users.
-        trie: the catalogue's trie on the tree's device.
-        scoring: how a path is scored, on the same device.
+        trie: the catalogue's trie, on the CPU.
+        scoring: how a path is scored.
         per_user: item filter and guidance of the users.
 
     Attributes:
@@ -95,30 +99,30 @@ class Frontier:
 
     def __init__(self, tree: PromptTree, trie: SearchTrie, scoring: Scoring, per_user: PerUser):
         self.tree, self.trie, self.scoring, self.per_user = tree, trie, scoring, per_user
-        num_users, device = len(tree.prompt_logits), tree.prompt_logits.device
+        num_users = len(tree.prompt_logits)
 
-        self.node = GrowableArray(torch.int64, device)
-        self.user = GrowableArray(torch.int64, device)
-        self.chain = GrowableArray(torch.int64, device)
-        self.first_edge = GrowableArray(torch.int64, device)
-        self.num_edges = GrowableArray(torch.int64, device)
+        self.node = GrowableArray(torch.int64)
+        self.user = GrowableArray(torch.int64)
+        self.chain = GrowableArray(torch.int64)
+        self.first_edge = GrowableArray(torch.int64)
+        self.num_edges = GrowableArray(torch.int64)
 
-        self.child = GrowableArray(torch.int32, device)
-        self.above = GrowableArray(torch.int32, device)
-        self.below = GrowableArray(torch.int32, device)
-        self.logprob = GrowableArray(torch.float32, device)
-        self.bonus = GrowableArray(torch.float32, device)
+        self.child = GrowableArray(torch.int32)
+        self.above = GrowableArray(torch.int32)
+        self.below = GrowableArray(torch.int32)
+        self.logprob = GrowableArray(torch.float32)
+        self.bonus = GrowableArray(torch.float32)
 
         # n^p of every length comes from one table, so that a score is the same to the bit wherever
         # it is computed.
         lengths = torch.arange(int(trie.longest[0]) + 1, dtype=torch.float64)
-        self.length_power = (lengths**scoring.length_penalty).float().to(device)
-        self.passes = torch.zeros(num_users, dtype=torch.int64, device=device)
-        self.positions = torch.zeros(num_users, dtype=torch.int64, device=device)
+        self.length_power = (lengths**scoring.length_penalty).float()
+        self.passes = torch.zeros(num_users, dtype=torch.int64)
+        self.positions = torch.zeros(num_users, dtype=torch.int64)
 
         # The users' roots are expanded: the prompts have been read.
-        users = torch.arange(num_users, device=device)
-        nothing = torch.zeros(num_users, device=device)
+        users = torch.arange(num_users)
+        nothing = torch.zeros(num_users)
         self._append_edges(torch.zeros_like(users), users, nothing, nothing)
         self._append_expanded(torch.zeros_like(users), users, users, tree.prompt_logits)
         self.below.values[users] = users.int()
@@ -266,7 +270,7 @@ class Frontier:
     ) -> torch.Tensor:
         """Return log p of `token` (E,) behind row `row` (E,) of `logits` (X, V), float32 (E,)."""
         softmax = masked_logprob if self.scoring.masked_softmax else full_logprob
-        return softmax(logits, row, token, self.scoring.temperature)
+        return softmax(logits, row, token, self.scoring.temperature).cpu()
 
 
 def full_logprob(
@@ -280,22 +284,22 @@ def full_logprob(
 
     Args:
         logits: (X, V), in the model's dtype.
-        row: int64 (E,), ascending.
-        token: int64 (E,).
+        row: int64 (E,), ascending, on the CPU.
+        token: int64 (E,), on the CPU.
         temperature: T.
     """
-    rows = max(1, BLOCK // logits.shape[1])
-    cuts = torch.searchsorted(
-        row, torch.arange(0, len(logits) + rows, rows, device=row.device)
-    ).tolist()
+    block = CPU_BLOCK if logits.device.type == "cpu" else DEVICE_BLOCK
+    rows = max(1, block // logits.shape[1])
+    cuts = torch.searchsorted(row, torch.arange(0, len(logits) + rows, rows)).tolist()
+    row, token = torch.stack([row % rows, token]).to(logits.device).unbind(0)
 
     logprob = []
     for number, (begin, end) in enumerate(itertools.pairwise(cuts)):
-        block = logits[number * rows : (number + 1) * rows]
+        part = logits[number * rows : (number + 1) * rows]
         if temperature != 1:
-            block = block.float() / temperature
-        block = torch.log_softmax(block, dim=-1, dtype=torch.float32)
-        logprob.append(block[row[begin:end] - number * rows, token[begin:end]])
+            part = part.float() / temperature
+        part = torch.log_softmax(part, dim=-1, dtype=torch.float32)
+        logprob.append(part[row[begin:end], token[begin:end]])
     return torch.cat(logprob)
 
 
@@ -306,6 +310,7 @@ def masked_logprob(
 
     The arguments are those of `full_logprob`.
     """
+    row, token = torch.stack([row, token]).to(logits.device).unbind(0)
     wanted = logits[row, token].float() / temperature
     highest = wanted.new_full((len(logits),), -torch.inf)
     highest = highest.scatter_reduce(0, row, wanted, "amax")

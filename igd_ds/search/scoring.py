@@ -129,8 +129,7 @@ class Scoring:
     name: str
     """Name of the decoding rule."""
     gain: torch.Tensor
-    """float32 (M,) on the search's device: ĨG in [0, 1]. With `pooled` it is the gain itself, NaN
-    on cold edges."""
+    """float32 (M,): ĨG in [0, 1]. With `pooled` it is the gain itself, NaN on cold edges."""
     pooled: bool
     """Whether ĨG depends on the step's hypotheses: weights come from `pooled_weights`, not from
     `weights`."""
@@ -152,7 +151,6 @@ class Scoring:
         trie: TokenTrie,
         gain: np.ndarray,
         options: ScoringOptions,
-        device: torch.device | str = "cpu",
         likelihood: Likelihood = Likelihood(),  # noqa: B008
     ) -> Scoring:
         """Check the options and compute what they mean for every edge.
@@ -161,7 +159,6 @@ class Scoring:
             trie: the catalogue's trie, M nodes.
             gain: a measure of decisiveness per edge, (M,).
             options: what the user asks for.
-            device: the device of the search.
             likelihood: how the model was trained; the softmax "auto" and the temperature None take
                 their values from it.
 
@@ -170,7 +167,7 @@ class Scoring:
 
         Example:
             >>> options = ScoringOptions(alpha=(0.0, 0.2))
-            >>> scoring = Scoring.build(stored.trie, stored.gain, options, "cuda")
+            >>> scoring = Scoring.build(stored.trie, stored.gain, options)
         """
         options.check()
         rule = _rule(options.decoding_rule)
@@ -183,11 +180,11 @@ class Scoring:
 
         prior = None
         if options.popularity_prior:
-            prior = _on_device(options.popularity_prior * popularity_logshare(trie), device)
+            prior = _tensor(options.popularity_prior * popularity_logshare(trie))
 
         return cls(
             name=options.decoding_rule,
-            gain=_on_device(rule.edge_gain(trie, gain), device),
+            gain=_tensor(rule.edge_gain(trie, gain)),
             pooled=rule.per_step,
             alphas=tuple(float(alpha) for alpha in options.alpha),
             length_penalty=float(options.length_penalty),
@@ -249,8 +246,8 @@ class Scoring:
             )
 
 
-def _on_device(values: np.ndarray, device: torch.device | str) -> torch.Tensor:
-    return torch.from_numpy(values.astype(np.float32)).to(device)
+def _tensor(values: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(values.astype(np.float32))
 
 
 def _rule(name: str) -> DecodingRule:
