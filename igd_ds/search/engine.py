@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from igd_ds.config.search import Limits
@@ -28,10 +29,10 @@ class Policy(Protocol):
     def advance(self) -> None:
         """Make all steps that the expanded nodes allow."""
 
-    def wanted(self) -> torch.Tensor:
+    def wanted(self) -> np.ndarray:
         """Return the edges (Q,) whose children to expand next. Empty when the search has ended."""
 
-    def open_users(self) -> torch.Tensor:
+    def open_users(self) -> np.ndarray:
         """Return the users (ascending) whose search has not ended."""
 
 
@@ -104,18 +105,18 @@ def search(
 
     num_users, num_alphas = len(tree.prompt_logits), len(scoring.alphas)
     frontier = Frontier(tree, trie, scoring, per_user)
-    pair_user = torch.arange(num_users).repeat_interleave(num_alphas)
-    pair_alpha = torch.tensor(scoring.alphas).repeat(num_users)
+    pair_user = np.repeat(np.arange(num_users), num_alphas)
+    pair_alpha = np.tile(np.array(scoring.alphas, np.float32), num_users)
 
-    def by_alpha(values: torch.Tensor) -> torch.Tensor:
+    def by_alpha(values: np.ndarray) -> torch.Tensor:
         """Turn (A, …) into (nA, B, …)."""
-        return values.unflatten(0, (num_users, num_alphas)).transpose(0, 1)
+        return torch.from_numpy(values).unflatten(0, (num_users, num_alphas)).transpose(0, 1)
 
     beam = Beam(frontier, pair_user, pair_alpha, num_beams)
     _follow(beam, frontier, limits, any_rank, retire=method == "beam")
     leaves, scores = beam.leaves, beam.scores
-    certified = torch.zeros_like(pair_user)
-    missing_bound = torch.full_like(pair_alpha, torch.inf)
+    certified = np.zeros_like(pair_user)
+    missing_bound = np.full_like(pair_alpha, np.inf)
 
     if method == "exact":
         best = BestFirst(frontier, pair_user, pair_alpha, leaves, scores, limits.row_positions)
@@ -132,8 +133,8 @@ def search(
         beam_leaves=by_alpha(beam.leaves).int() if method == "exact" else None,
         beam_scores=by_alpha(beam.scores) if method == "exact" else None,
         counts={
-            "passes": frontier.passes,
-            "positions": frontier.positions,
+            "passes": torch.from_numpy(frontier.passes),
+            "positions": torch.from_numpy(frontier.positions),
             "token_steps": by_alpha(beam.token_steps).sum(0),
             "beam_positions": by_alpha(beam.positions).sum(0),
         },
@@ -169,7 +170,7 @@ def _follow(
     while any_rank(len(wanted := policy.wanted()) > 0):
         users = policy.open_users()
         if retire and 0 < 2 * len(users) <= cached:
-            frontier.tree.retain(users)
+            frontier.tree.retain(torch.from_numpy(users))
             cached = len(users)
         frontier.expand(wanted, limits.pass_positions)
         policy.advance()

@@ -139,9 +139,7 @@ def scoring_of(
         "temperature": 1.0,
         "prior": None,
     } | options
-    return Scoring(
-        gain=torch.from_numpy(1 - weights), alphas=alphas, length_penalty=length_penalty, **settings
-    )
+    return Scoring(gain=1 - weights, alphas=alphas, length_penalty=length_penalty, **settings)
 
 
 def run_search(model, prompts, trie, scoring, num_beams, **options):
