@@ -50,7 +50,7 @@ Ids = Iterable[ItemId] | np.ndarray
 """A flat list of ids."""
 
 SCORINGS_KEPT = 8
-"""Scoring options whose arrays stay in memory. A service has few; a sweep over α must not fill it."""
+"""Scoring options whose arrays stay in memory. A service has few; a sweep over α makes many."""
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The Python API, compared with a plain search: lists, filters, guidance, batches, errors."""
 
+import contextlib
 import dataclasses
 import shutil
 
@@ -17,6 +18,7 @@ from oracle import (
     ranking,
     weight_by_path,
 )
+from pretend_device import pretend_device
 from tiny_run import TITLES, Plain
 
 from igd_ds.config.search import Limits, ScoringOptions
@@ -40,9 +42,10 @@ def run(tmp_path_factory):
     return tiny_run.make(tmp_path_factory.mktemp("trained"))
 
 
-@pytest.fixture(scope="module")
-def recommender(run):
-    return Recommender.load(run, device="cpu")
+@pytest.fixture(scope="module", params=["cpu", "pretend"])
+def recommender(run, request):
+    with contextlib.nullcontext() if request.param == "cpu" else pretend_device():
+        yield Recommender.load(run, device=request.param)
 
 
 @pytest.fixture(scope="module")
@@ -179,15 +182,16 @@ def test_guidance_to_denied_items_leads_no_beam_astray(recommender):
     assert not ranked.short
 
 
-def load_trained(run, folder, likelihood):
+def load_trained(run, folder, likelihood, device):
     """Load a copy of the run whose model was trained with this likelihood."""
     shutil.copytree(run / "model", folder / "model")
     tiny_run.set_likelihood(folder / "model", likelihood)
-    return Recommender.load(folder / "model", dataset=run.parent / "data")
+    return Recommender.load(folder / "model", dataset=run.parent / "data", device=device)
 
 
 def test_auto_is_the_softmax_that_the_model_was_trained_with(run, recommender, plain, tmp_path):
-    trained = load_trained(run, tmp_path, {"softmax": "masked", "temperature": 2.0})
+    likelihood = {"softmax": "masked", "temperature": 2.0}
+    trained = load_trained(run, tmp_path, likelihood, recommender.device)
     assert trained.likelihood == Likelihood("masked", 2.0)
 
     auto = trained.recommend(HISTORIES, k=5, alpha=0.0, search="exact")
@@ -205,7 +209,7 @@ def test_auto_is_the_softmax_that_the_model_was_trained_with(run, recommender, p
 
 
 def test_models_without_a_likelihood_have_the_full_softmax(run, recommender, tmp_path):
-    older = load_trained(run, tmp_path, None)
+    older = load_trained(run, tmp_path, None, recommender.device)
     assert older.likelihood == Likelihood("full", 1.0)
     auto = older.recommend(HISTORIES, k=5)
     assert auto == recommender.recommend(HISTORIES, k=5, softmax="full", temperature=1.0)
