@@ -1,7 +1,9 @@
-"""Exact top-K search: best first over the trie, until K finished items beat every open prefix.
+"""Exact search: best first over the trie, until finished items beat every open prefix.
 
 Letters in shapes: A pairs (a pair is one user at one α), K length of a list, E open edges.
 """
+
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -145,3 +147,53 @@ class BestFirst:
         Its bound must be as good as the known K-th score and better than the found K-th score.
         """
         return (bound >= self.known_scores[pair, -1]) & (bound > self.scores[pair, -1])
+
+
+@dataclass(frozen=True)
+class ProvenLeaf:
+    """The next best leaf of a user."""
+
+    leaf: int
+    """A leaf of the trie."""
+    score: float
+    """S / n^p in nats for n tokens with EOS."""
+    bound: float
+    """No leaf that follows scores above it; −inf if none follows."""
+
+
+class BestFirstStream(BestFirst):
+    """All leaves of one user at one α, in the order of their scores.
+
+    A leaf is proven as soon as it scores at least as well as the best open prefix is bounded. No
+    list ever fills up, so no prefix is dropped.
+
+    Args:
+        frontier: the frontier of one user.
+        alpha: α.
+        row_positions: see BestFirst; then the stream ends with what is proven.
+    """
+
+    def __init__(self, frontier: Frontier, alpha: float, row_positions: int):
+        leaves, scores = np.full((1, 1), -1), np.full((1, 1), -np.inf, np.float32)
+        pair_alpha = np.array([alpha], np.float32)
+        super().__init__(frontier, np.zeros(1, np.int64), pair_alpha, leaves, scores, row_positions)
+
+    def take_proven(self) -> list[ProvenLeaf]:
+        """Take the leaves out of the list that are proven by now; best first."""
+        open_bound = max(self.bound.max(initial=-np.inf), self.missing_bound[0])
+        scores = self.scores[0]
+        count = np.count_nonzero((self.leaves[0] >= 0) & (scores >= open_bound))
+        bounds = np.maximum(scores[1 : count + 1], open_bound)
+        proven = [
+            ProvenLeaf(int(leaf), float(score), float(bound))
+            for leaf, score, bound in zip(self.leaves[0, :count], scores, bounds, strict=False)
+        ]
+        self.leaves, self.scores = self.leaves[:, count:], self.scores[:, count:]
+        return proven
+
+    def _finish(self, pair: np.ndarray, leaf: np.ndarray, score: np.ndarray) -> None:
+        """Merge finished items (E,) into the list; at least its last place stays free."""
+        room = (0, 0), (0, len(pair))
+        self.leaves = np.pad(self.leaves, room, constant_values=-1)
+        self.scores = np.pad(self.scores, room, constant_values=-np.inf)
+        super()._finish(pair, leaf, score)

@@ -4,7 +4,7 @@ Letters in shapes: B users, nA values of α, A = B·nA user × α pairs (ordered
 list, M trie nodes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,7 +16,7 @@ from igd_ds.contracts import PromptTree
 from igd_ds.errors import UsageError
 from igd_ds.items.search_trie import SearchTrie
 from igd_ds.search.beam import Beam
-from igd_ds.search.best_first import BestFirst
+from igd_ds.search.best_first import BestFirst, BestFirstStream, ProvenLeaf
 from igd_ds.search.frontier import Frontier, PerUser
 from igd_ds.search.scoring import Scoring
 
@@ -113,14 +113,16 @@ def search(
         return torch.from_numpy(values).unflatten(0, (num_users, num_alphas)).transpose(0, 1)
 
     beam = Beam(frontier, pair_user, pair_alpha, num_beams)
-    _follow(beam, frontier, limits, any_rank, retire=method == "beam")
+    for _ in _passes(beam, frontier, limits, any_rank, retire=method == "beam"):
+        pass
     leaves, scores = beam.leaves, beam.scores
     certified = np.zeros_like(pair_user)
     missing_bound = np.full_like(pair_alpha, np.inf)
 
     if method == "exact":
         best = BestFirst(frontier, pair_user, pair_alpha, leaves, scores, limits.row_positions)
-        _follow(best, frontier, limits, any_rank, retire=True)
+        for _ in _passes(best, frontier, limits, any_rank, retire=True):
+            pass
         leaves, scores = best.lists()
         missing_bound = best.missing_bound
         certified = ((leaves >= 0) & (scores >= missing_bound[:, None])).sum(1)
@@ -141,6 +143,43 @@ def search(
     )
 
 
+def stream(
+    tree: PromptTree,
+    trie: SearchTrie,
+    scoring: Scoring,
+    per_user: PerUser = PerUser(),  # noqa: B008
+    limits: Limits = Limits(),  # noqa: B008
+) -> Iterator[list[ProvenLeaf]]:
+    """Find the best leaves of one prompt one by one, by best-first search, in their true order.
+
+    Nothing is searched beyond what the caller takes.
+
+    Args:
+        tree: a prompt tree after `prefill` with one prompt.
+        trie: the catalogue's trie, on the CPU.
+        scoring: how a path is scored, at one α.
+        per_user: item filter and guidance of the user.
+        limits: most positions per pass, and of the user; then the stream ends.
+
+    Yields:
+        The leaves that each pass through the model has proven, best first; often none.
+
+    Raises:
+        UsageError: a scoring without bounds, or logits that are NaN or infinite.
+
+    Example:
+        >>> tree.prefill([prompt])
+        >>> best = next(leaf for proven in stream(tree, trie, scoring) for leaf in proven)
+    """
+    scoring.refuse_exact()
+    (alpha,) = scoring.alphas
+    frontier = Frontier(tree, trie, scoring, per_user)
+    best = BestFirstStream(frontier, alpha, limits.row_positions)
+    for _ in _passes(best, frontier, limits, bool, retire=False):
+        yield best.take_proven()
+    yield best.take_proven()
+
+
 def check_limits(limits: Limits, num_beams: int, method: str) -> None:
     """Raise UsageError for limits that do not let a search of `num_beams` beams make a step."""
     values = {"--pass_positions": limits.pass_positions}
@@ -153,14 +192,14 @@ def check_limits(limits: Limits, num_beams: int, method: str) -> None:
             )
 
 
-def _follow(
+def _passes(
     policy: Policy,
     frontier: Frontier,
     limits: Limits,
     any_rank: Callable[[bool], bool],
     retire: bool,
-) -> None:
-    """Expand the nodes that `policy` wants, until no rank wants any.
+) -> Iterator[None]:
+    """Expand the nodes that `policy` wants, until no rank wants any; yield before each pass.
 
     With `retire`, the caches of users whose search has ended are freed each time that at least half
     of the cached users have ended.
@@ -168,6 +207,7 @@ def _follow(
     cached = len(frontier.tree.prompt_logits)
     policy.advance()
     while any_rank(len(wanted := policy.wanted()) > 0):
+        yield
         users = policy.open_users()
         if retire and 0 < 2 * len(users) <= cached:
             frontier.tree.retain(torch.from_numpy(users))

@@ -242,12 +242,12 @@ class Scoring:
         weights[decisive] -= alpha[decisive] * normalised
         return weights
 
-    def refuse_exact(self) -> None:
+    def refuse_exact(self, remedy: str = "use --search beam, or a rule per node") -> None:
         """Raise UsageError if the decoding rule gives an unfinished path no bound of its own."""
         if self.pooled:
             raise UsageError(
                 f"--decoding_rule {self.name} depends on which beams are alive, so an exact search "
-                "has no bounds with which to prove anything: use --search beam, or a rule per node"
+                f"has no bounds with which to prove anything: {remedy}"
             )
 
 
