@@ -250,6 +250,9 @@ class Objective(Protocol):
 class PromptTree(Protocol):
     """B prompts and the trees of tokens that grow behind them, read by a model.
 
+    Logits lie on the model's device. All other tensors lie on the CPU: whoever grows the tree
+    decides there, and reads the device once per pass.
+
     Tokens come in *chains* that go through the model together. A chain hangs under the last token
     of an earlier chain; chains 0 … B − 1 are the prompts. A token sees its user's prompt, its own
     ancestors and itself, so its log-probability equals that of a full forward pass over its path.

@@ -13,6 +13,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 
 import pytest  # noqa: E402
+import torch  # noqa: E402
+from pretend_device import pretend_device  # noqa: E402
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -32,3 +34,13 @@ def shared() -> Path:
             pytest.fail(message)
         pytest.skip(message)
     return folder
+
+
+@pytest.fixture(params=["cpu", "pretend"])
+def device(request) -> torch.device:
+    """Return the CPU and, in a second test, a pretend accelerator."""
+    if request.param == "cpu":
+        yield torch.device("cpu")
+        return
+    with pretend_device():
+        yield torch.device("pretend")

@@ -149,7 +149,7 @@ class CachePromptTree:
             for run, logits in zip(rows.runs, self._read(rows), strict=True):
                 found[run] = logits[-lengths[run] :]
 
-        numbers = torch.arange(first, len(self.run_user), device=self.device)
+        numbers = torch.arange(first, len(self.run_user))
         logits_of_runs = [logits for logits in found if logits is not None]
         return torch.cat([self.prompt_logits[:0], *logits_of_runs]), numbers
 

@@ -44,6 +44,9 @@ class CausalPromptTree:
     log-probabilities equal those of a full forward pass over each path. A pass packs runs of any
     users and depths into (1, T) tokens without padding.
 
+    Which token goes where is computed on the CPU. A pass uploads the result as one array and makes
+    its mask from that on the device, which is never read.
+
     Args:
         model: A causal LM in eval mode whose `Capabilities.tree_search` is true. It may be wrapped
             by PEFT or quantised.
@@ -56,6 +59,11 @@ class CausalPromptTree:
         self.prompt_logits: torch.Tensor
         self.cache: TreeCache
         self.longest_prompt: int
+        self.slot_position: torch.Tensor | None = (
+            None  # int64 (B, ≥ S) on the device; only for models with windows
+        )
+
+        # On the CPU.
         self.prompt_length: torch.Tensor  # int64 (B,)
         self.used: torch.Tensor  # int64 (B,), slots in use, by row of the cache
         self.column_of_user: torch.Tensor  # int64 (B,), the user's row of the cache; −1: retired
@@ -63,9 +71,6 @@ class CausalPromptTree:
         self.run_path: (
             torch.Tensor
         )  # int64 (runs, L), slots from the prompt to the run's end, then −1
-        self.slot_position: torch.Tensor | None = (
-            None  # int64 (B, ≥ S); only for models with windows
-        )
 
     @torch.no_grad()
     def prefill(self, prompts: Sequence[np.ndarray]) -> torch.Tensor:
@@ -78,7 +83,7 @@ class CausalPromptTree:
             UsageError: a prompt has no tokens.
         """
         self._start(check_prompts(prompts))
-        tokens = torch.from_numpy(np.concatenate(prompts).astype(np.int64)).to(self.device)
+        tokens = torch.from_numpy(np.concatenate(prompts).astype(np.int64))
         self.prompt_logits = self._prompt_pass(tokens)
         return self.prompt_logits
 
@@ -87,19 +92,21 @@ class CausalPromptTree:
         num_users = len(lengths)
         self.cache = TreeCache(num_users)
         self.longest_prompt = max(lengths)
-        self.prompt_length = torch.tensor(lengths, device=self.device)
+        self.prompt_length = torch.tensor(lengths)
         self.used = self.prompt_length.clone()
-        self.column_of_user = torch.arange(num_users, device=self.device)
+        self.column_of_user = torch.arange(num_users)
         self.run_user = self.column_of_user.clone()
-        self.run_path = torch.full((num_users, 0), -1, device=self.device)
+        self.run_path = torch.full((num_users, 0), -1)
         self.slot_position = None
 
     def _prompt_pass(self, tokens: torch.Tensor) -> torch.Tensor:
         """Send the prompts through the model, packed: tokens (Σ P,) → logits (B, V)."""
         column, place = ragged_rows(torch.zeros_like(self.prompt_length), self.prompt_length)
+        tokens, column, place = torch.stack([tokens, column, place]).to(self.device).unbind(0)
+        last = (self.prompt_length.cumsum(0) - 1).to(self.device)
         longest = self.longest_prompt
         step = TreePass(column, place, place, place, longest, longest, longest, mask=None)
-        logits = self._forward(tokens, step, self.prompt_length.cumsum(0) - 1)
+        logits = self._forward(tokens, step, last)
 
         if step.windows:
             places = torch.arange(longest, device=self.device)
@@ -128,13 +135,17 @@ class CausalPromptTree:
             logits, run = self.extend(idle, torch.ones_like(idle), torch.zeros_like(idle))
             return logits[:0], run[:0]
 
-        step, numbers = self._append(parent, length, len(tokens))
+        tokens, step, numbers = self._append(parent, length, tokens)
         return self._forward(tokens, step, slice(None)), numbers
 
     def _append(
-        self, parent: torch.Tensor, length: torch.Tensor, num_tokens: int
-    ) -> tuple[TreePass, torch.Tensor]:
-        """Give T new tokens slots and positions; return their pass and the new runs' numbers."""
+        self, parent: torch.Tensor, length: torch.Tensor, tokens: torch.Tensor
+    ) -> tuple[torch.Tensor, TreePass, torch.Tensor]:
+        """Give T new tokens slots and positions.
+
+        Returns:
+            The tokens on the device, their pass, and the new runs' numbers.
+        """
         run, offset = ragged_rows(torch.zeros_like(length), length)
         column = self.column_of_user[self.run_user[parent]][run]
 
@@ -142,28 +153,17 @@ class CausalPromptTree:
         order = column.argsort(stable=True)
         count = torch.bincount(column, minlength=len(self.used))
         place = torch.empty_like(order)
-        place[order] = (
-            torch.arange(num_tokens, device=self.device) - (count.cumsum(0) - count)[column[order]]
-        )
+        place[order] = torch.arange(len(tokens)) - (count.cumsum(0) - count)[column[order]]
         slot = self.used[column] + place
+        prompt = self.prompt_length[column]
         above = self.run_path[parent]
         depth = (above >= 0).sum(1)
-        position = self.prompt_length[column] + depth[run] + offset
-
-        # A token sees its user's prompt, its ancestors in earlier runs, and its own run up to
-        # itself.
+        position = prompt + depth[run] + offset
         self.used += count
         num_slots, num_places = int(self.used.max()), int(count.max())
-        slots = torch.arange(num_slots, device=self.device)
-        own = (slots >= (slot - offset)[:, None]) & (slots <= slot[:, None])
-        seen = own | (slots < self.prompt_length[column][:, None])
-        path = above[run]
-        seen.scatter_(1, torch.where(path >= 0, path, slot[:, None]), True)
-        mask = seen.new_zeros((len(self.used), 1, num_places, num_slots))
-        mask[..., 0] = True  # rows that nobody reads still need something to see
-        mask[column, 0, place] = seen
 
-        numbers = torch.arange(len(parent), device=self.device) + len(self.run_user)
+        # The runs and the slots of their paths.
+        numbers = torch.arange(len(parent)) + len(self.run_user)
         self.run_user = torch.cat([self.run_user, self.run_user[parent]])
         width = int((depth + length).max())
         self.run_path = F.pad(self.run_path, (0, max(0, width - self.run_path.shape[1])), value=-1)
@@ -171,13 +171,31 @@ class CausalPromptTree:
         new_path[run, depth[run] + offset] = slot
         self.run_path = torch.cat([self.run_path, new_path])
 
+        # One array goes to the device. Where a path above a run is shorter, it is filled up with
+        # the token's own slot.
+        path = above[run].T
+        path = torch.where(path >= 0, path, slot)
+        columns = torch.stack([tokens, column, place, slot, position, slot - offset, prompt])
+        uploaded = torch.cat([columns, path]).to(self.device)
+        tokens, column, place, slot, position, first, prompt = uploaded[:7].unbind(0)
+
+        # A token sees its user's prompt, its ancestors in earlier runs, and its own run up to
+        # itself.
+        slots = torch.arange(num_slots, device=self.device)
+        own = (slots >= first[:, None]) & (slots <= slot[:, None])
+        seen = own | (slots < prompt[:, None])
+        seen.scatter_(1, uploaded[7:].T, True)
+        mask = seen.new_zeros((len(self.used), 1, num_places, num_slots))
+        mask[..., 0] = True  # rows that nobody reads still need something to see
+        mask[column, 0, place] = seen
+
         if self.slot_position is not None:
             self._note_positions(column, slot, position, num_slots)
         reach = self.longest_prompt + width
         step = TreePass(
             column, place, slot, position, num_slots, num_places, reach, mask, self.slot_position
         )
-        return step, numbers
+        return tokens, step, numbers
 
     def _note_positions(
         self, column: torch.Tensor, slot: torch.Tensor, position: torch.Tensor, num_slots: int
@@ -208,10 +226,12 @@ class CausalPromptTree:
     def retain(self, users: torch.Tensor) -> None:
         """Free the caches of all users but these (ascending). The others get no more tokens."""
         columns = self.column_of_user[users]
-        self.cache.retain(columns)
         self.prompt_length = self.prompt_length[columns]
         self.used = self.used[columns]
+        self.column_of_user = torch.full_like(self.column_of_user, -1)
+        self.column_of_user[users] = torch.arange(len(users))
+
+        columns = columns.to(self.device)
+        self.cache.retain(columns)
         if self.slot_position is not None:
             self.slot_position = self.slot_position[columns]
-        self.column_of_user = torch.full_like(self.column_of_user, -1)
-        self.column_of_user[users] = torch.arange(len(users), device=self.device)

@@ -9,8 +9,9 @@ gives them: texts, or whole numbers. See `igd_ds.items.ids` for the other langua
 """
 
 import functools
+import sys
 import threading
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,8 @@ from igd_ds.items.ids import SOURCE, SPACES, ItemId, ItemIds, names_of
 from igd_ds.items.ragged import ragged_arange
 from igd_ds.items.search_trie import SearchTrie
 from igd_ds.items.store import load_catalogue
-from igd_ds.search.engine import SearchResult, search
+from igd_ds.search.best_first import ProvenLeaf
+from igd_ds.search.engine import SearchResult, search, stream
 from igd_ds.search.filters import Guidance, ItemFilter, ItemRanges
 from igd_ds.search.frontier import PerUser
 from igd_ds.search.scoring import Scoring
@@ -50,8 +52,7 @@ Ids = Iterable[ItemId] | np.ndarray
 """A flat list of ids."""
 
 SCORINGS_KEPT = 8
-"""Scoring options whose arrays stay on the device. A service has few; a sweep over α must not fill
-the memory."""
+"""Scoring options whose arrays stay in memory. A service has few; a sweep over α makes many."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,8 @@ class Recommendation:
     certified: bool
     """Whether this place is proven: no item outside the list scores higher. False after a beam
     search."""
+    bound: float | None = None
+    """Of a stream: nothing that follows scores above it, in nats; −inf if nothing follows."""
 
 
 class RankedList(list[Recommendation]):
@@ -147,8 +150,8 @@ class Recommender:
         # What the search walks.
         self.likelihood = likelihood_of(self.description)
         self.num_leaves = int(np.count_nonzero(self.stored.trie.is_leaf))
-        self.trie = SearchTrie.build(self.stored.trie, self.device)
-        self.ranges = ItemRanges.build(self.stored.trie, self.device)
+        self.trie = SearchTrie.build(self.stored.trie)
+        self.ranges = ItemRanges.build(self.stored.trie)
         self.batch_size, self.limits = 16, Limits()
         self._one_at_a_time = threading.Lock()
         self._backbone: Backbone | None = None
@@ -207,10 +210,8 @@ class Recommender:
             self.model = self._backbone.load(self.source, load_in_4bit, self.device)
 
     def _build_scoring(self, options: ScoringOptions) -> Scoring:
-        """Return the Scoring of some options on this device; `scoring` keeps the last few."""
-        return Scoring.build(
-            self.stored.trie, self.stored.gain, options, self.device, self.likelihood
-        )
+        """Return the Scoring of some options; `scoring` keeps the last few."""
+        return Scoring.build(self.stored.trie, self.stored.gain, options, self.likelihood)
 
     def per_user(
         self,
@@ -247,10 +248,10 @@ class Recommender:
         self, q: np.ndarray, item_filter: ItemFilter, labels: Sequence[str]
     ) -> np.ndarray:
         """Set q (B, N) to 0, in place, where the user may not get the item."""
-        items = torch.arange(q.shape[1], device=self.device)
+        items = torch.arange(q.shape[1])
         for user, row in enumerate(q):
             allowed = item_filter.allows_items(torch.full_like(items, user), items)
-            row[~allowed.cpu().numpy()] = 0
+            row[~allowed.numpy()] = 0
             if not row.any():
                 raise UsageError(
                     f"{labels[user]}: item filter and guidance together leave nothing; loosen one "
@@ -294,9 +295,9 @@ class Recommender:
         items = trie.item_order[ragged_arange(trie.first_item[leaves], count)]
 
         if item_filter is not None:
-            user = torch.from_numpy(users[owner].astype(np.int64)).to(self.device)
-            item = torch.from_numpy(items.astype(np.int64)).to(self.device)
-            allowed = item_filter.allows_items(user, item).cpu().numpy()
+            user = torch.from_numpy(users[owner].astype(np.int64))
+            item = torch.from_numpy(items.astype(np.int64))
+            allowed = item_filter.allows_items(user, item).numpy()
             owner, items = owner[allowed], items[allowed]
         return items, np.bincount(owner, minlength=len(leaves))
 
@@ -376,6 +377,95 @@ class Recommender:
             lists += self._ranked_lists(found, k, per_user.item_filter)
         return lists
 
+    def stream(
+        self,
+        history: Ids,
+        alpha: float = 0.2,
+        allow: Ids | None = None,
+        deny: Ids | None = None,
+        positions: int | None = None,
+        ids: str = SOURCE,
+        **scoring: Any,
+    ) -> Iterator[Recommendation]:
+        """Return an iterator of Recommendations, one by one in their true order.
+
+        Nobody has to say how many are wanted. Each is returned as soon as it is proven that nothing
+        which follows scores higher; the model reads only what that takes. The first k are the list
+        of `recommend(..., k, search="exact")`, except that equal scores may change places. Between
+        two items nothing is held: other searches may run, and the caller may stop at any time.
+
+        Args:
+            history: the items met so far, oldest first, at least one.
+            alpha, ids, **scoring: see `recommend`.
+            allow: the only items to choose from, or None for all items.
+            deny: the items to leave out, or None for none.
+            positions: most tokens to send through the model behind the prompt (the last pass may
+                exceed them). The iterator then ends with what is proven. None: no limit.
+
+        Raises:
+            UsageError: at once, not with the first item: an empty history, an item that is not in
+                the catalogue, nothing left to recommend, an option out of its range, a decoding
+                rule without bounds ("pooled"), or `positions` < 1.
+
+        Example:
+            >>> for found in recommender.stream(["B0031", "B0007"], deny=["B0031", "B0007"]):
+            ...     if in_stock(found.source_ids[0]):
+            ...         break
+        """
+        if positions is not None and positions < 1:
+            raise UsageError(
+                f"positions must be at least 1, or None for no limit, found {positions}"
+            )
+        if ids not in SPACES:
+            raise UsageError(f"ids is one of {', '.join(SPACES)}, found {ids!r}")
+        options = self.scoring(ScoringOptions(alpha=(alpha,), **scoring))
+        options.refuse_exact('use recommend(search="beam"), or a rule per node')
+
+        (dense,) = self._histories([history], ids)
+        allowed = self._lists("allow", None if allow is None else [allow], 1, ids)
+        denied = self._lists("deny", None if deny is None else [deny], 1, ids)
+        per_user = self.per_user(["histories[0]"], allowed, denied)
+        limits = Limits(
+            pass_positions=self.limits.pass_positions, row_positions=positions or sys.maxsize
+        )
+        return self._streamed(dense, options, per_user, limits)
+
+    def _streamed(
+        self, history: np.ndarray, scoring: Scoring, per_user: PerUser, limits: Limits
+    ) -> Iterator[Recommendation]:
+        """Yield the Recommendations of `stream`; other searches may run between two passes."""
+        assert self._backbone is not None, "call load_weights() first"
+        with self._one_at_a_time:
+            tree = self._backbone.prompt_tree(self.model)
+            tree.prefill([self.prompts.encode(history)])
+            passes = stream(tree, self.trie, scoring, per_user, limits)
+
+        rank = 0
+        while True:
+            with self._one_at_a_time:
+                proven = next(passes, None)
+            if proven is None:
+                return
+            for found in proven:
+                rank += 1
+                yield self._recommendation(rank, found, per_user.item_filter)
+
+    def _recommendation(
+        self, rank: int, found: ProvenLeaf, item_filter: ItemFilter | None
+    ) -> Recommendation:
+        """Return a streamed leaf as a Recommendation."""
+        leaf, user = np.array([found.leaf]), np.zeros(1, np.int64)
+        items, _ = self.items_under(leaf, user, item_filter)
+        return Recommendation(
+            rank=rank,
+            item_ids=tuple(items.tolist()),
+            source_ids=tuple(self.ids.source_ids[item] for item in items),
+            title=self.dataset.titles[items[0]],
+            score=found.score,
+            certified=True,
+            bound=found.bound,
+        )
+
     def _histories(self, histories: Sequence[Ids], ids: str) -> list[np.ndarray]:
         """Return the histories as dense item ids, or raise UsageError that names the user."""
         dense = [
@@ -423,9 +513,9 @@ class Recommender:
         self, found: SearchResult, k: int, item_filter: ItemFilter | None
     ) -> list[RankedList]:
         """Return the users' lists at the search's only α."""
-        leaves = found.leaves[0].cpu().numpy()
-        scores = found.scores[0].cpu().numpy()
-        certified = found.certified[0].cpu().numpy()
+        leaves = found.leaves[0].numpy()
+        scores = found.scores[0].numpy()
+        certified = found.certified[0].numpy()
         user, place = np.nonzero(leaves >= 0)
         items, count = self.items_under(leaves[user, place], user, item_filter)
         items_of_place = np.split(items, count.cumsum()[:-1])

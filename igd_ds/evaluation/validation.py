@@ -87,7 +87,8 @@ def validation_ndcg(
     """Return NDCG@10 (item match) of a beam search with 10 beams; see `validation_nll`."""
     device, stored, split = distributed.device(), task.context.stored, task.rows.split
     likelihood = task.objective.likelihood()
-    scoring = Scoring.build(stored.trie, stored.gain, ScoringOptions(), device, likelihood)
+    scoring = Scoring.build(stored.trie, stored.gain, ScoringOptions(), likelihood)
+    trie = task.context.trie.to("cpu")
     # Under ZeRO-3 every forward pass is a collective: ranks go on until the last one's search ends.
     any_rank = distributed.any_rank if engine.zero_optimization_stage() == 3 else bool
 
@@ -95,9 +96,9 @@ def validation_ndcg(
     for rows in batches:
         tree = task.backbone.prompt_tree(engine.module)
         tree.prefill([task.rows.prompts.encode(split.history(max(row, 0))) for row in rows])
-        found = search(tree, task.context.trie, scoring, NUM_BEAMS, any_rank=any_rank)
+        found = search(tree, trie, scoring, NUM_BEAMS, any_rank=any_rank)
 
-        leaves = found.leaves[0].cpu().numpy()
+        leaves = found.leaves[0].numpy()
         real = rows != MASKED_ROW
         targets = stored.trie.leaf_of_item[split.targets[rows[real]]]
         ahead = metrics.items_ahead(leaves[real], targets)

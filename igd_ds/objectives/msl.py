@@ -86,7 +86,7 @@ class MSL(TokenWeighting):
         nll = masked_nll(batch, logits.tokens, context.trie, self.tau)
         statistics = {}
         if self.options.msl_tau == ADAPTIVE:
-            statistics = first_token_statistics(batch, logits.tokens, context.trie)
+            statistics = first_token_statistics(batch, logits.tokens, context)
         return weighted_terms(batch, self.tau * nll, nll, statistics)
 
     def nll(self, batch: Batch, logits: torch.Tensor, context: ObjectiveContext) -> torch.Tensor:
@@ -129,7 +129,8 @@ def masked_nll(
         temperature: τ; the logits are divided by it.
     """
     # Gather the siblings' logits: no (n, V) softmax is computed.
-    row, child = trie.children(trie.parent[batch.node].long())
+    parent = trie.parent[batch.node].long()
+    row, child = trie.children(parent)
     scaled = logits[row, trie.token[child].long()].float() / temperature
 
     # A log-sum-exp per labelled token; its maximum is taken off first and needs no gradient.
@@ -138,12 +139,17 @@ def masked_nll(
     highest = highest.scatter_reduce(0, row, scaled.detach(), "amax")
     shifted = scaled - highest[row]
     mass = scaled.new_zeros(num_tokens).scatter_add(0, row, shifted.exp())
-    target = shifted[child == batch.node[row]]
+
+    # The target's place among all siblings, found without a look at them: a mask would make an
+    # accelerator wait.
+    begin = trie.child_begin[parent].long()
+    count = trie.child_begin[parent + 1] - begin
+    target = shifted[count.cumsum(0) - count + batch.node - begin]
     return mass.log() - target
 
 
 def first_token_statistics(
-    batch: Batch, logits: torch.Tensor, trie: SearchTrie
+    batch: Batch, logits: torch.Tensor, context: ObjectiveContext
 ) -> dict[str, torch.Tensor]:
     """Return sums over the items' first tokens that the adaptive temperature needs, float64
     scalars.
@@ -152,17 +158,25 @@ def first_token_statistics(
     `legal_squares`: number, Σ and Σ of squares of all legal logits. `first_tokens`: targets × first
     tokens in the catalogue, so that the sum over ranks divided by `targets` is that number again.
     """
-    root_children = trie.child_begin[1] - trie.child_begin[0]
-    is_first = trie.parent[batch.node] == 0
-    tokens = trie.token[1 : 1 + int(root_children)].long()
+    # The first labelled token of each row; rows that only fill the batch have none and count as 0.
+    # Their number stays on the device: to index by a mask would make the host wait for it.
+    num_rows = len(batch.item_ids) if len(logits) else 0
+    is_first = context.trie.parent[batch.node] == 0
+    place = torch.where(is_first, batch.row, num_rows)
+    first = place.new_zeros(num_rows + 1)
+    first = first.scatter(0, place, torch.arange(len(place), device=place.device))[:num_rows]
+    has_one = is_first.new_zeros(num_rows + 1).scatter(0, place, True)[:num_rows, None]
 
-    legal = logits.detach()[is_first][:, tokens].double()
-    target = logits.detach()[is_first].gather(1, batch.targets[is_first, None]).double()
-    count = target.new_tensor(len(target))
+    root_children = int(context.stored.trie.child_begin[1]) - 1
+    tokens = context.trie.token[1 : 1 + root_children].long()
+    logits = logits.detach()[first]
+    legal = logits[:, tokens].double() * has_one
+    target = logits.gather(1, batch.targets[first, None]).double() * has_one
+    count = has_one.sum().double()
     return {
         "targets": count,
         "target_sum": target.sum(),
-        "legal": target.new_tensor(legal.numel()),
+        "legal": count * len(tokens),
         "legal_sum": legal.sum(),
         "legal_squares": (legal * legal).sum(),
         "first_tokens": count * len(tokens),

@@ -1,11 +1,12 @@
 """Beam search over the trie of items, with scores weighted by decisiveness (IGD Eq. 3, 8, 9).
 
-Letters in shapes: A pairs (a pair is one user at one α), K beams, E candidate edges.
+Letters in shapes: A pairs (a pair is one user at one α), K beams, E candidate edges, J steps along
+chains.
 """
 
-import torch
+import numpy as np
 
-from igd_ds.search.frontier import Frontier
+from igd_ds.search.frontier import LOOKAHEAD, Frontier
 from igd_ds.search.ranking import best_per_group, merge_ranked
 
 
@@ -22,7 +23,8 @@ class Beam:
     **Order.** Hypotheses are compared token by token, whatever the model has computed ahead. A pair
     makes a step when the nodes of all its hypotheses are expanded; otherwise it waits until the
     nodes of `wanted` are.
-    Pairs do not wait for each other.
+    Pairs do not wait for each other. Steps in which no hypothesis has a choice are made at once,
+    however many they are.
 
     **Length of the list.** Every list has min(K, number of leaves the user may get) entries.
     Candidates of one step are different nodes of one level, each with a leaf of its own below.
@@ -50,75 +52,181 @@ class Beam:
     def __init__(
         self,
         frontier: Frontier,
-        pair_user: torch.Tensor,
-        pair_alpha: torch.Tensor,
+        pair_user: np.ndarray,
+        pair_alpha: np.ndarray,
         num_beams: int,
     ):
         self.frontier, self.num_beams = frontier, num_beams
         self.pair_user, self.pair_alpha = pair_user, pair_alpha
-        shape, device = (len(pair_user), num_beams), pair_user.device
+        shape = len(pair_user), num_beams
 
         # Hypotheses: the edge that each ends with, its score, and whether the entry holds one at
         # all. The first one of each pair is the edge to the user's root.
-        self.edge = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.edge = np.zeros(shape, np.int64)
         self.edge[:, 0] = pair_user
-        self.score = torch.zeros(shape, device=device)
-        self.live = torch.zeros(shape, dtype=torch.bool, device=device)
+        self.score = np.zeros(shape, np.float32)
+        self.live = np.zeros(shape, bool)
         self.live[:, 0] = True
 
-        self.leaves = torch.full(shape, -1, dtype=torch.int64, device=device)
-        self.scores = torch.full(shape, -torch.inf, device=device)
-        self.token_steps = torch.zeros_like(pair_user)
-        self.positions = torch.zeros_like(pair_user)
+        self.leaves = np.full(shape, -1)
+        self.scores = np.full(shape, -np.inf, np.float32)
+        self.token_steps = np.zeros_like(pair_user)
+        self.positions = np.zeros_like(pair_user)
 
     def advance(self) -> None:
         """Make all steps for which the frontier holds what they need."""
-        while True:
-            waits = self.live & ~self.frontier.is_expanded(self.edge)
-            ready = (self.live.any(1) & ~waits.any(1)).nonzero()[:, 0]
-            if not len(ready):
-                return
-            self._step(ready)
+        while len(pairs := self._ready()):
+            self._follow_chains(pairs)
+            self._branch(self._ready())
 
-    def wanted(self) -> torch.Tensor:
+    def wanted(self) -> np.ndarray:
         """Return the edges (Q,) whose children must be expanded before a waiting pair can go on."""
         edges = self.edge[self.live]
-        return edges[~self.frontier.is_expanded(edges)].unique()
+        return np.unique(edges[~self.frontier.is_expanded(edges)])
 
-    def open_users(self) -> torch.Tensor:
+    def open_users(self) -> np.ndarray:
         """Return the users (ascending) whose search has not ended."""
-        return self.pair_user[self.live.any(1)].unique()
+        return np.unique(self.pair_user[self.live.any(1)])
 
-    def _step(self, pairs: torch.Tensor) -> None:
-        """Replace the hypotheses of `pairs` (A',) by their best children."""
-        frontier, trie, width = self.frontier, self.frontier.trie, self.num_beams
+    def _ready(self) -> np.ndarray:
+        """Return the pairs (A',) whose hypotheses are all expanded."""
+        waits = self.live & ~self.frontier.is_expanded(self.edge)
+        return np.flatnonzero(self.live.any(1) & ~waits.any(1))
+
+    def _follow_chains(self, pairs: np.ndarray) -> None:
+        """Make the steps of `pairs` (A',) in which every hypothesis follows its chain.
+
+        A pair stops before the step in which one of its hypotheses reaches the end of its chain and
+        has a choice there, or needs another pass. An item may end at its chain's end: it leaves the
+        beam and the others go on. In such steps all candidates are among the first K, so a step
+        only adds to the scores, puts the hypotheses in order and asks whether the search has ended.
+        """
+        frontier = self.frontier
+        live = self.live[pairs]
+        node = np.where(live, frontier.below.values[self.edge[pairs]], 0)
+        ahead = frontier.ahead.values[node]
+        leaf = frontier.child.values[frontier.first_edge.values[node + ahead]]
+        ends = frontier.is_leaf(leaf) & (frontier.num_edges.values[node + ahead] == 1)
+
+        # How many steps each pair makes. Only pairs that make any are looked at below.
+        to_choice = np.where(live & ~ends, ahead, LOOKAHEAD + 1).min(1)
+        to_last_end = np.where(live & ends, ahead + 1, 0).max(1)
+        num_steps = np.where((live & ~ends).any(1), to_choice, to_last_end)
+        moving = num_steps > 0
+        if not moving.any():
+            return
+        pairs, num_steps = pairs[moving], num_steps[moving, None]
+        live, node, ahead, leaf, ends = (array[moving] for array in (live, node, ahead, leaf, ends))
+
+        # The edge and the score of each hypothesis after each step, (A', K, J); they stay what they
+        # are behind the last step.
+        step = np.arange(num_steps.max())
+        count = np.minimum(num_steps, ahead + ends)[..., None]
+        edge = frontier.first_edge.values[node[..., None] + np.minimum(step, count - 1)]
+        made = live[..., None] & (step < count)
+        added = np.where(made, self._increments(pairs, edge, made), 0)
+        score = np.concatenate([self.score[pairs][..., None], added], axis=2)
+        score = np.add.accumulate(score, axis=2)[..., 1:]
+
+        # Items that end enter the list: earlier ones first, then in the order of their step.
+        ended = live & ends & (ahead < num_steps)
+        final = frontier.per_length(score[..., -1], frontier.depth[leaf])
+        final = np.where(ended, final, -np.inf)
+        kth_score = self._kth_scores(pairs, final, ahead, len(step))
+        keys = -np.moveaxis(score, 2, 0)  # the last of them counts first
+        order = np.lexsort((*keys, ahead))
+        self.leaves[pairs], self.scores[pairs] = merge_ranked(
+            self.leaves[pairs],
+            self.scores[pairs],
+            np.take_along_axis(leaf, order, 1),
+            np.take_along_axis(final, order, 1),
+        )
+
+        # After which steps (A', J) an unfinished hypothesis can still enter the list.
+        going = live[..., None] & ~(ends[..., None] & (step >= ahead[..., None]))
+        bound = frontier.per_length(score, frontier.longest[frontier.child.values[edge]])
+        is_open = (going & (bound > kth_score[:, None])).any(1) & (step < num_steps)
+        self.token_steps[pairs] += is_open.sum(1)
+        self.positions[pairs] += (is_open[:, None] & going).sum((1, 2))
+
+        live = live & ~ended & np.take_along_axis(is_open, num_steps - 1, 1)
+        order = np.lexsort((*keys, ~live))
+        self.edge[pairs], self.score[pairs], self.live[pairs] = (
+            np.take_along_axis(array, order, 1) for array in (edge[..., -1], score[..., -1], live)
+        )
+
+    def _increments(self, pairs: np.ndarray, edge: np.ndarray, made: np.ndarray) -> np.ndarray:
+        """Return what the edges (A', K, J) of J steps add where `made`, float32 of their shape."""
+        frontier, scoring = self.frontier, self.frontier.scoring
+        alpha = np.broadcast_to(self.pair_alpha[pairs][:, None, None], edge.shape)
+        child = frontier.child.values[edge]
+        if not scoring.pooled:
+            return frontier.increments(edge, scoring.weights(alpha, child))
+
+        # Each step of each pair has a pool of its own.
+        num_pairs, _, num_steps = edge.shape
+        pool = np.arange(num_pairs)[:, None, None] * num_steps + np.arange(num_steps)
+        pool = np.broadcast_to(pool, edge.shape)[made]
+        weights = np.ones(edge.shape, np.float32)
+        weights[made] = scoring.pooled_weights(
+            alpha[made], child[made], pool, num_pairs * num_steps
+        )
+        return frontier.increments(edge, weights)
+
+    def _kth_scores(
+        self, pairs: np.ndarray, final: np.ndarray, ahead: np.ndarray, num_steps: int
+    ) -> np.ndarray:
+        """Return the K-th score of the lists of `pairs` after each step, (A', J or 1).
+
+        Args:
+            pairs: (A',).
+            final: float32 (A', K), final scores of items that end; −inf: no item.
+            ahead: int64 (A', K), the step at which they end.
+            num_steps: J.
+        """
+        scores = self.scores[pairs]
+        if not (final > -np.inf).any():
+            return scores[:, -1:]
+        by_now = ahead[:, None] <= np.arange(num_steps)[:, None]
+        new = np.where(by_now, final[:, None], -np.inf)
+        old = np.broadcast_to(scores[:, None], new.shape)
+        width = self.num_beams
+        worst_first = -np.concatenate([old, new], axis=2)
+        return -np.partition(worst_first, width - 1, axis=2)[..., width - 1]
+
+    def _branch(self, pairs: np.ndarray) -> None:
+        """Make one step of `pairs` (A',): replace the hypotheses by their best children."""
+        if not len(pairs):
+            return
+        frontier, width = self.frontier, self.num_beams
         edge, score = self._best_candidates(pairs, 2 * width)
-        node = frontier.node_below(edge.clamp(min=0))
-        finished = (edge >= 0) & trie.is_leaf(node)
+        found = edge >= 0
+        node = frontier.child.values[np.maximum(edge, 0)]
+        finished = found & frontier.is_leaf(node)
 
         # Finished items among the first K enter the list.
-        final = frontier.per_length(score[:, :width], trie.depth[node[:, :width]])
+        final = frontier.per_length(score[:, :width], frontier.depth[node[:, :width]])
         self.leaves[pairs], self.scores[pairs] = merge_ranked(
             self.leaves[pairs],
             self.scores[pairs],
             node[:, :width],
-            final.where(finished[:, :width], -torch.inf),
+            np.where(finished[:, :width], final, -np.inf),
         )
 
         # The best K unfinished candidates live on, unless none of them can enter the list any more.
-        live = (edge >= 0) & ~finished
-        order = live.long().sort(dim=1, descending=True, stable=True).indices[:, :width]
-        edge, score, node, live = (t.gather(1, order) for t in (edge, score, node, live))
-        bound = frontier.per_length(score, trie.longest[node]).where(live, -torch.inf)
-        live &= (bound > self.scores[pairs][:, -1:]).any(1, keepdim=True)
+        live = found & ~finished
+        order = np.argsort(~live, axis=1, kind="stable")[:, :width]
+        edge, score, node, live = (
+            np.take_along_axis(array, order, 1) for array in (edge, score, node, live)
+        )
+        bound = np.where(live, frontier.per_length(score, frontier.longest[node]), -np.inf)
+        live &= (bound > self.scores[pairs][:, -1:]).any(1, keepdims=True)
 
-        self.edge[pairs], self.score[pairs], self.live[pairs] = edge.clamp(min=0), score, live
+        self.edge[pairs], self.score[pairs], self.live[pairs] = np.maximum(edge, 0), score, live
         self.token_steps[pairs] += live.any(1)
         self.positions[pairs] += live.sum(1)
 
-    def _best_candidates(
-        self, pairs: torch.Tensor, limit: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _best_candidates(self, pairs: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the edges and scores of the best children of all hypotheses of each pair.
 
         Args:
@@ -129,12 +237,12 @@ class Beam:
             Edges, int64, and scores, float32, each (A', limit), best first; −1 and −inf: no more.
         """
         frontier, scoring = self.frontier, self.frontier.scoring
-        pair, beam = self.live[pairs].nonzero().T
+        pair, beam = self.live[pairs].nonzero()
         index, edge = frontier.children(self.edge[pairs][pair, beam])
         pair, parent_score = pair[index], self.score[pairs][pair, beam][index]
 
         # Score every child.
-        alpha, child = self.pair_alpha[pairs][pair], frontier.node_below(edge)
+        alpha, child = self.pair_alpha[pairs][pair], frontier.child.values[edge]
         if scoring.pooled:
             weights = scoring.pooled_weights(alpha, child, pair, len(pairs))
         else:
@@ -143,6 +251,6 @@ class Beam:
 
         best = best_per_group(pair, score, len(pairs), limit)
         if not len(edge):
-            return best, torch.full_like(best, -torch.inf, dtype=torch.float32)
+            return best, np.full(best.shape, -np.inf, np.float32)
         found = best >= 0
-        return edge[best].where(found, -1), score[best].where(found, -torch.inf)
+        return np.where(found, edge[best], -1), np.where(found, score[best], -np.inf)

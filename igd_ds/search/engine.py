@@ -4,10 +4,11 @@ Letters in shapes: B users, nA values of α, A = B·nA user × α pairs (ordered
 list, M trie nodes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from igd_ds.config.search import Limits
@@ -15,7 +16,7 @@ from igd_ds.contracts import PromptTree
 from igd_ds.errors import UsageError
 from igd_ds.items.search_trie import SearchTrie
 from igd_ds.search.beam import Beam
-from igd_ds.search.best_first import BestFirst
+from igd_ds.search.best_first import BestFirst, BestFirstStream, ProvenLeaf
 from igd_ds.search.frontier import Frontier, PerUser
 from igd_ds.search.scoring import Scoring
 
@@ -28,16 +29,16 @@ class Policy(Protocol):
     def advance(self) -> None:
         """Make all steps that the expanded nodes allow."""
 
-    def wanted(self) -> torch.Tensor:
+    def wanted(self) -> np.ndarray:
         """Return the edges (Q,) whose children to expand next. Empty when the search has ended."""
 
-    def open_users(self) -> torch.Tensor:
+    def open_users(self) -> np.ndarray:
         """Return the users (ascending) whose search has not ended."""
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """Ranked lists of B users at nA values of α, best first."""
+    """Ranked lists of B users at nA values of α, best first; all tensors lie on the CPU."""
 
     leaves: torch.Tensor
     """int32 (nA, B, K): leaves of the trie; −1 where the user can get fewer than K."""
@@ -77,8 +78,8 @@ def search(
 
     Args:
         tree: a prompt tree after `prefill`. Prefill it again before another search.
-        trie: the catalogue's trie on the tree's device.
-        scoring: how a path is scored, on the same device.
+        trie: the catalogue's trie, on the CPU.
+        scoring: how a path is scored.
         num_beams: K.
         method: a name in METHODS.
         per_user: item filter and guidance of this batch's users.
@@ -103,24 +104,25 @@ def search(
     assert len(scoring.gain) == trie.num_nodes, "one gain per node of this trie"
 
     num_users, num_alphas = len(tree.prompt_logits), len(scoring.alphas)
-    device = tree.prompt_logits.device
     frontier = Frontier(tree, trie, scoring, per_user)
-    pair_user = torch.arange(num_users, device=device).repeat_interleave(num_alphas)
-    pair_alpha = torch.tensor(scoring.alphas, device=device).repeat(num_users)
+    pair_user = np.repeat(np.arange(num_users), num_alphas)
+    pair_alpha = np.tile(np.array(scoring.alphas, np.float32), num_users)
 
-    def by_alpha(values: torch.Tensor) -> torch.Tensor:
+    def by_alpha(values: np.ndarray) -> torch.Tensor:
         """Turn (A, …) into (nA, B, …)."""
-        return values.unflatten(0, (num_users, num_alphas)).transpose(0, 1)
+        return torch.from_numpy(values).unflatten(0, (num_users, num_alphas)).transpose(0, 1)
 
     beam = Beam(frontier, pair_user, pair_alpha, num_beams)
-    _follow(beam, frontier, limits, any_rank, retire=method == "beam")
+    for _ in _passes(beam, frontier, limits, any_rank, retire=method == "beam"):
+        pass
     leaves, scores = beam.leaves, beam.scores
-    certified = torch.zeros_like(pair_user)
-    missing_bound = torch.full_like(pair_alpha, torch.inf)
+    certified = np.zeros_like(pair_user)
+    missing_bound = np.full_like(pair_alpha, np.inf)
 
     if method == "exact":
         best = BestFirst(frontier, pair_user, pair_alpha, leaves, scores, limits.row_positions)
-        _follow(best, frontier, limits, any_rank, retire=True)
+        for _ in _passes(best, frontier, limits, any_rank, retire=True):
+            pass
         leaves, scores = best.lists()
         missing_bound = best.missing_bound
         certified = ((leaves >= 0) & (scores >= missing_bound[:, None])).sum(1)
@@ -133,12 +135,49 @@ def search(
         beam_leaves=by_alpha(beam.leaves).int() if method == "exact" else None,
         beam_scores=by_alpha(beam.scores) if method == "exact" else None,
         counts={
-            "passes": frontier.passes,
-            "positions": frontier.positions,
+            "passes": torch.from_numpy(frontier.passes),
+            "positions": torch.from_numpy(frontier.positions),
             "token_steps": by_alpha(beam.token_steps).sum(0),
             "beam_positions": by_alpha(beam.positions).sum(0),
         },
     )
+
+
+def stream(
+    tree: PromptTree,
+    trie: SearchTrie,
+    scoring: Scoring,
+    per_user: PerUser = PerUser(),  # noqa: B008
+    limits: Limits = Limits(),  # noqa: B008
+) -> Iterator[list[ProvenLeaf]]:
+    """Find the best leaves of one prompt one by one, by best-first search, in their true order.
+
+    Nothing is searched beyond what the caller takes.
+
+    Args:
+        tree: a prompt tree after `prefill` with one prompt.
+        trie: the catalogue's trie, on the CPU.
+        scoring: how a path is scored, at one α.
+        per_user: item filter and guidance of the user.
+        limits: most positions per pass, and of the user; then the stream ends.
+
+    Yields:
+        The leaves that each pass through the model has proven, best first; often none.
+
+    Raises:
+        UsageError: a scoring without bounds, or logits that are NaN or infinite.
+
+    Example:
+        >>> tree.prefill([prompt])
+        >>> best = next(leaf for proven in stream(tree, trie, scoring) for leaf in proven)
+    """
+    scoring.refuse_exact()
+    (alpha,) = scoring.alphas
+    frontier = Frontier(tree, trie, scoring, per_user)
+    best = BestFirstStream(frontier, alpha, limits.row_positions)
+    for _ in _passes(best, frontier, limits, bool, retire=False):
+        yield best.take_proven()
+    yield best.take_proven()
 
 
 def check_limits(limits: Limits, num_beams: int, method: str) -> None:
@@ -153,14 +192,14 @@ def check_limits(limits: Limits, num_beams: int, method: str) -> None:
             )
 
 
-def _follow(
+def _passes(
     policy: Policy,
     frontier: Frontier,
     limits: Limits,
     any_rank: Callable[[bool], bool],
     retire: bool,
-) -> None:
-    """Expand the nodes that `policy` wants, until no rank wants any.
+) -> Iterator[None]:
+    """Expand the nodes that `policy` wants, until no rank wants any; yield before each pass.
 
     With `retire`, the caches of users whose search has ended are freed each time that at least half
     of the cached users have ended.
@@ -168,9 +207,10 @@ def _follow(
     cached = len(frontier.tree.prompt_logits)
     policy.advance()
     while any_rank(len(wanted := policy.wanted()) > 0):
+        yield
         users = policy.open_users()
         if retire and 0 < 2 * len(users) <= cached:
-            frontier.tree.retain(users)
+            frontier.tree.retain(torch.from_numpy(users))
             cached = len(users)
         frontier.expand(wanted, limits.pass_positions)
         policy.advance()

@@ -2,7 +2,7 @@
 
 The items under a node are neighbours in the trie's item order, so filter and guidance look at a
 range of positions in that order, and only for the edges that a search looks at. No trie is rebuilt
-and the catalogue is not walked.
+and the catalogue is not walked. All tensors lie on the CPU, as those of the search do.
 
 Letters in shapes: B users of a batch, N items, M trie nodes, E edges, n entries in all lists of a
 batch.
@@ -35,20 +35,20 @@ class ItemRanges:
     """
 
     first_item: torch.Tensor
-    """int32 (M,) on the search's device."""
+    """int32 (M,)."""
     num_items: torch.Tensor
-    """int32 (M,) on the search's device; each item of a shared leaf is counted."""
+    """int32 (M,); each item of a shared leaf is counted."""
     position: torch.Tensor
-    """int32 (N,) on the search's device: an item's position in `item_order`."""
+    """int32 (N,): an item's position in `item_order`."""
 
     @classmethod
-    def build(cls, trie: TokenTrie, device: torch.device | str = "cpu") -> ItemRanges:
-        """Copy the arrays from a TokenTrie to `device`: 8 bytes per node and 4 bytes per item."""
+    def build(cls, trie: TokenTrie) -> ItemRanges:
+        """Copy the arrays from a TokenTrie: 8 bytes per node and 4 bytes per item."""
         position = np.empty(len(trie.item_order), np.int32)
         position[trie.item_order] = np.arange(len(position), dtype=np.int32)
         # np.array copies: writing to a tensor over a read-only memory map would be undefined.
         arrays = (np.array(trie.first_item), np.array(trie.num_items), position)
-        return cls(*(torch.from_numpy(array).to(device) for array in arrays))
+        return cls(*(torch.from_numpy(array) for array in arrays))
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class ItemFilter:
             UsageError: there is not one entry per user, an entry is no item id, or a user is left
                 without any item.
         """
-        num_items, device = len(ranges.position), ranges.position.device
+        num_items = len(ranges.position)
         allowed = _checked_lists("allow", allow, num_users, num_items, names)
         denied = _checked_lists("deny", deny, num_users, num_items, names)
 
@@ -118,13 +118,11 @@ class ItemFilter:
                 )
 
         counts = [len(items) for items in listed]
-        owner = torch.from_numpy(np.repeat(np.arange(num_users), counts)).to(device)
-        item = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *listed])).to(device)
+        owner = torch.from_numpy(np.repeat(np.arange(num_users), counts))
+        item = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *listed]))
         keys = (owner * num_items + ranges.position[item]).sort().values
         end = keys.new_full((1,), torch.iinfo(torch.int64).max)
-        return cls(
-            ranges, torch.cat([keys, end]), torch.tensor(is_allow, dtype=torch.bool, device=device)
-        )
+        return cls(ranges, torch.cat([keys, end]), torch.tensor(is_allow, dtype=torch.bool))
 
     def allows(self, user: torch.Tensor, node: torch.Tensor) -> torch.Tensor:
         """Return whether an item that the user may get lies under the node, bool (E,).
@@ -211,7 +209,7 @@ class Guidance:
             UsageError: a negative or infinite weight, a wrong shape, or a user whose values are
                 negative, NaN, infinite or all zero.
         """
-        num_items, device = len(ranges.position), ranges.position.device
+        num_items = len(ranges.position)
         if not 0 <= weight < np.inf:
             raise UsageError(
                 f"--guidance_weight must not be negative, NaN or infinite, found {weight}"
@@ -224,9 +222,9 @@ class Guidance:
 
         # One user at a time, because each row is copied to fp64.
         column = ranges.position.long() + 1
-        mass = torch.zeros((len(q), num_items + 1), dtype=torch.int64, device=device)
+        mass = torch.zeros((len(q), num_items + 1), dtype=torch.int64)
         for user in range(len(q)):
-            row = _row(q, user).to(device, torch.float64)
+            row = _row(q, user)
             total = row.sum()
             if not (row >= 0).all() or not total.isfinite():
                 raise UsageError(
@@ -260,9 +258,9 @@ class Guidance:
 
 
 def _row(q: np.ndarray | torch.Tensor, user: int) -> torch.Tensor:
-    """Return one row of q as a tensor."""
+    """Return one row of q as a tensor, float64 on the CPU."""
     if isinstance(q, torch.Tensor):
-        return q[user]
+        return q[user].to("cpu", torch.float64)
     return torch.from_numpy(np.array(q[user], dtype=np.float64))
 
 

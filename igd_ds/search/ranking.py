@@ -1,11 +1,9 @@
 """Top-K selection within groups of different sizes."""
 
-import torch
+import numpy as np
 
 
-def best_per_group(
-    group: torch.Tensor, score: torch.Tensor, num_groups: int, limit: int
-) -> torch.Tensor:
+def best_per_group(group: np.ndarray, score: np.ndarray, num_groups: int, limit: int) -> np.ndarray:
     """Return the indices of each group's best scores, best first; equal scores in order of index.
 
     Work and memory are O(E) and one sort of about `limit` scores per group. Groups of similar size
@@ -22,45 +20,43 @@ def best_per_group(
         (num_groups, limit) int64; −1 where a group has no more scores.
 
     Example:
-        >>> group, score = torch.tensor([0, 0, 0, 2]), torch.tensor([0.1, 0.9, 0.5, 0.3])
+        >>> group, score = np.array([0, 0, 0, 2]), np.array([0.1, 0.9, 0.5, 0.3])
         >>> best_per_group(group, score, num_groups=3, limit=2).tolist()
         [[1, 2], [-1, -1], [3, -1]]
     """
-    device = group.device
-    count = torch.bincount(group, minlength=num_groups)
-    column = torch.arange(len(group), device=device) - (count.cumsum(0) - count)[group]
+    count = np.bincount(group, minlength=num_groups)
+    threshold = np.full(num_groups, -np.inf, score.dtype)
 
-    # Each group's limit-th best score. Groups of up to 2^size scores share a table; size 0: the
-    # whole group is kept.
-    size = torch.where(count > limit, (count - 1).clamp(min=1).log2().floor().long() + 1, 0)
-    threshold = score.new_full((num_groups,), -torch.inf)
-    for power in size.unique().tolist():
-        if not power:
-            continue
-        members = (size == power).nonzero()[:, 0]
-        member = torch.full_like(count, -1)
-        member[members] = torch.arange(len(members), device=device)
-        inside = (member[group] >= 0).nonzero()[:, 0]
-        table = score.new_full((len(members), int(count[members].max())), -torch.inf)
-        table[member[group[inside]], column[inside]] = score[inside]
-        threshold[members] = table.topk(limit, dim=1).values[:, -1]
+    # The limit-th best score of each group that has more. Groups of up to 2^power scores share a
+    # table.
+    large = np.flatnonzero(count > limit)
+    if len(large):
+        column = np.arange(len(group)) - (count.cumsum() - count)[group]
+        powers = np.frexp(count[large] - 1)[1]
+        for power in np.unique(powers):
+            members = large[powers == power]
+            row = np.full(num_groups, -1)
+            row[members] = np.arange(len(members))
+            inside = np.flatnonzero(row[group] >= 0)
+            table = np.full((len(members), count[members].max()), np.inf, score.dtype)
+            table[row[group[inside]], column[inside]] = -score[inside]
+            threshold[members] = -np.partition(table, limit - 1, axis=1)[:, limit - 1]
 
     # What reaches the threshold, sorted by group and, within a group, by score.
-    kept = (score >= threshold[group]).nonzero()[:, 0]
-    kept = kept[score[kept].argsort(descending=True, stable=True)]
-    kept = kept[group[kept].argsort(stable=True)]
+    kept = np.flatnonzero(score >= threshold[group])
+    kept = kept[np.lexsort((-score[kept], group[kept]))]
 
-    count = torch.bincount(group[kept], minlength=num_groups)
-    rank = torch.arange(len(kept), device=device) - (count.cumsum(0) - count)[group[kept]]
-    best = torch.full((num_groups, limit), -1, dtype=torch.int64, device=device)
+    count = np.bincount(group[kept], minlength=num_groups)
+    rank = np.arange(len(kept)) - (count.cumsum() - count)[group[kept]]
     first = rank < limit
+    best = np.full((num_groups, limit), -1)
     best[group[kept[first]], rank[first]] = kept[first]
     return best
 
 
 def merge_ranked(
-    leaf: torch.Tensor, score: torch.Tensor, new_leaf: torch.Tensor, new_score: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+    leaf: np.ndarray, score: np.ndarray, new_leaf: np.ndarray, new_score: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Return the best K of ranked items and new ones; an earlier item wins a tie.
 
     A score of −inf means that there is no item; its leaf becomes −1.
@@ -72,7 +68,8 @@ def merge_ranked(
     Returns:
         Leaves and scores, each (A, K), best first.
     """
-    scores, order = torch.cat([score, new_score], dim=1).sort(dim=1, descending=True, stable=True)
-    leaves = torch.cat([leaf, new_leaf], dim=1).gather(1, order)
-    width = score.shape[1]
-    return leaves.where(scores > -torch.inf, -1)[:, :width], scores[:, :width]
+    scores = np.concatenate([score, new_score], axis=1)
+    order = np.argsort(-scores, axis=1, kind="stable")[:, : score.shape[1]]
+    scores = np.take_along_axis(scores, order, axis=1)
+    leaves = np.take_along_axis(np.concatenate([leaf, new_leaf], axis=1), order, axis=1)
+    return np.where(scores > -np.inf, leaves, -1), scores

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from igd_ds.config.search import ScoringOptions
 from igd_ds.contracts import Likelihood
@@ -128,9 +127,8 @@ class Scoring:
 
     name: str
     """Name of the decoding rule."""
-    gain: torch.Tensor
-    """float32 (M,) on the search's device: ĨG in [0, 1]. With `pooled` it is the gain itself, NaN
-    on cold edges."""
+    gain: np.ndarray
+    """float32 (M,): ĨG in [0, 1]. With `pooled` it is the gain itself, NaN on cold edges."""
     pooled: bool
     """Whether ĨG depends on the step's hypotheses: weights come from `pooled_weights`, not from
     `weights`."""
@@ -143,7 +141,7 @@ class Scoring:
     vocabulary."""
     temperature: float
     """T > 0: log p = log softmax(logits / T)."""
-    prior: torch.Tensor | None
+    prior: np.ndarray | None
     """float32 (M,), at most 0, in nats: what the popularity prior adds on each edge, or None."""
 
     @classmethod
@@ -152,7 +150,6 @@ class Scoring:
         trie: TokenTrie,
         gain: np.ndarray,
         options: ScoringOptions,
-        device: torch.device | str = "cpu",
         likelihood: Likelihood = Likelihood(),  # noqa: B008
     ) -> Scoring:
         """Check the options and compute what they mean for every edge.
@@ -161,7 +158,6 @@ class Scoring:
             trie: the catalogue's trie, M nodes.
             gain: a measure of decisiveness per edge, (M,).
             options: what the user asks for.
-            device: the device of the search.
             likelihood: how the model was trained; the softmax "auto" and the temperature None take
                 their values from it.
 
@@ -170,7 +166,7 @@ class Scoring:
 
         Example:
             >>> options = ScoringOptions(alpha=(0.0, 0.2))
-            >>> scoring = Scoring.build(stored.trie, stored.gain, options, "cuda")
+            >>> scoring = Scoring.build(stored.trie, stored.gain, options)
         """
         options.check()
         rule = _rule(options.decoding_rule)
@@ -183,11 +179,11 @@ class Scoring:
 
         prior = None
         if options.popularity_prior:
-            prior = _on_device(options.popularity_prior * popularity_logshare(trie), device)
+            prior = (options.popularity_prior * popularity_logshare(trie)).astype(np.float32)
 
         return cls(
             name=options.decoding_rule,
-            gain=_on_device(rule.edge_gain(trie, gain), device),
+            gain=rule.edge_gain(trie, gain).astype(np.float32),
             pooled=rule.per_step,
             alphas=tuple(float(alpha) for alpha in options.alpha),
             length_penalty=float(options.length_penalty),
@@ -196,7 +192,7 @@ class Scoring:
             prior=prior,
         )
 
-    def weights(self, alpha: torch.Tensor, child: torch.Tensor) -> torch.Tensor:
+    def weights(self, alpha: np.ndarray, child: np.ndarray) -> np.ndarray:
         """Return w_d = 1 − α·ĨG in [0, 1], float32 (E,) (IGD Eq. 9).
 
         Args:
@@ -204,11 +200,12 @@ class Scoring:
             child: int64 (E,), the edges' child nodes.
         """
         assert not self.pooled, "pooled weights depend on the step's hypotheses: pooled_weights"
-        return 1 - alpha * self.gain[child]
+        weights: np.ndarray = 1 - alpha * self.gain[child]
+        return weights
 
     def pooled_weights(
-        self, alpha: torch.Tensor, child: torch.Tensor, pair: torch.Tensor, num_pairs: int
-    ) -> torch.Tensor:
+        self, alpha: np.ndarray, child: np.ndarray, pair: np.ndarray, num_pairs: int
+    ) -> np.ndarray:
         """Return w_d = 1 − α·ĨG with ĨG min-max normalised over each pair's warm edges.
 
         A pair is one user at one α. Cold edges weigh 1. So do all edges of a pair whose gains are
@@ -225,32 +222,33 @@ class Scoring:
         """
         assert self.pooled, f"rule '{self.name}' gives every edge one weight: weights"
         gain = self.gain[child]
-        warm = ~gain.isnan()
+        warm = ~np.isnan(gain)
 
-        low = gain.new_full((num_pairs,), torch.inf)
-        low = low.scatter_reduce(0, pair, gain.where(warm, torch.inf), "amin")
-        high = gain.new_full((num_pairs,), -torch.inf)
-        high = high.scatter_reduce(0, pair, gain.where(warm, -torch.inf), "amax")
+        low = np.full(num_pairs, np.inf, np.float32)
+        np.minimum.at(low, pair[warm], gain[warm])
+        high = np.full(num_pairs, -np.inf, np.float32)
+        np.maximum.at(high, pair[warm], gain[warm])
 
         # Gains that differ by rounding alone count as equal, as in `normalised_gain`. Otherwise
         # min-max would scale rounding noise up to the full range.
-        largest = torch.maximum(low.abs(), high.abs())
-        tolerance = 2 * torch.finfo(torch.float32).eps * largest + 1e-13
-        differ = high - low > tolerance
-        normalised = (gain - low[pair]) / (high - low)[pair]
-        return 1 - alpha * normalised.where(warm & differ[pair], 0.0)
+        largest = np.maximum(abs(low), abs(high))
+        tolerance = 2 * np.finfo(np.float32).eps * largest + np.float32(1e-13)
+        width = high - low
+        decisive = warm & (width > tolerance)[pair]
 
-    def refuse_exact(self) -> None:
+        weights = np.ones_like(gain)
+        owner = pair[decisive]
+        normalised = (gain[decisive] - low[owner]) / width[owner]
+        weights[decisive] -= alpha[decisive] * normalised
+        return weights
+
+    def refuse_exact(self, remedy: str = "use --search beam, or a rule per node") -> None:
         """Raise UsageError if the decoding rule gives an unfinished path no bound of its own."""
         if self.pooled:
             raise UsageError(
                 f"--decoding_rule {self.name} depends on which beams are alive, so an exact search "
-                "has no bounds with which to prove anything: use --search beam, or a rule per node"
+                f"has no bounds with which to prove anything: {remedy}"
             )
-
-
-def _on_device(values: np.ndarray, device: torch.device | str) -> torch.Tensor:
-    return torch.from_numpy(values.astype(np.float32)).to(device)
 
 
 def _rule(name: str) -> DecodingRule:

@@ -1,8 +1,12 @@
 """A plain search for the tests of the engine: one user, one beam, one forward pass at a time."""
 
+import contextlib
+import copy
+
 import numpy as np
 import torch
 import transformers
+from pretend_device import pretend_device
 
 from igd_ds.backbones import backbone_of
 from igd_ds.items.search_trie import SearchTrie
@@ -11,6 +15,9 @@ from igd_ds.search.engine import search
 from igd_ds.search.scoring import Scoring
 
 EOS, VOCABULARY = 0, 48
+
+DEVICE = "cpu"
+"""Where `run_search` lets the engine search; the fixture `searched_on` sets it."""
 
 # How far fp32 scores of two implementations may lie apart. Relative: 5e-6, as in the golden README
 # (sums in another order, on another CPU). Absolute: log p is a difference of logits of size 5 or
@@ -139,16 +146,16 @@ def scoring_of(
         "temperature": 1.0,
         "prior": None,
     } | options
-    return Scoring(
-        gain=torch.from_numpy(1 - weights), alphas=alphas, length_penalty=length_penalty, **settings
-    )
+    return Scoring(gain=1 - weights, alphas=alphas, length_penalty=length_penalty, **settings)
 
 
 def run_search(model, prompts, trie, scoring, num_beams, **options):
     """Return the engine's SearchResult."""
-    tree = backbone_of(model.config).prompt_tree(model)
-    tree.prefill([np.array(prompt) for prompt in prompts])
-    return search(tree, SearchTrie.build(trie), scoring, num_beams, **options)
+    with contextlib.nullcontext() if DEVICE == "cpu" else pretend_device():
+        model = model if DEVICE == "cpu" else copy.deepcopy(model).to(DEVICE)
+        tree = backbone_of(model.config).prompt_tree(model)
+        tree.prefill([np.array(prompt) for prompt in prompts])
+        return search(tree, SearchTrie.build(trie), scoring, num_beams, **options)
 
 
 def as_lists(trie, leaves, scores) -> list[list[tuple[float, tuple[int, ...]]]]:

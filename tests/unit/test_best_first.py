@@ -25,6 +25,8 @@ from igd_ds.errors import UsageError
 from igd_ds.items.search_trie import SearchTrie
 from igd_ds.search.engine import search
 
+on_both_devices = pytest.mark.usefixtures("searched_on")
+
 
 @pytest.mark.parametrize("length_penalty", [0.0, 0.7, 1.0, 2.0])
 def test_gives_the_true_best_items(length_penalty):
@@ -51,6 +53,7 @@ def test_gives_the_true_best_items(length_penalty):
                 )
 
 
+@on_both_devices
 def test_beam_lists_come_along_and_are_worse_or_equal():
     model, prompts = tiny_model(), random_prompts(6)
     trie = build_trie(random_items(200))
@@ -91,6 +94,7 @@ def test_a_position_budget_certifies_what_it_can(row_positions):
         assert (result.certified < 10).any()
 
 
+@on_both_devices
 def test_a_catalogue_smaller_than_the_list_is_listed_whole():
     trie = build_trie(random_items(6))
     result = run_search(
@@ -100,6 +104,7 @@ def test_a_catalogue_smaller_than_the_list_is_listed_whole():
     assert (result.leaves[..., 6:] == -1).all() and (result.leaves[..., :6] > 0).all()
 
 
+@on_both_devices
 def test_scores_are_the_beams_to_the_bit_at_any_penalty():
     model, prompts = tiny_model(), random_prompts(5)
     items = [
@@ -125,6 +130,7 @@ def test_scores_are_the_beams_to_the_bit_at_any_penalty():
         )
 
 
+@on_both_devices
 def test_ties_do_not_end_the_search_early():
     model = tiny_model()
     # Every token has the same probability, so scores depend on the length alone.

@@ -11,7 +11,7 @@ import torch
 from small_catalogue import batch_of_tokens, context_of
 
 from igd_ds.config.options import parse
-from igd_ds.contracts import Logits
+from igd_ds.contracts import Logits, LossTerms
 from igd_ds.errors import UsageError
 from igd_ds.items import embeddings
 from igd_ds.objectives import OBJECTIVES, ObjectiveOptions, options_of, users_of
@@ -321,14 +321,35 @@ def logits_and_targets(rows=6, vocabulary=5, seed=0):
     return f, f0, torch.randint(vocabulary, (rows,), generator=generator)
 
 
-def terms_of(name, f, f0, targets, **settings):
-    """Return the LossTerms of tokens that stand at the root of FIRST_TOKENS' trie."""
-    objective = make(name, **settings)
+def context_on(device):
+    """Return the context of FIRST_TOKENS, its trie on a device."""
     context = context_of(FIRST_TOKENS, np.ones(5, np.int64))
+    return dataclasses.replace(context, trie=context.trie.to(device))
+
+
+def logits_on(device, objective, f, f0):
+    """Return what an objective needs of f and f0, on a device."""
+    return Logits(f.to(device), f0.to(device) if objective.needs_null else None)
+
+
+def terms_of(name, f, f0, targets, device="cpu", **settings):
+    """Return the LossTerms of tokens that stand at the root of FIRST_TOKENS' trie, on the CPU."""
+    objective = make(name, **settings)
     batch = batch_of_tokens(targets, node=1 + targets)
     if len(objective.targets) > 1:
         batch = dataclasses.replace(batch, weights=torch.ones(len(targets), 3))
-    return objective.loss(batch, Logits(f, f0 if objective.needs_null else None), context)
+    logits = logits_on(device, objective, f, f0)
+    return on_cpu(objective.loss(batch.to(device), logits, context_on(device)))
+
+
+def on_cpu(terms):
+    """Return LossTerms with all their tensors on the CPU."""
+    return LossTerms(
+        terms.numerators.cpu(),
+        terms.normalisers.cpu(),
+        terms.nll.cpu(),
+        {name: value.cpu() for name, value in terms.statistics.items()},
+    )
 
 
 def nll(f, y):
@@ -346,17 +367,17 @@ def row_losses(name, f, f0, y):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_token_losses_match_plain_loops(name, dtype):
+def test_token_losses_match_plain_loops(name, dtype, device):
     f, f0, targets = logits_and_targets()
     f, f0 = f.to(dtype), f0.to(dtype)
-    terms = terms_of(name, f, f0, targets)
+    terms = terms_of(name, f, f0, targets, device)
     assert terms.numerators.dtype == terms.nll.dtype == torch.float32  # from logits of any type
 
     rows = list(zip(f.tolist(), f0.tolist(), targets.tolist(), strict=True))
     expected = [row_losses(name, *row) for row in rows]
     if name == "multi-target":  # its weights are 1 for each of the three targets
         expected = [sum(expected)] * 3
-    np.testing.assert_allclose(terms.numerators, expected, rtol=1e-5)
+    np.testing.assert_allclose(terms.numerators.detach(), expected, rtol=1e-5)
 
     # What is logged is the NLL without weights, λ and τ; that of msl is of its own softmax.
     scale = 4.5 if name == "msl" else 1.0
@@ -365,16 +386,15 @@ def test_token_losses_match_plain_loops(name, dtype):
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_weights_multiply_losses_and_sum_to_the_normaliser(name):
+def test_weights_multiply_losses_and_sum_to_the_normaliser(name, device):
     """N = Σ w·loss and Ω = Σ w per target, and the step knows Ω before the forward pass."""
     f, f0, targets = logits_and_targets()
     objective = make(name)
-    context = context_of(FIRST_TOKENS, np.ones(5, np.int64))
     weights = np.random.default_rng(2).random((6, len(objective.targets))).astype(np.float32)
     batch = batch_of_tokens(targets, weights, 1 + targets)
-    logits = Logits(f.float(), f0.float() if objective.needs_null else None)
+    logits = logits_on(device, objective, f.float(), f0.float())
 
-    terms = objective.loss(batch, logits, context)
+    terms = on_cpu(objective.loss(batch.to(device), logits, context_on(device)))
     rows = zip(f.tolist(), f0.tolist(), targets.tolist(), strict=True)
     losses = np.array([row_losses(name, *row) for row in rows])
     np.testing.assert_allclose(terms.numerators, losses @ weights, rtol=1e-5)
@@ -384,11 +404,11 @@ def test_weights_multiply_losses_and_sum_to_the_normaliser(name):
     np.testing.assert_allclose(omega, weights.sum(0, dtype=np.float64), rtol=1e-12)
 
 
-def test_cft_sends_its_gradient_through_both_passes():
+def test_cft_sends_its_gradient_through_both_passes(device):
     """∂/∂f₀ = −λ (softmax(f − f₀) − onehot); ∂/∂f is that of the plain loss plus its opposite."""
     f, f0, targets = logits_and_targets()
     f, f0 = f.float().requires_grad_(), f0.float().requires_grad_()
-    terms_of("cft", f, f0, targets).numerators.sum().backward()
+    terms_of("cft", f, f0, targets, device).numerators.sum().backward()
     onehot = torch.nn.functional.one_hot(targets, f.shape[1])
     with torch.no_grad():
         through_null = -0.7 * ((f - f0).softmax(-1) - onehot)
@@ -416,18 +436,18 @@ def test_scaled_nll_and_its_slope():
 
 
 @pytest.mark.parametrize("form", [*OBJECTIVES, "multi-target logits", "msl adaptive"])
-def test_an_empty_micro_batch_keeps_its_graph(form):
+def test_an_empty_micro_batch_keeps_its_graph(form, device):
     """A batch of masked rows has no labelled token; `backward` must still work."""
     name, _, rest = form.partition(" ")
     settings = {"logits": {"mixing_form": "logits"}, "adaptive": {"msl_tau": "adaptive"}}
     objective = make(name, **settings.get(rest, {}))
     objective.coefficients(0)
-    f = torch.zeros(0, 5, requires_grad=True)
+    f = torch.zeros(0, 5, requires_grad=True, device=device)
     nothing = torch.zeros(0, dtype=torch.int64)
     batch = batch_of_tokens(nothing, torch.zeros(0, len(objective.targets)), nothing)
 
-    context = context_of(FIRST_TOKENS, np.ones(5, np.int64))
-    terms = objective.loss(batch, Logits(f, f if objective.needs_null else None), context)
+    logits = logits_on(device, objective, f, f)
+    terms = objective.loss(batch.to(device), logits, context_on(device))
     terms.numerators.sum().backward()
     assert terms.numerators.tolist() == terms.normalisers.tolist() == [0] * len(objective.targets)
     assert all(torch.isfinite(value).all() for value in terms.statistics.values())

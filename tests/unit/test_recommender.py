@@ -1,7 +1,12 @@
 """The Python API, compared with a plain search: lists, filters, guidance, batches, errors."""
 
+import contextlib
 import dataclasses
+import gc
+import itertools
+import math
 import shutil
+import weakref
 
 import datasets
 import numpy as np
@@ -17,6 +22,7 @@ from oracle import (
     ranking,
     weight_by_path,
 )
+from pretend_device import pretend_device
 from tiny_run import TITLES, Plain
 
 from igd_ds.config.search import Limits, ScoringOptions
@@ -40,9 +46,10 @@ def run(tmp_path_factory):
     return tiny_run.make(tmp_path_factory.mktemp("trained"))
 
 
-@pytest.fixture(scope="module")
-def recommender(run):
-    return Recommender.load(run, device="cpu")
+@pytest.fixture(scope="module", params=["cpu", "pretend"])
+def recommender(run, request):
+    with contextlib.nullcontext() if request.param == "cpu" else pretend_device():
+        yield Recommender.load(run, device=request.param)
 
 
 @pytest.fixture(scope="module")
@@ -179,15 +186,16 @@ def test_guidance_to_denied_items_leads_no_beam_astray(recommender):
     assert not ranked.short
 
 
-def load_trained(run, folder, likelihood):
+def load_trained(run, folder, likelihood, device):
     """Load a copy of the run whose model was trained with this likelihood."""
     shutil.copytree(run / "model", folder / "model")
     tiny_run.set_likelihood(folder / "model", likelihood)
-    return Recommender.load(folder / "model", dataset=run.parent / "data")
+    return Recommender.load(folder / "model", dataset=run.parent / "data", device=device)
 
 
 def test_auto_is_the_softmax_that_the_model_was_trained_with(run, recommender, plain, tmp_path):
-    trained = load_trained(run, tmp_path, {"softmax": "masked", "temperature": 2.0})
+    likelihood = {"softmax": "masked", "temperature": 2.0}
+    trained = load_trained(run, tmp_path, likelihood, recommender.device)
     assert trained.likelihood == Likelihood("masked", 2.0)
 
     auto = trained.recommend(HISTORIES, k=5, alpha=0.0, search="exact")
@@ -205,7 +213,7 @@ def test_auto_is_the_softmax_that_the_model_was_trained_with(run, recommender, p
 
 
 def test_models_without_a_likelihood_have_the_full_softmax(run, recommender, tmp_path):
-    older = load_trained(run, tmp_path, None)
+    older = load_trained(run, tmp_path, None, recommender.device)
     assert older.likelihood == Likelihood("full", 1.0)
     auto = older.recommend(HISTORIES, k=5)
     assert auto == recommender.recommend(HISTORIES, k=5, softmax="full", temperature=1.0)
@@ -299,3 +307,104 @@ def test_the_arrays_of_equal_options_are_made_once(recommender):
     once = recommender.scoring(ScoringOptions(alpha=(0.1, 0.2)))
     assert recommender.scoring(ScoringOptions(alpha=(0.1, 0.2))) is once
     assert recommender.scoring(ScoringOptions(alpha=(0.1,))) is not once
+
+
+def entries(recommendations):
+    """Return items and scores."""
+    return [(r.item_ids, r.score) for r in recommendations]
+
+
+def test_a_stream_gives_the_exact_list_of_every_length(recommender):
+    for history, alpha in ([0], 0.0), ([7, 7, 3, 9, 4], 0.4):
+        streamed = list(recommender.stream(history, alpha=alpha))
+        assert [r.rank for r in streamed] == list(range(1, recommender.num_leaves + 1))
+        assert all(r.certified for r in streamed)
+        for k in range(1, recommender.num_leaves + 1):
+            (exact,) = recommender.recommend([history], k=k, alpha=alpha, search="exact")
+            assert [(r.item_ids, r.title) for r in streamed[:k]] == [
+                (r.item_ids, r.title) for r in exact
+            ]
+            # Other runs share a pass, and matrix products of another shape add in another order.
+            assert [r.score for r in streamed[:k]] == pytest.approx(
+                [r.score for r in exact], rel=SCORE_RTOL, abs=SCORE_ATOL
+            )
+
+
+def test_a_streams_bound_holds_for_all_that_follows(recommender):
+    found = list(recommender.stream(HISTORIES[2]))
+    for ours, following in itertools.pairwise(found):
+        assert following.score <= ours.bound <= ours.score
+    assert found[-1].bound == -math.inf
+
+
+def test_a_stream_that_is_left_leaves_nothing_behind(recommender):
+    implementation = recommender.model.config._attn_implementation
+    before = recommender.recommend(HISTORIES, k=3, search="exact")
+    stream = recommender.stream(HISTORIES[0])
+    next(stream)
+
+    # In the middle of a stream: other searches run, also another stream of the same user.
+    assert recommender.model.config._attn_implementation == implementation
+    assert recommender.recommend(HISTORIES, k=3, search="exact") == before
+    assert entries(recommender.stream(HISTORIES[0])) == entries(
+        [*itertools.islice(recommender.stream(HISTORIES[0]), 1), *stream]
+    )
+
+    left = recommender.stream(HISTORIES[1])
+    next(left)
+    frontier = weakref.ref(left.gi_frame.f_locals["passes"].gi_frame.f_locals["frontier"])
+    del left
+    gc.collect()
+    assert frontier() is None
+    assert recommender.recommend(HISTORIES, k=3, search="exact") == before
+
+
+def test_a_stream_reads_no_more_than_is_taken(recommender):
+    sent = []
+    handle = recommender.model.register_forward_pre_hook(
+        lambda _, args, kwargs: sent.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    stream = recommender.stream(HISTORIES[2])
+    assert sent == []
+    next(stream)
+    first = sum(sent)
+    list(stream)
+    everything = sum(sent)
+    handle.remove()
+    assert first < everything
+
+
+def test_positions_end_a_stream_with_what_is_proven(recommender):
+    everything = entries(recommender.stream(HISTORIES[2]))
+    lengths = []
+    for positions in (1, 2, 4, 8, 10**6):
+        some = entries(recommender.stream(HISTORIES[2], positions=positions))
+        assert [item for item, _ in some] == [item for item, _ in everything[: len(some)]]
+        lengths.append(len(some))
+    assert lengths == sorted(lengths)
+    assert lengths[0] < lengths[-1] == len(everything)
+
+
+def test_a_filtered_stream_ends_with_the_last_allowed_item(recommender):
+    assert items([recommender.stream([0], allow=[4, 7, 9, 0], deny=[0])]) == [[4, 7, 9]]
+    assert items([recommender.stream([0], deny=range(1, 10))]) == [[0]]
+    shared = list(recommender.stream([9], allow=[2, 3]))
+    assert entries(shared)[0][0] == (2, 3) and shared[0].bound == -math.inf
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"decoding_rule": "pooled"}, 'pooled depends .* use recommend\\(search="beam"\\)'),
+        ({"positions": 0}, "positions must be at least 1"),
+        ({"history": []}, "the history is empty"),
+        ({"history": [99]}, "histories\\[0\\]"),
+        ({"deny": list(range(10))}, "the item filter leaves nothing"),
+        ({"allow": [99]}, "allow\\[0\\]"),
+        ({"alpha": 2.0}, "--alpha must lie"),
+        ({"ids": "number"}, "ids is one of"),
+    ],
+)
+def test_a_stream_refuses_before_it_begins(recommender, arguments, message):
+    with pytest.raises(UsageError, match=message):
+        recommender.stream(**({"history": [1]} | arguments))

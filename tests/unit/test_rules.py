@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 from oracle import build_trie, node_paths, random_items
 
 from igd_ds.config.search import ScoringOptions
@@ -63,18 +62,19 @@ def test_bad_input_names_what_is_known():
 @pytest.mark.parametrize("rule", PER_EDGE)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_scoring_gives_the_same_weights(rule, dtype):
-    """fp32 on the device against fp64 rounded at the end: one unit in the last place of 1."""
+    """fp32 in the search against fp64 rounded at the end: one unit in the last place of 1."""
     trie, gain = catalogue()
     gain = gain.astype(dtype)
     alphas = (0.0, 0.1, 0.2, 0.3, 0.4, 0.7, 1.0)
     scoring = Scoring.build(trie, gain, ScoringOptions(decoding_rule=rule, alpha=alphas))
     assert (scoring.name, scoring.alphas, scoring.pooled) == (rule, alphas, False)
     scoring.refuse_exact()  # raises nothing
-    child = torch.arange(1, trie.num_nodes).repeat(len(alphas))
-    weights = scoring.weights(torch.tensor(alphas).repeat_interleave(trie.num_nodes - 1), child)
-    assert weights.dtype == torch.float32
+    child = np.tile(np.arange(1, trie.num_nodes), len(alphas))
+    alpha = np.repeat(np.array(alphas, np.float32), trie.num_nodes - 1)
+    weights = scoring.weights(alpha, child)
+    assert weights.dtype == np.float32
     assert (weights >= 0).all() and (weights <= 1).all()
-    for alpha, found in zip(alphas, weights.view(len(alphas), -1).numpy(), strict=True):
+    for alpha, found in zip(alphas, weights.reshape(len(alphas), -1), strict=True):
         expected = edge_weights(trie, gain, rule, alpha)[1:]
         np.testing.assert_allclose(found, expected, rtol=0, atol=np.spacing(np.float32(1)))
         assert (found[expected == 1] == 1).all()  # α = 0 and undecisive edges: log p untouched
@@ -104,10 +104,10 @@ def test_pooled_weights_of_three_steps(sign):
     ]
     edges = [edges[i] for i in np.random.default_rng(0).permutation(len(edges))]
 
-    pair, child = torch.tensor(edges).unbind(1)
-    alpha = torch.tensor([alphas[pair] for pair, _ in edges])
+    pair, child = np.array(edges).T
+    alpha = np.array([alphas[pair] for pair, _ in edges], np.float32)
     weights = scoring.pooled_weights(alpha, child, pair, 5)
-    assert weights.dtype == torch.float32
+    assert weights.dtype == np.float32
 
     cold = 0
     for (pair, child), found in zip(edges, weights.tolist(), strict=True):
@@ -123,9 +123,8 @@ def test_pooled_weights_of_three_steps(sign):
 
 def test_pooled_over_the_children_of_one_node_is_per_node():
     trie, gain, scoring = pooled_scoring()
-    child = torch.arange(1, trie.num_nodes)
-    parent = torch.from_numpy(trie.parent[1:]).long()
-    weights = scoring.pooled_weights(torch.full((len(child),), 0.4), child, parent, trie.num_nodes)
+    child, alpha = np.arange(1, trie.num_nodes), np.full(trie.num_nodes - 1, 0.4, np.float32)
+    weights = scoring.pooled_weights(alpha, child, trie.parent[1:], trie.num_nodes)
     np.testing.assert_allclose(weights, edge_weights(trie, gain, "per-node", 0.4)[1:], atol=2e-6)
 
 
@@ -141,15 +140,13 @@ def test_pooled_weighs_equal_gains_and_cold_edges_with_one():
     gain[four] = np.nextafter(np.float32(gain[one]), np.float32(np.inf))
 
     scoring = Scoring.build(trie, gain, ScoringOptions(decoding_rule="pooled", alpha=(1.0,)))
-    child = torch.tensor([paths.index(path) for path in [(1,), (4,), (5,), (5, 2), (5, 3)]])
-    pair = torch.tensor([0, 0, 0, 1, 1])
-    assert scoring.pooled_weights(torch.ones(5), child, pair, 2).tolist() == [1.0] * 5
+    child = np.array([paths.index(path) for path in [(1,), (4,), (5,), (5, 2), (5, 3)]])
+    pair, alpha = np.array([0, 0, 0, 1, 1]), np.ones(5, np.float32)
+    assert scoring.pooled_weights(alpha, child, pair, 2).tolist() == [1.0] * 5
 
     # Against warm edges of another gain the same two edges are decisive, and the cold one is not.
-    child = torch.tensor([paths.index(path) for path in [(1,), (4,), (5,), (1, 2)]])
-    weights = scoring.pooled_weights(
-        torch.ones(4), child, torch.zeros(4, dtype=torch.int64), 1
-    ).tolist()
+    child = np.array([paths.index(path) for path in [(1,), (4,), (5,), (1, 2)]])
+    weights = scoring.pooled_weights(alpha[:4], child, np.zeros(4, np.int64), 1).tolist()
     assert weights[2] == 1 and min(weights) == 0
     assert weights[0] == pytest.approx(weights[1], abs=1e-6)
 
@@ -184,7 +181,7 @@ def test_popularity_prior_splits_the_items_shares_over_their_tokens():
     assert sum(leaf_shares) == pytest.approx(1)
 
     scoring = Scoring.build(trie, information_gain(trie), ScoringOptions(popularity_prior=0.7))
-    assert scoring.prior.dtype == torch.float32 and (scoring.prior <= 0).all()
+    assert scoring.prior.dtype == np.float32 and (scoring.prior <= 0).all()
     np.testing.assert_allclose(scoring.prior, 0.7 * logshare, rtol=1e-6)
 
 

@@ -24,6 +24,8 @@ from igd_ds.search.filters import Guidance, ItemFilter, ItemRanges
 from igd_ds.search.frontier import PerUser
 from igd_ds.search.scoring import Scoring
 
+pytestmark = pytest.mark.usefixtures("searched_on")
+
 ITEMS = random_items(60)
 COUNTS = np.random.default_rng(1).integers(0, 5, len(ITEMS))
 TRIE = build_trie(ITEMS, COUNTS)

@@ -4,6 +4,7 @@ NLLs are compared relatively, with 1e-5: they are sums of fp32 log-probabilities
 shapes. The brute force computes them in fp64.
 """
 
+import copy
 import math
 from dataclasses import dataclass
 
@@ -90,9 +91,20 @@ def test_borders_of_the_deciles(name, entropy):
         assert found == [decile_of(g, every) for g in sorted(set(every))]
 
 
+@pytest.fixture
+def on_device(device, monkeypatch):
+    """Let validations run on the CPU and, in a second test, on a pretend accelerator."""
+    monkeypatch.setattr(distributed, "device", lambda: device)
+
+
+def engine_of(plain: Plain) -> Engine:
+    """Return an engine around a copy of the model on the device."""
+    return Engine(copy.deepcopy(plain.model).to(distributed.device()))
+
+
 def task_of(plain: Plain, objective: Objective) -> ValidationTask:
     """Return the validation of the tiny run's test rows under an objective."""
-    trie = SearchTrie.build(plain.trie)
+    trie = SearchTrie.build(plain.trie, distributed.device())
     context = ObjectiveContext(plain.stored, trie, str(plain.dataset.folder))
     columns = TokenColumns.build(plain.stored, objective.weights(context))
     split = plain.dataset.splits["test"]
@@ -102,7 +114,7 @@ def task_of(plain: Plain, objective: Objective) -> ValidationTask:
 
 @torch.no_grad()
 def measured_nll(plain: Plain, batches, objective: Objective = UNIFORM) -> dict[str, float]:
-    return validation_nll(Engine(plain.model), task_of(plain, objective), batches)
+    return validation_nll(engine_of(plain), task_of(plain, objective), batches)
 
 
 @torch.no_grad()
@@ -139,6 +151,7 @@ def nll_by_group(plain: Plain, logprobs) -> dict[str, list[float]]:
     return groups
 
 
+@pytest.mark.usefixtures("on_device")
 @pytest.mark.parametrize(
     ("objective", "logprobs"),
     [(UNIFORM, full_logprobs), (MASKED, masked_logprobs)],
@@ -180,6 +193,7 @@ def test_forced_tokens_have_a_masked_nll_of_exactly_zero(plain):
 
 
 @torch.no_grad()
+@pytest.mark.usefixtures("on_device")
 @pytest.mark.parametrize(
     ("objective", "logprobs"),
     [(UNIFORM, full_logprobs), (MASKED, masked_logprobs)],
@@ -187,7 +201,7 @@ def test_forced_tokens_have_a_masked_nll_of_exactly_zero(plain):
 )
 def test_ndcg_is_that_of_a_ranking_by_the_objectives_softmax(plain, objective, logprobs):
     """Ten beams are more than the catalogue has leaves, so the beam search misses nothing."""
-    found = validation_ndcg(Engine(plain.model), task_of(plain, objective), IN_BATCHES)
+    found = validation_ndcg(engine_of(plain), task_of(plain, objective), IN_BATCHES)
     assert found == {"valid/ndcg@10": pytest.approx(ranked_ndcg(plain, logprobs))}
 
 
