@@ -82,7 +82,7 @@ class TokenSums:
             tokens_zero=zero.sum(),
             weight_zero=(batch.weights.mean(1) * zero).sum(),
             rows=(batch.row_ids != MASKED_ROW).sum(),
-            input_tokens=batch.attention_mask.sum(),
+            input_tokens=batch.inputs.num_tokens(),
         )
 
     @classmethod
