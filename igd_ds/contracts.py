@@ -61,7 +61,7 @@ class PaddedRows:
 
 @dataclass(frozen=True)
 class RowTree:
-    """The rows of a micro-batch as one tree of N tokens: what rows share at their begin stands once.
+    """The rows of a micro-batch as one tree of N tokens: equal prefixes of rows stand once.
 
     The nodes stand in depth-first order. Node q sees node k exactly if k <= q < end[k]: its own
     ancestors and itself. Several trees side by side (rows without a common first token) are one

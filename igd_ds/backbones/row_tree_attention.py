@@ -149,9 +149,9 @@ def row_tree_attention(
     if query.is_cuda and not dropout and has_flex_attention():
         from transformers.integrations.flex_attention import flex_attention_forward
 
-        mask = tree.block_mask_of(sliding_window)
+        block_mask = tree.block_mask_of(sliding_window)
         settings = {"scaling": scaling, "softcap": softcap, "s_aux": s_aux}
-        return flex_attention_forward(module, query, key, value, mask, **settings)[0], None
+        return flex_attention_forward(module, query, key, value, block_mask, **settings)[0], None
 
     blocks, seen = tree.node_blocks(), tree.mask_of(sliding_window)
     num_nodes, num_keys = query.shape[2], key.shape[1]
@@ -222,9 +222,9 @@ def flex_block_mask(tree: RowTree, window: int | None) -> BlockMask:
 
 
 def _listed(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the number and, first, the indices of the True entries per row: (1, 1, C), (1, 1, C, C).
+    """Return how many entries of each row are True, and their columns before the others.
 
-    That is the form of BlockMask: int32, for one batch and all heads.
+    That is the form of BlockMask: int32 (1, 1, C) and (1, 1, C, C), for one batch and all heads.
     """
     count = blocks.sum(1).int()
     index = blocks.int().argsort(dim=1, descending=True, stable=True).int()

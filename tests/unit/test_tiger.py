@@ -261,9 +261,9 @@ def test_label_logits_give_transformers_own_loss_and_gradient(folder, tokenizer)
         assert logits.shape == (len(found.targets), len(tokenizer))
         loss = token_nll(logits, found.targets).mean()
         theirs = ours(
-            input_ids=found.input_ids,
-            attention_mask=found.attention_mask,
-            labels=found.labels,
+            input_ids=found.inputs.input_ids,
+            attention_mask=found.inputs.attention_mask,
+            labels=found.inputs.labels,
             use_cache=False,
         ).loss
         torch.testing.assert_close(loss, theirs)
