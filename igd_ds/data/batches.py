@@ -98,6 +98,26 @@ def deal(global_rows: np.ndarray, rank: int, world_size: int, micro_batch: int) 
 
 
 @dataclass(frozen=True)
+class ShuffledRows:
+    """The order of rows one by one; `data.chains.RowChains` is the order of whole chains."""
+
+    lengths: np.ndarray
+    """int64 (R,), tokens of each row."""
+    group: bool
+    """Whether rows of similar length share a batch."""
+
+    def epoch(self, global_batch: int, seed: int, epoch: int) -> np.ndarray:
+        """Return an epoch's row ids, int64 (steps, G); see `epoch_batches`."""
+        return epoch_batches(self.lengths, global_batch, seed, epoch, self.group)
+
+    def deal(
+        self, global_rows: np.ndarray, rank: int, world_size: int, micro_batch: int
+    ) -> list[np.ndarray]:
+        """Return this rank's micro-batches of a global batch; see `deal`."""
+        return deal(global_rows, rank, world_size, micro_batch)
+
+
+@dataclass(frozen=True)
 class TokenColumns:
     """What a batch needs to know of each of the C catalogue tokens."""
 
@@ -135,10 +155,10 @@ class Collator:
     """Fills rows to the batch's width."""
     encoder_decoder: bool = False
     """Whether prompt and item go to different inputs."""
-    null_prompt: np.ndarray | None = None
-    """Token ids of the prompt without history, where the objective needs the items behind it."""
     as_tree: bool = False
     """Whether the rows become a RowTree, which only causal LMs read; else they are padded."""
+    null_prompt: np.ndarray | None = None
+    """Token ids of the prompt without history, where the objective needs the items behind it."""
 
     def __call__(self, rows: np.ndarray) -> Batch:
         """Return the batch of rows, int64 (B,): ids of the split, or MASKED_ROW."""
