@@ -6,6 +6,7 @@ accumulation steps, W ranks.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -122,29 +123,58 @@ class RowChains:
     ) -> list[np.ndarray]:
         """Return this rank's micro-batches of a global batch: one int64 (B,) per accumulation step.
 
-        Chains are put into micro-batches longest first. A chain that is longer than a micro-batch,
-        or that fits nowhere, is cut. Micro-batches with similar numbers of tree nodes go to the
-        ranks of one accumulation step, and ranks take turns in having the larger ones. So the
-        micro-batches do not depend on the number of ranks.
+        A chain that is longer than a micro-batch is cut. The micro-batches do not depend on the
+        number of ranks. Those with similar numbers of tree nodes go to the ranks of one
+        accumulation step, the larger ones to the ranks that have had less.
         """
+        # Cut the batch into chains, and chains into pieces that fit a micro-batch.
         real = global_rows[global_rows != MASKED_ROW]
         goes_on = self.before[real[1:]] == real[:-1]
         runs = np.split(real, 1 + np.flatnonzero(~goes_on))
         pieces = [run[i : i + micro_batch] for run in runs for i in range(0, len(run), micro_batch)]
-        pieces.sort(key=len, reverse=True)
 
+        # Masked rows fill the last micro-batches.
         num_parts = len(global_rows) // micro_batch
-        sizes = np.full(num_parts, micro_batch)
-        spare = len(global_rows) - len(real)
-        sizes -= np.clip(spare - micro_batch * np.arange(num_parts)[::-1], 0, micro_batch)
+        begin = micro_batch * np.arange(num_parts)
+        sizes = np.clip(len(real) - begin, 0, micro_batch)
         parts = np.full((num_parts, micro_batch), MASKED_ROW, dtype=np.int64)
-        for part, rows in enumerate(packed(pieces, sizes)):
+        for part, rows in enumerate(self.spread(pieces, sizes)):
             parts[part, : len(rows)] = rows
 
-        heavy_first = np.argsort([-self.num_nodes(part) for part in parts], kind="stable")
-        by_step = heavy_first.reshape(-1, world_size)
-        by_step[1::2] = by_step[1::2, ::-1]
-        return list(parts[by_step[:, rank]])
+        # Deal them, those with the most nodes first.
+        nodes = np.array([self.num_nodes(part) for part in parts])
+        own, had = [], np.zeros(world_size)
+        for step in np.argsort(-nodes, kind="stable").reshape(-1, world_size):
+            ranks = np.argsort(had, kind="stable")
+            had[ranks] += nodes[step]
+            own.append(parts[step[ranks == rank][0]])
+        return own
+
+    def spread(self, pieces: Sequence[np.ndarray], sizes: np.ndarray) -> list[np.ndarray]:
+        """Fill bins with pieces of chains, so that each gets its share of long and short ones.
+
+        The longest piece left goes into the bin with the most room and then the fewest nodes. What
+        does not fit there is cut off and goes into the next one.
+
+        Args:
+            pieces: rows, int64, as many together as `sizes` says.
+            sizes: int64, the rows that each bin holds.
+
+        Returns:
+            The rows of each bin.
+        """
+        bins: list[list[np.ndarray]] = [[] for _ in sizes]
+        heap = [(-int(size), 0, number) for number, size in enumerate(sizes) if size]
+        heapq.heapify(heap)
+        for piece in sorted(pieces, key=lambda piece: (-len(piece), -self.num_nodes(piece))):
+            rest = piece
+            while len(rest):
+                minus_room, nodes, number = heapq.heappop(heap)
+                taken, rest = rest[:-minus_room], rest[-minus_room:]
+                bins[number].append(taken)
+                if room + len(taken):
+                    heapq.heappush(heap, (room + len(taken), nodes + self.num_nodes(taken), number))
+        return [_joined(content) for content in bins]
 
     def num_nodes(self, rows: np.ndarray) -> int:
         """Return about how many nodes the tree of a micro-batch has (int64 (B,), or MASKED_ROW).
@@ -153,7 +183,7 @@ class RowChains:
         alike.
         """
         real = rows[rows != MASKED_ROW]
-        goes_on = np.isin(self.before[real], real)
+        goes_on = np.append(False, self.before[real[1:]] == real[:-1])[: len(real)]
         return int(np.where(goes_on, self.new_tokens[real], self.tokens[real]).sum())
 
 
@@ -210,5 +240,9 @@ def packed(chains: Iterable[np.ndarray], sizes: Sequence[int] | np.ndarray) -> l
             bins[chosen].append(taken)
             room[chosen] -= len(taken)
             rest = rest[len(taken) :]
-    nothing = np.empty(0, np.int64)
-    return [np.concatenate([nothing, *content]) for content in bins]
+    return [_joined(content) for content in bins]
+
+
+def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the rows of all parts, int64; there may be none."""
+    return np.concatenate([np.empty(0, np.int64), *parts])
