@@ -172,8 +172,9 @@ class RowChains:
                 minus_room, nodes, number = heapq.heappop(heap)
                 taken, rest = rest[:-minus_room], rest[-minus_room:]
                 bins[number].append(taken)
-                if room + len(taken):
-                    heapq.heappush(heap, (room + len(taken), nodes + self.num_nodes(taken), number))
+                minus_room += len(taken)
+                if minus_room:
+                    heapq.heappush(heap, (minus_room, nodes + self.num_nodes(taken), number))
         return [_joined(content) for content in bins]
 
     def num_nodes(self, rows: np.ndarray) -> int:
