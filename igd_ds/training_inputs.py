@@ -26,7 +26,7 @@ from igd_ds.backbones.tokenizer import added_token_ids, as_saved, load_tokenizer
 from igd_ds.contracts import Backbone
 from igd_ds.data.cut_titles import with_cut_titles
 from igd_ds.data.dataset import InteractionDataset
-from igd_ds.data.prompts import Template
+from igd_ds.data.prompts import AS_TARGET, Template
 from igd_ds.distributed import say
 from igd_ds.errors import UsageError
 from igd_ds.folders import write_json
@@ -81,6 +81,11 @@ def load_inputs(config: TrainConfig) -> Inputs:
         added_ids = added_token_ids(tokenizer, name, config.trust_remote_code, revision)
 
     template = Template.load(config.prompt, tokenizer)
+    if template.item == AS_TARGET and model_config.is_encoder_decoder:
+        raise UsageError(
+            f"--prompt {config.prompt} makes one sequence of prompt and target, which an "
+            "encoder-decoder does not read: take --prompt short or codes, or a causal LM"
+        )
     dataset = with_cut_titles(dataset, tokenizer, config.max_title_tokens)
 
     backbone = backbone_of(model_config)

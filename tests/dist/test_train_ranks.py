@@ -279,7 +279,7 @@ def test_tensorboard_holds_every_tag_of_the_log(world, tmp_path):
         ({"dataset": "no/such/dataset"}, "no/such/dataset is not a dataset"),
         (
             {"prompt": "nothing"},
-            "--prompt: no template 'nothing'; known names: alpaca, chat, codes, short",
+            "--prompt: no template 'nothing'; known names: alpaca, chat, codes, list, short",
         ),
     ],
 )
