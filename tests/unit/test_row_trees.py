@@ -199,7 +199,7 @@ def assert_trees_equal_rows(model, rows, num_labels, masked: int = 0) -> None:
 
 
 @pytest.mark.isa
-@pytest.mark.parametrize("size", [8, 128])
+@pytest.mark.parametrize("size", [8, 64])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_loss_and_gradients_equal_those_of_rows(name, size, monkeypatch):
     """With blocks of 8 nodes, blocks look at ancestors in earlier blocks."""
