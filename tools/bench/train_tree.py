@@ -19,10 +19,11 @@ backward, clipping and AdamW with a learning rate of 0, so that every step has t
 * trainer: `transformers.Trainer` with dynamic padding and the same rows, sorted likewise.
 * sft: TRL's SFTTrainer with packing to 1,024 tokens, where TRL is installed.
 
-Frames are the Alpaca prompt of D3, the short template, and the template `list`. `tree_vs_rows_…`, `tree_vs_trainer` and `tree_vs_sft` compare within the Alpaca frame;
-`list_vs_rows_…` compares trees of `list` with padded rows of the Alpaca frame: the same rows, other
-prompts. A ratio is rows per CPU second over rows per CPU second. Each side runs in a process of its
-own; memory is its peak resident size above the size with the model and the optimizer's state.
+Frames are the Alpaca prompt of D3, the short template, and the template `list`. `tree_vs_rows_…`,
+`tree_vs_trainer` and `tree_vs_sft` compare within the Alpaca frame; `list_vs_rows_…` compares trees
+of `list` with padded rows of the Alpaca frame: the same rows, other prompts. A ratio is rows per
+CPU second over rows per CPU second. Each side runs in a process of its own; memory is its peak
+resident size above the size with the model and the optimizer's state.
 """
 
 import argparse
