@@ -29,6 +29,7 @@ MULTI_TARGET = {"frequency_beta": 0.9, "curriculum_cT": 2.0, "lambda_lr": 0.1}
 OPTIONS = {
     "igd": {"igd_beta": 0.1},
     "igd-rows": {"igd_beta": 0.1, "packing": "rows", "batching": "rows"},
+    "igd-list": {"igd_beta": 0.1, "prompt": "list"},
     "cft": {"position_floor": 0.3, "cft_lambda": 0.5},
     "multi-target": MULTI_TARGET,
     "multi-target-logits": MULTI_TARGET | {"mixing_form": "logits"},
@@ -56,7 +57,12 @@ def build(world, name="igd", normalization="global"):
         vectors = world.folder / "vectors.npy"
         np.save(vectors, np.random.default_rng(0).normal(size=(60, 8)).astype(np.float32))
         options = options | {"item_embeddings": vectors}
-    objective = name.removesuffix("-logits").removesuffix("-adaptive").removesuffix("-rows")
+    objective = (
+        name.removesuffix("-logits")
+        .removesuffix("-adaptive")
+        .removesuffix("-rows")
+        .removesuffix("-list")
+    )
     flags = {"igd_beta": None, "objective": objective, "normalization": normalization, **options}
 
     run = world.folder / f"exact-{name}"
@@ -197,6 +203,13 @@ def reference(world, name, out: Path) -> None:
     save_file(end | plain.state(), out / "reference-end.safetensors")
 
 
+def kinds_of(chains, rows: np.ndarray) -> tuple[bool, bool]:
+    """Return whether rows of a micro-batch share tokens, and whether a chain was cut before one."""
+    real = rows[rows >= 0]
+    is_cut = (chains.before[real] >= 0) & ~np.isin(chains.before[real], real)
+    return chains.num_nodes(rows) < chains.tokens[real].sum(), is_cut.any()
+
+
 def dealt(world, name: str, stage: int, accumulation: int, normalization: str, out: Path) -> None:
     """Make the same steps through `optimizer_step` and a DeepSpeed engine with SGD.
 
@@ -233,14 +246,18 @@ def dealt(world, name: str, stage: int, accumulation: int, normalization: str, o
 
     engine.step = step_and_keep_gradients
     rank, world_size = distributed.rank(), distributed.world_size()
-    masked_batches = 0
+    masked_batches, kinds = 0, np.zeros(2)
     for step in range(STEPS):
         parts = training.order.deal(rows_of_step(training, step), rank, world_size, MICRO)
         window = [training.collator(rows) for rows in parts]
+        if training.collator.as_tree:
+            kinds += np.sum([kinds_of(training.order, rows) for rows in parts], axis=0)
         masked_batches += sum(float(batch.weights.sum()) == 0 for batch in window)
         sums, stopped = optimizer_step(engine, window, training.loss, step, config.normalization)
         assert sums.steps == 1 and not stopped
     assert distributed.any_rank(masked_batches > 0)
+    if training.collator.as_tree:
+        assert all(distributed.any_rank(bool(count)) for count in kinds)
 
     named = dict(engine.module.named_parameters())
     end = {n: safe_get_full_fp32_param(p) for n, p in named.items()} if stage else named
@@ -283,6 +300,7 @@ def test_gradients_do_not_depend_on_the_deal(world, expected, tmp_path, size, ac
     ("name", "stage", "size"),
     [
         ("igd-rows", 0, 2),
+        ("igd-list", 1, 2),
         ("cft", 0, 2),
         ("cft", 3, 2),
         ("multi-target", 1, 2),
