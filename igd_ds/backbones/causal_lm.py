@@ -250,31 +250,38 @@ class CausalLM:
         )
 
     def _tree_logits(self, model: Any, tree: RowTree) -> torch.Tensor:
-        """Return the logits (n, V) of a tree: one row per predicting node, gathered by token."""
+        """Return the logits (n, V) of a tree; the output layer reads each predicting node once."""
         from igd_ds.backbones.capabilities import bare
         from igd_ds.backbones.row_tree_attention import ROW_TREE_ATTENTION, RowTreePass
         from igd_ds.backbones.tree_attention import attention_by
 
-        keep = torch.zeros_like(tree.token, dtype=torch.bool)
-        keep[tree.predicting] = True
+        # Where no node predicts two tokens, the nodes are taken in the tokens' order: then no
+        # logits need to be copied.
+        is_one_each = len(tree.predicting) == len(tree.label_place)
+        nodes = tree.predicting[tree.label_place] if is_one_each else tree.predicting
         with attention_by(bare(model).config, ROW_TREE_ATTENTION):
             logits = self._logits(
                 model,
-                keep[None],
+                nodes,
                 input_ids=tree.token[None],
                 position_ids=tree.position[None],
                 tree=RowTreePass(tree),
-            )
-        return logits[tree.label_place]
+            )[0]
+        return logits if is_one_each else logits[tree.label_place]
 
     def _logits(self, model: Any, keep: torch.Tensor, **inputs: Any) -> torch.Tensor:
-        """Return the logits (n, V) of the positions `keep`, bool (B, T)."""
+        """Return the logits of the positions `keep`.
+
+        They are (n, V) if `keep` is bool (B, T), and (B, n, V) if it is int64 (n,).
+        """
         from igd_ds.backbones.capabilities import forward_arguments
 
         selects = "logits_to_keep" in forward_arguments(model)
         selected = {"logits_to_keep": keep} if selects else {}
         logits: torch.Tensor = model(**inputs, use_cache=False, **selected).logits
-        return logits if selects else logits[keep]
+        if selects:
+            return logits
+        return logits[keep] if keep.dtype == torch.bool else logits[:, keep]
 
     def prompt_tree(self, model: PreTrainedModel) -> PromptTree:
         """Return an empty tree for one batch of searches.
