@@ -6,7 +6,6 @@ accumulation steps, W ranks.
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -151,10 +150,10 @@ class RowChains:
         return own
 
     def spread(self, pieces: Sequence[np.ndarray], sizes: np.ndarray) -> list[np.ndarray]:
-        """Fill bins with pieces of chains, so that each gets its share of long and short ones.
+        """Fill bins with pieces of chains, so that the bins get similar numbers of nodes.
 
-        The longest piece left goes into the bin with the most room and then the fewest nodes. What
-        does not fit there is cut off and goes into the next one.
+        The largest piece left goes into the bin with the fewest nodes that has room for it. If none
+        has, it is cut: its begin fills a bin, and the rest goes on.
 
         Args:
             pieces: rows, int64, as many together as `sizes` says.
@@ -164,17 +163,16 @@ class RowChains:
             The rows of each bin.
         """
         bins: list[list[np.ndarray]] = [[] for _ in sizes]
-        heap = [(-int(size), 0, number) for number, size in enumerate(sizes) if size]
-        heapq.heapify(heap)
-        for piece in sorted(pieces, key=lambda piece: (-len(piece), -self.num_nodes(piece))):
+        room, nodes = sizes.copy(), np.zeros(len(sizes))
+        for piece in sorted(pieces, key=self.num_nodes, reverse=True):
             rest = piece
             while len(rest):
-                minus_room, nodes, number = heapq.heappop(heap)
-                taken, rest = rest[:-minus_room], rest[-minus_room:]
+                fits = room >= len(rest) if room.max() >= len(rest) else room > 0
+                number = int(np.where(fits, nodes, np.inf).argmin())
+                taken, rest = rest[: room[number]], rest[room[number] :]
                 bins[number].append(taken)
-                minus_room += len(taken)
-                if minus_room:
-                    heapq.heappush(heap, (minus_room, nodes + self.num_nodes(taken), number))
+                room[number] -= len(taken)
+                nodes[number] += self.num_nodes(taken)
         return [_joined(content) for content in bins]
 
     def num_nodes(self, rows: np.ndarray) -> int:
