@@ -152,8 +152,8 @@ class RowChains:
     def spread(self, pieces: Sequence[np.ndarray], sizes: np.ndarray) -> list[np.ndarray]:
         """Fill bins with pieces of chains, so that the bins get similar numbers of nodes.
 
-        The largest piece left goes into the bin with the fewest nodes that has room for it. If none
-        has, it is cut: its begin fills a bin, and the rest goes on.
+        The piece with the most nodes goes first, and each goes into the bin with the fewest nodes
+        that has room for it. If none has, it is cut: its begin fills a bin, and the rest goes on.
 
         Args:
             pieces: rows, int64, as many together as `sizes` says.

@@ -21,7 +21,7 @@ GLOBAL, MICRO, STEPS, RATE = 8, 2, 3, 0.5
 
 def rows_of_step(training, step: int) -> np.ndarray:
     """Return eight rows; the last step has one real row, so that whole micro-batches are masked."""
-    rows = training.order.epoch(GLOBAL, seed=0, epoch=0)[step]
+    rows = training.order.epoch(GLOBAL, seed=1, epoch=0)[step]
     return np.where(np.arange(GLOBAL) == 0, rows, -1) if step == STEPS - 1 else rows
 
 
@@ -64,6 +64,7 @@ def build(world, name="igd", normalization="global"):
         .removesuffix("-list")
     )
     flags = {"igd_beta": None, "objective": objective, "normalization": normalization, **options}
+    flags["max_length"] = 512  # no prompt is cut, so users have long chains
 
     run = world.folder / f"exact-{name}"
     config = parse(TrainConfig, world.train_flags(run, **flags))
@@ -328,7 +329,7 @@ def test_every_kind_of_loss_and_its_state_are_exact(world, tmp_path, name, stage
             # Adam divides differences of losses by their size, which magnifies fp32 rounding of
             # the losses.
             s = expected.pop("s")
-            assert (found.pop("s") - s).abs().max() <= 2e-6 and s.abs().max() > 0.1
+            assert (found.pop("s") - s).abs().max() <= 2e-6 and s.abs().max() > 0.05
         if step == "end" and name.startswith("msl"):
             tau = expected.pop("tau").item()
             assert found.pop("tau").item() == pytest.approx(tau, rel=1e-6)
