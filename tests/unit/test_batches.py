@@ -11,6 +11,7 @@ from igd_ds.backbones.causal_lm import predicting_positions
 from igd_ds.contracts import IGNORED, MASKED_ROW
 from igd_ds.data.batches import (
     Collator,
+    ShuffledRows,
     TokenColumns,
     deal,
     epoch_batches,
@@ -59,6 +60,14 @@ def test_the_deal_covers_the_batch(world, micro):
     windows = [deal(rows, rank, world, micro) for rank in range(world)]
     assert all(len(w) == 8 // (world * micro) and all(len(b) == micro for b in w) for w in windows)
     assert np.array_equal(np.sort(np.concatenate([np.concatenate(w) for w in windows])), rows)
+
+
+def test_single_rows_keep_the_order_that_they_have_always_had():
+    """Recorded before row trees: with --packing rows --batching rows, runs give the same numbers."""
+    order = ShuffledRows(np.arange(1, 11) % 5, group=True)
+    expected = [[5, 0, 9], [2, 6, 1], [8, 3, 7], [4, MASKED_ROW, MASKED_ROW]]
+    assert order.epoch(3, seed=1, epoch=2).tolist() == expected
+    assert [part.tolist() for part in order.deal(np.arange(12), 1, 2, 3)] == [[1, 3, 5], [7, 9, 11]]
 
 
 PATHS = [[10, 0], [20, 21, 22, 0], [30, 0]]  # EOS = PAD = 0
