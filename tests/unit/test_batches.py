@@ -63,7 +63,7 @@ def test_the_deal_covers_the_batch(world, micro):
 
 
 def test_single_rows_keep_the_order_that_they_have_always_had():
-    """Recorded before row trees: with --packing rows --batching rows, runs give the same numbers."""
+    """Recorded before row trees: --packing rows --batching rows gives the numbers of before."""
     order = ShuffledRows(np.arange(1, 11) % 5, group=True)
     expected = [[5, 0, 9], [2, 6, 1], [8, 3, 7], [4, MASKED_ROW, MASKED_ROW]]
     assert order.epoch(3, seed=1, epoch=2).tolist() == expected
