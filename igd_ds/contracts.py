@@ -360,7 +360,7 @@ class Capabilities:
     """What a backbone can do, found out before any weight is loaded."""
 
     packed_training: bool
-    """Whether many rows can be trained as one sequence with a mask of its own."""
+    """Whether rows can be trained as one tree (`RowTree`). False: they are padded."""
     tree_search: bool
     """Whether the search reads a prompt once for all its hypotheses. False: each hypothesis has a
     row of the model's own KV cache, which is slower and gives the same lists."""

@@ -34,16 +34,17 @@ def build_row_tree(rows: Sequence[np.ndarray], num_labels: np.ndarray) -> RowTre
     # The rows as a sorted matrix. Padding is 0 and tokens are 1 larger, so that a prefix comes
     # first.
     columns = np.arange(length.max())
-    padded = np.zeros((len(rows), len(columns)), np.int64)
-    padded[columns < length[:, None]] = np.concatenate(rows) + 1
+    filled = columns < length[:, None]
+    padded = np.zeros(filled.shape, np.int64)
+    padded[filled] = np.concatenate(rows) + 1
     order = lexicographic_order(padded)
-    padded, length = padded[order], length[order]
+    padded, filled, length = padded[order], filled[order], length[order]
 
     # A row shares with its predecessor what comes before the first difference. The rest is new.
     shared = np.zeros_like(length)
     differs = padded[1:] != padded[:-1]
     shared[1:] = np.where(differs.any(1), differs.argmax(1), length[1:])
-    is_new = (columns >= shared[:, None]) & (columns < length[:, None])
+    is_new = filled & (columns >= shared[:, None])
     first = np.concatenate([[0], np.cumsum(length - shared)])
 
     # The node of each place of the matrix: the row's own, or that of the last row which had a new
@@ -56,11 +57,11 @@ def build_row_tree(rows: Sequence[np.ndarray], num_labels: np.ndarray) -> RowTre
     # A subtree ends where the last row through its root ends. Of several assignments to one node,
     # NumPy keeps the last.
     end = np.empty(first[-1], np.int64)
-    row, column = np.nonzero(columns < length[:, None])
+    row, column = np.nonzero(filled)
     end[node[row, column]] = first[row + 1]
 
     # The labels of a row are predicted from its last nodes; back to the order of `rows`.
-    predicts = (columns >= (length - num_labels[order])[:, None]) & (columns < length[:, None])
+    predicts = filled & (columns >= (length - num_labels[order])[:, None])
     unsorted = np.argsort(order)
     predicting, label_place = np.unique(node[unsorted][predicts[unsorted]], return_inverse=True)
     return RowTree(
