@@ -3,15 +3,15 @@
 A room that needs a batch, an objective, a backbone or a searchable tree imports its contract here
 and never the room that implements it.
 
-Letters in shapes: B rows of a micro-batch, T tokens of a padded row, n labelled tokens, V
-vocabulary, K targets of the loss, M trie nodes.
+Letters in shapes: B rows of a micro-batch, T tokens of a padded row, N nodes of a row tree, n
+labelled tokens, m nodes that predict them, V vocabulary, K targets of the loss, M trie nodes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -30,22 +30,17 @@ MASKED_ROW = -1
 
 
 @dataclass(frozen=True)
-class Batch:
-    """A padded micro-batch, everything a training step needs looked up beforehand.
+class PaddedRows:
+    """The rows of a micro-batch side by side, padded on the right.
 
-    A causal LM reads `input_ids` (prompt and item, right-padded) and `labels` has the same shape.
-    An encoder-decoder reads the prompt in `input_ids`; `labels` (B, T') hold the item alone.
-
-    The n labelled tokens are counted row by row. What the loss needs of each of them lies in flat
-    arrays, in the order of the logits that `Backbone.label_logits` returns.
+    A causal LM reads `input_ids` (prompt and item) and `labels` has the same shape. An
+    encoder-decoder reads the prompt in `input_ids`; `labels` (B, T') hold the item alone.
 
     Example:
         Two rows of a causal LM: prompt 7 8, item 3 1 and prompt 9, item 4 5 1 (1 is EOS, 0 is PAD).
 
-        >>> batch.input_ids.tolist(), batch.labels.tolist()
+        >>> rows.input_ids.tolist(), rows.labels.tolist()
         ([[7, 8, 3, 1], [9, 4, 5, 1]], [[-100, -100, 3, 1], [-100, 4, 5, 1]])
-        >>> batch.targets.tolist(), batch.row.tolist()
-        ([3, 1, 4, 5, 1], [0, 0, 1, 1, 1])
     """
 
     input_ids: torch.Tensor
@@ -54,6 +49,71 @@ class Batch:
     """int64 (B, T), 0 on padding."""
     labels: torch.Tensor
     """int64, unshifted: IGNORED where nothing is predicted."""
+
+    def num_tokens(self) -> torch.Tensor:
+        """Return the tokens that the model reads, padding excluded: a scalar tensor."""
+        return self.attention_mask.sum()
+
+    def to(self, device: torch.device) -> PaddedRows:
+        """Return the rows on `device`."""
+        return _moved(self, device)
+
+
+@dataclass(frozen=True)
+class RowTree:
+    """The rows of a micro-batch as one tree of N tokens: equal prefixes of rows stand once.
+
+    The nodes stand in depth-first order. Node q sees node k exactly if k <= q < end[k]: its own
+    ancestors and itself. Several trees side by side (rows without a common first token) are one
+    such array too.
+
+    Example:
+        Two rows with the prompts 7 8 and 7 8 3, and the items 3 1 and 4 1 (1 is EOS). The last
+        token of a row predicts nothing and has no node.
+
+        >>> tree.token.tolist(), tree.position.tolist(), tree.end.tolist()
+        ([7, 8, 3, 4], [0, 1, 2, 3], [4, 4, 4, 4])
+        >>> tree.predicting.tolist(), tree.label_place.tolist()  # of the targets 3 1 4 1
+        ([1, 2, 3], [0, 1, 1, 2])
+    """
+
+    token: torch.Tensor
+    """int64 (N,)."""
+    position: torch.Tensor
+    """int64 (N,), the depth, from 0: the token's place in each of its rows."""
+    end: torch.Tensor
+    """int64 (N,), one past the last node of the subtree."""
+    predicting: torch.Tensor
+    """int64 (m,), the different nodes that predict a labelled token, ascending."""
+    label_place: torch.Tensor
+    """int64 (n,), the place in `predicting` of the node that predicts each labelled token."""
+
+    def num_tokens(self) -> torch.Tensor:
+        """Return the tokens that the model reads, N: a scalar tensor."""
+        return self.token.new_tensor(len(self.token))
+
+    def to(self, device: torch.device) -> RowTree:
+        """Return the tree on `device`."""
+        return _moved(self, device)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch, everything a training step needs looked up beforehand.
+
+    The n labelled tokens are counted row by row. What the loss needs of each of them lies in flat
+    arrays, in the order of the logits that `Backbone.label_logits` returns, whatever form the
+    inputs have.
+
+    Example:
+        The two rows of PaddedRows' example:
+
+        >>> batch.targets.tolist(), batch.row.tolist()
+        ([3, 1, 4, 5, 1], [0, 0, 1, 1, 1])
+    """
+
+    inputs: PaddedRows | RowTree
+    """What the model reads."""
     targets: torch.Tensor
     """int64 (n,), the labelled tokens."""
     weights: torch.Tensor
@@ -75,14 +135,22 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on `device`."""
-        moved: dict[str, Any] = {}
-        for name in (entry.name for entry in fields(self)):
-            value = getattr(self, name)
-            if isinstance(value, Batch):
-                moved[name] = value.to(device)
-            elif value is not None:
-                moved[name] = value.to(device, non_blocking=True)
-        return replace(self, **moved)
+        return _moved(self, device)
+
+
+Moved = TypeVar("Moved", PaddedRows, RowTree, Batch)
+
+
+def _moved(value: Moved, device: torch.device) -> Moved:
+    """Return a dataclass of tensors and of such dataclasses on `device`."""
+    moved: dict[str, Any] = {}
+    for name in (entry.name for entry in fields(value)):
+        part = getattr(value, name)
+        if isinstance(part, torch.Tensor):
+            moved[name] = part.to(device, non_blocking=True)
+        elif part is not None:
+            moved[name] = part.to(device)
+    return replace(value, **moved)
 
 
 @dataclass(frozen=True)
@@ -295,7 +363,7 @@ class Capabilities:
     """What a backbone can do, found out before any weight is loaded."""
 
     packed_training: bool
-    """Whether many rows can be trained as one sequence with a mask of its own."""
+    """Whether rows can be trained as one tree (`RowTree`). False: they are padded."""
     tree_search: bool
     """Whether the search reads a prompt once for all its hypotheses. False: each hypothesis has a
     row of the model's own KV cache, which is slower and gives the same lists."""

@@ -31,12 +31,13 @@ from igd_ds.contracts import (
 )
 from igd_ds.data.batches import (
     Collator,
+    ShuffledRows,
     TokenColumns,
     deal,
-    epoch_batches,
     sample_rows,
     steps_per_epoch,
 )
+from igd_ds.data.chains import RowChains
 from igd_ds.data.prompts import PromptBuilder
 from igd_ds.engine.export import save_model
 from igd_ds.engine.step import StepSums
@@ -82,7 +83,7 @@ class TokenSums:
             tokens_zero=zero.sum(),
             weight_zero=(batch.weights.mean(1) * zero).sum(),
             rows=(batch.row_ids != MASKED_ROW).sum(),
-            input_tokens=batch.attention_mask.sum(),
+            input_tokens=batch.inputs.num_tokens(),
         )
 
     @classmethod
@@ -163,9 +164,15 @@ class GenerativeTraining:
         distributed.say(prompts.describe_cuts(train, catalogue.max_length))
         null_prompt = prompts.null if self.objective.needs_null else None
         pad, encoder_decoder = tokenizer.pad_token_id, inputs.model_config.is_encoder_decoder
-        self.collator = Collator(train, prompts, columns, pad, encoder_decoder, null_prompt)
-        self.lengths = prompts.lengths(train) + np.diff(catalogue.offsets)[train.targets]
-        valid_rows = Collator(valid, prompts, columns, pad, encoder_decoder)
+        form = (pad, encoder_decoder, inputs.packing == "tree")
+        self.collator = Collator(train, prompts, columns, *form, null_prompt)
+        valid_rows = Collator(valid, prompts, columns, *form)
+        self.order: ShuffledRows | RowChains
+        if inputs.batching == "chains":
+            self.order = RowChains.build(train, prompts, columns)
+        else:
+            lengths = prompts.lengths(train) + np.diff(catalogue.offsets)[train.targets]
+            self.order = ShuffledRows(lengths, config.length_grouping)
 
         self.loss = TokenLoss(backbone, self.objective, context)
         self.validation = ValidationTask(backbone, self.objective, context, valid_rows)
@@ -198,14 +205,12 @@ class GenerativeTraining:
                 yield pending.result()
 
     def _order(self, epoch: int) -> np.ndarray:
-        config = self.config
-        return epoch_batches(
-            self.lengths, config.global_batch_size, config.seed, epoch, config.length_grouping
-        )
+        return self.order.epoch(self.config.global_batch_size, self.config.seed, epoch)
 
     def _collate(self, rows: np.ndarray) -> list[Batch]:
         rank, world = distributed.rank(), distributed.world_size()
-        return [self.collator(part) for part in deal(rows, rank, world, self.micro_batch)]
+        parts = self.order.deal(rows, rank, world, self.micro_batch)
+        return [self.collator(part) for part in parts]
 
     def values(self, sums: StepSums, seconds: float) -> dict[str, float]:
         """Return the log's scalars: sums first, one division last."""

@@ -24,7 +24,8 @@ TAGS = {
     "train/grad_norm": "L2 norm of the gradient before clipping",
     "train/epoch": "epochs, fractional",
     "speed/target_tokens_per_second": "labelled tokens per second, all ranks",
-    "speed/tokens_per_second": "prompt and target tokens per second, padding excluded, all ranks",
+    "speed/tokens_per_second": "tokens that the model reads per second, all ranks: padding is not "
+    "counted, and what rows of a tree share is counted once",
     "speed/rows_per_second": "training rows per second, all ranks",
     "speed/memory_gib": "peak memory of rank 0 in GiB: of the GPU if there is one, else resident",
     "valid/nll": "nats per item: unweighted negative log-likelihood summed over the item's tokens",

@@ -45,8 +45,22 @@ class TrainConfig(ObjectiveOptions, ItemOptions, ModelOptions, LoopOptions):
         "global",
         ("global", "per_batch"),
     )
+    packing: str = option(
+        "tree: the rows of a micro-batch share what they begin with; rows: padded side by side; "
+        "auto: tree if the model can be trained so",
+        "auto",
+        ("auto", "tree", "rows"),
+    )
+    batching: str = option(
+        "chains: rows of a user whose histories extend one another share a batch; rows: each row "
+        "for itself; auto: chains with --packing tree",
+        "auto",
+        ("auto", "chains", "rows"),
+    )
     length_grouping: bool = option(
-        "batch rows of similar length (less padding; batch composition differs)", True
+        "with --batching rows: batch rows of similar length (less padding; batch composition "
+        "differs)",
+        True,
     )
     validation_metric: str = option(
         "what early stopping watches: unweighted NLL per item, or NDCG@10 of a beam search",
@@ -67,6 +81,13 @@ class TrainConfig(ObjectiveOptions, ItemOptions, ModelOptions, LoopOptions):
                 f"--entropy {self.entropy} has no effect with --decisiveness {self.decisiveness}: "
                 "drop one of them"
             )
+        if self.packing == "tree" and self.attn_implementation not in ("auto", "sdpa"):
+            raise UsageError(
+                f"--attn_implementation {self.attn_implementation} cannot read row trees: leave it "
+                "out, or give --packing rows"
+            )
+        if self.batching == "chains" and not self.length_grouping:
+            raise UsageError("--no-length_grouping has no effect with --batching chains")
         if OBJECTIVES[self.objective].needs_global and self.normalization != "global":
             raise UsageError(
                 f"--objective {self.objective} learns from losses over the whole step: use "

@@ -26,7 +26,7 @@ from igd_ds.backbones.tokenizer import added_token_ids, as_saved, load_tokenizer
 from igd_ds.contracts import Backbone
 from igd_ds.data.cut_titles import with_cut_titles
 from igd_ds.data.dataset import InteractionDataset
-from igd_ds.data.prompts import Template
+from igd_ds.data.prompts import AS_TARGET, Template
 from igd_ds.distributed import say
 from igd_ds.errors import UsageError
 from igd_ds.folders import write_json
@@ -59,6 +59,10 @@ class Inputs:
     backbone: Backbone
     origin: Origin | None = None
     """Where pretrained weights come from; None for random weights."""
+    packing: str = "rows"
+    """"tree" or "rows"."""
+    batching: str = "rows"
+    """"chains" or "rows"."""
 
 
 def load_inputs(config: TrainConfig) -> Inputs:
@@ -77,11 +81,43 @@ def load_inputs(config: TrainConfig) -> Inputs:
         added_ids = added_token_ids(tokenizer, name, config.trust_remote_code, revision)
 
     template = Template.load(config.prompt, tokenizer)
+    if template.item == AS_TARGET and model_config.is_encoder_decoder:
+        raise UsageError(
+            f"--prompt {config.prompt} makes one sequence of prompt and target, which an "
+            "encoder-decoder does not read: take --prompt short or codes, or a causal LM"
+        )
     dataset = with_cut_titles(dataset, tokenizer, config.max_title_tokens)
 
     backbone = backbone_of(model_config)
     backbone.fit_model_config(model_config, config, tokenizer, added_ids)
-    return Inputs(template, dataset, tokenizer, added_ids, model_config, backbone, origin)
+    packing = packing_of(config, backbone, model_config)
+    batching = config.batching
+    if batching == "auto":
+        batching = "chains" if packing == "tree" else "rows"
+    say(f"packing: {packing}, batching: {batching}")
+    return Inputs(
+        template, dataset, tokenizer, added_ids, model_config, backbone, origin, packing, batching
+    )
+
+
+def packing_of(config: TrainConfig, backbone: Backbone, model_config: Any) -> str:
+    """Return "tree" or "rows": what is asked for, or row trees where the model can be trained so.
+
+    Raises:
+        UsageError: row trees are asked for, and the model cannot read them.
+    """
+    can = backbone.capabilities(model_config).packed_training
+    if config.packing == "tree" and not can:
+        raise UsageError(
+            f"--packing tree: models of type {model_config.model_type} cannot be trained on row "
+            "trees: give --packing rows. Decoders that attend through transformers' "
+            "AttentionInterface can: LLaMA, Qwen2, Qwen3, Mistral, Phi-3, Gemma 2 and 3, gpt-oss, "
+            "GPT-2 and OPT among others"
+        )
+    if config.packing != "auto":
+        return config.packing
+    own_kernel = config.attn_implementation not in ("auto", "sdpa")
+    return "tree" if can and not own_kernel else "rows"
 
 
 def origin_to_begin_with(config: TrainConfig) -> Origin:

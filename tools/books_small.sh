@@ -18,8 +18,8 @@ for seed in 0 1; do
             --dataset "$out/data" --model_config tools/models/qwen2-1m.json \
             --tokenizer "$out/tokenizer" --objective igd --igd_beta "$beta" --global_batch_size 16 \
             --learning_rate 2e-3 --epochs 2 --max_length 512 --validation_rows 2000 \
-            --validate_every 1600 --patience 0 --seed "$seed" --log_every 50 --output_dir "$run" \
-            --resume auto
+            --validate_every 1600 --patience 0 --seed "$seed" --log_every 50 --packing rows \
+            --batching rows --output_dir "$run" --resume auto
     done
 done
 for seed in 0 1; do

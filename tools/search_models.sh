@@ -22,7 +22,7 @@ train() {  # NAME [options of igd train]
     torchrun --standalone --nproc_per_node 2 igd_ds/train.py --ds_config ds_configs/zero1-fp32.json \
         --dataset "$out/$1/data" --model_config tools/models/qwen2-5m.json \
         --tokenizer "$out/$1/tokenizer" --max_length 512 --validation_rows 500 --patience 0 --seed 0 \
-        --log_every 50 --output_dir "$out/$1/run" --resume auto "${@:2}"
+        --packing rows --batching rows --log_every 50 --output_dir "$out/$1/run" --resume auto "${@:2}"
 }
 
 prepare books-small books 5 5000

@@ -106,13 +106,16 @@ def model_without_weights(model_config: PreTrainedConfig) -> PreTrainedModel:
         return (model_class[0] if isinstance(model_class, tuple) else model_class)(config)
 
 
-def forward_arguments(model: Any) -> set[str]:
-    """Return the names of the arguments that a model takes, looking inside DeepSpeed and PEFT."""
+def bare(model: Any) -> Any:
+    """Return the language model itself inside of DeepSpeed's engine and PEFT's wrapper."""
     while isinstance(getattr(model, "module", None), torch.nn.Module):
         model = model.module  # DeepSpeed's engine
-    if hasattr(model, "get_base_model"):
-        model = model.get_base_model()
-    return set(inspect.signature(model.forward).parameters)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def forward_arguments(model: Any) -> set[str]:
+    """Return the names of the arguments that a model takes, looking inside DeepSpeed and PEFT."""
+    return set(inspect.signature(bare(model).forward).parameters)
 
 
 @dataclass

@@ -7,6 +7,7 @@ too, and are saved with the adapter.
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ import torch
 from igd_ds.backbones import lora, vocabulary
 from igd_ds.backbones.model_config import read_model_config, text_config_of
 from igd_ds.backbones.saved import Origin, base_of, origin_of, reading_weights
-from igd_ds.contracts import IGNORED, Batch, Capabilities, PromptTree
+from igd_ds.contracts import IGNORED, Batch, Capabilities, PromptTree, RowTree
 from igd_ds.errors import UsageError
 
 if TYPE_CHECKING:
@@ -172,6 +173,8 @@ class CausalLM:
         """
         from transformers import AutoModelForCausalLM
 
+        from igd_ds.backbones.tree_attention import attention_in_recomputation
+
         settings: dict[str, Any] = {
             "attn_implementation": self._kernel(options, model_config),
             "trust_remote_code": options.trust_remote_code,
@@ -187,8 +190,9 @@ class CausalLM:
         if added_ids:
             vocabulary.add_rows(model, added_ids, seed)
         if options.gradient_checkpointing:
+            contexts = functools.partial(attention_in_recomputation, model.config)
             model.gradient_checkpointing_enable(
-                gradient_checkpointing_kwargs={"use_reentrant": False}
+                gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": contexts}
             )
             if options.lora_r:
                 model.enable_input_require_grads()
@@ -237,17 +241,47 @@ class CausalLM:
         Training calls this with the engine around the model. With no labelled token at all, n is 0
         and the graph is still there.
         """
+        inputs = batch.inputs
+        if isinstance(inputs, RowTree):
+            return self._tree_logits(model, inputs)
+        keep = predicting_positions(inputs.labels)
+        return self._logits(
+            model, keep, input_ids=inputs.input_ids, attention_mask=inputs.attention_mask
+        )
+
+    def _tree_logits(self, model: Any, tree: RowTree) -> torch.Tensor:
+        """Return the logits (n, V) of a tree; the output layer reads each predicting node once."""
+        from igd_ds.backbones.capabilities import bare
+        from igd_ds.backbones.row_tree_attention import ROW_TREE_ATTENTION, RowTreePass
+        from igd_ds.backbones.tree_attention import attention_by
+
+        # Where no node predicts two tokens, the nodes are taken in the tokens' order: then no
+        # logits need to be copied.
+        is_one_each = len(tree.predicting) == len(tree.label_place)
+        nodes = tree.predicting[tree.label_place] if is_one_each else tree.predicting
+        with attention_by(bare(model).config, ROW_TREE_ATTENTION):
+            logits = self._logits(
+                model,
+                nodes,
+                input_ids=tree.token[None],
+                position_ids=tree.position[None],
+                tree=RowTreePass(tree),
+            )[0]
+        return logits if is_one_each else logits[tree.label_place]
+
+    def _logits(self, model: Any, keep: torch.Tensor, **inputs: Any) -> torch.Tensor:
+        """Return the logits of the positions `keep`.
+
+        They are (n, V) if `keep` is bool (B, T), and (B, n, V) if it is int64 (n,).
+        """
         from igd_ds.backbones.capabilities import forward_arguments
 
-        keep = predicting_positions(batch.labels)
         selects = "logits_to_keep" in forward_arguments(model)
-        logits: torch.Tensor = model(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            use_cache=False,
-            **({"logits_to_keep": keep} if selects else {}),
-        ).logits
-        return logits if selects else logits[keep]
+        selected = {"logits_to_keep": keep} if selects else {}
+        logits: torch.Tensor = model(**inputs, use_cache=False, **selected).logits
+        if selects:
+            return logits
+        return logits[keep] if keep.dtype == torch.bool else logits[:, keep]
 
     def prompt_tree(self, model: PreTrainedModel) -> PromptTree:
         """Return an empty tree for one batch of searches.

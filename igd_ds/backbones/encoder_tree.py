@@ -14,7 +14,7 @@ import torch
 from transformers import DynamicCache, EncoderDecoderCache
 
 from igd_ds.backbones.prompt_tree import CausalPromptTree, check_prompts
-from igd_ds.backbones.tree_attention import TreePass, tree_attention_in
+from igd_ds.backbones.tree_attention import ATTENTION, TreePass, attention_by
 from igd_ds.errors import UsageError
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class EncoderPromptTree(CausalPromptTree):
         step.bias = self._bias(step)
         step.cross_mask = self.cross_mask
         self.cache.next = step
-        with tree_attention_in(self.model.decoder):
+        with attention_by(self.model.decoder.config, ATTENTION):
             output = self.model(
                 decoder_input_ids=tokens[None],
                 encoder_outputs=self.encoded,

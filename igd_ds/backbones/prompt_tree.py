@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from igd_ds.backbones.tree_attention import TreeCache, TreePass, tree_attention_in
+from igd_ds.backbones.tree_attention import ATTENTION, TreeCache, TreePass, attention_by
 from igd_ds.errors import UsageError
 from igd_ds.items.ragged import ragged_rows
 
@@ -211,7 +211,7 @@ class CausalPromptTree:
     ) -> torch.Tensor:
         """Run one pass; `keep` are the packed places whose logits are returned."""
         self.cache.next = step
-        with tree_attention_in(self.model):
+        with attention_by(self.model.config, ATTENTION):
             output = self.model(
                 input_ids=tokens[None],
                 position_ids=step.position[None],

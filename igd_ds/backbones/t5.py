@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from igd_ds.backbones.saved import reading_weights
-from igd_ds.contracts import IGNORED, Batch, Capabilities, PromptTree
+from igd_ds.contracts import IGNORED, Batch, Capabilities, PaddedRows, PromptTree
 from igd_ds.errors import UsageError
 
 if TYPE_CHECKING:
@@ -140,15 +140,17 @@ class T5:
 
         Args:
             model: T5ForConditionalGeneration, or the engine around it.
-            batch: `input_ids` hold the prompts, `labels` the items.
+            batch: its inputs are PaddedRows, `input_ids` the prompts and `labels` the items.
         """
+        rows = batch.inputs
+        assert isinstance(rows, PaddedRows), "an encoder reads its prompts both ways"
         logits: torch.Tensor = model(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            decoder_input_ids=model.prepare_decoder_input_ids_from_labels(batch.labels),
+            input_ids=rows.input_ids,
+            attention_mask=rows.attention_mask,
+            decoder_input_ids=model.prepare_decoder_input_ids_from_labels(rows.labels),
             use_cache=False,
         ).logits
-        return logits[batch.labels != IGNORED]
+        return logits[rows.labels != IGNORED]
 
     def prompt_tree(self, model: PreTrainedModel) -> PromptTree:
         """Return an empty tree for one batch of searches."""

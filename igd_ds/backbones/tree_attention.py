@@ -152,12 +152,12 @@ def tree_attention(
     if is_plain:
         seen = F.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scaling)
     else:
-        seen = _attend_eagerly(rows, key, value, mask, scaling, softcap, s_aux)
+        seen = attend_eagerly(rows, key, value, mask, scaling, softcap, s_aux)
     seen = seen.unflatten(2, (group, tree.num_places)).permute(0, 3, 1, 2, 4).flatten(2, 3)
     return seen[tree.column, tree.place][None], None
 
 
-def _attend_eagerly(
+def attend_eagerly(
     rows: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -165,6 +165,7 @@ def _attend_eagerly(
     scaling: float | None,
     softcap: float | None,
     sinks: torch.Tensor | None,
+    dropout: float = 0.0,
 ) -> torch.Tensor:
     """Attend with soft-capped scores or sinks, which torch's kernels do not have; softmax in fp32.
 
@@ -176,6 +177,7 @@ def _attend_eagerly(
         scaling: Factor of q·k; None: 1 / √D.
         softcap: Bound of the scores.
         sinks: (H,), scores without a value.
+        dropout: Of the attention weights.
     """
     scores = rows @ key.transpose(2, 3) * (rows.shape[3] ** -0.5 if scaling is None else scaling)
     if softcap is not None:
@@ -188,6 +190,8 @@ def _attend_eagerly(
         per_row = per_key.repeat_interleave(num_rows // per_key.shape[1], dim=1)
         scores = torch.cat([scores, per_row[None, :, :, None].expand(len(rows), -1, -1, 1)], dim=3)
     weights = scores.softmax(-1)[..., : key.shape[2]]
+    if dropout:
+        weights = F.dropout(weights, dropout)
     return weights.to(value.dtype) @ value
 
 
@@ -253,15 +257,23 @@ class TreeCache(Cache):
 
 
 @contextlib.contextmanager
-def tree_attention_in(model: Any) -> Iterator[None]:
-    """Let the model attend by `tree_attention` for a while.
+def attention_by(config: Any, kernel: str) -> Iterator[None]:
+    """Let a model with this configuration attend by a registered kernel for a while.
 
     Transformers looks the kernel's name up in the configuration at each call.
     """
-    config = model.config
     usual = config._attn_implementation
-    config._attn_implementation = ATTENTION
+    config._attn_implementation = kernel
     try:
         yield
     finally:
         config._attn_implementation = usual
+
+
+def attention_in_recomputation(config: Any) -> tuple[Any, Any]:
+    """Return the contexts of a checkpointed layer's two passes (torch's `context_fn`).
+
+    The backward pass runs after `attention_by` has ended, and must recompute the layer with the
+    kernel of the forward pass.
+    """
+    return contextlib.nullcontext(), attention_by(config, config._attn_implementation)

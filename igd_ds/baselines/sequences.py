@@ -15,6 +15,7 @@ import torch
 
 from igd_ds.contracts import MASKED_ROW
 from igd_ds.data.batches import refuse_empty
+from igd_ds.data.chains import linked_rows
 from igd_ds.data.dataset import Split
 from igd_ds.items.ragged import ragged_arange
 
@@ -76,27 +77,7 @@ class Chains:
             UsageError: a row has an empty history.
         """
         refuse_empty(split, np.arange(len(split)))
-        length = np.diff(split.history_offsets)
-
-        # Candidates: neighbours of one user whose histories differ by one item in length.
-        order = np.lexsort((length, split.user_ids))
-        before, after = order[:-1], order[1:]
-        same_user = split.user_ids[before] == split.user_ids[after]
-        candidate = np.flatnonzero(same_user & (length[before] + 1 == length[after]))
-        before, after = before[candidate], after[candidate]
-
-        # They are linked if the longer history is the shorter one and its target, item by item.
-        begins = split.history_offsets[after]
-        old = ragged_arange(split.history_offsets[before], length[before])
-        new = ragged_arange(begins, length[before])
-        pair = np.repeat(np.arange(len(before)), length[before])
-        differs = np.zeros(len(before), bool)
-        differs[pair[split.history_items[old] != split.history_items[new]]] = True
-        differs |= split.history_items[begins + length[before]] != split.targets[before]
-
-        starts = np.ones(len(order), bool)
-        starts[candidate[~differs] + 1] = False
-        return cls(split, order, np.append(np.flatnonzero(starts), len(order)))
+        return cls(split, *linked_rows(split))
 
     @classmethod
     def of_rows(cls, split: Split, rows: np.ndarray) -> Chains:

@@ -1,10 +1,11 @@
 """Print statistics of a catalogue and its trie: Table 1 of IGD and of MTC, and more.
 
     igd stats --dataset DATASET --tokenizer PATH [--json] [--item_kind text|semantic-id]
-        [--entropy prior|conditional]
+        [--entropy prior|conditional] [--prompt NAME [--max_length N] [--micro_batch N]]
 
 `KEYS` in igd_ds/data/statistics.py explains every key of the --json object. The table prints the
-same values with their meaning.
+same values with their meaning. With --prompt it also counts the tokens of the training rows: as
+rows, padded, and as row trees (`ROW_KEYS` in igd_ds/data/row_statistics.py).
 """
 
 import argparse
@@ -17,7 +18,9 @@ from igd_ds.backbones.tokenizer import load_tokenizer
 from igd_ds.commands.catalogue_flags import add_catalogue_flags
 from igd_ds.config.options import FlagParser
 from igd_ds.data.dataset import InteractionDataset
+from igd_ds.data.row_statistics import ROW_KEYS, row_statistics
 from igd_ds.data.statistics import KEYS, catalogue_statistics
+from igd_ds.errors import UsageError
 from igd_ds.items.catalogue import Catalogue
 from igd_ds.items.trie import TokenTrie
 
@@ -39,7 +42,7 @@ def shown(key: str, value: Any) -> str:
 def print_table(statistics: Mapping[str, Any]) -> None:
     """Print key, value and meaning, one line each."""
     for key, value in statistics.items():
-        print(f"{key:<28}{shown(key, value):>31}  {KEYS[key]}")
+        print(f"{key:<28}{shown(key, value):>31}  {(KEYS | ROW_KEYS)[key]}")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -51,7 +54,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object instead of the table"
     )
-    return parser.parse_args(argv)
+    parser.add_argument("--prompt", help="prompt template: count the tokens of the training rows")
+    parser.add_argument(
+        "--max_length", type=int, default=512, help="tokens of prompt + target (default: 512)"
+    )
+    parser.add_argument(
+        "--micro_batch", type=int, default=16, help="rows of a micro-batch (default: 16)"
+    )
+    args = parser.parse_args(argv)
+    for name in ("max_length", "micro_batch"):
+        if getattr(args, name) < 1:
+            raise UsageError(f"--{name} must be at least 1, found {getattr(args, name)}")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,10 +76,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = parse(argv)
     dataset = InteractionDataset.load(args.dataset)
-    catalogue = Catalogue.build(dataset, load_tokenizer(args.tokenizer), args.item_kind)
+    tokenizer = load_tokenizer(args.tokenizer)
+    catalogue = Catalogue.build(dataset, tokenizer, args.item_kind)
     trie = TokenTrie.build(catalogue.token_ids, catalogue.offsets, catalogue.counts)
 
     statistics = catalogue_statistics(dataset, catalogue, trie, args.entropy)
+    if args.prompt:
+        sizes = (args.max_length, args.micro_batch)
+        statistics |= row_statistics(dataset, tokenizer, catalogue, args.prompt, *sizes)
     if args.json:
         print(json.dumps(statistics))
     else:

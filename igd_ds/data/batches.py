@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from igd_ds.contracts import IGNORED, MASKED_ROW, Batch
+from igd_ds.contracts import IGNORED, MASKED_ROW, Batch, PaddedRows, RowTree
 from igd_ds.data.dataset import Split
 from igd_ds.data.prompts import PromptBuilder
+from igd_ds.data.row_trees import build_row_tree
 from igd_ds.errors import UsageError
 from igd_ds.items.ragged import ragged_arange
 from igd_ds.items.store import StoredCatalogue
@@ -97,6 +98,26 @@ def deal(global_rows: np.ndarray, rank: int, world_size: int, micro_batch: int) 
 
 
 @dataclass(frozen=True)
+class ShuffledRows:
+    """The order of rows one by one; `data.chains.RowChains` is the order of whole chains."""
+
+    lengths: np.ndarray
+    """int64 (R,), tokens of each row."""
+    group: bool
+    """Whether rows of similar length share a batch."""
+
+    def epoch(self, global_batch: int, seed: int, epoch: int) -> np.ndarray:
+        """Return an epoch's row ids, int64 (steps, G); see `epoch_batches`."""
+        return epoch_batches(self.lengths, global_batch, seed, epoch, self.group)
+
+    def deal(
+        self, global_rows: np.ndarray, rank: int, world_size: int, micro_batch: int
+    ) -> list[np.ndarray]:
+        """Return this rank's micro-batches of a global batch; see `deal`."""
+        return deal(global_rows, rank, world_size, micro_batch)
+
+
+@dataclass(frozen=True)
 class TokenColumns:
     """What a batch needs to know of each of the C catalogue tokens."""
 
@@ -134,6 +155,8 @@ class Collator:
     """Fills rows to the batch's width."""
     encoder_decoder: bool = False
     """Whether prompt and item go to different inputs."""
+    as_tree: bool = False
+    """Whether the rows become a RowTree, which only causal LMs read; else they are padded."""
     null_prompt: np.ndarray | None = None
     """Token ids of the prompt without history, where the objective needs the items behind it."""
 
@@ -162,16 +185,17 @@ class Collator:
     ) -> Batch:
         """Return the batch of `items` (B,) behind `prompts`; only rows in `labelled` predict."""
         columns = self.columns
-        input_ids, attention_mask, labels = self._padded(prompts, items, labelled)
+        paths = [
+            columns.token_ids[columns.offsets[item] : columns.offsets[item + 1]] for item in items
+        ]
+        inputs = (self._tree if self.as_tree else self._padded)(prompts, paths, labelled)
 
         # The labelled tokens' places in the catalogue's arrays, row after row.
         begin = columns.offsets[items[labelled]]
         count = columns.offsets[items[labelled] + 1] - begin
         place = ragged_arange(begin, count)
         return Batch(
-            input_ids=torch.from_numpy(input_ids),
-            attention_mask=torch.from_numpy(attention_mask),
-            labels=torch.from_numpy(labels),
+            inputs=inputs,
             targets=torch.from_numpy(columns.token_ids[place].astype(np.int64)),
             weights=torch.from_numpy(columns.weights[place]),
             zero_gain=torch.from_numpy(columns.zero_gain[place]),
@@ -183,14 +207,22 @@ class Collator:
             null_index=null_index,
         )
 
+    def _tree(
+        self, prompts: list[np.ndarray], paths: list[np.ndarray], labelled: np.ndarray
+    ) -> RowTree:
+        """Return the tree of the labelled rows: items' paths (B,) behind their prompts."""
+        real = np.flatnonzero(labelled)
+        rows = [np.concatenate([prompts[row], paths[row][:-1]]) for row in real]
+        num_labels = np.array([len(paths[row]) for row in real], np.int64)
+        if not rows:
+            # The forward pass needs a token; it predicts nothing.
+            rows, num_labels = [prompts[0][:1]], np.zeros(1, np.int64)
+        return build_row_tree(rows, num_labels)
+
     def _padded(
-        self, prompts: list[np.ndarray], items: np.ndarray, labelled: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return input_ids, attention_mask and labels of items (B,) behind their prompts."""
-        columns = self.columns
-        paths = [
-            columns.token_ids[columns.offsets[item] : columns.offsets[item + 1]] for item in items
-        ]
+        self, prompts: list[np.ndarray], paths: list[np.ndarray], labelled: np.ndarray
+    ) -> PaddedRows:
+        """Return the padded rows: items' paths (B,) behind their prompts."""
         if self.encoder_decoder:
             sequences = prompts
             begins = [0] * len(prompts)
@@ -201,16 +233,20 @@ class Collator:
         longest = max(map(len, sequences))
         width = -(-longest // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
         label_width = max(map(len, paths)) if self.encoder_decoder else width
-        input_ids = np.full((len(items), width), self.pad_token_id, dtype=np.int64)
+        input_ids = np.full((len(paths), width), self.pad_token_id, dtype=np.int64)
         attention_mask = np.zeros_like(input_ids)
-        labels = np.full((len(items), label_width), IGNORED, dtype=np.int64)
+        labels = np.full((len(paths), label_width), IGNORED, dtype=np.int64)
 
         for i, (sequence, path, begin) in enumerate(zip(sequences, paths, begins, strict=True)):
             input_ids[i, : len(sequence)] = sequence
             attention_mask[i, : len(sequence)] = 1
             if labelled[i]:
                 labels[i, begin : begin + len(path)] = path
-        return input_ids, attention_mask, labels
+        return PaddedRows(
+            input_ids=torch.from_numpy(input_ids),
+            attention_mask=torch.from_numpy(attention_mask),
+            labels=torch.from_numpy(labels),
+        )
 
     def _null(self, items: np.ndarray, labelled: np.ndarray) -> tuple[Batch, torch.Tensor]:
         """Return the batch's different items behind the null prompt, and where each token is there.

@@ -21,12 +21,20 @@ from igd_ds.data.chat import CHAT, chat_texts
 from igd_ds.data.dataset import InteractionDataset, Split
 from igd_ds.errors import UsageError
 from igd_ds.items.as_text import control_tokens
-from igd_ds.items.catalogue import tokenize
+from igd_ds.items.catalogue import item_paths, tokenize
 
 TEMPLATE_FOLDER = Path(__file__).parent / "templates"
 NO_HISTORY = "unknown"  # replaces the history in CFT's null prompt, as published
 
-PLACEHOLDERS = {"prefix": {"domain"}, "item": {"item"}, "separator": set(), "suffix": {"domain"}}
+AS_TARGET = "{target}"
+"""The `item` of a template that writes items in the history exactly as the catalogue has them."""
+
+PLACEHOLDERS = {
+    "prefix": {"domain", "eos"},
+    "item": {"item", "target"},
+    "separator": set(),
+    "suffix": {"domain"},
+}
 """The words in braces that each text of a template may hold."""
 
 
@@ -34,7 +42,8 @@ PLACEHOLDERS = {"prefix": {"domain"}, "item": {"item"}, "separator": set(), "suf
 class Template:
     """The four texts of a prompt.
 
-    `{domain}` may occur in `prefix` and `suffix`; `{item}` must occur in `item`.
+    `{domain}` may occur in `prefix` and `suffix`, `{eos}` in `prefix`. `{item}` must occur in
+    `item`, or `item` is `{target}`: the item's tokens as the model writes them, with EOS.
 
     Example:
         >>> Template.load("short").item
@@ -85,8 +94,13 @@ class Template:
             or not all(isinstance(text, str) for text in values.values())
         ):
             raise UsageError(f"{source}: a prompt template has exactly the texts {', '.join(keys)}")
-        if "{item}" not in values["item"]:
-            raise UsageError(f"{source}: 'item' must contain {{item}}")
+        if "{item}" not in values["item"] and values["item"] != AS_TARGET:
+            raise UsageError(f"{source}: 'item' must contain {{item}}, or be {AS_TARGET} alone")
+        if AS_TARGET in values["item"] and values["item"] != AS_TARGET:
+            raise UsageError(
+                f"{source}: {AS_TARGET} in 'item' is the item with its EOS and stands alone: put "
+                "other text into 'separator'"
+            )
         return cls(**values)
 
     def _check_words(self, source: str) -> None:
@@ -167,28 +181,32 @@ class PromptBuilder:
             return found
 
         # The frame: what stands before, between, behind and around the items.
-        domain = dataset.info["domain"]
-        known_ids(template.item.replace("{item}", ""))
-        prefix = known_ids(template.prefix.replace("{domain}", domain))
+        domain, eos = dataset.info["domain"], [tokenizer.eos_token_id]
+        first, *others = template.prefix.replace("{domain}", domain).split("{eos}")
+        prefix = known_ids(first)
+        for text in others:
+            prefix = np.concatenate([prefix, eos, known_ids(text)]).astype(np.int32)
         texts = _item_texts(dataset, kind)
         begin = _joined(_beginning(tokenizer, ["a", *texts[:1]]), prefix)
         separator = known_ids(template.separator)
         end = known_ids(template.suffix.replace("{domain}", domain))
 
-        # The items. Control tokens of the template stand before and behind the text of a title.
-        before, form, behind = "", template.item, ""
-        if kind == "text":
-            before, form, behind = _without_control_tokens(template.item, tokenizer)
-        item_tokens, lengths = tokenize(
-            texts, lambda text: form.replace("{item}", text), tokenizer, as_text=kind == "text"
-        )
-        item_tokens, lengths = _surrounded(item_tokens, lengths, ids(before), ids(behind))
+        # The items.
+        as_target = template.item == AS_TARGET
+        if as_target:
+            item_tokens, offsets = item_paths(dataset, tokenizer, kind)
+            lengths = np.diff(offsets)
+        else:
+            known_ids(template.item.replace("{item}", ""))
+            item_tokens, lengths = _written(template.item, texts, tokenizer, kind == "text")
 
         # The prompt without history.
-        nothing = ids(template.item.replace("{item}", NO_HISTORY))
+        nothing = ids(NO_HISTORY if as_target else template.item.replace("{item}", NO_HISTORY))
         if not len(nothing):  # the tokenizer skips what it does not know
             filler = tokenizer.pad_token_id if unknown is None else unknown
             nothing = np.array([filler], dtype=np.int32)
+        if as_target:
+            nothing = np.append(nothing, eos).astype(np.int32)
 
         longest = int(np.argmax(lengths))
         needed = len(begin) + len(end) + int(lengths[longest])
@@ -308,6 +326,26 @@ def _without_control_tokens(item: str, tokenizer: PreTrainedTokenizerBase) -> tu
         begin = max(begin, before + len(name)) if before >= 0 else begin
         end = min(end, behind) if behind >= 0 else end
     return item[:begin], item[begin:end], item[end:]
+
+
+def _written(
+    form: str, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, are_titles: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the tokens of all items as `form` writes them, int32, and their numbers, int64 (N,).
+
+    Control tokens of the template stand before and behind the text of a title.
+    """
+
+    def ids(text: str) -> np.ndarray:
+        return np.array(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int32)
+
+    before, behind = "", ""
+    if are_titles:
+        before, form, behind = _without_control_tokens(form, tokenizer)
+    tokens, lengths = tokenize(
+        texts, lambda text: form.replace("{item}", text), tokenizer, as_text=are_titles
+    )
+    return _surrounded(tokens, lengths, ids(before), ids(behind))
 
 
 def _surrounded(

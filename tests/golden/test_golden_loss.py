@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
 from igd_ds.backbones import CausalLM
-from igd_ds.contracts import IGNORED, Batch, Logits, ObjectiveContext
+from igd_ds.contracts import IGNORED, Batch, Logits, ObjectiveContext, PaddedRows
 from igd_ds.items.catalogue import Catalogue
 from igd_ds.items.decisiveness import information_gain
 from igd_ds.items.search_trie import SearchTrie
@@ -114,9 +114,7 @@ def make_batch(golden: Golden, objective: IGD) -> Batch:
     )
     rows = torch.arange(len(samples))
     return Batch(
-        input_ids=input_ids,
-        attention_mask=mask,
-        labels=labels,
+        inputs=PaddedRows(input_ids, mask, labels),
         targets=labels[labels != IGNORED],
         weights=weights[:, None],
         zero_gain=zero_gain,

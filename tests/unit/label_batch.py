@@ -2,7 +2,7 @@
 
 import torch
 
-from igd_ds.contracts import IGNORED, MASKED_ROW, Batch
+from igd_ds.contracts import IGNORED, MASKED_ROW, Batch, PaddedRows
 
 
 def label_batch(input_ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor) -> Batch:
@@ -11,9 +11,7 @@ def label_batch(input_ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tenso
     targets = labels[row, column]
     rows = torch.full((len(labels),), MASKED_ROW)
     return Batch(
-        input_ids=input_ids,
-        attention_mask=mask,
-        labels=labels,
+        inputs=PaddedRows(input_ids, mask, labels),
         targets=targets,
         weights=torch.ones((len(targets), 1)),
         zero_gain=torch.zeros(len(targets), dtype=torch.bool),

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from igd_ds.contracts import IGNORED, Batch, ObjectiveContext
+from igd_ds.contracts import IGNORED, Batch, ObjectiveContext, PaddedRows
 from igd_ds.data.batches import TokenColumns
 from igd_ds.items.catalogue import Catalogue
 from igd_ds.items.decisiveness import edge_gain
@@ -47,9 +47,7 @@ def batch_of_tokens(targets, weights=None, node=None, zero_gain=None) -> Batch:
     empty = torch.zeros(n, 1, dtype=torch.int64)
     rows = torch.arange(n)
     return Batch(
-        input_ids=empty,
-        attention_mask=empty,
-        labels=empty + IGNORED,
+        inputs=PaddedRows(empty, empty, empty + IGNORED),
         targets=torch.as_tensor(targets),
         weights=torch.eye(n) if weights is None else torch.as_tensor(weights),
         zero_gain=torch.zeros(n, dtype=torch.bool) if zero_gain is None else zero_gain,

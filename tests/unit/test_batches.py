@@ -11,6 +11,7 @@ from igd_ds.backbones.causal_lm import predicting_positions
 from igd_ds.contracts import IGNORED, MASKED_ROW
 from igd_ds.data.batches import (
     Collator,
+    ShuffledRows,
     TokenColumns,
     deal,
     epoch_batches,
@@ -61,6 +62,14 @@ def test_the_deal_covers_the_batch(world, micro):
     assert np.array_equal(np.sort(np.concatenate([np.concatenate(w) for w in windows])), rows)
 
 
+def test_single_rows_keep_the_order_that_they_have_always_had():
+    """Recorded before row trees: --packing rows --batching rows gives the numbers of before."""
+    order = ShuffledRows(np.arange(1, 11) % 5, group=True)
+    expected = [[5, 0, 9], [2, 6, 1], [8, 3, 7], [4, MASKED_ROW, MASKED_ROW]]
+    assert order.epoch(3, seed=1, epoch=2).tolist() == expected
+    assert [part.tolist() for part in order.deal(np.arange(12), 1, 2, 3)] == [[1, 3, 5], [7, 9, 11]]
+
+
 PATHS = [[10, 0], [20, 21, 22, 0], [30, 0]]  # EOS = PAD = 0
 WEIGHTS = np.array([1, 0.5, 1, 0.25, 0.25, 0.25, 0.125, 0.75], dtype=np.float32)
 
@@ -96,13 +105,13 @@ def collator() -> Collator:
 
 def test_a_batch_by_hand():
     batch = collator()(np.array([2, 1, MASKED_ROW]))
-    assert batch.input_ids.shape == (3, 16) and batch.input_ids.shape[1] % 8 == 0
-    assert batch.input_ids[0, :9].tolist() == [55, 56, 57, 58, 59, 20, 21, 22, 0]
-    assert batch.labels[0].tolist() == [IGNORED] * 5 + [20, 21, 22, 0] + [IGNORED] * 7
+    assert batch.inputs.input_ids.shape == (3, 16) and batch.inputs.input_ids.shape[1] % 8 == 0
+    assert batch.inputs.input_ids[0, :9].tolist() == [55, 56, 57, 58, 59, 20, 21, 22, 0]
+    assert batch.inputs.labels[0].tolist() == [IGNORED] * 5 + [20, 21, 22, 0] + [IGNORED] * 7
     # EOS is a label and PAD is not, though they are one token.
-    assert batch.labels[1, :4].tolist() == [IGNORED, 10, 0, IGNORED]
-    assert batch.attention_mask.sum(1).tolist() == [9, 3, 5]
-    assert (batch.labels[2] == IGNORED).all() and batch.attention_mask[2].sum() > 0
+    assert batch.inputs.labels[1, :4].tolist() == [IGNORED, 10, 0, IGNORED]
+    assert batch.inputs.attention_mask.sum(1).tolist() == [9, 3, 5]
+    assert (batch.inputs.labels[2] == IGNORED).all() and batch.inputs.attention_mask[2].sum() > 0
     assert batch.row_ids.tolist() == [2, 1, MASKED_ROW]
     assert batch.item_ids.tolist() == [1, 0, MASKED_ROW]
 
@@ -112,7 +121,7 @@ def test_a_batch_by_hand():
     assert batch.zero_gain.tolist() == [False, True, True, True, False, True]
     assert batch.row.tolist() == [0, 0, 0, 0, 1, 1]
     assert batch.weights.dtype == torch.float32
-    for integers in (batch.labels, batch.targets, batch.row, batch.node, batch.row_ids):
+    for integers in (batch.inputs.labels, batch.targets, batch.row, batch.node, batch.row_ids):
         assert integers.dtype == torch.int64
     assert batch.null is None and batch.null_index is None
 
@@ -133,12 +142,12 @@ def test_the_nodes_are_those_of_the_targets_in_the_trie():
 
 def test_labels_weights_and_logits_line_up():
     batch = collator()(np.array([0, 2, 1]))
-    mask = predicting_positions(batch.labels)
+    mask = predicting_positions(batch.inputs.labels)
     assert mask.sum() == len(batch.targets) == len(batch.weights) == 8
     # The token after each predicting position is its target, and the rows follow each other.
-    assert torch.equal(batch.input_ids[:, 1:][mask[:, :-1]], batch.targets)
-    assert torch.equal(batch.labels[batch.labels != IGNORED], batch.targets)
-    assert torch.equal((batch.labels != IGNORED).nonzero()[:, 0], batch.row)
+    assert torch.equal(batch.inputs.input_ids[:, 1:][mask[:, :-1]], batch.targets)
+    assert torch.equal(batch.inputs.labels[batch.inputs.labels != IGNORED], batch.targets)
+    assert torch.equal((batch.inputs.labels != IGNORED).nonzero()[:, 0], batch.row)
     assert batch.weights[:, 0].tolist() == [0.125, 0.75, 1, 0.25, 0.25, 0.25, 1, 0.5]
 
 
@@ -148,14 +157,19 @@ def test_an_encoder_decoder_batch_and_the_null_prompt():
     null_prompt = plain.prompts.null
     both = dataclasses.replace(plain, encoder_decoder=True, null_prompt=null_prompt)
     batch = both(np.array([2, 1, MASKED_ROW, 2]))
-    assert batch.input_ids[:, :5].tolist() == [
+    assert batch.inputs.input_ids[:, :5].tolist() == [
         [55, 56, 57, 58, 59],
         [54, 0, 0, 0, 0],
         [51, 52, 53, 0, 0],
         [55, 56, 57, 58, 59],
     ]
-    assert batch.attention_mask.sum(1).tolist() == [5, 1, 3, 5] and batch.input_ids.shape == (4, 8)
-    assert batch.labels.tolist() == [
+    assert batch.inputs.attention_mask.sum(1).tolist() == [
+        5,
+        1,
+        3,
+        5,
+    ] and batch.inputs.input_ids.shape == (4, 8)
+    assert batch.inputs.labels.tolist() == [
         [20, 21, 22, 0],
         [10, 0, IGNORED, IGNORED],
         [IGNORED] * 4,
@@ -165,9 +179,9 @@ def test_an_encoder_decoder_batch_and_the_null_prompt():
     assert batch.row.tolist() == [0, 0, 0, 0, 1, 1, 3, 3, 3, 3]
 
     null = batch.null
-    assert null.input_ids[:, :2].tolist() == [[7, 7]] * 3
-    assert (null.attention_mask.sum(1) == 2).all()
-    assert null.labels.tolist() == [
+    assert null.inputs.input_ids[:, :2].tolist() == [[7, 7]] * 3
+    assert (null.inputs.attention_mask.sum(1) == 2).all()
+    assert null.inputs.labels.tolist() == [
         [10, 0, IGNORED, IGNORED],
         [20, 21, 22, 0],
         [30, 0, IGNORED, IGNORED],
@@ -175,7 +189,10 @@ def test_an_encoder_decoder_batch_and_the_null_prompt():
     assert torch.equal(null.targets[batch.null_index], batch.targets)
 
     causal = dataclasses.replace(plain, null_prompt=null_prompt)(np.array([2, 1]))
-    assert causal.null.input_ids[:, :6].tolist() == [[7, 7, 10, 0, 0, 0], [7, 7, 20, 21, 22, 0]]
+    assert causal.null.inputs.input_ids[:, :6].tolist() == [
+        [7, 7, 10, 0, 0, 0],
+        [7, 7, 20, 21, 22, 0],
+    ]
     assert torch.equal(causal.null.targets[causal.null_index], causal.targets)
     empty = both(np.array([MASKED_ROW]))
     assert len(empty.null_index) == len(empty.targets) == len(empty.row) == 0
@@ -185,9 +202,9 @@ def test_an_encoder_decoder_batch_and_the_null_prompt():
 def test_a_moved_batch_has_all_of_its_tensors_on_the_device():
     batch = dataclasses.replace(collator(), null_prompt=np.array([7, 7], np.int32))(np.array([2]))
     moved = batch.to(torch.device("meta"))
-    for part in (moved, moved.null):
+    for part in (moved, moved.inputs, moved.null, moved.null.inputs):
         tensors = [value for value in vars(part).values() if isinstance(value, torch.Tensor)]
-        assert len(tensors) >= 10 and all(value.device.type == "meta" for value in tensors)
+        assert len(tensors) >= 3 and all(value.device.type == "meta" for value in tensors)
 
 
 def test_a_sample_of_rows_is_ascending_and_follows_from_its_seed():

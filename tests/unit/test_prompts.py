@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from igd_ds.data.dataset import InteractionDataset, Split
 from igd_ds.data.prompts import PromptBuilder, Template
 from igd_ds.errors import UsageError
+from igd_ds.items.catalogue import item_paths
 
 TITLES = ["a", "bb", "cccc", "dd dd", "e{item}"]
 
@@ -63,6 +64,21 @@ def test_the_alpaca_template_quotes_titles():
     found = text(builder(template="alpaca"), [1, 2])
     assert found.endswith('the following books before: "bb", "cccc"\n\n\n### Response:\n')
     assert found.startswith("Below is an instruction")
+
+
+def test_the_list_template_writes_items_as_targets():
+    """A prompt with its target is the next prompt."""
+    assert text(builder(template="list"), [0, 1, 4]) == "<eos>a\n<eos>bb\n<eos>e{item}\n<eos>"
+    assert text(builder(template="list"), []) == "<eos>"
+    prompts = builder(template="list", bos=True)
+    paths, offsets = item_paths(dataset_of(TITLES), tokenizer(), "text")
+    for history in ([], [3], [3, 0, 2]):
+        target = paths[offsets[1] : offsets[2]]
+        both = np.concatenate([prompts.encode(np.array(history, np.int64)), target])
+        assert both.tolist() == prompts.encode(np.array([*history, 1])).tolist()
+        assert both[:2].tolist() == [1, 0] and both.dtype == np.int32
+    null = "".join(tokenizer().convert_ids_to_tokens(prompts.null))
+    assert null == "<bos><eos>unknown<eos>" and prompts.null.dtype == np.int32
 
 
 def test_bos_once_where_the_tokenizer_adds_one():
@@ -132,7 +148,7 @@ def test_a_title_longer_than_the_context_is_named():
 
 def test_templates_are_checked(tmp_path):
     with pytest.raises(
-        UsageError, match="no template 'shrt'; known names: alpaca, chat, codes, short"
+        UsageError, match="no template 'shrt'; known names: alpaca, chat, codes, list, short"
     ):
         Template.load("shrt")
     file = tmp_path / "mine.yaml"
@@ -145,6 +161,12 @@ def test_templates_are_checked(tmp_path):
     }
     file.write_text("prefix: a\nitem: title\nseparator: ','\nsuffix: b\n")
     with pytest.raises(UsageError, match="mine.yaml: 'item' must contain"):
+        Template.load(str(file))
+    file.write_text("prefix: a\nitem: '{target},'\nseparator: ''\nsuffix: b\n")
+    with pytest.raises(UsageError, match="mine.yaml: 'item' must contain .* or be {target} alone"):
+        Template.load(str(file))
+    file.write_text("prefix: a\nitem: '{item} {target}'\nseparator: ''\nsuffix: b\n")
+    with pytest.raises(UsageError, match="mine.yaml: {target} in 'item' .* stands alone"):
         Template.load(str(file))
     file.write_text("prefix: a\n")
     with pytest.raises(UsageError, match="mine.yaml: a prompt template has exactly the texts"):

@@ -5,11 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import test_prompts
 from test_trie import CASES, brute_force, ragged
 
 from igd_ds.commands import stats
 from igd_ds.data.dataset import InteractionDataset, Split
+from igd_ds.data.row_statistics import ROW_KEYS, row_statistics
 from igd_ds.data.statistics import KEYS, catalogue_statistics
+from igd_ds.errors import UsageError
 from igd_ds.items.catalogue import Catalogue
 from igd_ds.items.decisiveness import ENTROPIES
 from igd_ds.items.trie import TokenTrie
@@ -146,3 +149,50 @@ def test_command(worked, flags, monkeypatch, capsys):
     else:
         assert [line.split()[0] for line in printed.splitlines()] == list(KEYS)
         assert "66.67%" in printed
+
+
+def list_of_three_users():
+    """Return a dataset of titles "a" to "e" with the users' chains of 1, 2 and 3 rows."""
+    rows = [([0], 1), ([2], 3), ([2, 3], 4), ([4], 0), ([4, 0], 1), ([4, 0, 1], 2)]
+    split = Split(
+        "train",
+        np.array([7, 8, 8, 9, 9, 9]),
+        np.concatenate([history for history, _ in rows]).astype(np.int32),
+        np.cumsum([0, *(len(history) for history, _ in rows)]),
+        np.array([target for _, target in rows], np.int32),
+        None,
+    )
+    info = {"name": "", "domain": "books"}
+    dataset = InteractionDataset(Path("nowhere"), info, list("abcde"), None, {"train": split}, "")
+    return dataset, Catalogue.build(dataset, test_prompts.tokenizer())
+
+
+@pytest.mark.parametrize("micro_batch", [6, 8])
+def test_rows_as_a_list_by_hand(micro_batch):
+    """Each item has 3 tokens: letter, line break, EOS; EOS stands before the first one."""
+    dataset, catalogue = list_of_three_users()
+    found = row_statistics(
+        dataset, test_prompts.tokenizer(), catalogue, "list", max_length=40, micro_batch=micro_batch
+    )
+    assert found.keys() == ROW_KEYS.keys() and found["rows_counted"] == 6
+    rows = [7, 7, 10, 7, 10, 13]
+    assert found["row_tokens"] == pytest.approx(np.mean(rows))
+    # A tree has EOS, and each user's whole sequence without its last EOS.
+    assert found["tree_tokens"] == pytest.approx((1 + 5 + 8 + 11) / 6)
+    assert found["padded_tokens"] == pytest.approx(16 * micro_batch / 6)
+    assert found["row_saving"] == pytest.approx(np.sum(rows) / 25)
+    assert found["chain_length"] == 2.0
+
+
+def test_rows_are_printed_where_a_prompt_is_named(worked, monkeypatch, capsys):
+    _, catalogue, _ = worked
+    dataset, _ = list_of_three_users()
+    monkeypatch.setattr(stats.InteractionDataset, "load", lambda folder: dataset)
+    monkeypatch.setattr(stats, "load_tokenizer", lambda name: test_prompts.tokenizer())
+    monkeypatch.setattr(stats, "catalogue_statistics", lambda *arguments: {})
+    words = ["--dataset", "D", "--tokenizer", "T", "--prompt", "short", "--max_length"]
+    assert stats.main([*words, "80"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(ROW_KEYS)
+    for size in ("0", "20"):
+        with pytest.raises(UsageError, match="--max_length"):
+            stats.main([*words, size])

@@ -23,11 +23,14 @@ from igd_ds.config.model import ModelOptions
 from igd_ds.contracts import IGNORED, Batch
 from igd_ds.data.dataset import InteractionDataset, item_table, user_table, write_dataset
 from igd_ds.data.prompts import PromptBuilder, Template
+from igd_ds.errors import UsageError
 from igd_ds.evaluation.recommender import Recommender
 from igd_ds.items.catalogue import Catalogue
 from igd_ds.items.store import save_catalogue
 from igd_ds.objectives.weighted import token_nll
 from igd_ds.search.scoring import edge_weights
+from igd_ds.train_config import TrainConfig
+from igd_ds.training_inputs import load_inputs
 
 ROOT = Path(__file__).parents[2]
 SEMANTIC_IDS = [
@@ -261,9 +264,9 @@ def test_label_logits_give_transformers_own_loss_and_gradient(folder, tokenizer)
         assert logits.shape == (len(found.targets), len(tokenizer))
         loss = token_nll(logits, found.targets).mean()
         theirs = ours(
-            input_ids=found.input_ids,
-            attention_mask=found.attention_mask,
-            labels=found.labels,
+            input_ids=found.inputs.input_ids,
+            attention_mask=found.inputs.attention_mask,
+            labels=found.inputs.labels,
             use_cache=False,
         ).loss
         torch.testing.assert_close(loss, theirs)
@@ -327,3 +330,17 @@ def test_a_tokenizer_without_the_codes_and_a_missing_configuration(folder, tmp_p
         Catalogue.build(InteractionDataset.load(folder / "data"), bare)
     with pytest.raises(ValueError, match="no model configuration at"):
         read_model_config(str(tmp_path / "gone.json"))
+
+
+def test_a_list_of_items_is_for_decoders(folder):
+    config = TrainConfig(
+        ds_config="x",
+        dataset=str(folder / "data"),
+        output_dir="x",
+        model_config=str(folder / "model.json"),
+        tokenizer=str(folder / "tokenizer"),
+        objective="uniform",
+        prompt="list",
+    )
+    with pytest.raises(UsageError, match="--prompt list .* an encoder-decoder does not read"):
+        load_inputs(config)

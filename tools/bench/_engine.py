@@ -24,14 +24,16 @@ def loop_options(learning_rate: float, max_grad_norm: float) -> LoopOptions:
     )
 
 
-def make_engine(model: torch.nn.Module, options: LoopOptions, micro_batch: int) -> Any:
-    """Wrap a model in an engine that makes one update per micro-batch."""
+def make_engine(
+    model: torch.nn.Module, options: LoopOptions, micro_batch: int, accumulation: int = 1
+) -> Any:
+    """Wrap a model in an engine that makes one update per `accumulation` micro-batches."""
     if not torch.distributed.is_initialized():
         distributed.init()
     logging.disable(logging.WARNING)  # DeepSpeed's lines at start would hide the tables
     ds = {
         "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": 1,
+        "gradient_accumulation_steps": accumulation,
         "gradient_clipping": options.max_grad_norm,
         "zero_optimization": {"stage": 0},
         "steps_per_print": 10**9,

@@ -99,6 +99,8 @@ def measure(side: str, folder: Path, model: Path, batch_size: int, num_steps: in
         "model_config": model,
         "tokenizer": folder / "tokenizer",
         "igd_beta": 0.1,
+        "packing": "rows",
+        "batching": "rows",
         "global_batch_size": batch_size,
         "learning_rate": 1e-3,
         "max_length": 256,

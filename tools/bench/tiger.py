@@ -181,12 +181,17 @@ def make_bare() -> Callable[[Batch], float]:
     )
 
     def bare(batch: Batch) -> float:
-        decoder_input_ids = model.prepare_decoder_input_ids_from_labels(batch.labels)
-        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        decoder_input_ids = model.prepare_decoder_input_ids_from_labels(batch.inputs.labels)
+        inputs = {
+            "input_ids": batch.inputs.input_ids,
+            "attention_mask": batch.inputs.attention_mask,
+        }
         logits = model(**inputs, decoder_input_ids=decoder_input_ids, use_cache=False).logits
         # Every label is a token: items have equal lengths, and no row is masked.
         flat = logits.view(-1, logits.shape[-1])
-        nll = F.cross_entropy(flat, batch.labels.view(-1), ignore_index=IGNORED, reduction="none")
+        nll = F.cross_entropy(
+            flat, batch.inputs.labels.view(-1), ignore_index=IGNORED, reduction="none"
+        )
         weights = batch.weights[:, 0]
         loss = (nll * weights).sum() / weights.sum()
 

@@ -185,9 +185,9 @@ def dict_trie_gains(trie: dict[str, Any], tokens: list[int]) -> list[float]:
 
 def published_loss(model: torch.nn.Module, trie: dict[str, Any], batch: Batch) -> torch.Tensor:
     """Compute logits and cross-entropy everywhere; look up the weights in Python, row by row."""
-    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    inputs = {"input_ids": batch.inputs.input_ids, "attention_mask": batch.inputs.attention_mask}
     logits = model(**inputs, use_cache=False).logits
-    shifted, labels = logits[:, :-1].contiguous(), batch.labels[:, 1:].contiguous()
+    shifted, labels = logits[:, :-1].contiguous(), batch.inputs.labels[:, 1:].contiguous()
     flat = F.cross_entropy(shifted.view(-1, VOCABULARY), labels.view(-1), reduction="none")
     nll = flat.view(labels.shape)
 
@@ -201,8 +201,8 @@ def published_loss(model: torch.nn.Module, trie: dict[str, Any], batch: Batch) -
 
 def bare_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """Compute the mean over labelled tokens with Hugging Face's `logits_to_keep`."""
-    keep = predicting_positions(batch.labels)
-    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    keep = predicting_positions(batch.inputs.labels)
+    inputs = {"input_ids": batch.inputs.input_ids, "attention_mask": batch.inputs.attention_mask}
     logits = model(**inputs, logits_to_keep=keep, use_cache=False).logits
     return F.cross_entropy(logits.float(), batch.targets)
 
@@ -319,7 +319,7 @@ def main() -> None:
     collator = make_collator(loss)
     rows = np.arange(num_rows)
     batch = collator(rows)
-    assert batch.labels.shape == (num_rows, ROW_TOKENS), batch.labels.shape
+    assert batch.inputs.labels.shape == (num_rows, ROW_TOKENS), batch.inputs.labels.shape
     steps = {name: make_step(name, loss, num_rows) for name in STEPS}
     check_equal(steps, batch)
     times = measure_times(steps, batch, rounds)
