@@ -195,6 +195,10 @@ def _library() -> torch.library.Library:
     `torch.tensor` and `Tensor.to` make their results in C++, where `_Mode` does not see them.
     """
     backend_registration._setup_privateuseone_for_python_backend(NAME)
+
+    # From here on, this is the process's accelerator, and tests that never use it are asked about
+    # it too: gradient checkpointing wants to know which dtypes it would autocast to.
+    getattr(torch, NAME).get_amp_supported_dtype = lambda: [torch.bfloat16]
     library = torch.library.Library("aten", "IMPL")
 
     def empty(size, *, dtype=None, **_):
