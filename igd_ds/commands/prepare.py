@@ -21,9 +21,17 @@ from igd_ds.config.options import FlagParser
 from igd_ds.data.hygiene import POLICIES
 from igd_ds.data.prepare import DatasetRequest, prepare
 from igd_ds.data.presets import PRESETS
-from igd_ds.data.protocols import COLD, DEFAULTS, DUPLICATES, PROTOCOLS, ProtocolOptions
+from igd_ds.data.protocols import (
+    COLD,
+    DEFAULTS,
+    DUPLICATES,
+    LEAST,
+    PROTOCOLS,
+    ProtocolOptions,
+    check_whole,
+)
 from igd_ds.data.sources import SOURCES, table
-from igd_ds.errors import UsageError, did_you_mean
+from igd_ds.errors import UsageError
 
 # The values of options that neither a flag, nor a preset, nor the protocol's defaults set.
 LAST_DEFAULTS: dict[str, str | int | None] = {
@@ -35,14 +43,6 @@ LAST_DEFAULTS: dict[str, str | int | None] = {
     "cold_items": "keep",
     "cold_users": "keep",
     "titles": POLICIES[0],
-}
-LEAST = {
-    "max_history": 0,
-    "k_core": 0,
-    "min_items": 1,
-    "num_users": 0,
-    "num_items": 0,
-    "seed": 0,
 }
 # Errors of the operating system that the user can repair, and how.
 REMEDIES = {
@@ -248,19 +248,17 @@ def _columns(pairs: Sequence[str]) -> dict[str, str]:
     """Return --columns FIELD=COLUMN … as a dict.
 
     Raises:
-        UsageError: a pair has no =, or its field is unknown.
+        UsageError: a pair has no =, its field is unknown, or a field is named twice.
     """
-    columns = {}
+    columns: dict[str, str] = {}
     for pair in pairs:
         name, equals, column = pair.partition("=")
         if not equals or not column:
             raise UsageError(f"--columns {pair}: write FIELD=COLUMN, such as user=customer")
-        if name not in table.NAMES:
-            raise UsageError(
-                f"--columns {pair}: unknown field {name}{did_you_mean(name, table.NAMES)} (fields: "
-                f"{', '.join(table.NAMES)})"
-            )
+        if name in columns:
+            raise UsageError(f"--columns names {name} twice: {columns[name]} and {column}")
         columns[name] = column
+    table.check_fields(columns)
     return columns
 
 
@@ -286,10 +284,8 @@ def _choose_source_and_protocol(args: argparse.Namespace) -> None:
 
 
 def _check_ranges(args: argparse.Namespace) -> None:
-    for option, least in LEAST.items():
-        value = getattr(args, option)
-        if not least <= value < 2**31:
-            raise UsageError(f"--{option} {value}: must be at least {least}, and below 2^31")
+    for option, least in {**LEAST, "num_items": 0}.items():
+        check_whole(option, getattr(args, option), least)
     if args.num_items and args.source != "synthetic":
         raise UsageError(
             "--num_items is for synthetic data; the other sources take every item of their files"

@@ -31,7 +31,7 @@ from igd_ds.data.dataset import (
     write_dataset,
 )
 from igd_ds.data.hygiene import clean_titles
-from igd_ds.data.protocols import PROTOCOLS, ProtocolOptions, Rows, date
+from igd_ds.data.protocols import PROTOCOLS, ProtocolOptions, Rows, date, warn_of_losses
 from igd_ds.data.raw import RawReader
 from igd_ds.data.raw_files import RawRequest
 from igd_ds.data.sources import SOURCES, find_files
@@ -202,6 +202,7 @@ def apply_titles(data: SourceData, policy: str) -> tuple[SourceData, np.ndarray,
             "--titles placeholder"
         )
 
+    warn_of_losses({"items": len(usable)}, {"items": int(usable.sum())}, f"--titles {policy}")
     origin = origin[usable]
     kept = data.interactions.take(usable[data.interactions.items])
     numbers = np.cumsum(usable, dtype=np.int32) - 1

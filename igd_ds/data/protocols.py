@@ -32,6 +32,10 @@ Counts = dict[str, dict[str, int]]
 """Numbers by stage: what remained there."""
 
 
+LEAST = {"max_history": 0, "k_core": 0, "min_items": 1, "num_users": 0, "seed": 0}
+"""Options that are whole numbers, and their least value."""
+
+
 @dataclass(frozen=True)
 class ProtocolOptions:
     """The options of all protocols; each field is a flag of `igd prepare`.
@@ -64,9 +68,22 @@ class ProtocolOptions:
                 raise UsageError(
                     f"--{name} {getattr(self, name)}: must be one of {', '.join(known)}"
                 )
+        for name, least in LEAST.items():
+            check_whole(name, getattr(self, name), least)
         start, end = self.window
+        if not all(second is None or isinstance(second, int) for second in self.window):
+            raise UsageError(f"window {self.window}: give seconds since 1970, or None for open")
         if start is not None and end is not None and start > end:
             raise UsageError(f"--from {date(start)} is after --to {date(end)}")
+
+
+def check_whole(name: str, value: object, least: int) -> None:
+    """Raise UsageError unless an option is a whole number from `least` to below 2^31."""
+    is_whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not is_whole or not least <= value < 2**31:  # type: ignore[operator]
+        raise UsageError(
+            f"--{name} {value}: must be a whole number of at least {least}, and below 2^31"
+        )
 
 
 @dataclass(frozen=True)
@@ -123,9 +140,10 @@ def leave_one_out(data: SourceData, options: ProtocolOptions) -> Rows:
         )
         interactions = _in_window(interactions, *options.window)
         funnel.append({"step": _window_text(*options.window)} | size(interactions))
+        warn_of_losses(counts["source"], size(interactions), "--from and --to")
     before = size(interactions)
     interactions, steps = _reduced(interactions, options)
-    _warn_of_losses(before, size(interactions), options)
+    warn_of_losses(before, size(interactions), _rules(options))
     funnel += steps
     if options.k_core:
         counts["k_core"] = size(interactions)
@@ -138,6 +156,10 @@ def leave_one_out(data: SourceData, options: ProtocolOptions) -> Rows:
     lengths = np.diff(sequences.bounds)
     long = lengths >= 3
     counts["rows"] = {"users_too_short": int(np.count_nonzero(~long))}
+    short = counts["rows"]["users_too_short"]
+    warn_of_losses(
+        {"users": len(long)}, {"users": len(long) - short}, "leave-one-out (3 interactions needed)"
+    )
     last = sequences.bounds[1:][long] - 1
     is_train = np.repeat(long, lengths)
     for held_out in (sequences.bounds[:-1], last, last - 1):
@@ -553,29 +575,35 @@ def _reduced(
     return interactions, steps
 
 
-def _warn_of_losses(
-    before: Mapping[str, int], left: Mapping[str, int], options: ProtocolOptions
-) -> None:
-    """Warn when duplicates and k-core drop more than a fifth of the users or items.
-
-    Interaction data have more users than items as a rule; else the columns may be swapped.
-    """
-    lost = {name: 1 - left[name] / max(before[name], 1) for name in ("users", "items")}
-    if max(lost.values()) <= LARGE_LOSS or not left["users"]:
-        return
+def _rules(options: ProtocolOptions) -> str:
+    """Return the names of the rules of `_reduced`, for a message."""
     rules = [f"the {options.k_core}-core"] if options.k_core else []
     rules += [f"duplicates: {options.duplicates}"] if options.duplicates != "keep" else []
+    return " and ".join(rules)
+
+
+def warn_of_losses(before: Mapping[str, int], left: Mapping[str, int], rule: str) -> None:
+    """Warn when a rule drops more than a fifth of the users, items or rows.
+
+    Interaction data have more users than items as a rule; else the columns may be swapped.
+
+    Args:
+        before: what there was: "users", "items" or others, and their number.
+        left: what the rule left, under the same names.
+        rule: what dropped the others.
+    """
+    names = [name for name in ("users", "items", "rows") if name in before]
+    lost = {name: 1 - left[name] / max(before[name], 1) for name in names}
+    if max(lost.values()) <= LARGE_LOSS or not left[names[0]]:
+        return
     reason = ""
-    if before["items"] > before["users"]:
+    if before.get("items", 0) > before.get("users", before.get("items", 0)):
         reason = (
             f"; there are more items ({before['items']:,}) than users ({before['users']:,}): "
             "are the columns swapped?"
         )
-    print(
-        f"warning: {' and '.join(rules)} dropped {lost['users']:.0%} of the users and "
-        f"{lost['items']:.0%} of the items{reason}",
-        file=sys.stderr,
-    )
+    shares = " and ".join(f"{share:.0%} of the {name}" for name, share in lost.items())
+    print(f"warning: {rule} dropped {shares}{reason}", file=sys.stderr)
 
 
 def _d3_window(
@@ -605,7 +633,7 @@ def _d3_window(
 
     all_there_is = ", all there is" if left["items"] < options.min_items else ""
     steps.append({"step": text + all_there_is} | window_size)
-    _warn_of_losses(window_size, left, options)
+    warn_of_losses(window_size, left, _rules(options))
     return window, [*steps, *core_steps], years
 
 
@@ -785,6 +813,8 @@ def _without_cold(
     Raises:
         UsageError: a split that had rows has none any more.
     """
+    there, stay = (sum(map(count, known.values())) for count in (len, np.count_nonzero))
+    warn_of_losses({"rows": there}, {"rows": int(stay)}, f"--{rule} drop")
     gone = {}
     for name, mask in known.items():
         gone[name] = int(np.count_nonzero(~mask))

@@ -68,6 +68,12 @@ COUNT_INCOMPLETE = """
 TIME_SPAN = """
     SELECT min("time"), max("time"), count(*) FILTER ("time" >= {millisecond}), count("time")
     FROM interaction WHERE {accepted}"""
+COUNT_KNOWN = """
+    SELECT count(*), count(*) FILTER (item IN (SELECT item FROM item_line WHERE item IS NOT NULL))
+    FROM (SELECT DISTINCT item FROM interaction WHERE {accepted})"""
+FIRST_UNKNOWN = """
+    SELECT min(item) FROM interaction WHERE {accepted}
+    AND item NOT IN (SELECT item FROM item_line WHERE item IS NOT NULL)"""
 CHOOSE_LINES = """
     CREATE TABLE item_chosen AS
     SELECT code, item_code.name AS item, count(*) AS lines, count(DISTINCT title) AS titles,
@@ -137,9 +143,10 @@ class RawReader:
         """
         self.connection.close()
         if isinstance(error, duckdb.Error):
-            advice = "make room on the disk of --output, where DuckDB spills"
-            is_memory = isinstance(error, duckdb.OutOfMemoryException)
-            if is_memory and "No space left" not in str(error):
+            advice = "check the file's columns and values"
+            if "No space left" in str(error) or isinstance(error, duckdb.IOException):
+                advice = "make room on the disk of --output, where DuckDB spills"
+            elif isinstance(error, duckdb.OutOfMemoryException):
                 advice = "some lines are too long, such as metadata of several MB: shorten them"
             raise UsageError(f"{self._inputs()}: {_brief(error)}; {advice}") from error
 
@@ -156,9 +163,9 @@ class RawReader:
             columns: name → DuckDB type. A value that is missing or of another type becomes null.
         """
         read_as = _read_as(columns)
-        declared = ", ".join(f"'{name}': '{kind}'" for name, kind in read_as.items())
+        declared = ", ".join(f"{_quoted(name)}: '{kind}'" for name, kind in read_as.items())
         options = f"format = 'newline_delimited', columns = {{{declared}}}, ignore_errors = true"
-        empty = " AND ".join(f'"{name}" IS NULL' for name in columns)
+        empty = " AND ".join(f"{_column(name)} IS NULL" for name in columns)
 
         self._create(table, columns)
         for path in paths:
@@ -217,7 +224,7 @@ class RawReader:
             # A line can have several errors, in any order.
             found = self._run(REJECTED_LINES)
             self._run("DROP TABLE reject_errors; DROP TABLE reject_scans")
-            rejected = [(line, f"{error.lower()}: {text!r}") for line, error, text in found]
+            rejected = [(line, _why_rejected(error, text)) for line, error, text in found]
             self._check_share(path, rows + len(rejected), rejected)
 
     def add_table(self, name: str, table: pa.Table) -> None:
@@ -254,6 +261,8 @@ class RawReader:
         self._run(f"CREATE VIEW interaction AS {interactions}")
         self._run(f"CREATE VIEW item_line AS {items or NO_ITEMS}")
         accepted = self._reject_incomplete(timed)
+        if items:
+            self._check_metadata_matches(accepted)
         unit = self._time_unit(accepted) if timed else None
 
         # Names in sorted order, then in the order of the seed.
@@ -303,7 +312,7 @@ class RawReader:
         return self.scratch / f"{kind}-{len(list(self.scratch.iterdir()))}"
 
     def _create(self, table: str, columns: Mapping[str, str]) -> None:
-        declared = ", ".join(f'"{name}" {kind}' for name, kind in columns.items())
+        declared = ", ".join(f"{_column(name)} {kind}" for name, kind in columns.items())
         self._run(f"CREATE TABLE {table} ({declared})")
 
     def _insert(self, table: str, path: Path, select: str) -> int:
@@ -464,24 +473,35 @@ class RawReader:
         """
         self._run(CHOOSE_LINES)
         found, repeated, differing = self._run(COUNT_CHOSEN)[0]
-        if not found:
-            self._check_metadata_is_absent()
         missing = self._run("SELECT count(*) FROM item_code")[0][0] - found
         notes = (
             f"{missing:,} without, {repeated:,} on several lines, {differing:,} with several titles"
         )
         self.funnel.append({"step": f"items with metadata ({notes})", "items": found})
 
-    def _check_metadata_is_absent(self) -> None:
-        """Raise UsageError if there are lines of metadata, of which none belongs to an item."""
+    def _check_metadata_matches(self, accepted: str) -> None:
+        """Compare the ids of the metadata with those of the interactions.
+
+        A warning is printed if most items with interactions have no metadata.
+
+        Raises:
+            UsageError: no item with interactions has metadata, and there are lines of it.
+        """
+        bought, known = self._run(COUNT_KNOWN.format(accepted=accepted))[0]
         example, lines = self._run("SELECT min(item), count(*) FROM item_line")[0]
-        if lines:
-            item = self._run("SELECT min(name) FROM item_code")[0][0]
+        if not lines or 2 * known >= bought:
+            return
+
+        item = self._run(FIRST_UNKNOWN.format(accepted=accepted))[0][0]
+        ids = f"ids there are such as {example!r}, here such as {item!r}"
+        if not known:
             raise UsageError(
                 f"{self._inputs()}: none of the {lines:,} lines of metadata has the id of an item "
-                f"with interactions: ids there are such as {example!r}, here such as {item!r}; "
-                "write both alike, or leave the metadata out"
+                f"with interactions: {ids}; write both alike, or leave the metadata out"
             )
+        _report(
+            f"warning: only {known:,} of {bought:,} items with interactions have metadata; {ids}"
+        )
 
     def _shuffled(self, table: str, salt: int) -> tuple[np.ndarray, pa.Array]:
         """Return an order and the names in this order.
@@ -561,7 +581,22 @@ def _read_as(columns: Mapping[str, str]) -> dict[str, str]:
 
 def _casts(columns: Mapping[str, str]) -> str:
     """Return the SQL that casts text columns to their types; what cannot be cast becomes null."""
-    return ", ".join(f'try_cast("{name}" AS {kind}) AS "{name}"' for name, kind in columns.items())
+    return ", ".join(
+        f"try_cast({_column(name)} AS {kind}) AS {_column(name)}" for name, kind in columns.items()
+    )
+
+
+def _column(name: str) -> str:
+    """Return the name of a column as SQL spells it."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+def _why_rejected(error: str, line: str) -> str:
+    """Return why DuckDB rejects a line of delimited text, and its beginning."""
+    advice = ""
+    if "UNICODE" in error or "ENCOD" in error:
+        advice = " (iconv -f LATIN1 -t UTF-8 FILE converts Latin-1)"
+    return f"{error.lower()}{advice}: {shown(line.encode())}"
 
 
 def _what_is_wrong(line: bytes) -> str:

@@ -496,6 +496,8 @@ class Recommender:
         """Return probabilities as float64 (users, N), column i is item i's, or raise UsageError."""
         if guidance_ids is None:
             guidance_ids = getattr(q, "columns", None)  # of a data frame
+            if type(guidance_ids).__name__ == "RangeIndex":  # pandas counts columns without names
+                guidance_ids = None
         q = np.asarray(q, dtype=np.float64)
         _check_length("guidance", q, num_users)
 

@@ -145,7 +145,7 @@ def test_equal_bytes_no_op_and_refusal(source, tmp_path, capsys):
     ("flags", "message"),
     [
         (["--k_core", "50"], "nothing is left after the 50-core: pass 1 left 0 users"),
-        (["--max_history", "-1"], "--max_history -1: must be at least 0"),
+        (["--max_history", "-1"], "--max_history -1: must be a whole number of at least 0"),
         (["--max_bad_lines", "1"], "--max_bad_lines 1.0: a share, from 0 to below 1"),
         (["--num_items", "5"], "--num_items is for synthetic data"),
         (["--min_items", "5"], "--min_items 5 is for --protocol d3"),

@@ -222,7 +222,7 @@ def test_guidance_names_its_columns(recommender):
         ),
         (
             {"guidance": (pd.DataFrame(np.ones((1, 10))), 1.0)},
-            "guidance_ids: no column for item 0",
+            "guidance: nothing says whose order its columns are in",
         ),
         ({"guidance_ids": SOURCE_IDS}, "guidance_ids has no effect without guidance"),
         ({"ids": "ours"}, "ids is one of source, dense, found 'ours'"),

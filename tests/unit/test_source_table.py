@@ -149,6 +149,51 @@ def test_a_flag_beats_a_common_name(tmp_path):
     assert read(path, columns={"item": "item"})[0] == [("ann", "1", None)]
 
 
+def test_what_the_columns_are_is_told(tmp_path, capsys):
+    read(written(tmp_path / "a.csv", "user,item,product_id\nann,1,x1\n"))
+    assert "a.csv: user = user, item = product_id" in capsys.readouterr().err
+
+
+def test_a_first_line_without_a_header_is_data(tmp_path):
+    """Numbers of columns and words such as Book are no column names there."""
+    path = written(tmp_path / "a.csv", "1,31,1600000000,Book\n2,32,1600000001,Game\n")
+    columns = {"user": "1", "item": "2", "timestamp": "3", "title": "4"}
+    events, items = read(path, columns=columns)
+    assert [item for _, item, _ in events] == ["31", "32"]
+    assert (items["31"][0], items["32"][0]) == ("Book", "Game")
+
+
+def test_keys_of_json_lines_are_those_of_many_lines(tmp_path):
+    lines = [{"user": "ann", "item": "x1"}, {"user": "bob", "item": "x2", "time": 5, "title": "T"}]
+    path = written(tmp_path / "a.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(UsageError, match="1 of 2 interactions cannot be used"):
+        read(path)
+    events, items = read(path, max_bad_lines=0.5)
+    assert events == [("bob", "x2", 5)] and items["x2"][0] == "T"
+
+
+@pytest.mark.parametrize("word", ["nan", "NULL", "None", "", "N/A", "<NA>"])
+def test_missing_ids_are_no_ids(tmp_path, word):
+    text = f"user,item\nann, x1\n{word},x1\nann,{word}\n bob ,x1\n"
+    events, _ = read(written(tmp_path / "a.csv", text), max_bad_lines=0.6)
+    assert sorted(event[:2] for event in events) == [("ann", "x1"), ("bob", "x1")]
+
+
+def test_whole_floats_of_parquet_are_integers(tmp_path):
+    """pandas makes floats of integers where one is missing."""
+    frame = pandas.DataFrame({"user": [1, None, 2], "item": [7, 8, 7.5]})
+    frame.to_parquet(tmp_path / "a.parquet")
+    other = pandas.DataFrame({"user": ["x"], "item": [9]})
+    other.to_parquet(tmp_path / "b.parquet")
+    events, _ = read(tmp_path / "a.parquet", tmp_path / "b.parquet", max_bad_lines=0.5)
+    assert {event[:2] for event in events} == {("1", "7"), ("2", "7.5"), ("x", "9")}
+
+
+def test_tabs_need_no_quotes(tmp_path):
+    path = written(tmp_path / "a.tsv", 'user\titem\ttitle\nann\tx1\t"Heroes" by Bowie\n')
+    assert read(path)[1]["x1"][0] == '"Heroes" by Bowie'
+
+
 # ---- times
 
 SECONDS = [1600000000, 1500000000, 1550000000]
@@ -197,6 +242,16 @@ def test_without_times_the_lines_are_in_order(tmp_path):
         ("user,item,time\nann,x1,yesterday\n", {}, r"1 of 1 times cannot be read, such as 'yest"),
         ("user,item,time\nann,x1,20240131\n", {}, r"add --time_format %Y%m%d"),
         ("", {}, r"a.csv: the file is empty"),
+        ("user,item,time\n", {}, r"a.csv: no line behind the header"),
+        ("user,item,time\nann,x1,5\nbob,x1,5000000000000000\n", {}, r"all must be of one kind"),
+        ("user,item,time\nann,x1,5\n", {"time_format": "%Q"}, r"--time_format %Q: "),
+        ("user,item\nann,x1\n", {"columns": {"title": "9"}}, r"--columns title=9: no such column"),
+        ("user,item\nann,x1\n", {"columns": {"user": "item", "item": "item"}}, r"are both item"),
+        ("user,item\nann,x1\n", {"columns": {"usr": "user"}}, r"unknown field usr, did you mean"),
+        ("user,item\nann,x1\n", {"columns": {"user": 0}}, r"as text"),
+        ("user,item\rann,x1\r", {}, r"a.csv: the first line cannot be read .*tr "),
+        ("\x00", {}, r"a.csv: no column of items"),
+        ('user,item\nann,x1,"' + "y" * 9000 + '"\n', {}, r"a.csv: .{,400}$"),
         ("{'user': 'ann', 'item': 'x1'}\n", {}, r"a.csv: Python dicts"),
     ],
 )
@@ -207,8 +262,38 @@ def test_bad_tables_are_named(tmp_path, text, options, message):
 
 
 @pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"PK\x03\x04rest", "an Excel or zip file: save the table as CSV"),
+        ("user,item\nann,x1\n".encode("utf-16"), "UTF-16 text: iconv"),
+        (b"PAR1", "no whole Parquet file"),
+        ("user,item\nann,Caf\u00e9\n".encode("latin-1"), "iconv -f LATIN1 -t UTF-8"),
+    ],
+)
+def test_files_that_are_no_tables_are_named(tmp_path, content, message):
+    (tmp_path / "a.csv").write_bytes(content)
+    with (
+        pytest.raises(UsageError, match=f"a.csv: .*{message}"),
+        reading("csv", [tmp_path / "a.csv"]),
+    ):
+        pass
+
+
+def test_metadata_of_other_ids_is_refused_or_told(tmp_path, capsys):
+    events = written(tmp_path / "a.csv", csv_of(EVENTS, "user,item,time,title"))
+    other = written(tmp_path / "b.csv", "item,title\ny1,A\ny2,B\n")
+    with pytest.raises(UsageError, match="none of the 2 lines of metadata .* such as 'y1', here"):
+        read(events, other)
+    many = written(tmp_path / "c.csv", "user,item\n" + "".join(f"u,x{n}\n" for n in range(9)))
+    some = written(tmp_path / "d.csv", "item,title\nx1,A\n")
+    read(many, some)
+    assert "warning: only 1 of 9 items with interactions have metadata" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--source", "csv", "--columns", "user=a", "user=b"], "names user twice: a and b"),
         (["--source", "csv", "--columns", "usr=a"], "unknown field usr, did you mean 'user'"),
         (["--source", "csv", "--columns", "user"], "--columns user: write FIELD=COLUMN"),
         (
@@ -308,6 +393,10 @@ def test_items_may_come_as_a_second_frame(tmp_path):
         ({"max_histroy": 3}, "unknown option max_histroy, did you mean 'max_history'"),
         ({"protocol": "leave-one"}, "protocol 'leave-one', did you mean 'leave-one-out'"),
         ({"items": 3}, "items: a int is no table"),
+        ({"k_core": "5"}, "--k_core 5: must be a whole number"),
+        ({"max_history": -1}, "--max_history -1: must be a whole number of at least 0"),
+        ({"window": ("2017-01-01", None)}, "window .*: give seconds since 1970"),
+        ({"num_users": -1}, "--num_users -1: must be"),
     ],
 )
 def test_bad_options_in_python(tmp_path, options, message):

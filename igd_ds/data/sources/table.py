@@ -23,9 +23,10 @@ Columns are found by name. Capital letters, spaces and underscores do not matter
     semantic_id  semantic_id, sid, codes: "<a_12><b_7>", or numbers such as "12 7", which become
                  <a_12> <b_7>
 
---columns names others: --columns user=kunde item=artikel timestamp=bestellt_am. In a file without a
-header a column is named by its number: --columns user=1 item=2 timestamp=4. Amazon's files of
-ratings alone have no header and are recognised.
+Which columns are taken is printed. --columns names others: --columns user=kunde item=artikel
+timestamp=bestellt_am. In a file without a header a column is named by its number: --columns user=1
+item=2 timestamp=4. Amazon's files of ratings alone have no header and are recognised. A line
+without user or item, or with nan, null, none or n/a there, is left out and counted.
 
 A time is a number (seconds, milliseconds, micro- or nanoseconds since 1970) or a date such as
 2024-01-31 or 2024-01-31T18:30:00+01:00 (UTC where it says nothing else). Other dates need
@@ -35,17 +36,28 @@ Without --protocol, the protocol is leave-one-out.
 """
 
 import csv
+import itertools
 import re
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from igd_ds.data.dataset import SourceData
 from igd_ds.data.raw import RawReader
-from igd_ds.data.raw_files import FileKind, first_line, sniff
+from igd_ds.data.raw_files import (
+    BYTE_ORDER_MARK,
+    FileKind,
+    first_line,
+    open_raw,
+    parse_json,
+    sniff,
+)
 from igd_ds.errors import UsageError, did_you_mean
 
 FILES = {"tables": FileKind(any_file=True, many=True)}
@@ -82,6 +94,16 @@ DELIMITERS = ("\t", ";", "|", ",")
 ASIN = re.compile(r"B[0-9A-Z]{9}|\d{9}[\dX]")
 MAGNITUDES = {10**17: 10**9, 10**14: 10**6}
 """Smallest number of nano- and microseconds since 1973, and how many of them make a second."""
+MISSING = "'', 'nan', 'null', 'none', 'n/a', '<na>', 'nat'"
+"""SQL: what stands for an id that is not known."""
+SNIFFED_LINES = 1000
+"""JSON lines whose keys are looked at."""
+NO_TABLES = {
+    b"PK\x03\x04": "an Excel or zip file: save the table as CSV",
+    b"\xff\xfe": "UTF-16 text: iconv -f UTF-16 -t UTF-8 FILE > NEW.csv converts it",
+    b"\xfe\xff": "UTF-16 text: iconv -f UTF-16 -t UTF-8 FILE > NEW.csv converts it",
+}
+"""How files begin that are no table, and what to do."""
 LIKE_A_DAY = r"(19|20)\d\d[01]\d[0-3]\d"
 
 # SQL.
@@ -120,8 +142,12 @@ def read(raw: RawReader, files: Mapping[str, list[Path]]) -> SourceData:
         UsageError: no file has users and items, columns cannot be told, or times cannot be read;
             the message names the file, its columns and what to add.
     """
+    check_fields(raw.request.columns)
     tables = [open_table(path, raw.request.columns) for path in files["tables"]]
     _check_columns(tables, raw.request.columns)
+    for table in tables:
+        chosen = ", ".join(f"{name} = {column}" for name, column in table.fields.items())
+        print(f"{table.path}: {chosen}", file=sys.stderr, flush=True)
     events = [table for table in tables if "user" in table.fields]
     catalogues = [table for table in tables if "user" not in table.fields]
     _check_tables(events, catalogues)
@@ -131,7 +157,7 @@ def read(raw: RawReader, files: Mapping[str, list[Path]]) -> SourceData:
     _load(raw, "events", events)
     seconds, position = _times(raw, events[0])
     interactions = (
-        f'SELECT {_column(known["user"])} AS "user", {_column(known["item"])} AS item, '
+        f'SELECT {_id(known["user"])} AS "user", {_id(known["item"])} AS item, '
         f'{seconds} AS "time", {position} AS position FROM events'
     )
     items = _items("events", known)
@@ -143,6 +169,26 @@ def read(raw: RawReader, files: Mapping[str, list[Path]]) -> SourceData:
     return raw.source_data(
         interactions, items, whole_catalogue=bool(catalogues), timed="timestamp" in known
     )
+
+
+def check_fields(given: Mapping[str, str]) -> None:
+    """Check what --columns names.
+
+    Raises:
+        UsageError: a field is unknown, a column is no text, or two fields have one column.
+    """
+    for name, column in given.items():
+        if name not in NAMES:
+            raise UsageError(
+                f"--columns {name}={column}: unknown field {name}{did_you_mean(name, NAMES)} "
+                f"(fields: {', '.join(NAMES)})"
+            )
+        if not isinstance(column, str) or not column:
+            raise UsageError(
+                f"--columns {name}={column}: give a column's name, or its number from 1 as text"
+            )
+    if "user" in given and given["user"] == given.get("item"):
+        raise UsageError(f"--columns: user and item are both {given['user']}")
 
 
 def open_table(path: Path, given: Mapping[str, str]) -> Table:
@@ -169,28 +215,67 @@ def open_table(path: Path, given: Mapping[str, str]) -> Table:
 
 def _form_of(path: Path, given: Mapping[str, str]) -> Table:
     """Return a file's form and columns; its fields are still open."""
-    if _is_parquet(path):
-        return Table(path, "parquet", pq.read_schema(path).names)
-    form, keys = sniff(path)
+    with open(path, "rb") as file:
+        magic = file.read(4)
+    if magic == b"PAR1":
+        with reading_parquet(path):
+            return Table(path, "parquet", pq.read_schema(path).names)
+    for start, what in NO_TABLES.items():
+        if magic.startswith(start):
+            raise UsageError(f"{path}: {what}")
+    form, _ = sniff(path)
     if form == "json":
-        return Table(path, form, keys)
+        return Table(path, form, _keys_of(path))
     if form == "python":
         raise UsageError(f"{path}: Python dicts, one per line: write them as JSON lines")
 
     text = first_line(path).decode("utf-8", "replace").removeprefix("\ufeff")
     delimiter = max(DELIMITERS, key=text.count)
-    cells = next(csv.reader([text], delimiter=delimiter))
-    cells = [cell.strip() for cell in cells]
-    known = {name for names in NAMES.values() for name in names}
-    has_header = any(_plain(cell) in known or cell in given.values() for cell in cells)
+    cells = split_line(path, text, delimiter)
+    known = {name for names in NAMES.values() for name in names} | {*map(_plain, given.values())}
+    has_header = any(_plain(cell) in known for cell in cells) and not any(map(_is_number, cells))
     names = cells if has_header else [""] * len(cells)
     columns = [name or f"column {place}" for place, name in enumerate(names, 1)]
     return Table(path, "text", columns, delimiter, has_header)
 
 
-def _is_parquet(path: Path) -> bool:
-    with open(path, "rb") as file:
-        return file.read(4) == b"PAR1"
+@contextmanager
+def reading_parquet(path: Path) -> Iterator[None]:
+    """Turn Arrow's errors into a UsageError that names the file."""
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(f"{path}: no whole Parquet file ({reason})") from error
+
+
+def split_line(path: Path, text: str, delimiter: str) -> list[str]:
+    """Return the cells of a line of delimited text, without the spaces around them.
+
+    Raises:
+        UsageError: the line has line ends inside, as old Macs write them.
+    """
+    try:
+        cells = next(csv.reader([text], delimiter=delimiter, skipinitialspace=True))
+    except csv.Error as error:
+        raise UsageError(
+            f"{path}: the first line cannot be read ({error}); lines must end with LF or CR LF: "
+            f"tr '\\r' '\\n' < {path.name} > NEW.csv"
+        ) from error
+    return [cell.strip() for cell in cells]
+
+
+def _is_number(cell: str) -> bool:
+    return re.fullmatch(r"-?\d+([.,]\d+)?", cell) is not None
+
+
+def _keys_of(path: Path) -> list[str]:
+    """Return the keys that the first objects of a file of JSON lines have, in order."""
+    keys: dict[str, None] = {}
+    with open_raw(path) as lines:
+        for line in itertools.islice(lines, SNIFFED_LINES):
+            keys |= dict.fromkeys(map(str, parse_json(line.removeprefix(BYTE_ORDER_MARK)) or ()))
+    return list(keys)
 
 
 def _plain(name: str) -> str:
@@ -219,7 +304,7 @@ def _fields_of_ratings(table: Table) -> dict[str, str]:
 
     Files of 2014 begin with the user, those of 2018 with the item.
     """
-    values = next(csv.reader([first_line(table.path).decode("utf-8", "replace")]))
+    values = split_line(table.path, first_line(table.path).decode("utf-8", "replace"), ",")
     is_rating = len(values) == 4 and values[3].strip().isdigit()
     places = [place for place in (0, 1) if is_rating and ASIN.fullmatch(values[place].strip())]
     if len(places) != 1:
@@ -235,7 +320,8 @@ def _fields_of_ratings(table: Table) -> dict[str, str]:
 def _check_columns(tables: Sequence[Table], given: Mapping[str, str]) -> None:
     """Raise UsageError for a column of --columns that no file has."""
     for name, column in given.items():
-        if not any(column in table.columns or column.isdigit() for table in tables):
+        number = int(column) if column.isdigit() else 0
+        if not any(column in t.columns or 0 < number <= len(t.columns) for t in tables):
             columns = [column for table in tables for column in table.columns]
             raise UsageError(
                 f"--columns {name}={column}: no such column{did_you_mean(column, columns)} "
@@ -267,11 +353,10 @@ def _load(raw: RawReader, name: str, tables: Sequence[Table]) -> None:
     first, paths = tables[0], [table.path for table in tables]
     used = dict.fromkeys(first.fields.values(), "VARCHAR")
     if first.form == "parquet":
-        parts = [pq.read_table(path, columns=list(used)) for path in paths]
-        raw.add_table(f"{name}_typed", pa.concat_tables(parts))
-        chosen = ", ".join(f"{_column(column)}::VARCHAR AS {_column(column)}" for column in used)
-        raw.connection.execute(f"CREATE TABLE {name} AS SELECT {chosen} FROM {name}_typed")
-        raw.funnel.append({"step": f"read {first.path.name}", "rows": sum(map(len, parts))})
+        for number, path in enumerate(paths):
+            _load_parquet(raw, f"{name}_{number}", path, list(used))
+        together = " UNION ALL ".join(f"FROM {name}_{number}" for number in range(len(paths)))
+        raw.connection.execute(f"CREATE TABLE {name} AS {together}")
     elif first.form == "json":
         raw.read_json_lines(name, paths, used)
     else:
@@ -282,8 +367,28 @@ def _load(raw: RawReader, name: str, tables: Sequence[Table]) -> None:
             columns,
             delimiter=first.delimiter,
             header=first.has_header,
-            quote='"',
+            quote="" if first.delimiter == "\t" else '"',
         )
+
+
+def _load_parquet(raw: RawReader, name: str, path: Path, columns: Sequence[str]) -> None:
+    """Make a table of texts of a Parquet file's columns; whole floats become integers.
+
+    pandas turns a column of integer ids into floats where one is missing.
+    """
+    with reading_parquet(path):
+        table = pq.read_table(path, columns=columns)
+    raw.add_table(f"{name}_typed", table)
+    chosen = []
+    for column in columns:
+        text = f"{_column(column)}::VARCHAR"
+        if pa.types.is_floating(table.schema.field(column).type):
+            whole = f"try_cast({_column(column)} AS BIGINT)"
+            text = f"CASE WHEN {_column(column)} = {whole} THEN {whole}::VARCHAR ELSE {text} END"
+        chosen.append(f"{text} AS {_column(column)}")
+    raw.connection.execute(f"CREATE TABLE {name} AS SELECT {', '.join(chosen)} FROM {name}_typed")
+    raw.connection.execute(f"DROP TABLE {name}_typed")
+    raw.funnel.append({"step": f"read {path.name}", "rows": len(table)})
 
 
 def _times(raw: RawReader, table: Table) -> tuple[str, str]:
@@ -300,22 +405,35 @@ def _times(raw: RawReader, table: Table) -> tuple[str, str]:
     if form:
         exact = f"epoch(try_strptime({text}, {_text(form)}))"
 
-    count, readable, days, example, largest = raw.connection.execute(
-        f"SELECT count(*), count({exact}), "
-        f"count(*) FILTER (regexp_full_match({text}, '{LIKE_A_DAY}')), "
-        f"min({text}) FILTER ({exact} IS NULL), max({exact}) FROM events"
-    ).fetchall()[0]
     where = f"{table.path}: column {table.fields['timestamp']}"
+    try:
+        count, unreadable, days, example, least, largest = raw.connection.execute(
+            f"SELECT count(*), count(*) FILTER ({text} <> '' AND {exact} IS NULL), "
+            f"count(*) FILTER (regexp_full_match({text}, '{LIKE_A_DAY}')), "
+            f"min({text}) FILTER ({text} <> '' AND {exact} IS NULL), min({exact}), max({exact}) "
+            "FROM events"
+        ).fetchall()[0]
+    except duckdb.Error as error:
+        raise UsageError(f"--time_format {form}: {str(error).splitlines()[0]}") from error
+    if not count:
+        raise UsageError(f"{table.path}: no line behind the header")
     if not form and count == days:
         raise UsageError(f"{where} holds days such as 20240131: add --time_format %Y%m%d")
-    if count - readable > raw.request.max_bad_lines * count:
+    if unreadable > raw.request.max_bad_lines * count:
         raise UsageError(
-            f"{where}: {count - readable:,} of {count:,} times cannot be read, such as "
+            f"{where}: {unreadable:,} of {count:,} times cannot be read, such as "
             f"{example!r}: say how they are written, for example --time_format %d.%m.%Y"
         )
 
     # Within a second the fraction decides the order; from here on the position says it.
-    unit = next((unit for least, unit in MAGNITUDES.items() if (largest or 0) >= least), 1)
+    smallest, unit = next(
+        (pair for pair in MAGNITUDES.items() if (largest or 0) >= pair[0]), (None, 1)
+    )
+    if smallest and least < smallest:
+        raise UsageError(
+            f"{where}: times span {least:.0f} to {largest:.0f}: some are seconds or milliseconds, "
+            "others micro- or nanoseconds; all must be of one kind"
+        )
     seconds = f"try_cast(floor({exact} / {unit}) AS BIGINT)"
     return seconds, f"row_number() OVER (ORDER BY {exact}, rowid) - 1"
 
@@ -326,7 +444,7 @@ def _items(table: str, fields: Mapping[str, str]) -> str | None:
     if not described:
         return None
 
-    chosen = [f"{_column(fields['item'])} AS item"]
+    chosen = [f"{_id(fields['item'])} AS item"]
     if "title" not in fields:
         chosen.append("NULL::VARCHAR AS title")
     for name in described:
@@ -338,6 +456,12 @@ def _items(table: str, fields: Mapping[str, str]) -> str | None:
         }.get(name, text)
         chosen.append(f"{value} AS {name}")
     return f"SELECT {', '.join(chosen)}, rowid AS position FROM {table}"
+
+
+def _id(name: str) -> str:
+    """Return the SQL of an id: without spaces around it, null where it spells a missing value."""
+    text = f"trim({_column(name)})"
+    return f"CASE WHEN lower({text}) IN ({MISSING}) THEN NULL ELSE {text} END"
 
 
 def _column(name: str) -> str:
