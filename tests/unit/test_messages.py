@@ -249,3 +249,42 @@ def test_a_damaged_yaml_file_is_told_in_one_line(tmp_path, content):
     with pytest.raises(UsageError, match="x.yaml is not valid YAML") as caught:
         parse(TrainConfig, ["--config", str(tmp_path / "x.yaml")])
     assert "\n" not in str(caught.value)
+
+
+SHOP = "user,item,title,time\n" + "".join(
+    f"u{n},x{n % 5},{'Tea' if n % 5 else ''},{1_500_000_000 + 86_400 * n}\n" for n in range(20)
+)
+SHOP += "".join(f"v{n % 4},x{n % 3},Tea,{1_600_000_000 + n}\n" for n in range(24))
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([], "leave-one-out (3 interactions needed) dropped 83% of the users"),
+        (["--from", "2020-01-01"], "--from and --to dropped 83% of the users and 40% of the items"),
+        (["--titles", "drop"], None),
+        (["--cold_items", "drop"], None),
+    ],
+)
+def test_each_rule_that_drops_a_fifth_says_so(tmp_path, capsys, flags, expected):
+    (tmp_path / "shop.csv").write_text(SHOP)
+    words = ["--source", "csv", "--input", str(tmp_path / "shop.csv"), *flags]
+    assert prepare.main([*words, "--output", str(tmp_path / "data")]) == 0
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "dropped" in line]
+    assert (f"warning: {expected}" in warnings) == (expected is not None), warnings
+
+
+def test_dropped_titles_and_cold_rows_are_told(tmp_path, capsys):
+    """Users 0 to 3 end with an item of their own, users 4 to 7 with one that everybody knows."""
+    events = "".join(
+        f"u{n},x0\nu{n},x1\nu{n},x0\nu{n},{f'y{n}' if n < 4 else 'x1'}\n" for n in range(8)
+    )
+    titles = "x0,T\nx1,T\n" + "".join(f"y{n},T\n" for n in range(4)) + "a,\nb,\n"
+    (tmp_path / "events.csv").write_text("user,item\n" + events)
+    (tmp_path / "items.csv").write_text("item,title\n" + titles)
+    inputs = [str(tmp_path / "events.csv"), str(tmp_path / "items.csv")]
+    words = ["--source", "csv", "--input", *inputs, "--titles", "drop", "--cold_items", "drop"]
+    assert prepare.main([*words, "--output", str(tmp_path / "data")]) == 0
+    told = capsys.readouterr().err
+    assert "warning: --titles drop dropped 25% of the items" in told
+    assert "warning: --cold_items drop dropped 25% of the rows" in told
