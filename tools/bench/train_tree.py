@@ -134,21 +134,25 @@ class Work:
         context = ObjectiveContext(stored, SearchTrie.build(trie), str(folder))
         objective = Uniform(NoOptions(), total_steps=1)
 
-        budget = MAX_LENGTH - catalogue.max_length
-        template = Template.load(frame, tokenizer)
-        prompts = PromptBuilder.build(template, tokenizer, dataset, catalogue.kind, budget)
-        train, columns = (
-            dataset.splits["train"],
-            TokenColumns.build(stored, objective.weights(context)),
-        )
-        chains = RowChains.build(train, prompts, columns)
+        train = dataset.splits["train"]
+        columns = TokenColumns.build(stored, objective.weights(context))
+
+        def written(name: str) -> tuple[PromptBuilder, RowChains]:
+            budget = MAX_LENGTH - catalogue.max_length
+            template = Template.load(name, tokenizer)
+            prompts = PromptBuilder.build(template, tokenizer, dataset, catalogue.kind, budget)
+            return prompts, RowChains.build(train, prompts, columns)
+
+        # Which prompts are cut depends on the frame: one frame chooses the rows for all.
+        chosen = written("alpaca")[1].epoch(sizes.rows, seed=0, epoch=0)[0]
+        prompts, chains = written(frame)
         pad = tokenizer.pad_token_id
         return cls(
             loss=TokenLoss(CausalLM(), objective, context),
             tree=Collator(train, prompts, columns, pad, as_tree=True),
             rows=Collator(train, prompts, columns, pad),
             chains=chains,
-            chosen=chains.epoch(sizes.rows, seed=0, epoch=0)[0],
+            chosen=chosen,
             tokenizer=tokenizer,
         )
 
