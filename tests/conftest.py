@@ -19,6 +19,16 @@ from pretend_device import pretend_device  # noqa: E402
 REPOSITORY = Path(__file__).parents[1]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the tests on the pretend accelerator after all others.
+
+    A process that knows an accelerator behaves differently from then on, and it cannot forget it.
+    For example, a backward pass starts a thread for the accelerator, and then autograd refuses to
+    work in processes that are forked off, as the ranks of tests/dist are.
+    """
+    items.sort(key=lambda item: "pretend" in item.nodeid)
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Return the folder with the real data and golden outputs.

@@ -404,11 +404,11 @@ def test_weights_multiply_losses_and_sum_to_the_normaliser(name, device):
     np.testing.assert_allclose(omega, weights.sum(0, dtype=np.float64), rtol=1e-12)
 
 
-def test_cft_sends_its_gradient_through_both_passes(device):
+def test_cft_sends_its_gradient_through_both_passes():
     """∂/∂f₀ = −λ (softmax(f − f₀) − onehot); ∂/∂f is that of the plain loss plus its opposite."""
     f, f0, targets = logits_and_targets()
     f, f0 = f.float().requires_grad_(), f0.float().requires_grad_()
-    terms_of("cft", f, f0, targets, device).numerators.sum().backward()
+    terms_of("cft", f, f0, targets).numerators.sum().backward()
     onehot = torch.nn.functional.one_hot(targets, f.shape[1])
     with torch.no_grad():
         through_null = -0.7 * ((f - f0).softmax(-1) - onehot)
@@ -436,18 +436,18 @@ def test_scaled_nll_and_its_slope():
 
 
 @pytest.mark.parametrize("form", [*OBJECTIVES, "multi-target logits", "msl adaptive"])
-def test_an_empty_micro_batch_keeps_its_graph(form, device):
+def test_an_empty_micro_batch_keeps_its_graph(form):
     """A batch of masked rows has no labelled token; `backward` must still work."""
     name, _, rest = form.partition(" ")
     settings = {"logits": {"mixing_form": "logits"}, "adaptive": {"msl_tau": "adaptive"}}
     objective = make(name, **settings.get(rest, {}))
     objective.coefficients(0)
-    f = torch.zeros(0, 5, requires_grad=True, device=device)
+    f = torch.zeros(0, 5, requires_grad=True)
     nothing = torch.zeros(0, dtype=torch.int64)
     batch = batch_of_tokens(nothing, torch.zeros(0, len(objective.targets)), nothing)
 
-    logits = logits_on(device, objective, f, f)
-    terms = objective.loss(batch.to(device), logits, context_on(device))
+    logits = logits_on("cpu", objective, f, f)
+    terms = objective.loss(batch, logits, context_on("cpu"))
     terms.numerators.sum().backward()
     assert terms.numerators.tolist() == terms.normalisers.tolist() == [0] * len(objective.targets)
     assert all(torch.isfinite(value).all() for value in terms.statistics.values())
