@@ -277,7 +277,7 @@ def test_each_rule_that_drops_a_fifth_says_so(tmp_path, capsys, flags, expected)
 def test_dropped_titles_and_cold_rows_are_told(tmp_path, capsys):
     """Users 0 to 3 end with an item of their own, users 4 to 7 with one that everybody knows."""
     events = "".join(
-        f"u{n},x0\nu{n},x1\nu{n},x0\nu{n},{f'y{n}' if n < 4 else 'x1'}\n" for n in range(8)
+        f"u{n},x0\nu{n},x1\nu{n},x1\nu{n},{f'y{n}' if n < 4 else 'x1'}\n" for n in range(8)
     )
     titles = "x0,T\nx1,T\n" + "".join(f"y{n},T\n" for n in range(4)) + "a,\nb,\n"
     (tmp_path / "events.csv").write_text("user,item\n" + events)
