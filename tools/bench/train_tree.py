@@ -1,12 +1,12 @@
 """Benchmark: an optimizer step on row trees, against padded rows and other trainers.
 
-    python tools/bench/train_tree.py [--quick] [--model FOLDER] [--data FOLDER]
+    python tools/bench/train_tree.py [--quick] [--model FOLDER] [--data FOLDER] [--rounds N]
 
 The model is SmolLM2-135M (LLaMA: hidden size 576, 30 layers, vocabulary 49,152, tied) in fp32, on a
 CPU with one thread. --model names its folder; without it, the weights are random and the tokenizer
 is a BPE that is trained on the titles. --quick takes 2 of the layers, 8 rows and fewer sides.
 --data names the folder with games-2015 and books-small (default: data/ of $IGD_DS_SHARED, or of
-../shared).
+../shared). Each side makes a step to warm up and --rounds more; the median counts.
 
 All sides train on the same rows: the first batches of an epoch of chains, leave-one-out with at
 most 20 items of history for books-small, D3's rows for games-2015. They minimise the mean NLL of
@@ -391,11 +391,12 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="2 layers and 8 rows; under 50 s")
     parser.add_argument("--model", default="", help="folder of SmolLM2-135M")
     parser.add_argument("--data", type=Path, default=shared / "data", help="the raw datasets")
+    parser.add_argument("--rounds", type=int, default=3, help="measured steps of each side")
     arguments = parser.parse_args()
     if arguments.quick:
         sizes = Sizes(arguments.model, layers=2, rows=8, micro_batch=8, rounds=1)
     else:
-        sizes = Sizes(arguments.model, layers=30, rows=64, micro_batch=16, rounds=3)
+        sizes = Sizes(arguments.model, layers=30, rows=64, micro_batch=16, rounds=arguments.rounds)
     has_trl = importlib.util.find_spec("trl") is not None
 
     measured: dict[tuple[str, str, str], Measured] = {}
