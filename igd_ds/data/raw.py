@@ -36,6 +36,8 @@ from igd_ds.data.raw_files import (
     parse_python,
     shown,
     sniff,
+    sql_name,
+    sql_text,
 )
 from igd_ds.errors import UsageError
 
@@ -163,9 +165,9 @@ class RawReader:
             columns: name → DuckDB type. A value that is missing or of another type becomes null.
         """
         read_as = _read_as(columns)
-        declared = ", ".join(f"{_quoted(name)}: '{kind}'" for name, kind in read_as.items())
+        declared = ", ".join(f"{sql_text(name)}: '{kind}'" for name, kind in read_as.items())
         options = f"format = 'newline_delimited', columns = {{{declared}}}, ignore_errors = true"
-        empty = " AND ".join(f"{_column(name)} IS NULL" for name in columns)
+        empty = " AND ".join(f"{sql_name(name)} IS NULL" for name in columns)
 
         self._create(table, columns)
         for path in paths:
@@ -211,7 +213,7 @@ class RawReader:
                 names = _header(path, columns, delimiter, encoding, own_quote)
             else:
                 names = list(columns)
-            declared = ", ".join(f"{_quoted(name)}: 'VARCHAR'" for name in names)
+            declared = ", ".join(f"{sql_text(name)}: 'VARCHAR'" for name in names)
             options = (
                 f"auto_detect = false, columns = {{{declared}}}, delim = '{delimiter}', "
                 f"header = {header}, quote = '{own_quote}', escape = '{own_quote}', "
@@ -306,13 +308,13 @@ class RawReader:
         link = self._new_file("input")
         link.symlink_to(path.resolve())
         compression = "gzip" if is_gzip(path) else "none"
-        return f"{_quoted(str(link))}, compression = '{compression}'"
+        return f"{sql_text(str(link))}, compression = '{compression}'"
 
     def _new_file(self, kind: str) -> Path:
         return self.scratch / f"{kind}-{len(list(self.scratch.iterdir()))}"
 
     def _create(self, table: str, columns: Mapping[str, str]) -> None:
-        declared = ", ".join(f"{_column(name)} {kind}" for name, kind in columns.items())
+        declared = ", ".join(f"{sql_name(name)} {kind}" for name, kind in columns.items())
         self._run(f"CREATE TABLE {table} ({declared})")
 
     def _insert(self, table: str, path: Path, select: str) -> int:
@@ -582,13 +584,9 @@ def _read_as(columns: Mapping[str, str]) -> dict[str, str]:
 def _casts(columns: Mapping[str, str]) -> str:
     """Return the SQL that casts text columns to their types; what cannot be cast becomes null."""
     return ", ".join(
-        f"try_cast({_column(name)} AS {kind}) AS {_column(name)}" for name, kind in columns.items()
+        f"try_cast({sql_name(name)} AS {kind}) AS {sql_name(name)}"
+        for name, kind in columns.items()
     )
-
-
-def _column(name: str) -> str:
-    """Return the name of a column as SQL spells it."""
-    return '"' + name.replace('"', '""') + '"'
 
 
 def _why_rejected(error: str, line: str) -> str:
@@ -639,11 +637,6 @@ def _inverse(order: np.ndarray) -> np.ndarray:
     inverse = np.empty_like(order)
     inverse[order] = np.arange(len(order), dtype=order.dtype)
     return inverse
-
-
-def _quoted(text: str) -> str:
-    """Return a text as SQL spells it."""
-    return "'" + text.replace("'", "''") + "'"
 
 
 def _brief(error: Exception) -> str:

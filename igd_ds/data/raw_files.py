@@ -145,6 +145,16 @@ def first_line(path: Path) -> bytes:
     raise UsageError(f"{path}: the file is empty")
 
 
+def sql_name(column: str) -> str:
+    """Return the name of a column as SQL spells it."""
+    return '"' + column.replace('"', '""') + '"'
+
+
+def sql_text(text: str) -> str:
+    """Return a text as SQL spells it."""
+    return "'" + text.replace("'", "''") + "'"
+
+
 def shown(line: bytes) -> str:
     """Return the beginning of a line for a message, in quotes."""
     return repr(line.decode("utf-8", "replace").strip()[:60])

@@ -34,7 +34,7 @@ from pathlib import Path
 
 from igd_ds.data.dataset import SourceData
 from igd_ds.data.raw import RawReader
-from igd_ds.data.raw_files import FileKind, first_line, parts_in_order, shown, sniff
+from igd_ds.data.raw_files import FileKind, first_line, parts_in_order, shown, sniff, sql_name
 from igd_ds.errors import UsageError
 
 FILES = {
@@ -84,9 +84,9 @@ def read(raw: RawReader, files: Mapping[str, list[Path]]) -> SourceData:
     seconds, position = "NULL::BIGINT", "rowid"
     if time:
         columns[time] = "DOUBLE"
-        seconds = f"try_cast(floor({quoted(time)}) AS BIGINT)"
+        seconds = f"try_cast(floor({sql_name(time)}) AS BIGINT)"
         # Within a second the fraction decides the order; from here on the position says it.
-        position = f"row_number() OVER (ORDER BY {quoted(time)}, rowid) - 1"
+        position = f"row_number() OVER (ORDER BY {sql_name(time)}, rowid) - 1"
     raw.read_csv("recbole_inter", paths, columns, delimiter="\t")
     interactions = INTERACTIONS.format(
         user=unquoted(user), item=unquoted(item), seconds=seconds, position=position
@@ -123,7 +123,7 @@ def read_items(raw: RawReader, path: Path, item_name: str) -> str:
         chosen.append(f"{SEQUENCE.format(unquoted(categories))} AS categories")
         columns.append(categories)
     if price := names.get("price"):
-        chosen.append(f"try_cast({quoted(price)} AS DOUBLE) AS price")
+        chosen.append(f"try_cast({sql_name(price)} AS DOUBLE) AS price")
         columns.append(price)
 
     raw.read_csv("recbole_item", [path], dict.fromkeys(columns, "VARCHAR"), delimiter="\t")
@@ -158,11 +158,6 @@ def first_of(names: Mapping[str, str], wanted: tuple[str, ...]) -> str | None:
     return next((names[name] for name in wanted if name in names), None)
 
 
-def quoted(column: str) -> str:
-    """Return the name of a column as SQL spells it."""
-    return '"' + column.replace('"', '""') + '"'
-
-
 def unquoted(column: str) -> str:
     """Return the SQL for a field without the double quotes that pandas put around it."""
-    return UNQUOTED.format(quoted(column))
+    return UNQUOTED.format(sql_name(column))

@@ -57,6 +57,8 @@ from igd_ds.data.raw_files import (
     open_raw,
     parse_json,
     sniff,
+    sql_name,
+    sql_text,
 )
 from igd_ds.errors import UsageError, did_you_mean
 
@@ -381,11 +383,11 @@ def _load_parquet(raw: RawReader, name: str, path: Path, columns: Sequence[str])
     raw.add_table(f"{name}_typed", table)
     chosen = []
     for column in columns:
-        text = f"{_column(column)}::VARCHAR"
+        text = f"{sql_name(column)}::VARCHAR"
         if pa.types.is_floating(table.schema.field(column).type):
-            whole = f"try_cast({_column(column)} AS BIGINT)"
-            text = f"CASE WHEN {_column(column)} = {whole} THEN {whole}::VARCHAR ELSE {text} END"
-        chosen.append(f"{text} AS {_column(column)}")
+            whole = f"try_cast({sql_name(column)} AS BIGINT)"
+            text = f"CASE WHEN {sql_name(column)} = {whole} THEN {whole}::VARCHAR ELSE {text} END"
+        chosen.append(f"{text} AS {sql_name(column)}")
     raw.connection.execute(f"CREATE TABLE {name} AS SELECT {', '.join(chosen)} FROM {name}_typed")
     raw.connection.execute(f"DROP TABLE {name}_typed")
     raw.funnel.append({"step": f"read {path.name}", "rows": len(table)})
@@ -400,10 +402,10 @@ def _times(raw: RawReader, table: Table) -> tuple[str, str]:
     if "timestamp" not in table.fields:
         return "NULL::BIGINT", "rowid"
     raw.connection.execute("SET TimeZone = 'UTC'")
-    text, form = _column(table.fields["timestamp"]), raw.request.time_format
+    text, form = sql_name(table.fields["timestamp"]), raw.request.time_format
     exact = f"coalesce(try_cast({text} AS DOUBLE), epoch(try_cast({text} AS TIMESTAMPTZ)))"
     if form:
-        exact = f"epoch(try_strptime({text}, {_text(form)}))"
+        exact = f"epoch(try_strptime({text}, {sql_text(form)}))"
 
     where = f"{table.path}: column {table.fields['timestamp']}"
     try:
@@ -448,7 +450,7 @@ def _items(table: str, fields: Mapping[str, str]) -> str | None:
     if "title" not in fields:
         chosen.append("NULL::VARCHAR AS title")
     for name in described:
-        text = _column(fields[name])
+        text = sql_name(fields[name])
         value = {
             "categories": CATEGORIES.format(text),
             "price": PRICE.format(text),
@@ -460,15 +462,5 @@ def _items(table: str, fields: Mapping[str, str]) -> str | None:
 
 def _id(name: str) -> str:
     """Return the SQL of an id: without spaces around it, null where it spells a missing value."""
-    text = f"trim({_column(name)})"
+    text = f"trim({sql_name(name)})"
     return f"CASE WHEN lower({text}) IN ({MISSING}) THEN NULL ELSE {text} END"
-
-
-def _column(name: str) -> str:
-    """Return the name of a column as SQL spells it."""
-    return '"' + name.replace('"', '""') + '"'
-
-
-def _text(value: str) -> str:
-    """Return a text as SQL spells it."""
-    return "'" + value.replace("'", "''") + "'"
