@@ -34,10 +34,10 @@ from types import FrameType
 from typing import Any
 
 import psutil
-import yaml
 
 from igd_ds.backbones.saved import DESCRIPTION_FILE, describe, likelihood_of
 from igd_ds.config.options import current_names
+from igd_ds.config.yaml_files import read_yaml_settings
 from igd_ds.contracts import Likelihood
 from igd_ds.errors import EXIT_REQUEUE, UsageError
 from igd_ds.evaluation.metrics import HEADLINE
@@ -334,7 +334,7 @@ def changed_settings(row: Row, run: Path) -> list[str]:
     changed: set[str] = set()
     if (path := run / "config.yaml").is_file():
         cls = type(row.config)
-        saved = current_names(cls, yaml.safe_load(path.read_text(encoding="utf-8")))
+        saved = current_names(cls, read_yaml_settings(path))
         for name, value in asdict(row.config).items():
             # A setting that is newer than the run had its default.
             before = saved.get(name, getattr(cls, name, None))
