@@ -272,7 +272,7 @@ def is_made(folder: Path, record: str, request: Mapping[str, Any], flag: str = "
         raise UsageError(
             f"{flag} {folder} exists and holds no {record}: delete it or choose another"
         )
-    there = json.loads(path.read_text(encoding="utf-8"))
+    there = read_json_object(path, f"delete {folder} or choose another")
     if changed := differing(there, asked):
         raise UsageError(
             f"{flag} {folder} exists and was made from another request (these differ: "

@@ -70,9 +70,11 @@ def _refuse_unknown_type(file: Path) -> None:
 
     found = read_json_object(file, "give a model's configuration as transformers writes it")
     kind = found.get("model_type")
-    if kind is not None and kind not in CONFIG_MAPPING and "auto_map" not in found:
+    if kind is not None and str(kind) not in CONFIG_MAPPING and "auto_map" not in found:
         near = did_you_mean(str(kind), CONFIG_MAPPING.keys())
-        raise UsageError(f"{file}: transformers knows no model_type '{kind}'{near}")
+        raise UsageError(
+            f"no model configuration at '{file}': transformers knows no model_type '{kind}'{near}"
+        )
 
 
 def text_config_of(model_config: PreTrainedConfig) -> PreTrainedConfig:

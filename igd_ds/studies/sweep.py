@@ -42,7 +42,7 @@ from igd_ds.contracts import Likelihood
 from igd_ds.errors import EXIT_REQUEUE, UsageError
 from igd_ds.evaluation.metrics import HEADLINE
 from igd_ds.evaluation.parts import REQUEST_FILES
-from igd_ds.folders import is_temporary, write_json
+from igd_ds.folders import is_temporary, read_json_object, write_json
 from igd_ds.process import descendants, have_ended
 from igd_ds.run_folder import FREE_ON_RESUME
 from igd_ds.studies.report.study import METRIC, method_names
@@ -295,7 +295,7 @@ def check_folder(table: Table, runs: Path) -> None:
     present = [path for path in runs.iterdir()] if runs.exists() else []
     snapshot = runs / "sweep.json"
     if snapshot.is_file():
-        name = json.loads(snapshot.read_text(encoding="utf-8"))["name"]
+        name = read_json_object(snapshot, "give another folder").get("name")
         if name != table.name:
             raise UsageError(
                 f"--output {runs} holds the sweep '{name}', {table.path} is '{table.name}': give "
