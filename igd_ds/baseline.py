@@ -15,6 +15,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from igd_ds.errors import EXIT_REQUEUE, UsageError, end_without_working_folder
+
+# Before torch is imported, which ends the process in such a folder.
+if __name__ == "__main__":
+    end_without_working_folder()
+
 from igd_ds import distributed, locks, loop
 from igd_ds.baseline_config import BaselineConfig
 from igd_ds.baselines.sequential import load_model
@@ -23,7 +29,6 @@ from igd_ds.distributed import say
 from igd_ds.engine.build import initialize
 from igd_ds.engine.checkpoint import check_disk_space, newest_checkpoint
 from igd_ds.engine.ds_config import DsConfig, resolve_ds_config
-from igd_ds.errors import EXIT_REQUEUE, UsageError
 from igd_ds.evaluation.full_ranking import Ranker, evaluate, is_evaluated, rows_to_rank
 from igd_ds.evaluation.results import Ranked
 from igd_ds.run_folder import claim_run_folder, read_summary

@@ -3,6 +3,7 @@
 import difflib
 import errno
 import os
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -34,6 +35,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, list(known), n=1)
     return f", did you mean '{near[0]}'?" if near else ""
 
+
+DELETED_FOLDER = "the working folder was deleted: change to another one"
 
 FULL = {
     errno.ENOSPC: "no space left on the device",
@@ -73,7 +76,7 @@ def refused_by_system(error: BaseException, folders: Sequence[Path]) -> tuple[st
             EXIT_USAGE,
         )
     if isinstance(error, FileNotFoundError) and not _has_working_folder():
-        return "the working folder was deleted: change to another one", EXIT_USAGE
+        return DELETED_FOLDER, EXIT_USAGE
 
     # A full disk may be the reason of an error that was raised later, while a file was closed.
     cause: BaseException | None = error
@@ -100,3 +103,14 @@ def _has_working_folder() -> bool:
     except FileNotFoundError:
         return False
     return True
+
+
+def end_without_working_folder() -> None:
+    """End the process with one line and EXIT_USAGE if its working folder was deleted.
+
+    Entry points call it before torch is imported: from such a folder torch cannot find its
+    libraries, and ends the process with a message about oneMKL.
+    """
+    if not _has_working_folder():
+        print(f"error: {DELETED_FOLDER}", file=sys.stderr)
+        sys.exit(EXIT_USAGE)

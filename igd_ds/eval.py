@@ -9,10 +9,15 @@ it is done, so a killed evaluation goes on where it was, on any number of ranks.
 """
 
 import dataclasses
-import json
 import signal
 import time
 from pathlib import Path
+
+from igd_ds.errors import EXIT_REQUEUE, UsageError, end_without_working_folder
+
+# Before torch is imported, which ends the process in such a folder.
+if __name__ == "__main__":
+    end_without_working_folder()
 
 import psutil
 import torch
@@ -24,7 +29,6 @@ from igd_ds.config.options import parse
 from igd_ds.data.batches import refuse_empty, sample_rows
 from igd_ds.data.per_row import ItemLists, ItemScores
 from igd_ds.distributed import say
-from igd_ds.errors import EXIT_REQUEUE, UsageError
 from igd_ds.eval_config import EvalConfig
 from igd_ds.evaluation import metrics
 from igd_ds.evaluation.parts import (
@@ -36,6 +40,7 @@ from igd_ds.evaluation.parts import (
     write_part,
 )
 from igd_ds.evaluation.recommender import Recommender
+from igd_ds.folders import read_json_object
 from igd_ds.search.engine import check_limits
 
 
@@ -83,13 +88,21 @@ def with_chosen_alpha(config: EvalConfig) -> EvalConfig:
         raise UsageError(
             f"--alpha_from: no finished evaluation at {config.alpha_from} (no metrics.json there)"
         )
-    results = json.loads(finished.read_text())
-    if results["split"] == config.split:
+    results = read_json_object(finished, "evaluate that split again, or give --alpha")
+    if results.get("split") == config.split:
         raise UsageError(
             f"--alpha_from {config.alpha_from} evaluated {config.split} itself: α is chosen on "
             "another split"
         )
-    chosen = sorted({0.0, float(metrics.best_alpha(results))})
+    try:
+        chosen = sorted({0.0, float(metrics.best_alpha(results))})
+    except UsageError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UsageError(
+            f"--alpha_from: {finished} is damaged or not of an evaluation (it has no figures by α "
+            "to choose from): evaluate that split again, or give --alpha"
+        ) from error
     return dataclasses.replace(config, alpha=tuple(chosen))
 
 

@@ -111,6 +111,21 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def read_json_object(path: Path, advice: str) -> dict[str, Any]:
+    """Return the JSON object in a file.
+
+    Raises:
+        UsageError: the file cannot be read or holds something else; the message ends in `advice`.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read ({error}): {advice}") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} holds no JSON object: {advice}")
+    return content
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically, with sorted keys so that equal values give equal bytes."""
     write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
@@ -257,7 +272,7 @@ def is_made(folder: Path, record: str, request: Mapping[str, Any], flag: str = "
         raise UsageError(
             f"{flag} {folder} exists and holds no {record}: delete it or choose another"
         )
-    there = json.loads(path.read_text(encoding="utf-8"))
+    there = read_json_object(path, f"delete {folder} or choose another")
     if changed := differing(there, asked):
         raise UsageError(
             f"{flag} {folder} exists and was made from another request (these differ: "

@@ -16,7 +16,6 @@ from igd_ds import distributed
 from igd_ds.backbones.saved import (
     BASE_FILE,
     DESCRIPTION_FILE,
-    read_json_object,
     write_manifest,
 )
 from igd_ds.contracts import (
@@ -42,7 +41,7 @@ from igd_ds.data.prompts import PromptBuilder
 from igd_ds.engine.export import save_model
 from igd_ds.engine.step import StepSums
 from igd_ds.evaluation.validation import VALIDATIONS, ValidationTask
-from igd_ds.folders import write_json
+from igd_ds.folders import read_json_object, write_json
 from igd_ds.items.search_trie import SearchTrie
 from igd_ds.items.store import load_catalogue
 from igd_ds.objectives import OBJECTIVES

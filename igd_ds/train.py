@@ -9,7 +9,12 @@ Parse → dataset → catalogue → objective → model → engine → the loop 
 import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from igd_ds.errors import end_without_working_folder
+
+# Before torch is imported, which ends the process in such a folder.
+if __name__ == "__main__":
+    end_without_working_folder()
 
 import torch
 import transformers
@@ -27,9 +32,6 @@ from igd_ds.generative_training import GenerativeTraining
 from igd_ds.run_folder import claim_run_folder, read_summary
 from igd_ds.train_config import TrainConfig
 from igd_ds.training_inputs import Inputs, build_catalogue, load_inputs, record_base
-
-if TYPE_CHECKING:
-    pass
 
 
 def main() -> int:

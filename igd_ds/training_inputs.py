@@ -19,7 +19,6 @@ from igd_ds.backbones.saved import (
     check_manifest,
     origin_of,
     pinned,
-    read_json_object,
     weights_sha256,
 )
 from igd_ds.backbones.tokenizer import added_token_ids, as_saved, load_tokenizer
@@ -29,7 +28,7 @@ from igd_ds.data.dataset import InteractionDataset
 from igd_ds.data.prompts import AS_TARGET, Template
 from igd_ds.distributed import say
 from igd_ds.errors import UsageError
-from igd_ds.folders import write_json
+from igd_ds.folders import read_json_object, write_json
 from igd_ds.items.catalogue import Catalogue
 from igd_ds.items.decisiveness import edge_gain
 from igd_ds.items.shared_paths import SharedPaths, item_texts

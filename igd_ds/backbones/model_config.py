@@ -6,7 +6,9 @@ import copy
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from igd_ds.errors import UsageError
+from igd_ds.backbones.saved import offline_hint
+from igd_ds.errors import UsageError, did_you_mean
+from igd_ds.folders import read_json_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -30,17 +32,49 @@ def read_model_config(
     Raises:
         UsageError: there is no model configuration at `name`.
     """
-    from transformers import AutoConfig
-
     shape = SHAPES / f"{name}.json"
     path = str(shape) if shape.is_file() and not Path(name).exists() else name
+    return text_config_of(auto_config(path, name, trust_remote_code, revision))
+
+
+def auto_config(
+    path: str | Path, name: str, trust_remote_code: bool = False, revision: str = ""
+) -> PreTrainedConfig:
+    """Read a configuration with transformers' AutoConfig; `name` is its name in messages.
+
+    Raises:
+        UsageError: there is none, its model type is unknown, or a value is of the wrong type.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
+    if file.is_file():
+        _refuse_unknown_type(file)
     try:
-        found = AutoConfig.from_pretrained(
+        return AutoConfig.from_pretrained(
             path, trust_remote_code=trust_remote_code, revision=revision or None
         )
-    except (OSError, ValueError) as error:
-        raise UsageError(f"no model configuration at '{name}' ({error})") from error
-    return text_config_of(found)
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, StrictDataclassError) as e:
+        why = " ".join(str(e).split())
+        hint = offline_hint(name)
+        raise UsageError(f"no model configuration at '{name}'{hint} ({why})") from e
+
+
+def _refuse_unknown_type(file: Path) -> None:
+    """Raise UsageError for a model type that transformers does not know and no code comes with.
+
+    transformers itself answers with several lines about its own installation.
+    """
+    from transformers import CONFIG_MAPPING
+
+    found = read_json_object(file, "give a model's configuration as transformers writes it")
+    kind = found.get("model_type")
+    if kind is not None and str(kind) not in CONFIG_MAPPING and "auto_map" not in found:
+        near = did_you_mean(str(kind), CONFIG_MAPPING.keys())
+        raise UsageError(
+            f"no model configuration at '{file}': transformers knows no model_type '{kind}'{near}"
+        )
 
 
 def text_config_of(model_config: PreTrainedConfig) -> PreTrainedConfig:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from igd_ds.contracts import Likelihood
 from igd_ds.distributed import say
 from igd_ds.errors import UsageError
-from igd_ds.folders import sha256_of, write_json
+from igd_ds.folders import read_json_object, sha256_of, write_json
 
 if TYPE_CHECKING:
     from igd_ds.config.model import ModelOptions, ModelSource
@@ -41,17 +40,6 @@ WEIGHTS = (
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
 """File names of weights that are whole, and the index of those in shards; transformers' order."""
-
-
-def read_json_object(path: Path, advice: str) -> dict[str, Any]:
-    """Return the JSON object in a file; raise UsageError with `advice` if it holds none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read ({error}): {advice}") from error
-    if not isinstance(content, dict):
-        raise UsageError(f"{path} holds no JSON object: {advice}")
-    return content
 
 
 def describe(folder: str | Path) -> dict[str, Any]:
@@ -201,7 +189,8 @@ def pinned(origin: Origin) -> Origin:
         return origin
     config = _file_of(origin, "config.json")
     if config is None:
-        raise UsageError(f"no model at '{origin.name}': it has no config.json")
+        hint = offline_hint(origin.name)
+        raise UsageError(f"no model at '{origin.name}': it has no config.json{hint}")
     commit = config.parent.name  # …/snapshots/COMMIT/config.json
     return dataclasses.replace(origin, revision=commit)
 
@@ -274,11 +263,24 @@ def check_adapter_options(origin: Origin, options: ModelOptions) -> None:
     """Check that a training that starts from an adapter goes on with that very adapter.
 
     Raises:
-        UsageError: a LoRA option differs from the adapter's; the message says what to give.
+        UsageError: the adapter is none of LoRA's, or a LoRA option differs from the adapter's;
+            the message says what to give.
     """
     if origin.adapter is None:
         return
-    settings = read_json_object(origin.adapter / ADAPTER_FILE, "the adapter is damaged")
+    path = origin.adapter / ADAPTER_FILE
+    settings = read_json_object(path, "the adapter is damaged")
+    kind = settings.get("peft_type", "LORA")
+    if kind != "LORA":
+        raise UsageError(
+            f"--model_name_or_path {origin.adapter} is an adapter of the type {kind} ({path}); "
+            "only LoRA adapters can be trained further: give one, or the base model"
+        )
+    if missing := {"r", "lora_alpha"} - settings.keys():
+        raise UsageError(
+            f"{path} is no LoRA adapter's (it has no {' and no '.join(sorted(missing))}); only "
+            "LoRA adapters can be trained further: give one, or the base model"
+        )
     there: dict[str, Any] = {"lora_r": settings["r"], "lora_alpha": settings["lora_alpha"]}
     if (origin.adapter / DESCRIPTION_FILE).is_file():
         there["load_in_4bit"] = describe(origin.adapter)["load_in_4bit"]
@@ -334,7 +336,10 @@ def _weight_files(origin: Origin) -> Iterator[Path]:
                     raise UsageError(f"{origin.name}: {name} is missing, {index} names it")
                 yield shard
             return
-    raise UsageError(f"no weights at '{origin.name}': need {WEIGHTS[0][0]} or {WEIGHTS[1][0]}")
+    raise UsageError(
+        f"no weights at '{origin.name}': need {WEIGHTS[0][0]} or {WEIGHTS[1][0]}"
+        f"{offline_hint(origin.name)}"
+    )
 
 
 def _file_of(origin: Origin, name: str) -> Path | None:
@@ -352,8 +357,23 @@ def _file_of(origin: Origin, name: str) -> Path | None:
             _raise_exceptions_for_missing_entries=False,
         )
     except (OSError, ValueError) as error:
-        raise UsageError(f"no model at '{origin.name}' ({error})") from error
+        why = " ".join(str(error).split())
+        raise UsageError(
+            f"no model at '{origin.name}'{offline_hint(origin.name)} ({why})"
+        ) from error
     return None if found is None else Path(found)
+
+
+def offline_hint(name: str) -> str:
+    """Return the words of a message that say why a hub name is not looked up, else ""."""
+    from huggingface_hub import is_offline_mode
+
+    if not is_offline_mode() or Path(name).exists():
+        return ""
+    return (
+        "; HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set, so only what was downloaded before is "
+        "found: unset it, or give a folder"
+    )
 
 
 @contextmanager

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from igd_ds.backbones.saved import offline_hint
 from igd_ds.distributed import say
 from igd_ds.errors import UsageError
+from igd_ds.folders import read_json_object
 from igd_ds.items.catalogue import tokenizer_fingerprint
 
 if TYPE_CHECKING:
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 
 PLAIN_TOKENIZERS = ("TokenizersBackend", "PreTrainedTokenizerFast")
 """Classes under which transformers saves a tokenizer that is only a tokenizer.json."""
+
+DAMAGED = "copy the tokenizer again, or give another in --tokenizer"
+"""What to do with a damaged tokenizer."""
 
 MAX_SAVINGS = 3
 """How often a tokenizer may change when it is saved. LLaMA's changes once."""
@@ -28,24 +32,30 @@ def load_tokenizer(
     """Load a tokenizer from a folder or the hub. A missing PAD token is replaced by EOS.
 
     Raises:
-        UsageError: there is no tokenizer at `name`, or it has no EOS token.
+        UsageError: there is no tokenizer at `name`, it is damaged, or it has no EOS token.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    folder = Path(name)
+    if folder.is_file():
+        raise UsageError(
+            f"no tokenizer at '{name}': this is a file; give the folder, {folder.parent}, in "
+            "--tokenizer"
+        )
 
     # Where a config.json lies next to the tokenizer, AutoTokenizer takes the tokenizer class of the
     # model's type, which may normalise differently. `igd tokenizer` saves plain backends: they must
     # be loaded as such.
-    saved = Path(name) / "tokenizer_config.json"
-    is_plain = (
-        saved.is_file() and json.loads(saved.read_text()).get("tokenizer_class") in PLAIN_TOKENIZERS
-    )
+    saved = folder / "tokenizer_config.json"
+    settings = read_json_object(saved, DAMAGED) if saved.is_file() else {}
+    is_plain = settings.get("tokenizer_class") in PLAIN_TOKENIZERS
     kind = PreTrainedTokenizerFast if is_plain else AutoTokenizer
     try:
         tokenizer = kind.from_pretrained(
             name, trust_remote_code=trust_remote_code, revision=revision or None
         )
-    except (OSError, ValueError, ImportError) as error:
-        folder = Path(name)
+    except Exception as error:  # the package tokenizers raises nothing more special
+        _refuse_damaged(folder)
         if (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file():
             raise UsageError(
                 f"{folder / 'tokenizer.model'} needs the package sentencepiece: pip install "
@@ -53,8 +63,8 @@ def load_tokenizer(
             ) from error
         why = " ".join(str(error).split())
         raise UsageError(
-            f"no tokenizer at '{name}': give a folder with tokenizer.json or a hub name in "
-            f"--tokenizer ({why})"
+            f"no tokenizer at '{name}'{offline_hint(name)}: give a folder with tokenizer.json or a "
+            f"hub name in --tokenizer ({why})"
         ) from error
 
     # For a folder with a config.json and no tokenizer files, transformers makes a tokenizer of the
@@ -69,6 +79,17 @@ def load_tokenizer(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _refuse_damaged(folder: Path) -> None:
+    """Raise UsageError if one of a tokenizer's JSON files is damaged; the message names it."""
+    for name in ("tokenizer.json", "special_tokens_map.json", "added_tokens.json"):
+        path = folder / name
+        if not path.is_file():
+            continue
+        content = read_json_object(path, DAMAGED)
+        if name == "tokenizer.json" and not isinstance(content.get("model"), dict):
+            raise UsageError(f"{path} describes no tokenizer (it has no 'model'): {DAMAGED}")
 
 
 def as_saved(

@@ -15,8 +15,7 @@ from dataclasses import MISSING, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
+from igd_ds.config.yaml_files import read_yaml_file
 from igd_ds.errors import UsageError, did_you_mean
 
 C = TypeVar("C")
@@ -184,11 +183,7 @@ def read_yaml(cls: type, path: str) -> dict[str, Any]:
     """
     if not Path(path).is_file():
         raise UsageError(f"--config: no file {path}")
-    try:
-        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        why = " ".join(str(error).split())
-        raise UsageError(f"--config {path} is not valid YAML ({why})") from error
+    loaded = read_yaml_file(path) or {}
     if not isinstance(loaded, dict):
         raise UsageError(
             f"{path}: expected 'setting: value' lines, found a {type(loaded).__name__}"

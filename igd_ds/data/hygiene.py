@@ -61,9 +61,10 @@ _ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,
 
 MISSING_VALUES = frozenset({
     "nan", "-nan", "1.#ind", "-1.#ind", "1.#qnan", "-1.#qnan", "n/a", "#n/a", "#na", "#n/a n/a",
-    "<na>", "<nan>", "nat", "<nat>", "none", "<none>", "null", "<null>", "(null)", "\\n",
+    "<na>", "<nan>", "nat", "<nat>", "none", "<none>", "null", "<null>", "(null)", "\\n", "n.a.",
+    "n.a",
 })  # fmt: skip
-"""Titles that are no titles, in lower case: what programs write for a missing value."""
+"""Titles that are no titles, in lower case: what programs and people write for a missing value."""
 
 EXACT_MISSING_VALUES = frozenset({"NA", "undefined"})
 """The same, where the case matters: "Na" and "Undefined" are titles."""
@@ -81,8 +82,18 @@ HTML_NAMES = frozenset({
     *_BLOCK_NAMES,
     *HTML_TAGS,
     *(name for space, name in sanitizer.allowed_elements if space == _HTML),
+    "blink", "math", "menuitem", "nobr", "rb", "rtc", "svg",
 })  # fmt: skip
-"""The names of all HTML elements, in lower case: html5lib has the older ones, bleach the new."""
+"""The names of all HTML elements, in lower case: html5lib has most of the older ones, bleach most
+of the new; what both lack is listed here, with the two roots of embedded SVG and MathML."""
+
+_SWITCHES = frozenset({
+    *(name for names in constants.booleanAttributes.values() for name in names),
+    "allowfullscreen", "compact", "declare", "formnovalidate", "hidden", "inert", "itemscope",
+    "loop", "muted", "nohref", "nomodule", "noresize", "novalidate", "nowrap", "playsinline",
+    "reversed",
+})  # fmt: skip
+"""Attributes without a value, in lower case: those of html5lib and those that it lacks."""
 
 
 def _one_of(names: Iterable[str]) -> str:
@@ -92,15 +103,16 @@ def _one_of(names: Iterable[str]) -> str:
 
 def _tag(names: Iterable[str]) -> re.Pattern[str]:
     """Return a pattern of the tags with these names; words behind a name must be attributes."""
-    name = _one_of(names)
-    return re.compile(rf"<(?:/{name}\s*|{name}(?:\s[^<>=]*=[^<>]*)?\s*/?)>", re.IGNORECASE)
+    name, switch = _one_of(names), _one_of(_SWITCHES)
+    attributes = rf"\s[^<>=]*=[^<>]*|(?:\s+{switch})+"
+    return re.compile(rf"<(?:/{name}\s*|{name}(?:{attributes})?\s*/?)>", re.IGNORECASE)
 
 
 _BLOCK_TAG = _tag(_BLOCK_NAMES)
 _TAG = _tag(HTML_NAMES)
 _COMMENT = re.compile(
     r"<!--.*?(?:--!?>|\Z)|<!DOCTYPE[^<>]*>|<\?[a-z][^<>]*>|<!\[CDATA\[|\]\]>"
-    r"|<(script|style)(?:\s[^<>]*)?>.*?(?:</\1\s*>|\Z)",
+    r"|<(script|style)(?:\s[^<>]*)?>.*?(?:</\1\s*>|\Z)|<svg(?:\s[^<>]*)?>.*?</svg\s*>",
     re.IGNORECASE | re.DOTALL,
 )
 _ATTRIBUTE = re.compile(
@@ -123,8 +135,18 @@ _PROPERTY = (
     rf"|(?:{_one_of(_FAMILIES | {'margin', 'padding'})})?-[a-z-]+|margin|padding)"
 )
 _SELECTOR = r"(?:^|[\s,}>])[.#]-?[A-Za-z_][\w-]*"
+# JavaScript. A variable gets a literal, a call or a member of an object, or the statement ends in a
+# semicolon, so that "var house = home" stays. Behind the brace of a function comes code, or the
+# title ends, so that "The function (of) {life}" stays.
+_VARIABLE = (
+    r"\bvar [\w$]+ ?= ?(?:[\"'\d({\[!/-]|new |function\b|[\w$.]+[(\[;]|[\w$]+\.[\w$]|[^;]*;$)"
+)
+_FUNCTION = (
+    r"(?:(?:^|[=(,;:!}]) ?function ?[\w$]*|\bfunction [\w$]+) ?\([\w$, ]*\) ?"
+    r"\{ ?(?:$|\}|[^{}]*[;=(.])"
+)
 _CODE = re.compile(
-    r"\bvar \w+ ?=|\bfunction ?\w* ?\([^()]*\) ?\{"
+    rf"{_VARIABLE}|{_FUNCTION}"
     rf"|{_SELECTOR}[^{{}}]*\{{\s*{_PROPERTY}\s*:|{_SELECTOR}\{{[a-z-]+:[^\s{{}}]"
 )
 # The departments of Amazon's 2014 and 2018 releases, as the broken keyword tags of the pages spell
@@ -179,10 +201,12 @@ def is_missing_value(title: str) -> bool:
     """Return whether a title only spells a missing value, as pandas, R or SQL write it.
 
     Example:
-        >>> is_missing_value("NaN"), is_missing_value("Nancy")
-        (True, False)
+        >>> is_missing_value("NaN"), is_missing_value('"n.a."'), is_missing_value("Nancy")
+        (True, True, False)
     """
     title = title.strip()
+    if len(title) > 1 and title[0] == title[-1] and title[0] in "\"'":
+        title = title[1:-1].strip()
     return title in EXACT_MISSING_VALUES or title.lower() in MISSING_VALUES
 
 

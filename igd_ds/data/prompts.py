@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from transformers import PreTrainedTokenizerBase
 
+from igd_ds.config.yaml_files import read_yaml_file
 from igd_ds.data.chat import CHAT, chat_texts
 from igd_ds.data.dataset import InteractionDataset, Split
 from igd_ds.errors import UsageError
@@ -75,7 +75,7 @@ class Template:
                 f"--prompt: no template '{name}'; known names: {known}; or give the path of a "
                 ".yaml file"
             )
-        template = cls.from_dict(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
+        template = cls.from_dict(read_yaml_file(path), str(path))
         template._check_words(str(path))
         return template
 

@@ -160,6 +160,20 @@ def shown(line: bytes) -> str:
     return repr(line.decode("utf-8", "replace").strip()[:60])
 
 
+def not_utf8(line: bytes) -> str:
+    """Return the part of a message that says a line is not UTF-8, with advice and its beginning."""
+    return f"not UTF-8 (iconv -f LATIN1 -t UTF-8 FILE converts Latin-1): {shown(line)}"
+
+
+def refuse_array(path: Path, line: bytes) -> None:
+    """Raise UsageError if the first line of a file begins one JSON array of objects."""
+    if line.startswith(b"[") and line[1:].lstrip()[:1] in (b"", b"{"):
+        raise UsageError(
+            f"{path}: one JSON array, where one object per line is needed: "
+            f"jq -c '.[]' {path.name} > LINES.json"
+        )
+
+
 def parse_python(line: bytes) -> dict[Any, Any] | None:
     """Return the dict that a line of Python source spells, or None if it spells none.
 
@@ -194,11 +208,7 @@ def sniff(path: Path) -> tuple[str, list[str]]:
         UsageError: the file is empty or a broken gzip file, or it holds one JSON array.
     """
     line = first_line(path)
-    if line.startswith(b"[") and line[1:].lstrip()[:1] in (b"", b"{"):
-        raise UsageError(
-            f"{path}: one JSON array, where one object per line is needed: "
-            f"jq -c '.[]' {path.name} > LINES.json"
-        )
+    refuse_array(path, line)
     for form, parse in [("json", parse_json), ("python", parse_python)]:
         found = parse(line)
         if found is not None:

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 
 from igd_ds import distributed
 from igd_ds.backbones import backbone_of, read_model_config
@@ -33,6 +32,7 @@ from igd_ds.backbones.saved import (
 from igd_ds.backbones.tokenizer import load_tokenizer
 from igd_ds.config.model import ModelSource
 from igd_ds.config.search import Limits, ScoringOptions
+from igd_ds.config.yaml_files import read_yaml_settings
 from igd_ds.contracts import Backbone
 from igd_ds.data.cut_titles import with_cut_titles
 from igd_ds.data.dataset import InteractionDataset
@@ -552,7 +552,7 @@ def _dataset_of(run: Path) -> Path:
         raise UsageError(
             f"no config.yaml in {run} says which dataset the model was trained on: give dataset="
         )
-    dataset = Path(yaml.safe_load(settings.read_text())["dataset"])
+    dataset = Path(str(read_yaml_settings(settings).get("dataset")))
     if not dataset.is_dir():
         raise UsageError(
             f"the run in {run} was trained on {dataset}, which is not there: give dataset= with "

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import yaml
 
+from igd_ds.config.yaml_files import read_yaml_settings
 from igd_ds.data.batches import sample_rows
 from igd_ds.data.dataset import InteractionDataset, Split
 from igd_ds.evaluation import metrics
@@ -130,7 +130,7 @@ def write_results(
             chosen = metrics.best_alpha(results, f"ndcg@{best}")
         else:
             chosen = str(chosen_alpha)
-        run_settings = yaml.safe_load((ranked.run / "config.yaml").read_text())
+        run_settings = read_yaml_settings(ranked.run / "config.yaml")
         log.hparams(run_settings, final_metrics(output.name, results, chosen, best))
     log.close()
 

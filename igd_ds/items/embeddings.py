@@ -26,7 +26,7 @@ import pyarrow as pa
 
 from igd_ds import distributed
 from igd_ds.errors import UsageError
-from igd_ds.folders import is_made, new_folder, reserve, write_text
+from igd_ds.folders import is_made, new_folder, read_json_object, reserve, write_text
 from igd_ds.items.ids import ItemIds
 
 ARRAY, RECORD = "embeddings.npy", "embeddings.json"
@@ -62,12 +62,11 @@ def load_embeddings(folder: str | Path, items: pa.Table) -> Embeddings:
             fewer rows than items; values are not finite, or all equal.
     """
     folder = Path(folder)
-    try:
-        info = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    if not (folder / RECORD).is_file():
         raise UsageError(
-            f"{folder} is no folder of embeddings ({error}); igd embed makes one"
-        ) from error
+            f"{folder} is no folder of embeddings (no {RECORD} there); igd embed makes one"
+        )
+    info = read_json_object(folder / RECORD, "make the embeddings again with igd embed")
 
     vectors = open_array(folder / ARRAY)
     check_vectors(vectors, items.num_rows, str(folder / ARRAY))

@@ -7,7 +7,6 @@ trie node, the arrays over tokens 9 bytes per token.
 from __future__ import annotations
 
 import functools
-import json
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from igd_ds.errors import UsageError
-from igd_ds.folders import new_folder, sha256_of, write_json
+from igd_ds.folders import new_folder, read_json_object, sha256_of, write_json
 from igd_ds.items.catalogue import Catalogue, ItemDataset
 from igd_ds.items.decisiveness import INFORMATION_GAIN, check_names, gain_deciles, zero_gain
 from igd_ds.items.trie import TokenTrie
@@ -198,11 +197,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
     path = folder / "catalogue.json"
     if not path.exists():
         raise UsageError(f"no catalogue in {folder}: catalogue.json is missing")
-    try:
-        description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UsageError(f"{path} is not valid JSON ({error}): build the catalogue anew") from None
-
+    description = read_json_object(path, "build the catalogue anew")
     version = description.get("version")
     if version not in (1, VERSION):
         raise UsageError(

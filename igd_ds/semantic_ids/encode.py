@@ -18,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 from igd_ds import distributed
+from igd_ds.backbones.model_config import auto_config
 from igd_ds.errors import UsageError
 from igd_ds.folders import sha256_of
 from igd_ds.items.embeddings import write_embeddings
@@ -160,12 +161,7 @@ def encoder_sizes(folder: Path, max_length: int | None) -> tuple[int, int]:
     Raises:
         UsageError: the config cannot be read, or `max_length` exceeds the model's positions.
     """
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--model {folder}: {error}") from error
+    config = auto_config(folder, str(folder))
 
     limit: int | None = getattr(config, "max_position_embeddings", None)
     if max_length is None:

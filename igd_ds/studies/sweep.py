@@ -34,15 +34,15 @@ from types import FrameType
 from typing import Any
 
 import psutil
-import yaml
 
 from igd_ds.backbones.saved import DESCRIPTION_FILE, describe, likelihood_of
 from igd_ds.config.options import current_names
+from igd_ds.config.yaml_files import read_yaml_settings
 from igd_ds.contracts import Likelihood
 from igd_ds.errors import EXIT_REQUEUE, UsageError
 from igd_ds.evaluation.metrics import HEADLINE
 from igd_ds.evaluation.parts import REQUEST_FILES
-from igd_ds.folders import is_temporary, write_json
+from igd_ds.folders import is_temporary, read_json_object, write_json
 from igd_ds.process import descendants, have_ended
 from igd_ds.run_folder import FREE_ON_RESUME
 from igd_ds.studies.report.study import METRIC, method_names
@@ -295,7 +295,7 @@ def check_folder(table: Table, runs: Path) -> None:
     present = [path for path in runs.iterdir()] if runs.exists() else []
     snapshot = runs / "sweep.json"
     if snapshot.is_file():
-        name = json.loads(snapshot.read_text(encoding="utf-8"))["name"]
+        name = read_json_object(snapshot, "give another folder").get("name")
         if name != table.name:
             raise UsageError(
                 f"--output {runs} holds the sweep '{name}', {table.path} is '{table.name}': give "
@@ -334,7 +334,7 @@ def changed_settings(row: Row, run: Path) -> list[str]:
     changed: set[str] = set()
     if (path := run / "config.yaml").is_file():
         cls = type(row.config)
-        saved = current_names(cls, yaml.safe_load(path.read_text(encoding="utf-8")))
+        saved = current_names(cls, read_yaml_settings(path))
         for name, value in asdict(row.config).items():
             # A setting that is newer than the run had its default.
             before = saved.get(name, getattr(cls, name, None))

@@ -45,13 +45,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeVar
 
-import yaml
-
 from igd_ds.baseline_config import BaselineConfig
 from igd_ds.baselines.sequential import SEQUENTIAL
 from igd_ds.config.model import ModelOptions
 from igd_ds.config.options import checked, current_names
 from igd_ds.config.training import LoopOptions
+from igd_ds.config.yaml_files import read_yaml_file
 from igd_ds.errors import UsageError, did_you_mean
 from igd_ds.eval_config import EvalConfig
 from igd_ds.objectives import OBJECTIVES, ObjectiveOptions, options_of
@@ -260,10 +259,7 @@ def _load(path: str) -> Settings:
     """Return the YAML of a table with all keys of TABLE_KEYS that are not EVALUATIONS."""
     if not Path(path).is_file():
         raise UsageError(f"no table {path}")
-    try:
-        table = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise UsageError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+    table = read_yaml_file(path)
     if not isinstance(table, dict):
         raise UsageError(f"{path}: expected the keys {', '.join(TABLE_KEYS)}")
 

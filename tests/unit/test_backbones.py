@@ -314,3 +314,23 @@ def test_a_missing_configuration_is_bad_input(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "no such model"}))
     with pytest.raises(UsageError, match="no model configuration at"):
         read_model_config(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        ({"model_type": "qwen2", "hidden_size": "x"}, "hidden_size"),
+        ({"model_type": "qwen22"}, "no model_type 'qwen22', did you mean 'qwen2'?"),
+        ({"model_type": ["qwen2"]}, "no model_type"),
+        ([1], "holds no JSON object"),
+        ({}, "model_type"),
+    ],
+)
+def test_a_damaged_configuration_is_told_in_one_line(tmp_path, content, why):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(content))
+    for name in (path, tmp_path):
+        with pytest.raises(UsageError) as caught:
+            read_model_config(str(name))
+        message = str(caught.value)
+        assert str(tmp_path) in message and why in message and "\n" not in message

@@ -6,6 +6,7 @@ import pytest
 
 from igd_ds.config.options import parse
 from igd_ds.config.search import Limits, ScoringOptions
+from igd_ds.config.yaml_files import read_yaml_settings
 from igd_ds.errors import UsageError
 from igd_ds.eval_config import EvalConfig
 from igd_ds.run_folder import claim_run_folder
@@ -56,6 +57,13 @@ def test_the_launchers_local_rank_is_accepted():
     assert parse(TrainConfig, ["--local_rank=1", *REQUIRED, *UNIFORM]) == train(*UNIFORM)
 
 
+def test_a_merged_mapping_may_set_a_key_anew(tmp_path):
+    path = tmp_path / "merged.yaml"
+    path.write_text("a: &a {x: 1, y: 2}\nb: &b {<<: *a, x: 3}\n")
+    found = read_yaml_settings(path)
+    assert found == {"a": {"x": 1, "y": 2}, "b": {"x": 3, "y": 2}}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -66,6 +74,8 @@ def test_the_launchers_local_rank_is_accepted():
         ("gradient_checkpointing: 1", "takes bool"),
         ("schedule: cosin", "'schedule' is one of cosine, linear, constant"),
         ("- 1", "expected 'setting: value'"),
+        ("seed: 1\nepochs: 2\nseed: 1", r"line 3: key 'seed' occurs twice, first on line 1"),
+        ("dataset: 2020-13-45", "not valid YAML .*month must be in"),
     ],
 )
 def test_bad_yaml(tmp_path, text, message):

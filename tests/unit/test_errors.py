@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
+import igd_ds
 from igd_ds.errors import EXIT_FAILURE, EXIT_USAGE, refused_by_system
 from igd_ds.folders import reserve
 
 RUN = Path("RUN")
+PACKAGE = Path(igd_ds.__file__).parent
 
 
 def raised(error: Exception, cause: Exception | None = None) -> Exception:
@@ -146,3 +148,24 @@ def test_a_file_that_is_mapped_has_its_space(small_disk):
         file.truncate(2**21)
     with pytest.raises(OSError, match=f"No space left on device: '{path}'"):
         reserve(path)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["-m", "igd_ds.cli", "prepare", "--help"],
+        *([f"{PACKAGE / name}.py", "--help"] for name in ("train", "eval", "baseline")),
+    ],
+)
+def test_a_deleted_working_folder_is_told_before_torch_is_imported(tmp_path, words):
+    command = 'cd "$1" && rmdir "$1" && shift && exec "$@"'
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    done = subprocess.run(
+        ["sh", "-c", command, "sh", str(folder), sys.executable, *words],
+        env=os.environ | {"PYTHONPATH": str(PACKAGE.parent)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (EXIT_USAGE, "")
+    assert done.stderr == "error: the working folder was deleted: change to another one\n"

@@ -470,6 +470,12 @@ def test_alpha_from_takes_the_best_alpha_of_another_split(evaluate, tmp_path, mo
         evaluate("--alpha_from", source, output="same-split")
     with pytest.raises(UsageError, match="no finished evaluation"):
         evaluate("--alpha_from", tmp_path / "none", output="none-there")
+    for damaged in ("", "{}", "[1]", '{"split": "valid", "alpha": {}}', '{"alpha": {"0.0": 1}}'):
+        (tmp_path / "broken").mkdir(exist_ok=True)
+        (tmp_path / "broken" / "metrics.json").write_text(damaged)
+        with pytest.raises(UsageError, match="broken/metrics.json .*or give --alpha") as caught:
+            evaluate("--alpha_from", tmp_path / "broken", output="none-there")
+        assert "\n" not in str(caught.value)
     with pytest.raises(UsageError, match="give --alpha or --alpha_from, not both"):
         evaluate("--alpha_from", valid, "--alpha", 0.1, output="both")
 

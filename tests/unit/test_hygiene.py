@@ -30,6 +30,12 @@ from igd_ds.errors import UsageError
         ("&lt;s&gt;$20&lt;/s&gt; mug", "$20 mug"),
         ("super<wbr>cali<!-- a > b -->fragilistic", "supercalifragilistic"),
         ("Torch <!-- cut off", "Torch"),
+        ("<td nowrap>Name</td>", "Name"),
+        ("<BUTTON Disabled>Go</BUTTON>", "Go"),
+        ("<video autoplay loop muted />Film", "Film"),
+        ("<blink>New</blink> <nobr>lamp</nobr>", "New lamp"),
+        ('<svg width="9"><path d="M0 0"/><title>icon</title></svg>Torch', "Torch"),
+        ("<svg>Torch", "Torch"),
         ("<!DOCTYPE html><![CDATA[Torch]]>", "Torch"),
         ("<style>.a{b:c}</style>Torch<script>var a = 1;</script>", "Torch"),
     ],
@@ -52,6 +58,11 @@ def test_repairs(title, expected):
         "!!!",
         "Gamma Function (Dover)",
         "C# {2nd ed.}",
+        "var house = home",
+        "The function (of) {life}",
+        "Function (of) {life}",
+        "<video games> & <button up>",
+        '"Nan" and "None"',
         "#1 Dad {Funny: Gift}",
         "#dad {funny: gift}",
         "Book.Title {Vol: 1}",
@@ -82,6 +93,11 @@ def test_leaves_alone(title):
         "Books />",
         "Toys &amp; Games&quot; />",
         "var aPageStart = (new Date()).getTime();",
+        "var ue_t0=ue_t0||+new Date();",
+        'var url = "x',
+        "var x = y.z",
+        "P.when('A').execute(function(A) {",
+        "function go(a, b) { if (a) { b(); } }",
         ".a-box-inner{background-color:#fff}#alohaBuyBoxWidget",
         ".a{margin:0}",
         "#box .item { -webkit-box-shadow: none; }",
@@ -95,6 +111,7 @@ def test_unusable(title):
 @pytest.mark.parametrize(
     "title",
     ["nan", "NaN", "None", "null", "NULL", "N/A", "n/a", "<NA>", "&lt;NA&gt;", "NA", "NaT", "#N/A"]
+    + ["n.a.", "N.A.", '"nan"', "'N/A'", '" NULL "', "&quot;nan&quot;"]
     + ["\\N", " nan ", "<b>nan</b>", "undefined", "(null)"],
 )
 def test_spelled_missing_values_are_no_titles(title):

@@ -444,6 +444,23 @@ def test_going_on_needs_the_adapters_options(adapter):
         build(lora_options(adapter, lora_targets="q_proj"))
 
 
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        ({"peft_type": "IA3"}, "is an adapter of the type IA3 "),
+        ({}, "it has no lora_alpha and no r"),
+        ({"peft_type": "LORA", "lora_alpha": 16}, "it has no r"),
+    ],
+)
+def test_only_lora_adapters_are_gone_on_with(tmp_path, content, why):
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps(content | {"base_model_name_or_path": "shop/tiny"})
+    )
+    with pytest.raises(UsageError, match="only LoRA adapters can be trained further") as caught:
+        check_adapter_options(origin_of(str(tmp_path)), ModelOptions())
+    assert why in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
 def test_going_on_keeps_the_rows_of_added_tokens(tmp_path):
     base, codes = tmp_path / "base", ["<a_0>", "<a_1>"]
     tiny_run.write_model(base)
@@ -514,6 +531,16 @@ def load_hub(revision: str):
     options = ModelOptions(model_name_or_path="shop/tiny", revision=revision)
     config = read_model_config("shop/tiny", revision=revision)
     return CausalLM().build(options, config, torch.float32, CPU)
+
+
+def test_an_unknown_model_without_the_hub_is_told_why(hub, tmp_path):
+    for find in (lambda name: pinned(origin_of(name)), read_model_config, load_tokenizer):
+        with pytest.raises(UsageError, match="foo/bar.*HF_HUB_OFFLINE .*is set") as caught:
+            find("foo/bar")
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UsageError) as caught:
+        load_tokenizer(str(tmp_path))
+    assert "HF_HUB_OFFLINE (or" not in str(caught.value)
 
 
 def test_a_revision_chooses_the_weights(hub):

@@ -148,6 +148,40 @@ def test_long_lines_of_metadata(tmp_path, megabytes):
         assert items_of(data)["i1"][0] == "One"
 
 
+def folder_of_sequences(folder: Path) -> Path:
+    write_lines(folder / "items.jsonl", {"item_id": 0, "title": "A"}, {"item_id": 1, "title": "B"})
+    write_lines(folder / "sequences.jsonl", {"user_id": 0, "items": [0, 1]})
+    return folder
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("name", ["items.jsonl", "sequences.jsonl"])
+def test_an_array_of_sequences_is_refused(tmp_path, name, indent):
+    path = folder_of_sequences(tmp_path) / name
+    path.write_text(json.dumps([{"item_id": 0, "user_id": 0, "items": [0]}], indent=indent))
+    message = refusal("sequences", tmp_path)
+    assert message.startswith(f"{path}: one JSON array, where one object per line is needed: jq ")
+
+
+def test_sequences_show_a_wrong_line_as_text(tmp_path):
+    path = folder_of_sequences(tmp_path) / "items.jsonl"
+    write_lines(path, {"item": "é"})
+    wanted = f'{path}:1: need an object with an integer item_id, found \'{{"item": '
+    assert refusal("sequences", tmp_path).startswith(wanted)
+
+
+def test_latin_1_has_the_same_advice_in_every_source(tmp_path):
+    wanted = "2: not UTF-8 (iconv -f LATIN1 -t UTF-8 FILE converts Latin-1): '"
+    path = folder_of_sequences(tmp_path) / "items.jsonl"
+    path.write_bytes(path.read_bytes().replace(b'"B"', b'"Caf\xe9"'))
+    assert refusal("sequences", tmp_path).startswith(f"{path}:{wanted}")
+
+    inter = write_lines(tmp_path / "X.inter.json", {"0": [0]})
+    path = tmp_path / "X.item.json"
+    path.write_bytes(b'{"0":\n {"title": "Caf\xe9"}}\n')
+    assert refusal("lcrec-json", inter, path).startswith(f"{path}:{wanted}")
+
+
 # ---- whose file is it?
 
 
@@ -213,6 +247,32 @@ def test_a_tokenizer_that_needs_sentencepiece_says_so(tmp_path):
     with pytest.raises(UsageError) as caught:
         load_tokenizer(str(tmp_path))
     assert "needs the package sentencepiece" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer_config.json", ""),
+        ("tokenizer_config.json", "[]"),
+        ("tokenizer.json", '{"a": 1}'),
+        ("tokenizer.json", "{"),
+        ("tokenizer.json", '{"model": {"type": "BPE"}}'),
+    ],
+)
+def test_a_damaged_tokenizer_is_told_in_one_line(tmp_path, name, content):
+    tiny_run.letter_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UsageError) as caught:
+        load_tokenizer(str(tmp_path))
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+    if '"model"' not in content:
+        assert str(caught.value).startswith(str(tmp_path / name))
+
+
+def test_a_file_instead_of_a_tokenizers_folder_names_the_folder(tmp_path):
+    tiny_run.letter_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match=f"this is a file; give the folder, {tmp_path},"):
+        load_tokenizer(str(tmp_path / "tokenizer.json"))
 
 
 # ---- flags

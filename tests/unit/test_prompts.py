@@ -60,6 +60,24 @@ def test_the_short_template():
     assert text(builder(), [0, 1, 4]) == "Recent books:\na\nbb\ne{item}\nNext:\n"
 
 
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b'prefix: "{\n', "line 2: while scanning a quoted scalar"),
+        (b"prefix: a\nitem: '{item}'\nsuffix: \xff\n", "line 3: byte 0xff is not UTF-8"),
+        (b"prefix: a\nsuffix: \x00\n", "line 2: character #x0000 is not allowed"),
+        (b"prefix: a\nprefix: b\n", "line 2: key 'prefix' occurs twice, first on line 1"),
+    ],
+)
+def test_a_damaged_template_is_told_in_one_line(tmp_path, content, why):
+    path = tmp_path / "f.yaml"
+    path.write_bytes(content)
+    with pytest.raises(UsageError) as caught:
+        Template.load(str(path))
+    assert str(caught.value).startswith(f"{path} is not valid YAML ({why}")
+    assert "\n" not in str(caught.value)
+
+
 def test_the_alpaca_template_quotes_titles():
     found = text(builder(template="alpaca"), [1, 2])
     assert found.endswith('the following books before: "bb", "cccc"\n\n\n### Response:\n')

@@ -452,6 +452,22 @@ def drop(path, *keys):
             "unfinished",
             "eval/test/metrics.json is not JSON",
         ),
+        *(
+            (
+                lambda run, content=content: (run / "config.yaml").write_bytes(content),
+                "unfinished",
+                why,
+            )
+            for content, why in (
+                (b"{", "config.yaml is not valid YAML (line 1: "),
+                (
+                    b"seed: 1\n\xff",
+                    "config.yaml is not valid YAML (line 2: byte 0xff is not UTF-8)",
+                ),
+                (b"- a", "config.yaml: expected 'setting: value' lines, found a list"),
+                (b"", "config.yaml: expected 'setting: value' lines, found nothing"),
+            )
+        ),
         (
             lambda run: (run / "config.yaml").write_text("objective: uniform\ndataset: d"),
             "unfinished",
@@ -486,6 +502,7 @@ def test_a_run_that_is_not_whole_is_noted(run, damage, state, note):
     damage(folder)
     found = only(read_runs([folder], 0))
     assert found.state == state and note in found.note and bool(found.note) == bool(note)
+    assert "\n" not in found.note
 
 
 @pytest.mark.parametrize("split", ["valid", "test"])

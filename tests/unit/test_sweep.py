@@ -423,7 +423,7 @@ def test_no_table_and_no_yaml(tmp_path):
     with pytest.raises(ValueError, match="no table nowhere.yaml"):
         _sweep_table.read_table("nowhere.yaml")
     (tmp_path / "t.yaml").write_text("runs: [")
-    with pytest.raises(ValueError, match="t.yaml: not YAML .*line 1"):
+    with pytest.raises(ValueError, match="t.yaml is not valid YAML .*line 1"):
         _sweep_table.read_table(str(tmp_path / "t.yaml"))
 
 

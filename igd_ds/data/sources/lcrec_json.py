@@ -27,7 +27,7 @@ import pyarrow as pa
 
 from igd_ds.data.dataset import SourceData
 from igd_ds.data.raw import RawReader
-from igd_ds.data.raw_files import FileKind, no_value, open_raw
+from igd_ds.data.raw_files import FileKind, no_value, not_utf8, open_raw
 from igd_ds.errors import UsageError
 
 FILES = {
@@ -113,6 +113,9 @@ def load_object(path: Path) -> dict[str, Any]:
             # Arrow cannot hold half a surrogate pair; it becomes the replacement character.
             text = json.dumps(found, ensure_ascii=False)
             found = json.loads(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+    except UnicodeDecodeError as error:
+        number = data.count(b"\n", 0, error.start)
+        raise UsageError(f"{path}:{number + 1}: {not_utf8(data.splitlines()[number])}") from error
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path}: not one JSON object: {error}") from error
     if not isinstance(found, dict) or not found:

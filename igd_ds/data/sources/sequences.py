@@ -17,7 +17,14 @@ import numpy as np
 
 from igd_ds.data.dataset import Interactions, SourceData
 from igd_ds.data.raw import RawReader
-from igd_ds.data.raw_files import FileKind, no_value, open_raw
+from igd_ds.data.raw_files import (
+    FileKind,
+    no_value,
+    not_utf8,
+    open_raw,
+    refuse_array,
+    shown,
+)
 from igd_ds.errors import UsageError
 
 MAX_LINE = 1 << 24
@@ -49,6 +56,8 @@ def _lines(path: Path, id_key: str) -> Iterator[tuple[str, int, dict[str, Any]]]
     with open_raw(path) as file:
         for number, line in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b""), start=1):
             place = f"{path}:{number}"
+            if number == 1:
+                refuse_array(path, line.strip())
             if len(line) > MAX_LINE:
                 raise UsageError(
                     f"{place}: the line is longer than {MAX_LINE >> 20} MiB: write one JSON object "
@@ -56,12 +65,14 @@ def _lines(path: Path, id_key: str) -> Iterator[tuple[str, int, dict[str, Any]]]
                 )
             try:
                 entry = json.loads(line, parse_constant=no_value)
+            except UnicodeDecodeError as error:
+                raise UsageError(f"{place}: {not_utf8(line)}") from error
             except (ValueError, RecursionError) as error:
                 raise UsageError(f"{place}: not valid JSON: {error}") from error
             key = entry.get(id_key) if isinstance(entry, dict) else None
             if type(key) is not int or not -(2**63) <= key < 2**63:
                 raise UsageError(
-                    f"{place}: need an object with an integer {id_key}, found {line[:80]!r}"
+                    f"{place}: need an object with an integer {id_key}, found {shown(line)}"
                 )
             if key in seen:
                 raise UsageError(f"{place}: duplicate {id_key} {key}, first on line {seen[key]}")
@@ -76,11 +87,13 @@ def _read_items(path: Path) -> tuple[list[str | None], list[list[str]] | None]:
     for place, item, entry in _lines(path, "item_id"):
         title, codes = entry.get("title"), entry.get("semantic_id")
         if title is not None and not isinstance(title, str):
-            raise UsageError(f"{place}: title must be a string or null, found {title!r}")
+            raise UsageError(f"{place}: title must be a string or null, found {str(title)[:60]}")
         if codes is not None and not (
             isinstance(codes, list) and codes and all(isinstance(c, str) and c for c in codes)
         ):
-            raise UsageError(f"{place}: semantic_id must be a list of strings, found {codes!r}")
+            raise UsageError(
+                f"{place}: semantic_id must be a list of strings, found {str(codes)[:60]}"
+            )
         if titles and (codes is None) != (not semantic_ids):
             raise UsageError(
                 f"{place}: item {item} {'lacks' if codes is None else 'has'} a semantic_id, unlike "

@@ -16,10 +16,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import yaml
 
 from igd_ds.baselines.leaves import build_catalogue
 from igd_ds.config.options import current_names
+from igd_ds.config.yaml_files import read_yaml_settings
 from igd_ds.data.dataset import InteractionDataset
 from igd_ds.data.statistics import catalogue_statistics
 from igd_ds.errors import UsageError
@@ -305,11 +305,10 @@ def read_settings(path: Path) -> Json | None:
     if not path.is_file():
         return None
     try:
-        settings: Json = yaml.safe_load(path.read_text(encoding="utf-8"))
-        settings = current_names(TrainConfig, settings)
+        settings = current_names(TrainConfig, read_yaml_settings(path))
         method_of(settings)
         return settings | {"seed": int(settings["seed"]), "dataset": str(settings["dataset"])}
-    except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError) as error:
         raise UsageError(
             f"{path} is no configuration of a run ({type(error).__name__}: {error})"
         ) from None
