@@ -161,7 +161,10 @@ def encoder_sizes(folder: Path, max_length: int | None) -> tuple[int, int]:
     Raises:
         UsageError: the config cannot be read, or `max_length` exceeds the model's positions.
     """
-    config = auto_config(folder, str(folder))
+    try:
+        config = auto_config(folder, str(folder))
+    except UsageError as error:
+        raise UsageError(f"--model: {error}") from error
 
     limit: int | None = getattr(config, "max_position_embeddings", None)
     if max_length is None:
