@@ -1,6 +1,6 @@
 """Benchmark: our constrained search against `model.generate`: same model, same prompts, same lists.
 
-    python tools/bench/search.py [--quick] [--runs runs/search]
+    python tools/bench/search.py [--quick] [--runs runs/search] [--lines NAME …]
 
 The headline searches books-small's catalogue with the Qwen2 (hidden size 256, 4 layers) that
 tools/search_models.sh trains on it. Embedding and head are padded to 151,936 rows; fp32, CPU, 2
@@ -545,10 +545,19 @@ def main() -> None:
         default=REPOSITORY / "runs" / "search",
         help="what tools/search_models.sh made",
     )
+    parser.add_argument(
+        "--lines",
+        nargs="+",
+        metavar="NAME",
+        choices=[line.name for line in LINES],
+        help="measure these lines alone, and print their tables without the closing figures",
+    )
     arguments = parser.parse_args()
 
     transformers.utils.logging.disable_progress_bar()
     lines = choose_lines(arguments.quick, arguments.runs)
+    if arguments.lines:
+        lines = [line for line in lines if line.name in arguments.lines]
     with tempfile.TemporaryDirectory() as folder:
         generated = Path(folder)
         generate_codes(generated / "codes", 10_000)
@@ -562,6 +571,8 @@ def main() -> None:
             )
         measured = {line.name: run_line(line, arguments.runs, generated) for line in lines}
 
+    if arguments.lines:
+        return
     if not arguments.quick:
         write_chart(measured[HEADLINE.name], REPOSITORY / "docs" / "benchmarks" / "search.svg")
     figures = figures_of(
