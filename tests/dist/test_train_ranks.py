@@ -164,13 +164,12 @@ def test_a_torn_checkpoint_is_reported_and_an_older_one_taken(world, tmp_path):
 
 def test_early_stopping_keeps_the_best_model(world, tmp_path):
     run = tmp_path / "run"
-    flags = world.train_flags(
-        run, 1, learning_rate=0.5, schedule="constant", patience=1, validate_every=1, max_steps=8
-    )
+    settings = {"learning_rate": 0.5, "schedule": "constant", "patience": 1, "validate_every": 1}
+    flags = world.train_flags(run, 1, **settings, epochs=40, max_steps=80)
     text = train(world, tmp_path / "log", flags)
     values = metrics(run, "valid/nll")
     summary = json.loads((run / "summary.json").read_text())
-    assert "stopped early" in text and len(values) < 8
+    assert "stopped early" in text and len(values) < 80
     assert summary["best"] == min(values) and summary["best_step"] == values.index(min(values)) + 1
     check_model_loads(world, run, {})
 

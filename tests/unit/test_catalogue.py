@@ -274,7 +274,7 @@ def test_store_names_a_damaged_file(saved):
     with pytest.raises(UsageError, match="version 99"):
         load_catalogue(saved.folder)
     description.write_text(text[:50])
-    with pytest.raises(UsageError, match="not valid JSON"):
+    with pytest.raises(UsageError, match="catalogue.json cannot be read"):
         load_catalogue(saved.folder)
 
 
