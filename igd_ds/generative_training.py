@@ -163,9 +163,11 @@ class GenerativeTraining:
         distributed.say(prompts.describe_cuts(train, catalogue.max_length))
         null_prompt = prompts.null if self.objective.needs_null else None
         pad, encoder_decoder = tokenizer.pad_token_id, inputs.model_config.is_encoder_decoder
-        form = (pad, encoder_decoder, inputs.packing == "tree")
-        self.collator = Collator(train, prompts, columns, *form, null_prompt)
-        valid_rows = Collator(valid, prompts, columns, *form)
+        as_tree = inputs.packing == "tree"
+        self.collator = Collator(
+            train, prompts, columns, pad, encoder_decoder, as_tree, null_prompt
+        )
+        valid_rows = dataclasses.replace(self.collator, split=valid, null_prompt=None)
         self.order: ShuffledRows | RowChains
         if inputs.batching == "chains":
             self.order = RowChains.build(train, prompts, columns)

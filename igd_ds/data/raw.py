@@ -31,6 +31,7 @@ from igd_ds.data.raw_files import (
     first_line,
     has_byte_order_mark,
     is_gzip,
+    not_utf8,
     open_raw,
     parse_json,
     parse_python,
@@ -71,11 +72,9 @@ TIME_SPAN = """
     SELECT min("time"), max("time"), count(*) FILTER ("time" >= {millisecond}), count("time")
     FROM interaction WHERE {accepted}"""
 COUNT_KNOWN = """
-    SELECT count(*), count(*) FILTER (item IN (SELECT item FROM item_line WHERE item IS NOT NULL))
-    FROM (SELECT DISTINCT item FROM interaction WHERE {accepted})"""
-FIRST_UNKNOWN = """
-    SELECT min(item) FROM interaction WHERE {accepted}
-    AND item NOT IN (SELECT item FROM item_line WHERE item IS NOT NULL)"""
+    SELECT count(*), count(line.item), min(met.item) FILTER (line.item IS NULL)
+    FROM item_met AS met
+    LEFT JOIN (SELECT DISTINCT item FROM item_line) AS line ON line.item = met.item"""
 CHOOSE_LINES = """
     CREATE TABLE item_chosen AS
     SELECT code, item_code.name AS item, count(*) AS lines, count(DISTINCT title) AS titles,
@@ -263,13 +262,15 @@ class RawReader:
         self._run(f"CREATE VIEW interaction AS {interactions}")
         self._run(f"CREATE VIEW item_line AS {items or NO_ITEMS}")
         accepted = self._reject_incomplete(timed)
-        if items:
-            self._check_metadata_matches(accepted)
         unit = self._time_unit(accepted) if timed else None
 
         # Names in sorted order, then in the order of the seed.
         user_names = f'SELECT "user" FROM interaction WHERE {accepted}'
-        item_names = f"SELECT item FROM interaction WHERE {accepted}"
+        self._run(
+            f"CREATE TABLE item_met AS SELECT DISTINCT item FROM interaction WHERE {accepted}"
+        )
+        self._check_metadata_matches()
+        item_names = "SELECT item FROM item_met"
         if whole_catalogue:
             item_names += " UNION SELECT item FROM item_line WHERE coalesce(item, '') <> ''"
         for table, names in [("user_code", user_names), ("item_code", item_names)]:
@@ -481,7 +482,7 @@ class RawReader:
         )
         self.funnel.append({"step": f"items with metadata ({notes})", "items": found})
 
-    def _check_metadata_matches(self, accepted: str) -> None:
+    def _check_metadata_matches(self) -> None:
         """Compare the ids of the metadata with those of the interactions.
 
         A warning is printed if most items with interactions have no metadata.
@@ -489,21 +490,18 @@ class RawReader:
         Raises:
             UsageError: no item with interactions has metadata, and there are lines of it.
         """
-        bought, known = self._run(COUNT_KNOWN.format(accepted=accepted))[0]
+        met, known, item = self._run(COUNT_KNOWN)[0]
         example, lines = self._run("SELECT min(item), count(*) FROM item_line")[0]
-        if not lines or 2 * known >= bought:
+        if not lines or 2 * known >= met:
             return
 
-        item = self._run(FIRST_UNKNOWN.format(accepted=accepted))[0][0]
         ids = f"ids there are such as {example!r}, here such as {item!r}"
         if not known:
             raise UsageError(
                 f"{self._inputs()}: none of the {lines:,} lines of metadata has the id of an item "
                 f"with interactions: {ids}; write both alike, or leave the metadata out"
             )
-        _report(
-            f"warning: only {known:,} of {bought:,} items with interactions have metadata; {ids}"
-        )
+        _report(f"warning: only {known:,} of {met:,} items with interactions have metadata; {ids}")
 
     def _shuffled(self, table: str, salt: int) -> tuple[np.ndarray, pa.Array]:
         """Return an order and the names in this order.
@@ -591,10 +589,9 @@ def _casts(columns: Mapping[str, str]) -> str:
 
 def _why_rejected(error: str, line: str) -> str:
     """Return why DuckDB rejects a line of delimited text, and its beginning."""
-    advice = ""
     if "UNICODE" in error or "ENCOD" in error:
-        advice = " (iconv -f LATIN1 -t UTF-8 FILE converts Latin-1)"
-    return f"{error.lower()}{advice}: {shown(line.encode())}"
+        return not_utf8(line.encode())
+    return f"{error.lower()}: {shown(line.encode())}"
 
 
 def _what_is_wrong(line: bytes) -> str:
@@ -602,7 +599,7 @@ def _what_is_wrong(line: bytes) -> str:
     try:
         line.decode("utf-8")
     except UnicodeDecodeError:
-        return f"not UTF-8 (iconv -f LATIN1 -t UTF-8 FILE converts Latin-1): {shown(line)}"
+        return not_utf8(line)
     return f"no such object: {shown(line)}"
 
 

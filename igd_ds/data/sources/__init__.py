@@ -159,9 +159,11 @@ def _inside(folder: Path) -> list[Path]:
     return [path for path in paths if not path.name.startswith(".")]
 
 
-def _role(kinds: Mapping[str, FileKind], path: Path) -> str | None:
+def _role(kinds: Mapping[str, FileKind], path: Path, generic: bool = True) -> str | None:
+    """Return the role of a file; kinds that take every file count only if `generic`."""
     form, keys = _sniffed(path)
-    return next((role for role, kind in kinds.items() if kind.matches(path, form, keys)), None)
+    asked = {role: kind for role, kind in kinds.items() if generic or not kind.any_file}
+    return next((role for role, kind in asked.items() if kind.matches(path, form, keys)), None)
 
 
 def _sniffed(path: Path) -> tuple[str, list[str]]:
@@ -187,7 +189,7 @@ def _stranger(name: str, path: Path) -> str:
     others = {
         other: role
         for other, source in SOURCES.items()
-        if other not in (name, "csv") and (role := _role(source.files, path))
+        if other != name and (role := _role(source.files, path, generic=False))
     }
     if others:
         # Several sources may have such a file: the one that finds all it needs beside it.

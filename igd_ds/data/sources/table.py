@@ -26,7 +26,7 @@ Columns are found by name. Capital letters, spaces and underscores do not matter
 Which columns are taken is printed. --columns names others: --columns user=kunde item=artikel
 timestamp=bestellt_am. In a file without a header a column is named by its number: --columns user=1
 item=2 timestamp=4. Amazon's files of ratings alone have no header and are recognised. A line
-without user or item, or with nan, null, none or n/a there, is left out and counted.
+without user or item, or with nan, null, none, n/a or such there, is left out and counted.
 
 A time is a number (seconds, milliseconds, micro- or nanoseconds since 1970) or a date such as
 2024-01-31 or 2024-01-31T18:30:00+01:00 (UTC where it says nothing else). Other dates need
@@ -41,7 +41,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import duckdb
@@ -49,6 +49,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from igd_ds.data.dataset import SourceData
+from igd_ds.data.hygiene import MISSING_VALUES
 from igd_ds.data.raw import RawReader
 from igd_ds.data.raw_files import (
     BYTE_ORDER_MARK,
@@ -96,8 +97,6 @@ DELIMITERS = ("\t", ";", "|", ",")
 ASIN = re.compile(r"B[0-9A-Z]{9}|\d{9}[\dX]")
 MAGNITUDES = {10**17: 10**9, 10**14: 10**6}
 """Smallest number of nano- and microseconds since 1973, and how many of them make a second."""
-MISSING = "'', 'nan', 'null', 'none', 'n/a', '<na>', 'nat'"
-"""SQL: what stands for an id that is not known."""
 SNIFFED_LINES = 1000
 """JSON lines whose keys are looked at."""
 NO_TABLES = {
@@ -212,7 +211,7 @@ def open_table(path: Path, given: Mapping[str, str]) -> Table:
             f"{path}: no column of items among {', '.join(table.columns)}: name it, for example "
             "--columns user=COLUMN item=COLUMN timestamp=COLUMN"
         )
-    return Table(table.path, table.form, table.columns, table.delimiter, table.has_header, fields)
+    return replace(table, fields=fields)
 
 
 def _form_of(path: Path, given: Mapping[str, str]) -> Table:
@@ -462,5 +461,5 @@ def _items(table: str, fields: Mapping[str, str]) -> str | None:
 
 def _id(name: str) -> str:
     """Return the SQL of an id: without spaces around it, null where it spells a missing value."""
-    text = f"trim({sql_name(name)})"
-    return f"CASE WHEN lower({text}) IN ({MISSING}) THEN NULL ELSE {text} END"
+    text, missing = f"trim({sql_name(name)})", ", ".join(map(sql_text, sorted(MISSING_VALUES)))
+    return f"CASE WHEN lower({text}) IN ({missing}) THEN NULL ELSE {text} END"
