@@ -35,7 +35,7 @@ import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -64,6 +64,7 @@ from igd_ds.data.bpe import EOS, template_texts, train_bpe
 from igd_ds.data.chains import RowChains
 from igd_ds.data.dataset import InteractionDataset
 from igd_ds.data.prompts import PromptBuilder, Template
+from igd_ds.data.row_trees import build_row_tree
 from igd_ds.engine.step import optimizer_step
 from igd_ds.generative_training import TokenLoss
 from igd_ds.items.catalogue import Catalogue
@@ -170,6 +171,49 @@ class Work:
             labels = inputs.labels[0, :length].tolist()
             examples.append({"input_ids": inputs.input_ids[0, :length].tolist(), "labels": labels})
         return examples
+
+
+def order_costs(folder: Path, tokenizer: Any, sizes: Sizes) -> list[str]:
+    """Return lines on what trees and chains cost the host, and how equal the ranks' trees are."""
+    random = np.random.default_rng(0)
+    rows = [random.integers(0, 50_000, 200) for _ in range(64)]
+    for row, shared in zip(rows[1:], random.integers(0, 200, 63), strict=True):
+        row[:shared] = rows[0][:shared]
+    build = median_ms(lambda: build_row_tree(rows, np.full(64, 10)))
+
+    # An epoch of the Alpaca frame, in global batches of four micro-batches.
+    work = Work.build(folder, tokenizer, "alpaca", sizes)
+    train, micro_batch = work.tree.split, sizes.micro_batch
+    prompts, columns = work.tree.prompts, work.tree.columns
+    link = median_ms(lambda: RowChains.build(train, prompts, columns))
+    order = median_ms(lambda: work.chains.epoch(4 * micro_batch, seed=0, epoch=0))
+    batches = work.chains.epoch(4 * micro_batch, seed=0, epoch=0)
+    lines = [
+        f"tree of 64 × 200 tokens {build:.2f} ms; {len(train):,} rows: chains {link:.0f} ms, "
+        f"order of an epoch {order:.0f} ms"
+    ]
+
+    for ranks in (2, 4):
+        shares = []
+        for batch in batches[:200]:
+            dealt = [work.chains.deal(batch, rank, ranks, micro_batch) for rank in range(ranks)]
+            nodes = [sum(map(work.chains.num_nodes, parts)) for parts in dealt]
+            shares.append(max(nodes) / statistics.mean(nodes) - 1)
+        lines.append(
+            f"{ranks} ranks × {4 // ranks} accumulation steps of {micro_batch} rows: the largest "
+            f"rank has {statistics.mean(shares):.0%} more nodes than the mean"
+        )
+    return lines
+
+
+def median_ms(function: Callable[[], object]) -> float:
+    """Return the median time of five calls, in milliseconds."""
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return 1000 * statistics.median(times)
 
 
 def load_tokenizer(model: str, folder: Path) -> Any:
@@ -402,6 +446,9 @@ def main() -> None:
         folders = in_fork(prepare_datasets, arguments.data, Path(out), arguments.quick)
         for (dataset, frame), sides in (QUICK_SIDES if arguments.quick else SIDES).items():
             tokenizer = in_fork(load_tokenizer, arguments.model, folders[dataset])
+            if frame == "alpaca":
+                costs = in_fork(order_costs, folders[dataset], tokenizer, sizes)
+                print(f"{dataset}:", *costs, sep="\n  ", flush=True)
             for side in sides:
                 if side != "sft" or has_trl:
                     found = in_fork(measure, folders[dataset], tokenizer, frame, side, sizes)
