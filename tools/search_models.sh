@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Trains the models that tools/bench/search.py and docs/search.md search with: books-small and
-# industrial (titles), instruments (semantic IDs). Each is a Qwen2 of 5 M parameters, trained on two
-# CPU ranks; all three take about 45 minutes on two idle cores. The last one is SmolLM2-135M, a
-# pretrained model, fine-tuned on games-2015 for 300 steps of 8 rows: about an hour on one core.
-# After an interruption, start it again and it goes on. It needs the virtual environment's bin folder on the PATH.
+# industrial (titles), instruments (semantic IDs). Each is a Qwen2 of 5 M parameters, trained on row
+# trees. The last one is SmolLM2-135M, a pretrained model, fine-tuned on games-2015 for 300 steps of
+# 8 rows: about an hour on one core. After an interruption, start it again and it goes on. RANKS is
+# the number of CPU processes. It needs the virtual environment's bin folder on the PATH.
 #
-#   tools/search_models.sh ../shared/data [runs/search]
+#   [RANKS=2] tools/search_models.sh ../shared/data [runs/search]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 data="$1" out="${2:-runs/search}"
@@ -19,10 +19,10 @@ prepare() {  # NAME DOMAIN MAX_HISTORY NUM_USERS [options of igd tokenizer]
 }
 
 train() {  # NAME [options of igd train]
-    torchrun --standalone --nproc_per_node 2 igd_ds/train.py --ds_config ds_configs/zero1-fp32.json \
+    torchrun --standalone --nproc_per_node "${RANKS:-2}" igd_ds/train.py --ds_config ds_configs/zero1-fp32.json \
         --dataset "$out/$1/data" --model_config tools/models/qwen2-5m.json \
         --tokenizer "$out/$1/tokenizer" --max_length 512 --validation_rows 500 --patience 0 --seed 0 \
-        --packing rows --batching rows --log_every 50 --output_dir "$out/$1/run" --resume auto "${@:2}"
+        --log_every 50 --output_dir "$out/$1/run" --resume auto "${@:2}"
 }
 
 prepare books-small books 5 5000
