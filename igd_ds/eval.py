@@ -40,6 +40,7 @@ from igd_ds.evaluation.parts import (
     write_part,
 )
 from igd_ds.evaluation.recommender import Recommender
+from igd_ds.evaluation.results import PROBABILITY, SCORE
 from igd_ds.folders import read_json_object
 from igd_ds.search.engine import check_limits
 
@@ -114,9 +115,11 @@ def build_task(config: EvalConfig) -> RankingTask:
     """
     recommender = Recommender(config)
     scoring = recommender.scoring(config.scoring_options())
-    if config.search == "exact":
+    is_probability = scoring.is_probability and not config.guidance
+    method = scoring.method(config.search, guided=bool(config.guidance))
+    if method == "exact":
         scoring.refuse_exact()
-    check_limits(config, config.num_beams, config.search)
+    check_limits(config, config.num_beams, method)
     check_memory(config, len(recommender.tokenizer))
 
     split = recommender.dataset.splits[config.split]
@@ -129,7 +132,8 @@ def build_task(config: EvalConfig) -> RankingTask:
         names, dataset = config.guidance_ids, recommender.dataset
         scores = ItemScores.read(config.guidance, names, dataset, config.split, ids)
         guidance = scores, config.guidance_weight
-    task = RankingTask(recommender, split, rows, lists, guidance)
+    meaning = PROBABILITY if is_probability else SCORE
+    task = RankingTask(recommender, split, rows, lists, guidance, method, meaning)
     distributed.on_main(lambda: check_every_row(config, task))
     return task
 
@@ -190,7 +194,13 @@ def search_rows(config: EvalConfig, task: RankingTask, parts: Path) -> tuple[int
             rows = batches[path]
             histories, per_user = [task.split.history(row) for row in rows], task.per_user(rows)
             found = recommender.search(
-                histories, scoring, config.num_beams, config.search, per_user, config
+                histories,
+                scoring,
+                config.num_beams,
+                task.search,
+                per_user,
+                config,
+                targets=task.target_leaves(rows),
             )
             write_part(path, part_table(task, rows, config.alpha, found, per_user.item_filter))
             bar.update(len(rows))

@@ -36,8 +36,8 @@ PART_SCHEMA = LIST_SCHEMA.append(pa.field("by_beam", pa.bool_()))
 # recognised by their content.
 REQUEST = (
     "split", "alpha", "search", "num_beams", "decoding_rule", "length_penalty", "softmax",
-    "temperature", "popularity_prior", "guidance_weight", "pass_positions", "row_positions",
-    "batch_size", "num_rows", "seed", "dtype",
+    "temperature", "renormalise", "popularity_prior", "guidance_weight", "pass_positions",
+    "row_positions", "coverage", "batch_size", "num_rows", "seed", "dtype",
 )  # fmt: skip
 REQUEST_FILES = ("guidance", "item_filter")
 
@@ -54,6 +54,15 @@ class RankingTask:
     """Items that rows may or may not get."""
     guidance: tuple[ItemScores, float] | None
     """A second scorer's item probabilities and their weight."""
+    search: str
+    """A method of `igd_ds.search.engine`."""
+    scores: str
+    """What the lists' scores are, PROBABILITY or SCORE."""
+
+    def target_leaves(self, rows: np.ndarray) -> np.ndarray:
+        """Return the trie leaf of each row's target, int (B,)."""
+        leaves: np.ndarray = self.recommender.stored.trie.leaf_of_item[self.split.targets[rows]]
+        return leaves
 
     def per_user(self, rows: np.ndarray) -> PerUser:
         """Return the item filter and the guidance of a batch of rows (B,)."""
@@ -83,6 +92,7 @@ def request_of(config: EvalConfig, task: RankingTask) -> dict[str, Any]:
         request["guidance_ids"] = sha256_of(Path(config.guidance_ids))
     return request | {
         "alpha": list(config.alpha),
+        "search": task.search,
         "softmax": "masked" if scoring.masked_softmax else "full",
         "temperature": scoring.temperature,
         "max_length": recommender.max_length,
@@ -155,8 +165,8 @@ def write_part(path: Path, table: pa.Table) -> None:
         pq.write_table(table, temporary, write_page_checksum=True)
 
 
-def read_part(path: Path) -> tuple[pa.Table, dict[str, int]]:
-    """Return the lists of a batch and the search's counts.
+def read_part(path: Path) -> tuple[pa.Table, dict[str, float]]:
+    """Return the lists of a batch and the search's counts, and the NLL of its targets.
 
     Raises:
         OSError or ValueError: the file is damaged.
@@ -206,7 +216,9 @@ def part_table(
         beam = found.beam_leaves, found.beam_scores, unproven
         tables.append(_lists_table(task, rows, alphas, *beam, allowed, by_beam=True))
 
-    counts = {name: int(values.sum()) for name, values in found.counts.items()}
+    counts: dict[str, float] = {name: int(n.sum()) for name, n in found.counts.items()}
+    assert found.target_logprobs is not None, "asked for"
+    counts["target_nll"] = -float(found.target_logprobs.double().sum())
     return pa.concat_tables(tables).replace_schema_metadata({"counts": json.dumps(counts)})
 
 
@@ -254,16 +266,21 @@ def finish(config: EvalConfig, task: RankingTask, output: Path, timing: dict[str
     request = json.loads((output / "request.json").read_text())
     settings = {name: request[name] for name in (*REQUEST, *REQUEST_FILES)}
     settings["dataset"] = recommender.dataset.info["name"]
-    settings["search_per_row"] = {
-        name: sum(part[name] for part in counts) / len(task.rows) for name in counts[0]
-    }
+    settings["scores"] = task.scores
+    per_row = {name: sum(part[name] for part in counts) / len(task.rows) for name in counts[0]}
+    nll = per_row.pop("target_nll")
+    settings["search_per_row"] = per_row
+    depth = recommender.stored.trie.depth[task.target_leaves(task.rows)]
+    settings["target_nll"] = nll
+    settings["target_perplexity_per_token"] = float(np.exp(nll / depth.mean()))
 
     def lists_by_alpha() -> Iterator[tuple[float, pa.Table, pa.Table | None]]:
         for alpha in config.alpha:
             both = table.filter(pc.equal(table["alpha"], alpha))
             both = both.sort_by([("row_id", "ascending"), ("rank", "ascending")])
             lists = both.filter(pc.invert(both["by_beam"])).select(LIST_SCHEMA.names)
-            yield alpha, lists, both.filter(both["by_beam"]) if config.search == "exact" else None
+            by_beam = both.filter(both["by_beam"])
+            yield alpha, lists, by_beam if len(by_beam) else None
 
     run = Path(config.model).resolve().parent
     ranked = Ranked(
