@@ -31,8 +31,8 @@ class BestFirst:
     prefix holds the probabilities of all items under it, its *mass*. Let t be the K-th largest of
     {mass / j : open prefixes, j = 1 … K} and the found items' probabilities. K items above t would
     need more mass than there is, so the K-th best item has at most t, and a prefix with more than t
-    must be read for the proof, whatever else is read. Only such prefixes are wanted: no order of
-    reading proves the list with fewer.
+    must be read for the proof, whatever else is read. If only such prefixes were read, no order of
+    reading would prove the list with fewer. Those with more than EARLY · t are read too.
 
     Args:
         frontier: the batch's frontier. Nodes that another search has expanded cost nothing here.

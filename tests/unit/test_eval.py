@@ -450,11 +450,11 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_bytes(evaluate, monk
     _, whole = evaluate(*flags, output="whole")
     searched, calls = Recommender.search, []
 
-    def killed_in_the_second_call(*arguments):
+    def killed_in_the_second_call(*arguments, **options):
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return searched(*arguments)
+        return searched(*arguments, **options)
 
     monkeypatch.setattr(Recommender, "search", killed_in_the_second_call)
     with pytest.raises(KeyboardInterrupt):
