@@ -110,7 +110,7 @@ def _drawn(
 ) -> np.ndarray:
     """Draw places without replacement, each with a probability that follows its weight.
 
-    The largest sums of log weight and Gumbel noise are such a draw (Kool et al. 2019).
+    The largest sums of log weight and Gumbel noise are such a draw (Kool et al.).
 
     Args:
         log_weight: float64 (L,); −∞ is never drawn.
