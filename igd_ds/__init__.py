@@ -14,11 +14,13 @@ each other (`tests/unit/test_structure.py` checks both):
     → backbones · data · engine
     → objectives · search · baselines · semantic_ids
     → train_config · eval_config · baseline_config
+    → prefer_config
     → evaluation
     → studies
     → loop · training_inputs
     → generative_training · sequential_training
-    → train · eval · baseline
+    → preference
+    → train · prefer · eval · baseline
     → commands → cli
 
 | part | what it is for |
@@ -47,7 +49,8 @@ each other (`tests/unit/test_structure.py` checks both):
 | `loop` | the training loop |
 | `training_inputs` | what a training begins with: dataset, tokenizer, weights, catalogue |
 | `generative_training`, `sequential_training` | what it trains: language models, baselines |
-| `train`, `eval`, `baseline` | entries, each with its settings in `…_config` |
+| `preference` | preference training: reference, negatives, loss |
+| `train`, `prefer`, `eval`, `baseline` | entries, each with its settings in `…_config` |
 | `commands`, `cli` | the command `igd` and its subcommands |
 
 Example:

@@ -21,6 +21,7 @@ COMMANDS = {
     "stats": ("igd_ds.commands.stats", "statistics of a catalogue and its trie"),
     "show": ("igd_ds.commands.show", "one item's tokens and their information gain"),
     "train": ("igd_ds.train", "train a generative recommender"),
+    "prefer": ("igd_ds.prefer", "train a trained model on preferences between items"),
     "baseline": ("igd_ds.baseline", "train and evaluate a sequential baseline"),
     "eval": ("igd_ds.eval", "rank the whole catalogue and measure the lists"),
     "sweep": ("igd_ds.commands.sweep", "a table of trainings and evaluations"),

@@ -2,11 +2,11 @@
 
 import dataclasses
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from igd_ds.backbones.saved import (
     DESCRIPTION_FILE,
     write_manifest,
 )
+from igd_ds.config.training import LoopOptions
 from igd_ds.contracts import (
     MASKED_ROW,
     Backbone,
@@ -37,6 +38,7 @@ from igd_ds.data.batches import (
     steps_per_epoch,
 )
 from igd_ds.data.chains import RowChains
+from igd_ds.data.dataset import Split
 from igd_ds.data.prompts import PromptBuilder
 from igd_ds.engine.export import save_model
 from igd_ds.engine.step import StepSums
@@ -47,6 +49,9 @@ from igd_ds.items.store import load_catalogue
 from igd_ds.objectives import OBJECTIVES
 from igd_ds.train_config import TrainConfig
 from igd_ds.training_inputs import Inputs
+
+A = TypeVar("A")
+R = TypeVar("R")
 
 OBJECTIVE_FILE = "objective.json"
 """In RUN/model: the objective's state, where it has one (λ of multi-target, τ of msl)."""
@@ -168,12 +173,7 @@ class GenerativeTraining:
             train, prompts, columns, pad, encoder_decoder, as_tree, null_prompt
         )
         valid_rows = dataclasses.replace(self.collator, split=valid, null_prompt=None)
-        self.order: ShuffledRows | RowChains
-        if inputs.batching == "chains":
-            self.order = RowChains.build(train, prompts, columns)
-        else:
-            lengths = prompts.lengths(train) + np.diff(catalogue.offsets)[train.targets]
-            self.order = ShuffledRows(lengths, config.length_grouping)
+        self.order = row_order(inputs, train, prompts, columns, config.length_grouping)
 
         self.loss = TokenLoss(backbone, self.objective, context)
         self.validation = ValidationTask(backbone, self.objective, context, valid_rows)
@@ -193,17 +193,14 @@ class GenerativeTraining:
         The rows of a step follow from the step's number alone: that is all a resumed run needs to
         know.
         """
-        with ThreadPoolExecutor(1) as pool:
-            pending: Future[list[Batch]] | None = None
-            for step in range(first, self.total_steps):
-                if pending is None or step % self.steps_per_epoch == 0:
-                    order = self._order(step // self.steps_per_epoch)
-                following = pool.submit(self._collate, order[step % self.steps_per_epoch])
-                if pending is not None:
-                    yield pending.result()
-                pending = following
-            if pending is not None:
-                yield pending.result()
+        yield from one_ahead(self._collate, self._rows(first))
+
+    def _rows(self, first: int) -> Iterator[np.ndarray]:
+        """Yield the rows of steps `first`, `first` + 1, …"""
+        for step in range(first, self.total_steps):
+            if step == first or step % self.steps_per_epoch == 0:
+                order = self._order(step // self.steps_per_epoch)
+            yield order[step % self.steps_per_epoch]
 
     def _order(self, epoch: int) -> np.ndarray:
         return self.order.epoch(self.config.global_batch_size, self.config.seed, epoch)
@@ -235,37 +232,22 @@ class GenerativeTraining:
 
     def validate(self, engine: Any) -> dict[str, float]:
         """Measure the validation metric on a seeded sample of the validation rows."""
-        config, world = self.config, distributed.world_size()
-        rows = sample_rows(len(self.validation.rows.split), config.validation_rows, config.seed)
-        micro = engine.train_micro_batch_size_per_gpu()
-        rows = np.concatenate([rows, np.full(-len(rows) % (micro * world), MASKED_ROW)])
-        batches = deal(rows, distributed.rank(), world, micro)
-
-        engine.eval()
-        with torch.no_grad():
-            values = VALIDATIONS[config.validation_metric](engine, self.validation, batches)
-        engine.train()
-        return values
+        return validated(engine, self.validation, self.config.validation_metric, self.config)
 
     def save(self, engine: Any) -> None:
         """Save RUN/model: weights or adapter, tokenizer, catalogue, description."""
         save_model(engine, self.run / "model", bool(self.config.lora_r), self._save_extras)
 
     def _save_extras(self, folder: Path) -> None:
-        self.inputs.tokenizer.save_pretrained(folder)
-        shutil.copytree(self.run / "catalogue", folder / "catalogue")
-        write_json(folder / DESCRIPTION_FILE, self.description())
+        save_extras(folder, self.run, self.inputs.tokenizer, self.description())
         if state := self.objective.state_dict():
             write_json(folder / OBJECTIVE_FILE, state)
         write_manifest(folder)
 
     def description(self) -> dict[str, Any]:
         """Return what an evaluation needs beside Hugging Face's own files."""
-        base = None
-        if (self.run / BASE_FILE).is_file():
-            base = read_json_object(self.run / BASE_FILE, "restore it, or start a new run")
         return {
-            "base": base,
+            "base": base_of_run(self.run),
             "prompt": self.inputs.template.as_dict(),
             "max_length": self.config.max_length,
             "max_title_tokens": self.config.max_title_tokens,
@@ -284,6 +266,63 @@ class GenerativeTraining:
         """Restore the objective's state."""
         if state:
             self.objective.load_state_dict(state)
+
+
+def row_order(
+    inputs: Inputs,
+    split: Split,
+    prompts: PromptBuilder,
+    columns: TokenColumns,
+    length_grouping: bool,
+) -> ShuffledRows | RowChains:
+    """Return the order in which a training meets the rows of a split."""
+    if inputs.batching == "chains":
+        return RowChains.build(split, prompts, columns)
+    lengths = prompts.lengths(split) + np.diff(columns.offsets)[split.targets]
+    return ShuffledRows(lengths, length_grouping)
+
+
+def one_ahead(make: Callable[[A], R], arguments: Iterable[A]) -> Iterator[R]:
+    """Yield make(argument) of each argument; the next is made meanwhile, in a thread."""
+    with ThreadPoolExecutor(1) as pool:
+        pending: Future[R] | None = None
+        for argument in arguments:
+            following = pool.submit(make, argument)
+            if pending is not None:
+                yield pending.result()
+            pending = following
+        if pending is not None:
+            yield pending.result()
+
+
+def validated(
+    engine: Any, task: ValidationTask, metric: str, options: LoopOptions
+) -> dict[str, float]:
+    """Measure a metric of VALIDATIONS on a seeded sample of the validation rows; all ranks."""
+    world, micro = distributed.world_size(), engine.train_micro_batch_size_per_gpu()
+    rows = sample_rows(len(task.rows.split), options.validation_rows, options.seed)
+    rows = np.concatenate([rows, np.full(-len(rows) % (micro * world), MASKED_ROW)])
+    batches = deal(rows, distributed.rank(), world, micro)
+
+    engine.eval()
+    with torch.no_grad():
+        values = VALIDATIONS[metric](engine, task, batches)
+    engine.train()
+    return values
+
+
+def save_extras(folder: Path, run: Path, tokenizer: Any, description: Mapping[str, Any]) -> None:
+    """Put tokenizer, catalogue and description beside saved weights."""
+    tokenizer.save_pretrained(folder)
+    shutil.copytree(run / "catalogue", folder / "catalogue")
+    write_json(folder / DESCRIPTION_FILE, description)
+
+
+def base_of_run(run: Path) -> dict[str, Any] | None:
+    """Return the record of the pretrained weights that a run began with; None for random ones."""
+    if not (run / BASE_FILE).is_file():
+        return None
+    return read_json_object(run / BASE_FILE, "restore it, or start a new run")
 
 
 def ratio(numerator: float, denominator: float) -> float:

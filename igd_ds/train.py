@@ -6,7 +6,6 @@
 Parse → dataset → catalogue → objective → model → engine → the loop (igd_ds/loop.py) → RUN/model.
 """
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from igd_ds.errors import end_without_working_folder
 if __name__ == "__main__":
     end_without_working_folder()
 
-import torch
 import transformers
 
 from igd_ds import distributed, loop
@@ -25,13 +23,19 @@ from igd_ds.backbones.saved import (
 )
 from igd_ds.config.options import parse
 from igd_ds.distributed import say
-from igd_ds.engine.build import initialize, loading_context
+from igd_ds.engine.build import initialize
 from igd_ds.engine.checkpoint import check_disk_space, newest_checkpoint
-from igd_ds.engine.ds_config import DsConfig, dtype_of, resolve_ds_config
+from igd_ds.engine.ds_config import DsConfig, resolve_ds_config
 from igd_ds.generative_training import GenerativeTraining
 from igd_ds.run_folder import claim_run_folder, read_summary
 from igd_ds.train_config import TrainConfig
-from igd_ds.training_inputs import Inputs, build_catalogue, load_inputs, record_base
+from igd_ds.training_inputs import (
+    Inputs,
+    build_catalogue,
+    build_model,
+    load_inputs,
+    record_base,
+)
 
 
 def main() -> int:
@@ -51,7 +55,7 @@ def main() -> int:
 
     # Build what is trained, then go on from the newest checkpoint or begin.
     training = GenerativeTraining(config, run, inputs, ds["train_micro_batch_size_per_gpu"])
-    model = build_model(config, ds, inputs)
+    model = build_model(config, config.seed, ds, inputs)
     engine = initialize(model, config, ds, training.total_steps)
     lora = bool(config.lora_r)
     state = loop.resume(engine, training, run, tag, inputs.dataset.fingerprint, lora)
@@ -78,24 +82,6 @@ def open_run_folder(
     if inputs.origin:
         record_base(run / BASE_FILE, inputs.origin, bool(tag and config.lora_r))
     return tag, ""
-
-
-def build_model(config: TrainConfig, ds: DsConfig, inputs: Inputs) -> torch.nn.Module:
-    """Build the model with the same random weights and LoRA matrices on every rank."""
-    options = config
-    if inputs.origin and not inputs.origin.adapter:
-        options = dataclasses.replace(config, revision=inputs.origin.revision)
-    whole = config.load_in_4bit or bool(config.lora_r and inputs.added_ids)
-    with loading_context(ds, whole):
-        torch.manual_seed(config.seed)
-        return inputs.backbone.build(
-            options,
-            inputs.model_config,
-            dtype_of(ds),
-            distributed.device(),
-            inputs.added_ids,
-            config.seed,
-        )
 
 
 if __name__ == "__main__":

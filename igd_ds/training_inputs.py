@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from igd_ds import distributed
 from igd_ds.backbones import backbone_of, read_model_config
@@ -22,11 +23,14 @@ from igd_ds.backbones.saved import (
     weights_sha256,
 )
 from igd_ds.backbones.tokenizer import added_token_ids, as_saved, load_tokenizer
+from igd_ds.config.model import ModelOptions
 from igd_ds.contracts import Backbone
 from igd_ds.data.cut_titles import with_cut_titles
 from igd_ds.data.dataset import InteractionDataset
 from igd_ds.data.prompts import AS_TARGET, Template
 from igd_ds.distributed import say
+from igd_ds.engine.build import loading_context
+from igd_ds.engine.ds_config import DsConfig, dtype_of
 from igd_ds.errors import UsageError
 from igd_ds.folders import read_json_object, write_json
 from igd_ds.items.catalogue import Catalogue
@@ -34,6 +38,7 @@ from igd_ds.items.decisiveness import edge_gain
 from igd_ds.items.shared_paths import SharedPaths, item_texts
 from igd_ds.items.store import StoredCatalogue, save_catalogue
 from igd_ds.items.trie import TokenTrie
+from igd_ds.prefer_config import PreferConfig
 from igd_ds.train_config import TrainConfig
 
 if TYPE_CHECKING:
@@ -99,7 +104,7 @@ def load_inputs(config: TrainConfig) -> Inputs:
     )
 
 
-def packing_of(config: TrainConfig, backbone: Backbone, model_config: Any) -> str:
+def packing_of(config: TrainConfig | PreferConfig, backbone: Backbone, model_config: Any) -> str:
     """Return "tree" or "rows": what is asked for, or row trees where the model can be trained so.
 
     Raises:
@@ -230,3 +235,20 @@ def build_catalogue(folder: Path, config: TrainConfig, inputs: Inputs) -> None:
         f"catalogue: {catalogue.num_items} items, {trie.num_nodes} trie nodes, "
         f"{stored.zero_gain.mean():.1%} zero-gain tokens"
     )
+
+
+def build_model(options: ModelOptions, seed: int, ds: DsConfig, inputs: Inputs) -> torch.nn.Module:
+    """Build the model with the same random weights and LoRA matrices on every rank."""
+    if inputs.origin and not inputs.origin.adapter:
+        options = dataclasses.replace(options, revision=inputs.origin.revision)
+    whole = options.load_in_4bit or bool(options.lora_r and inputs.added_ids)
+    with loading_context(ds, whole):
+        torch.manual_seed(seed)
+        return inputs.backbone.build(
+            options,
+            inputs.model_config,
+            dtype_of(ds),
+            distributed.device(),
+            inputs.added_ids,
+            seed,
+        )

@@ -9,7 +9,41 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelOptions:
+class TuningOptions:
+    """How a model's weights are trained: attention kernel, memory, adapter."""
+
+    trust_remote_code: bool = option("run Python code that comes with the model", False)
+    attn_implementation: str = option(
+        "attention kernel; auto: sdpa if the model has it, else eager",
+        "auto",
+        ("auto", "sdpa", "eager", "flash_attention_2"),
+    )
+    gradient_checkpointing: bool = option(
+        "recompute activations in the backward pass to save memory", False
+    )
+
+    lora_r: int = option("LoRA rank; 0: train all weights", 0)
+    lora_alpha: int = option("LoRA scale numerator", 64)
+    lora_dropout: float = option("dropout before the LoRA matrices", 0.05)
+    lora_targets: str = option("comma-separated module names, or all-linear", "all-linear")
+    load_in_4bit: bool = option(
+        "NF4 base weights with double quantisation (QLoRA; needs lora_r)", False
+    )
+
+    def check(self) -> None:
+        """Raise UsageError for values that no model can be trained with."""
+        require(self, "lora_alpha", lambda value: value >= 1, "must be at least 1")
+        require(self, "lora_r", lambda value: value >= 0, "must not be negative")
+        require(self, "lora_dropout", lambda value: 0 <= value < 1, "must lie in [0, 1)")
+        for name in ("lora_alpha", "lora_dropout", "lora_targets"):
+            if getattr(self, name) != getattr(TuningOptions, name) and not self.lora_r:
+                raise UsageError(f"--{name} has no effect without --lora_r")
+        if self.load_in_4bit and not self.lora_r:
+            raise UsageError("--load_in_4bit trains adapters on a frozen base: give --lora_r too")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(TuningOptions):
     """The generative model that a training starts from."""
 
     model_name_or_path: str = option(
@@ -22,25 +56,8 @@ class ModelOptions:
         "model config (JSON file or folder) to train from random weights instead", ""
     )
     tokenizer: str = option("tokenizer folder or hub name; default: model_name_or_path", "")
-    trust_remote_code: bool = option("run Python code that comes with the model", False)
-    attn_implementation: str = option(
-        "attention kernel; auto: sdpa if the model has it, else eager",
-        "auto",
-        ("auto", "sdpa", "eager", "flash_attention_2"),
-    )
-    gradient_checkpointing: bool = option(
-        "recompute activations in the backward pass to save memory", False
-    )
     max_length: int = option(
         "tokens of prompt + target; the history is cut oldest-first to fit", 512
-    )
-
-    lora_r: int = option("LoRA rank; 0: train all weights", 0)
-    lora_alpha: int = option("LoRA scale numerator", 64)
-    lora_dropout: float = option("dropout before the LoRA matrices", 0.05)
-    lora_targets: str = option("comma-separated module names, or all-linear", "all-linear")
-    load_in_4bit: bool = option(
-        "NF4 base weights with double quantisation (QLoRA; needs lora_r)", False
     )
 
     def check(self) -> None:
@@ -54,19 +71,12 @@ class ModelOptions:
             raise UsageError("--revision has no effect with --model_config: leave it out")
         if self.model_config and not self.tokenizer:
             raise UsageError("--model_config has no tokenizer of its own: give --tokenizer")
-        require(self, "max_length lora_alpha", lambda value: value >= 1, "must be at least 1")
-        require(self, "lora_r", lambda value: value >= 0, "must not be negative")
-        require(self, "lora_dropout", lambda value: 0 <= value < 1, "must lie in [0, 1)")
-
-        for name in ("lora_alpha", "lora_dropout", "lora_targets"):
-            if getattr(self, name) != getattr(ModelOptions, name) and not self.lora_r:
-                raise UsageError(f"--{name} has no effect without --lora_r")
+        require(self, "max_length", lambda value: value >= 1, "must be at least 1")
+        TuningOptions.check(self)
         if self.lora_r and self.model_config:
             raise UsageError(
                 "--lora_r adapts pretrained weights: give --model_name_or_path, not --model_config"
             )
-        if self.load_in_4bit and not self.lora_r:
-            raise UsageError("--load_in_4bit trains adapters on a frozen base: give --lora_r too")
 
 
 @dataclass(frozen=True, kw_only=True)

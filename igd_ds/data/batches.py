@@ -174,6 +174,26 @@ class Collator:
             null, null_index = self._null(items, labelled)
         return self._batch(prompts, items, labelled, rows, null, null_index)
 
+    def branches(self, rows: np.ndarray, items: np.ndarray) -> Batch:
+        """Return a batch with several items behind the prompt of each row.
+
+        In the batch, each item is a row of its own. In a row tree they are branches behind one
+        prompt, which is read once.
+
+        Args:
+            rows: int64 (B,), ids of the split, or MASKED_ROW.
+            items: int64 (B, W), the items behind each prompt. Those of masked rows are not read.
+        """
+        prompts = [self.prompts.encode(self.split.history(row)) for row in np.maximum(rows, 0)]
+        width = items.shape[1]
+        labelled = np.repeat(rows != MASKED_ROW, width)
+        return self._batch(
+            [prompt for prompt in prompts for _ in range(width)],
+            np.where(labelled, items.ravel(), 0).astype(np.int64),
+            labelled,
+            np.repeat(rows, width),
+        )
+
     def _batch(
         self,
         prompts: list[np.ndarray],

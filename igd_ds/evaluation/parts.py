@@ -138,7 +138,7 @@ def claim_output_folder(output: Path, config: EvalConfig, task: RankingTask) -> 
     else:
         (output / "parts").mkdir(exist_ok=True)
         remove_temporaries(output / "parts")
-        _remove_damaged(output / "parts")
+        remove_damaged(output / "parts", "batch-*.parquet")
     return finished
 
 
@@ -160,13 +160,13 @@ def _read_request(path: Path) -> dict[str, Any]:
 
 
 def write_part(path: Path, table: pa.Table) -> None:
-    """Write the lists of a batch atomically, with checksums that `read_part` checks."""
+    """Write a finished part of the work atomically, with checksums that `read_part` checks."""
     with new_file(path) as temporary:
         pq.write_table(table, temporary, write_page_checksum=True)
 
 
 def read_part(path: Path) -> tuple[pa.Table, dict[str, float]]:
-    """Return the lists of a batch and the search's counts, and the NLL of its targets.
+    """Return a part and the counts in its metadata.
 
     Raises:
         OSError or ValueError: the file is damaged.
@@ -177,17 +177,17 @@ def read_part(path: Path) -> tuple[pa.Table, dict[str, float]]:
     return table.replace_schema_metadata(), json.loads(counts)
 
 
-def _remove_damaged(parts: Path) -> None:
-    """Remove the lists of batches whose bytes have changed, with a warning.
+def remove_damaged(parts: Path, pattern: str) -> None:
+    """Remove the parts of a finished work whose bytes have changed, with a warning.
 
-    These batches are searched again.
+    These parts are made again.
     """
-    for path in sorted(parts.glob("batch-*.parquet")):
+    for path in sorted(parts.glob(pattern)):
         try:
             read_part(path)
         except (OSError, ValueError) as error:
             why = str(error).partition("\n")[0]
-            print(f"warning: {path} is damaged ({why}): this batch is searched again", flush=True)
+            print(f"warning: {path} is damaged ({why}): it is made again", flush=True)
             path.unlink()
 
 

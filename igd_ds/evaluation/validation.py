@@ -6,7 +6,7 @@ batches.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from igd_ds import distributed
 from igd_ds.config.search import ScoringOptions
-from igd_ds.contracts import MASKED_ROW, Backbone, Batch, Objective, ObjectiveContext
+from igd_ds.contracts import MASKED_ROW, Backbone, Batch, Likelihood, ObjectiveContext
 from igd_ds.data.batches import Collator
 from igd_ds.evaluation import metrics
 from igd_ds.items.store import StoredCatalogue
@@ -27,12 +27,22 @@ GAIN_GROUPS = ("zero", *range(10))
 NUM_BEAMS = 10
 
 
+class Measure(Protocol):
+    """The token probabilities that a validation measures; an Objective has them."""
+
+    def nll(self, batch: Batch, logits: torch.Tensor, context: ObjectiveContext) -> torch.Tensor:
+        """Return the unweighted NLL of the labelled tokens in nats, float32 (n,)."""
+
+    def likelihood(self) -> Likelihood:
+        """Return how the model is searched."""
+
+
 @dataclass(frozen=True)
 class ValidationTask:
     """What a validation measures with."""
 
     backbone: Backbone
-    objective: Objective
+    objective: Measure
     context: ObjectiveContext
     rows: Collator
     """Collates rows of the validation split."""

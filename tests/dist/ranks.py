@@ -27,6 +27,7 @@ def warm_up() -> None:
 
     import igd_ds.baseline
     import igd_ds.eval
+    import igd_ds.prefer
     import igd_ds.train  # noqa: F401
 
     transformers.AutoModelForCausalLM  # noqa: B018  lazy: touching it imports it

@@ -1,0 +1,284 @@
+"""What the loop trains for `igd prefer`: chosen and rejected items as branches behind one prompt.
+
+Letters in shapes: B rows of a micro-batch, J rejected items of a row, n labelled tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import igd_ds
+from igd_ds import distributed
+from igd_ds.backbones.saved import write_manifest
+from igd_ds.contracts import MASKED_ROW, Batch, LossTerms, ObjectiveContext, StepTotals
+from igd_ds.data.batches import Collator, TokenColumns, steps_per_epoch
+from igd_ds.data.negatives import BEAM
+from igd_ds.data.prompts import PromptBuilder
+from igd_ds.engine.ds_config import DsConfig, dtype_of
+from igd_ds.engine.export import save_model
+from igd_ds.engine.step import StepSums
+from igd_ds.evaluation.validation import ValidationTask
+from igd_ds.generative_training import (
+    base_of_run,
+    one_ahead,
+    ratio,
+    row_order,
+    save_extras,
+    validated,
+)
+from igd_ds.items.search_trie import SearchTrie
+from igd_ds.objectives.preference import PREFERENCES, ItemLikelihood, choice_kl, per_item
+from igd_ds.prefer_config import PreferConfig
+from igd_ds.preference.live_search import LiveSearch
+from igd_ds.preference.pairs import ItemScorer, PairMaker, Pairs
+from igd_ds.preference.start import Start
+
+TARGETS = ("preference", "sft")
+
+TAGS = {
+    "train/loss_preference": "nats per row: the loss of --objective",
+    "train/loss_sft": "nats per row: NLL of the chosen item, which --sft_weight weighs",
+    "train/margin": "mean of β(Δ₊ − Δ_j) over pairs; Δ = log π − log π_ref of an item",
+    "train/preference_accuracy": "share of pairs with a positive margin, 0 to 1",
+    "train/logratio_chosen": "nats: mean Δ of the chosen items",
+    "train/logratio_rejected": "nats: mean Δ of the rejected items",
+    "train/kl": "nats: mean KL(π ‖ π_ref) over the items of a row, both renormalised over these",
+}
+
+
+@dataclass(frozen=True)
+class PreferenceBatch:
+    """A micro-batch: the items of each row behind its prompt, and the reference's view of them."""
+
+    branches: Batch
+    """B · (1 + J) rows, one per item; the target comes first."""
+    reference: torch.Tensor | None
+    """float32 (B, 1 + J), log π_ref; None where the adapter is switched off instead."""
+    is_row: torch.Tensor
+    """bool (B,): whether a row is real, and does not only fill the batch."""
+
+    def to(self, device: torch.device) -> PreferenceBatch:
+        """Return the batch on `device`."""
+        reference = None if self.reference is None else self.reference.to(device)
+        return PreferenceBatch(self.branches.to(device), reference, self.is_row.to(device))
+
+
+@dataclass(frozen=True)
+class PreferenceLoss:
+    """Mean over rows of a loss in PREFERENCES, and of the chosen items' NLL (step.StepLoss)."""
+
+    scorer: ItemScorer
+    objective: str
+    beta: float
+    sft_weight: float
+
+    def normalisers(self, batch: PreferenceBatch) -> torch.Tensor:
+        """Return the number of rows, for both targets, float64 (2,)."""
+        return batch.is_row.sum().double().repeat(len(TARGETS))
+
+    def coefficients(self, step: int) -> torch.Tensor:
+        """Return 1 and the weight of the NLL."""
+        return torch.tensor([1.0, self.sft_weight])
+
+    def terms(self, engine: Any, batch: PreferenceBatch) -> LossTerms:
+        """Run the forward passes and return both losses, with sums for the log as statistics."""
+        batch = batch.to(distributed.device())
+        reference = batch.reference
+        if reference is None:
+            reference = self._adapter_off(engine, batch)
+
+        # Masked rows have log-probability 0 under both models.
+        nll = self.scorer.nll(engine, batch.branches)
+        policy = -per_item(nll, batch.branches).view(reference.shape)
+        log_ratio = policy - reference
+        margins = self.beta * (log_ratio[:, :1] - log_ratio[:, 1:])
+        is_row = batch.is_row.float()
+        numerators = torch.stack([
+            (PREFERENCES[self.objective](margins) * is_row).sum(),
+            -(policy[:, 0] * is_row).sum(),
+        ])  # fmt: skip
+
+        with torch.no_grad():
+            wins = (margins > 0).float() * is_row[:, None]
+            statistics = {
+                "margin": (margins.mean(1) * is_row).sum(),
+                "wins": wins.mean(1).sum(),
+                "chosen": (log_ratio[:, 0] * is_row).sum(),
+                "rejected": (log_ratio[:, 1:].mean(1) * is_row).sum(),
+                "kl": (choice_kl(policy, reference) * is_row).sum(),
+                "tokens": nll.new_tensor(len(nll)),
+                "input_tokens": batch.branches.inputs.num_tokens(),
+            }
+        return LossTerms(numerators, is_row.sum().repeat(len(TARGETS)), nll.detach(), statistics)
+
+    @torch.no_grad()
+    def _adapter_off(self, engine: Any, batch: PreferenceBatch) -> torch.Tensor:
+        """Return log π_ref of the items by the weights below the adapter, float32 (B, 1 + J)."""
+        engine.eval()
+        with engine.module.disable_adapter():
+            nll = self.scorer.nll(engine, batch.branches)
+        engine.train()
+        return -per_item(nll, batch.branches).view(len(batch.is_row), -1)
+
+    def update(self, totals: StepTotals) -> Mapping[str, float]:
+        """Do nothing: the loss has no state."""
+        return {}
+
+
+class PreferenceTraining:
+    """One preference training of a trained model (contracts.Training).
+
+    Call `begin` once, when the engine is there and a checkpoint is loaded.
+
+    Args:
+        config: the run's settings.
+        run: the run folder; its catalogue/ is there.
+        start: the model to begin with.
+        ds: the resolved DeepSpeed configuration.
+
+    Raises:
+        UsageError: the longest item leaves no room for a prompt.
+    """
+
+    normalization = "global"
+    tags: Mapping[str, str] = TAGS
+
+    def __init__(self, config: PreferConfig, run: Path, start: Start, ds: DsConfig):
+        self.config, self.run, self.start = config, run, start
+        self.micro_batch = ds["train_micro_batch_size_per_gpu"]
+        self.validation_metric = config.validation_metric
+        self.lower_is_better = config.validation_metric == "nll"
+        inputs, stored = start.inputs, start.stored
+        train, valid = inputs.dataset.splits["train"], inputs.dataset.splits["valid"]
+        self.steps_per_epoch = steps_per_epoch(len(train), config.global_batch_size)
+        self.total_steps = config.epochs * self.steps_per_epoch
+        if config.max_steps:
+            self.total_steps = min(self.total_steps, config.max_steps)
+
+        # What turns rows into batches. Tokens have no weights here.
+        catalogue = stored.catalogue
+        budget = start.options.max_length - catalogue.max_length
+        prompts = PromptBuilder.build(
+            inputs.template, inputs.tokenizer, inputs.dataset, catalogue.kind, budget
+        )
+        columns = TokenColumns.build(stored, np.ones((len(catalogue.token_ids), 1), np.float32))
+        pad, encoder_decoder = inputs.tokenizer.pad_token_id, inputs.model_config.is_encoder_decoder
+        as_tree = inputs.packing == "tree"
+        self.collator = Collator(train, prompts, columns, pad, encoder_decoder, as_tree)
+        self.order = row_order(inputs, train, prompts, columns, length_grouping=True)
+
+        context = ObjectiveContext(
+            stored, SearchTrie.build(stored.trie, distributed.device()), config.dataset
+        )
+        measure = ItemLikelihood(start.likelihood)
+        scorer = ItemScorer(start, self.collator, measure, context)
+        live_search = LiveSearch.build(start, self.collator)
+        self.pair_maker = PairMaker(
+            config, run / "pairs", start, scorer, live_search, self.micro_batch, dtype_of(ds)
+        )
+        self.loss = PreferenceLoss(scorer, config.objective, config.beta, config.sft_weight)
+        valid_rows = dataclasses.replace(self.collator, split=valid)
+        self.validation = ValidationTask(inputs.backbone, measure, context, valid_rows)
+
+        self.engine: Any = None
+        self.pairs: Pairs
+        self.pairs_of: int | None = None
+
+    def begin(self, engine: Any, step: int) -> None:
+        """Take note of the engine and make the pairs of step `step`; all ranks call it."""
+        self.engine = engine
+        engine.train()  # weights that were loaded come in eval mode
+        self._make_pairs(min(step, self.total_steps - 1) // self.steps_per_epoch)
+
+    def _make_pairs(self, epoch: int) -> None:
+        """Make the pairs of an epoch, unless they are there; only `beam` has its own each epoch."""
+        made_in = epoch if self.config.negatives == BEAM else 0
+        if self.pairs_of == made_in:
+            return
+        rows = np.unique(self._order(made_in)[: self.total_steps - made_in * self.steps_per_epoch])
+        self.pairs = self.pair_maker.make(self.engine, made_in, rows[rows != MASKED_ROW])
+        self.pairs_of = made_in
+
+    def _order(self, epoch: int) -> np.ndarray:
+        return self.order.epoch(self.config.global_batch_size, self.config.seed, epoch)
+
+    def micro_batches(self, first: int) -> Iterator[list[PreferenceBatch]]:
+        """Yield this rank's micro-batches of steps `first`, `first` + 1, …
+
+        Within an epoch the next is made meanwhile. The rows of a step follow from its number alone.
+        """
+        step = first
+        while step < self.total_steps:
+            epoch = step // self.steps_per_epoch
+            self._make_pairs(epoch)
+            end = min((epoch + 1) * self.steps_per_epoch, self.total_steps)
+            places = range(step - epoch * self.steps_per_epoch, end - epoch * self.steps_per_epoch)
+            yield from one_ahead(self._collate, self._order(epoch)[places.start : places.stop])
+            step = end
+
+    def _collate(self, rows: np.ndarray) -> list[PreferenceBatch]:
+        """Return this rank's micro-batches of a global batch (G,)."""
+        rank, world = distributed.rank(), distributed.world_size()
+        return [self._batch(part) for part in self.order.deal(rows, rank, world, self.micro_batch)]
+
+    def _batch(self, rows: np.ndarray) -> PreferenceBatch:
+        real, is_row = np.maximum(rows, 0), rows != MASKED_ROW
+        reference = None
+        if self.pairs.reference is not None:
+            logprobs = np.where(is_row[:, None], self.pairs.reference[real], 0)
+            reference = torch.from_numpy(logprobs.astype(np.float32))
+        branches = self.collator.branches(rows, self.pairs.items[real])
+        return PreferenceBatch(branches, reference, torch.from_numpy(is_row))
+
+    def values(self, sums: StepSums, seconds: float) -> dict[str, float]:
+        """Return the log's scalars: sums first, one division last."""
+        found = {name: float(value) for name, value in sums.statistics.items()}
+        rows = float(sums.normalisers[0])
+        by_target = zip(TARGETS, sums.numerators.tolist(), strict=True)
+        values = {"train/loss": ratio(sums.objective, sums.steps)}
+        values |= {f"train/loss_{name}": ratio(value, rows) for name, value in by_target}
+        return values | {
+            "train/margin": ratio(found["margin"], rows),
+            "train/preference_accuracy": ratio(found["wins"], rows),
+            "train/logratio_chosen": ratio(found["chosen"], rows),
+            "train/logratio_rejected": ratio(found["rejected"], rows),
+            "train/kl": ratio(found["kl"], rows),
+            "speed/target_tokens_per_second": found["tokens"] / seconds,
+            "speed/tokens_per_second": found["input_tokens"] / seconds,
+            "speed/rows_per_second": rows / seconds,
+        }
+
+    def validate(self, engine: Any) -> dict[str, float]:
+        """Measure the validation metric on a seeded sample of the validation rows."""
+        return validated(engine, self.validation, self.validation_metric, self.config)
+
+    def save(self, engine: Any) -> None:
+        """Save RUN/model, like a run of igd train."""
+        save_model(engine, self.run / "model", bool(self.start.options.lora_r), self._save_extras)
+
+    def _save_extras(self, folder: Path) -> None:
+        save_extras(folder, self.run, self.start.inputs.tokenizer, self.description())
+        write_manifest(folder)
+
+    def description(self) -> dict[str, Any]:
+        """Return what an evaluation needs beside Hugging Face's own files."""
+        return dict(self.start.description) | {
+            "base": base_of_run(self.run),
+            "likelihood": dataclasses.asdict(self.start.likelihood),
+            "load_in_4bit": self.start.options.load_in_4bit,
+            "version": igd_ds.__version__,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return {}: the loss has no state."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Do nothing: the loss has no state."""
