@@ -47,9 +47,7 @@ class Assignment:
     """codes[i] minimises cost[i] + prices but for at most this."""
 
 
-def balanced_assignment(
-    cost: np.ndarray, capacity: int, prices: np.ndarray | None = None
-) -> Assignment:
+def balanced_assignment(cost: np.ndarray, capacity: int) -> Assignment:
     """Give every row a code at low cost, so that no code has more than `capacity` rows.
 
     The result is a function of the arguments alone: nothing is drawn at random.
@@ -57,7 +55,6 @@ def balanced_assignment(
     Args:
         cost: (n, K) float, the cost of each code for each row. n must be at most K·C.
         capacity: C.
-        prices: (K,), prices to begin with, such as those of a similar problem; they save time.
 
     Returns:
         An assignment whose total cost is within K·C·epsilon of the least possible.
@@ -71,15 +68,14 @@ def balanced_assignment(
     assert num_rows <= num_codes * capacity, "more rows than the codes have room for"
 
     # Rows without cost fill the places that stay free. With as many rows as places the bound above
-    # holds for any initial prices.
+    # holds whatever the prices are that an auction begins with.
     free = np.zeros((num_codes * capacity - num_rows, num_codes), cost.dtype)
+    final, epsilon = _epsilons(cost)
     cost = np.concatenate([cost, free])
-    final, first = _epsilons(cost[:num_rows])
-    is_warm = prices is not None
-    epsilon = final * EPSILON_STEP if is_warm else first
-    prices = np.zeros(num_codes) if prices is None else prices.astype(np.float64)
 
-    # Large steps find rough prices soon, and small ones then need few bids.
+    # Large steps find rough prices soon, and small ones then need few bids. Prices of a similar
+    # problem do not help: to correct them in small steps takes longer than to begin again.
+    prices = np.zeros(num_codes)
     while True:
         epsilon = max(epsilon, final)
         codes = _auction(cost, capacity, prices, epsilon)
@@ -195,11 +191,9 @@ def balanced_kmeans(
     Returns:
         The centroids (K, d), and the codes int64 (n,) of the rows: at most ⌈n/K⌉ have the same.
     """
-    capacity, prices = capacity_of(len(rows), len(centroids)), None
     error = math.inf
     for _ in range(ITERATIONS):
-        assignment = balanced_assignment(costs(rows, centroids), capacity, prices)
-        codes, prices = torch.from_numpy(assignment.codes).to(rows.device), assignment.prices
+        codes = balanced_codes(rows, centroids)
 
         # A code may have no row if n is below K·C; its centroid stays.
         sums, counts = sums_and_counts(rows, codes, len(centroids))

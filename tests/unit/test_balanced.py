@@ -40,8 +40,6 @@ def test_assignment_is_as_good_as_it_promises(num_rows, num_codes):
     net = cost + found.prices
     assert (net[np.arange(num_rows), found.codes] <= net.min(1) + found.epsilon * (1 + 1e-9)).all()
 
-    again = balanced_assignment(cost, capacity, found.prices)
-    assert total(cost, again.codes) <= least_cost(cost, capacity) + bound
     np.testing.assert_array_equal(found.codes, balanced_assignment(cost, capacity).codes)
 
 
