@@ -28,6 +28,7 @@ from igd_ds.distributed import say
 from igd_ds.engine.build import initialize, loading_context
 from igd_ds.engine.checkpoint import check_disk_space, newest_checkpoint
 from igd_ds.engine.ds_config import DsConfig, dtype_of, resolve_ds_config
+from igd_ds.evaluation.model_card import write_model_card
 from igd_ds.generative_training import GenerativeTraining
 from igd_ds.run_folder import claim_run_folder, read_summary
 from igd_ds.train_config import TrainConfig
@@ -55,7 +56,12 @@ def main() -> int:
     engine = initialize(model, config, ds, training.total_steps)
     lora = bool(config.lora_r)
     state = loop.resume(engine, training, run, tag, inputs.dataset.fingerprint, lora)
-    return loop.fit(engine, training, config, run, state, loop.StopRequest(), lora)
+    code = loop.fit(engine, training, config, run, state, loop.StopRequest(), lora)
+    if code == 0:
+        distributed.on_main(
+            lambda: write_model_card(run, run / "model")
+        )  # with the best validation
+    return code
 
 
 def open_run_folder(
