@@ -9,6 +9,7 @@ Parse → dataset → rows chained to sequences → model → engine → the loo
 `last-item-knn` only count, and need no DeepSpeed file.
 """
 
+import dataclasses
 import shutil
 import signal
 import time
@@ -126,7 +127,13 @@ def train(
 def count(model: Any, data: BaselineData, config: BaselineConfig, run: Path) -> int:
     """Save a recommender that only counts, and measure it once; return the exit code."""
     began, state = time.perf_counter(), loop.LoopState(dataset=data.dataset.fingerprint)
-    log = RunLog(run, distributed.is_main(), resume_step=-1)
+    log = RunLog(
+        run,
+        distributed.is_main(),
+        resume_step=-1,
+        report_to=config.report_to,
+        settings=dataclasses.asdict(config),
+    )
 
     def save() -> None:
         shutil.rmtree(run / "model", ignore_errors=True)  # left by a killed run

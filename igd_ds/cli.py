@@ -26,6 +26,8 @@ COMMANDS = {
     "eval": ("igd_ds.eval", "rank the whole catalogue and measure the lists"),
     "sweep": ("igd_ds.commands.sweep", "a table of trainings and evaluations"),
     "report": ("igd_ds.commands.report", "tables and figures of finished runs"),
+    "export": ("igd_ds.commands.export", "weights and catalogue for vLLM, SGLang or FlashRec"),
+    "push": ("igd_ds.commands.push", "a trained model to the Hugging Face Hub"),
 }
 
 

@@ -42,6 +42,7 @@ from igd_ds.data.dataset import Split
 from igd_ds.data.prompts import PromptBuilder
 from igd_ds.engine.export import save_model
 from igd_ds.engine.step import StepSums
+from igd_ds.evaluation.model_card import write_model_card
 from igd_ds.evaluation.validation import VALIDATIONS, ValidationTask
 from igd_ds.folders import read_json_object, write_json
 from igd_ds.items.search_trie import SearchTrie
@@ -242,6 +243,7 @@ class GenerativeTraining:
         save_extras(folder, self.run, self.inputs.tokenizer, self.description())
         if state := self.objective.state_dict():
             write_json(folder / OBJECTIVE_FILE, state)
+        write_model_card(self.run, folder)
         write_manifest(folder)
 
     def description(self) -> dict[str, Any]:

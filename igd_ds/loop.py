@@ -139,7 +139,16 @@ def fit(
     distributed.set_timeout(options.timeout)  # all ranks work alike from here on
     total = training.total_steps
     every = options.validate_every or training.steps_per_epoch
-    log = RunLog(run, distributed.is_main(), state.step, state.validated, training.tags, state.log)
+    log = RunLog(
+        run,
+        distributed.is_main(),
+        state.step,
+        state.validated,
+        training.tags,
+        state.log,
+        options.report_to,
+        dataclasses.asdict(options),
+    )
     steps = training.micro_batches(state.step)
     bar = progress_bar(total, state.step)
     watch, sums = Stopwatch(), StepSums()

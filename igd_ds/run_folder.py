@@ -27,6 +27,7 @@ FREE_ON_RESUME = {
     "output_dir",
     "dataset",
     "log_every",
+    "report_to",
     "keep_checkpoints",
     "save_every",
     "splits",

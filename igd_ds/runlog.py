@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import os
 import resource
 import string
+import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -108,6 +110,8 @@ class RunLog:
         mark: what `mark` returned when the resumed checkpoint was saved. A log that has changed
             since is told.
         tags: tags that may be used beside TAGS, with their units.
+        report_to: "wandb" sends scalars to Weights & Biases too, see `start_wandb`.
+        settings: the run's configuration, for Weights & Biases.
     """
 
     def __init__(
@@ -118,6 +122,8 @@ class RunLog:
         validated: int | None = None,
         tags: Mapping[str, str] | None = None,
         mark: Mapping[str, Any] | None = None,
+        report_to: str = "tensorboard",
+        settings: Mapping[str, Any] | None = None,
     ):
         self.enabled = enabled
         self.tags = TAGS | dict(tags or {})
@@ -140,6 +146,7 @@ class RunLog:
 
         # TensorBoard forgets the resumed step too, and gets back what was kept of it.
         self.writer = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=resume_step)
+        self.wandb = start_wandb(Path(folder), settings or {}) if report_to == "wandb" else None
         for entry in last:
             self._show_scalars(entry)
         if not resume_step:
@@ -188,6 +195,8 @@ class RunLog:
         """
         if not self.enabled:
             return
+        if self.wandb:
+            self.wandb.summary.update(dict(metrics))
 
         from tensorboard.plugins.hparams.summary_v2 import hparams_pb
         from torch.utils.tensorboard import SummaryWriter
@@ -208,21 +217,51 @@ class RunLog:
         return mark_of(self.path, self.path.stat().st_size) if self.enabled else {}
 
     def close(self) -> None:
-        """Flush and close both records."""
+        """Flush and close all records."""
         if self.enabled:
             self.writer.close()
             self.file.close()
+            if self.wandb:
+                self.wandb.finish()
 
     def _show_scalars(self, entry: Mapping[str, Any]) -> None:
-        """Give the numbers of an entry of metrics.jsonl to TensorBoard."""
-        for tag, value in entry.items():
-            if tag != "step":
-                self.writer.add_scalar(tag, value, entry["step"])
+        """Give the numbers of an entry of metrics.jsonl to TensorBoard and Weights & Biases."""
+        values = {tag: value for tag, value in entry.items() if tag != "step"}
+        for tag, value in values.items():
+            self.writer.add_scalar(tag, value, entry["step"])
+        if self.wandb:
+            self.wandb.log(values, step=entry["step"])
 
     def _check_tags(self, tags: Iterable[str]) -> None:
         for tag in tags:
             if tag not in self.tags:
                 raise KeyError(f"tag '{tag}' is not in runlog.TAGS: add it there with its unit")
+
+
+def start_wandb(folder: Path, settings: Mapping[str, Any]) -> Any:
+    """Begin the run of a run folder at Weights & Biases, or go on with it; return wandb's run.
+
+    wandb's own variables choose project (WANDB_PROJECT), account and mode: WANDB_MODE=offline keeps
+    everything in the folder, for `wandb sync`. Of a step that a resumed run makes again, wandb
+    keeps the first numbers; metrics.jsonl and TensorBoard keep the last.
+
+    Args:
+        folder: run folder; the file wandb_id in it names the run at Weights & Biases.
+        settings: the run's configuration.
+    """
+    import wandb
+
+    path = folder / "wandb_id"
+    if not path.is_file():
+        write_text(path, uuid.uuid4().hex)
+    return wandb.init(
+        dir=str(folder),
+        project=os.environ.get("WANDB_PROJECT", "igd_ds"),
+        name=folder.resolve().name,
+        id=path.read_text(encoding="utf-8"),
+        resume="allow",
+        config=dict(settings),
+    )
 
 
 def mark_of(path: Path, size: int) -> dict[str, Any]:

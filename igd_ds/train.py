@@ -18,24 +18,17 @@ if __name__ == "__main__":
 import transformers
 
 from igd_ds import distributed, loop
-from igd_ds.backbones.saved import (
-    BASE_FILE,
-)
+from igd_ds.backbones.saved import BASE_FILE
 from igd_ds.config.options import parse
 from igd_ds.distributed import say
 from igd_ds.engine.build import initialize
 from igd_ds.engine.checkpoint import check_disk_space, newest_checkpoint
 from igd_ds.engine.ds_config import DsConfig, resolve_ds_config
+from igd_ds.evaluation.model_card import write_model_card
 from igd_ds.generative_training import GenerativeTraining
 from igd_ds.run_folder import claim_run_folder, read_summary
 from igd_ds.train_config import TrainConfig
-from igd_ds.training_inputs import (
-    Inputs,
-    build_catalogue,
-    build_model,
-    load_inputs,
-    record_base,
-)
+from igd_ds.training_inputs import Inputs, build_catalogue, build_model, load_inputs, record_base
 
 
 def main() -> int:
@@ -59,7 +52,11 @@ def main() -> int:
     engine = initialize(model, config, ds, training.total_steps)
     lora = bool(config.lora_r)
     state = loop.resume(engine, training, run, tag, inputs.dataset.fingerprint, lora)
-    return loop.fit(engine, training, config, run, state, loop.StopRequest(), lora)
+    code = loop.fit(engine, training, config, run, state, loop.StopRequest(), lora)
+    if code == 0:
+        # The best validation is known now.
+        distributed.on_main(lambda: write_model_card(run, run / "model"))
+    return code
 
 
 def open_run_folder(

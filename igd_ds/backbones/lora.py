@@ -104,6 +104,12 @@ def with_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     return model
 
 
+def merged(model: PeftModel) -> PreTrainedModel:
+    """Return the base model with the LoRA matrices added to its weights."""
+    whole: PreTrainedModel = model.merge_and_unload()
+    return whole
+
+
 def quantisation(dtype: torch.dtype) -> BitsAndBytesConfig:
     """Return QLoRA's quantisation: NF4 with double quantisation, computing in `dtype`."""
     from transformers import BitsAndBytesConfig

@@ -29,6 +29,9 @@ DESCRIPTION_FILE = "igd_ds.json"
 MANIFEST_FILE = "manifest.json"
 """In RUN/model: the sha256 of every file."""
 
+CARD_FILE = "README.md"
+"""In RUN/model: the model card. It may be written anew, so the manifest does not have it."""
+
 ADAPTER_FILE = "adapter_config.json"
 """PEFT's file, by which an adapter's folder is recognised."""
 
@@ -71,7 +74,8 @@ def write_manifest(folder: Path) -> None:
     The catalogue's arrays are left out: catalogue.json, which is in, has their sha256.
     """
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    kept = [path for path in files if path.suffix != ".npy" and path.name != MANIFEST_FILE]
+    no_weights = (MANIFEST_FILE, CARD_FILE)
+    kept = [path for path in files if path.suffix != ".npy" and path.name not in no_weights]
     hashes = {str(path.relative_to(folder)): sha256_of(path) for path in kept}
     write_json(folder / MANIFEST_FILE, {"files": hashes})
 
@@ -100,13 +104,14 @@ def check_manifest(folder: Path) -> None:
 
 
 def hashes_of(folder: Path) -> dict[str, str]:
-    """Return the sha256 of every file of a trained model, by its path in the folder.
+    """Return the sha256 of every file of a trained model but its card, by its path in the folder.
 
     Those in the manifest are taken from there: `check_manifest` has compared them.
     """
     path = folder / MANIFEST_FILE
     known = read_json_object(path, "it is damaged")["files"] if path.is_file() else {}
     files = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+    files = [name for name in files if name != CARD_FILE or name in known]
     return {name: known.get(name) or sha256_of(folder / name) for name in sorted(files)}
 
 

@@ -1,5 +1,6 @@
 """Give a dataset's items semantic IDs: learned from embeddings, or existing ones made unique.
 
+    igd ids --dataset DATASET --embeddings EMBEDDINGS --output DATASET2
     igd ids --dataset DATASET --embeddings EMBEDDINGS --quantizer rq-vae --levels 4 --codes 256 \\
         --collisions reassign --output DATASET2
     igd ids --dataset DATASET --quantizer existing --collisions reassign --output DATASET2
@@ -40,6 +41,9 @@ HELP = {
     "sinkhorn": "rq-vae: regularisation of evenly balanced assignment in training, such as 0.003; "
     "0 is off",
     "ema": "rq-vae: decay of moving-average codebooks, such as 0.99; 0 trains them by gradient",
+    "cf_weight": "rq-vae: α, weight of LETTER's collaborative loss with --cf_run",
+    "cf_temperature": "rq-vae: τ of LETTER's collaborative loss with --cf_run",
+    "diversity_weight": "rq-vae: β, weight of LETTER's diversity loss, such as 1e-4; 0 is off",
 }
 """Flags with one value, each a field of QuantizerOptions."""
 
@@ -55,17 +59,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--quantizer",
-        required=True,
         choices=[*QUANTIZERS, EXISTING],
-        help=f"how codes are learned; {EXISTING} keeps the IDs that the dataset has",
+        default=next(iter(QUANTIZERS)),
+        help=f"how codes are learned (default: {next(iter(QUANTIZERS))}: each code of a level has "
+        f"at most ⌈items / codes⌉ items); {EXISTING} keeps the IDs that the dataset has",
     )
     parser.add_argument("--embeddings", type=Path, help="folder that igd embed made")
     parser.add_argument(
         "--collisions",
         choices=COLLISIONS,
         default=COLLISIONS[0],
-        help="what happens to items with equal IDs: another random last code, a further level that "
-        f"numbers them, or nothing (default: {COLLISIONS[0]})",
+        help="what happens to items with equal IDs: another last code (at random; "
+        f"{next(iter(QUANTIZERS))} swaps it with another item), a further level that numbers them, "
+        f"or nothing (default: {COLLISIONS[0]})",
     )
     parser.add_argument(
         "--log_dir",
@@ -82,19 +88,29 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="rq-vae: widths of the encoder's hidden layers "
         f"(default: {' '.join(map(str, DEFAULTS['hidden']))})",
     )
+    parser.add_argument(
+        "--cf_run",
+        type=Path,
+        metavar="RUN",
+        help="rq-vae: finished run of igd baseline (sasrec or lrurec) on the same dataset, whose "
+        "item embeddings LETTER's collaborative loss takes",
+    )
     args = parser.parse_args(argv)
 
     # Flags without effect are errors.
     unused: list[str] = []
     if args.quantizer == EXISTING:
-        unused = ["levels", "codes", "embeddings", *ONLY_RQ_VAE]
+        unused = ["levels", "codes", "embeddings", "cf_run", *ONLY_RQ_VAE]
     elif args.quantizer != "rq-vae":
-        unused = [*ONLY_RQ_VAE]
+        unused = ["cf_run", *ONLY_RQ_VAE]
     for name in unused:
         if getattr(args, name) is not None:
             parser.error(f"--{name}: --quantizer {args.quantizer} does not use it")
     if args.quantizer != EXISTING and args.embeddings is None:
         parser.error(f"--quantizer {args.quantizer} needs --embeddings; make them with igd embed")
+    for name in ("cf_weight", "cf_temperature"):
+        if getattr(args, name) is not None and args.cf_run is None:
+            parser.error(f"--{name} needs --cf_run: there are no collaborative embeddings")
 
     # Defaults.
     for name, default in DEFAULTS.items():
@@ -115,6 +131,7 @@ def request_of(args: argparse.Namespace) -> IDRequest:
         collisions=args.collisions,
         embeddings=args.embeddings,
         options=QuantizerOptions(**{name: getattr(args, name) for name in DEFAULTS}),
+        cf_run=args.cf_run,
     )
 
 

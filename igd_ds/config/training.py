@@ -1,10 +1,12 @@
 """Settings that every training has, of a generative model or of a sequential baseline."""
 
+import importlib.util
 import math
 from dataclasses import dataclass
 
 from igd_ds.config.options import option, require
 from igd_ds.config.processes import ProcessOptions
+from igd_ds.errors import UsageError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +53,11 @@ class LoopOptions(ProcessOptions):
         "resume from a checkpoint of another user too; loading it runs code that it contains", False
     )
     log_every: int = option("optimizer steps between log lines", 10)
+    report_to: str = option(
+        "wandb: send the run's scalars to Weights & Biases too, beside TensorBoard",
+        "tensorboard",
+        ("tensorboard", "wandb"),
+    )
 
     def check(self) -> None:
         """Raise UsageError for values that no training can use."""
@@ -70,3 +77,5 @@ class LoopOptions(ProcessOptions):
             lambda value: 0 < value < math.inf,
             "must be positive and finite",
         )
+        if self.report_to == "wandb" and importlib.util.find_spec("wandb") is None:
+            raise UsageError("--report_to wandb: wandb is not installed; pip install wandb")

@@ -198,7 +198,7 @@ class Recommender:
             run = model.resolve().parent
         source = ModelSource(
             model=str(model),
-            dataset=str(_dataset_of(run) if dataset is None else dataset),
+            dataset=str(dataset_of(run) if dataset is None else dataset),
             dtype=dtype,
             base_model=base_model,
             trust_remote_code=trust_remote_code,
@@ -569,7 +569,7 @@ def _check_length(name: str, entries: Sized, num_users: int) -> None:
         )
 
 
-def _dataset_of(run: Path) -> Path:
+def dataset_of(run: Path) -> Path:
     """Return the dataset folder that a run's config.yaml names."""
     settings = run / "config.yaml"
     if not settings.is_file():

@@ -36,6 +36,7 @@ from igd_ds.folders import (
 )
 from igd_ds.items.embeddings import ARRAY, load_embeddings
 from igd_ds.semantic_ids import collisions, quantizers
+from igd_ds.semantic_ids.letter import load_collaborative
 from igd_ds.semantic_ids.quantizers import QuantizerOptions
 
 EXISTING = "existing"
@@ -44,6 +45,8 @@ ONLY_RQ_VAE = tuple(
     name for name in asdict(QuantizerOptions()) if name not in ("levels", "codes", "seed")
 )
 """Fields of QuantizerOptions that only RQ-VAE uses."""
+LETTER = ("cf_weight", "cf_temperature", "diversity_weight")
+"""Those of them that belong to LETTER's losses."""
 LOGS = ("tensorboard", "quantizer.safetensors", "semantic_ids.json")
 """The names of all entries of a log folder."""
 
@@ -65,14 +68,18 @@ class IDRequest:
     embeddings: Path | None = None
     """Folder that `igd embed` made; None for EXISTING."""
     options: QuantizerOptions = field(default_factory=QuantizerOptions)
+    cf_run: Path | None = None
+    """RUN of `igd baseline` whose item embeddings LETTER's collaborative loss takes."""
 
 
 @dataclass(frozen=True)
 class Assigned:
-    """Codes of all items before collisions are resolved."""
+    """Codes of all items, before collisions are resolved at random."""
 
     codes: np.ndarray
     """int32 (N, L)."""
+    separated: np.ndarray
+    """The same (N, L), after the quantizer has changed equal IDs in its own way, if it has one."""
     names: list[list[str]]
     """The token of each code, by level."""
     report: dict[str, Any]
@@ -109,7 +116,9 @@ def assign_ids(request: IDRequest) -> dict[str, Any] | None:
         assigned = fit_ids(request, items)
     codes, names = assigned.codes, list(assigned.names)
     sizes = [len(level) for level in names]
-    unique = collisions.resolve_collisions(codes, sizes, request.collisions, request.options.seed)
+    unique = collisions.resolve_collisions(
+        assigned.separated, sizes, request.collisions, request.options.seed
+    )
     if unique.shape[1] > len(names):
         names.append(collisions.code_names(len(names), int(unique[:, -1].max()) + 1))
 
@@ -150,8 +159,14 @@ def _record(request: IDRequest, info: Mapping[str, Any]) -> dict[str, Any]:
     options = asdict(request.options)
     record |= {"levels": options["levels"], "codes": options["codes"]}
     if request.quantizer == "rq-vae":
-        record |= {name: options[name] for name in ONLY_RQ_VAE}
+        record |= {name: options[name] for name in ONLY_RQ_VAE if name not in LETTER}
         record["hidden"] = list(options["hidden"])
+        if options["diversity_weight"]:
+            record["diversity_weight"] = options["diversity_weight"]
+    if request.cf_run is not None:
+        record |= {name: options[name] for name in ("cf_weight", "cf_temperature")}
+        if (weights := request.cf_run / "model" / "model.safetensors").is_file():
+            record["cf_sha256"] = sha256_of(weights)
     if request.embeddings is not None and (request.embeddings / ARRAY).is_file():
         record["embeddings_sha256"] = sha256_of(request.embeddings / ARRAY)
     return record
@@ -170,6 +185,10 @@ def fit_ids(request: IDRequest, items: pa.Table) -> Assigned:
     sizes = [options.codes] * options.levels
     quantizers.check_options(request.quantizer, options, *vectors.shape)
     collisions.check_collisions(len(vectors), sizes, request.collisions)
+    collaborative = None
+    if request.cf_run is not None:
+        trained_on = fingerprint(read_info(request.dataset))
+        collaborative = load_collaborative(request.cf_run, trained_on, options.latent)
     claim_log_dir(request.log_dir)
 
     # A step is an epoch of RQ-VAE, or a level of k-means.
@@ -183,7 +202,11 @@ def fit_ids(request: IDRequest, items: pa.Table) -> Assigned:
                 shown = [f"{tag.split('/')[1]} {value:.4g}" for tag, value in values.items()]
                 tqdm.write(f"step {step:5d}  " + "  ".join(shown))
 
-        result = quantizers.fit(request.quantizer, vectors, options, log)
+        result = quantizers.fit(request.quantizer, vectors, options, log, collaborative)
+
+    separated = result.codes
+    if request.collisions == "reassign":
+        separated = result.quantizer.separate(vectors, result.codes)
 
     tensors = {
         name: tensor.detach().cpu().contiguous()
@@ -193,7 +216,7 @@ def fit_ids(request: IDRequest, items: pa.Table) -> Assigned:
 
     names = [collisions.code_names(level, size) for level, size in enumerate(sizes)]
     report = {"reconstruction_error": result.reconstruction_error, "warnings": result.warnings}
-    return Assigned(result.codes, names, report)
+    return Assigned(result.codes, separated, names, report)
 
 
 def existing_ids(request: IDRequest, items: pa.Table) -> Assigned:
@@ -233,7 +256,7 @@ def existing_ids(request: IDRequest, items: pa.Table) -> Assigned:
                 f"{clashes[0]} exists already; give --collisions reassign"
             )
     claim_log_dir(request.log_dir)
-    return Assigned(codes, names, {"warnings": []})
+    return Assigned(codes, codes, names, {"warnings": []})
 
 
 def claim_log_dir(folder: Path) -> None:

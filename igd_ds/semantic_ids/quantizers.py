@@ -1,4 +1,4 @@
-"""Semantic IDs from item embeddings: RQ-VAE, residual k-means and product quantization.
+"""Semantic IDs from item embeddings: residual k-means, RQ-VAE and product quantization.
 
 Letters in shapes: N items, D width of an embedding, L levels, K codes per level, d width of a
 codeword, B rows of a batch, n rows of a k-means sample. Codes are integers in [0, K). Code c of
@@ -22,11 +22,17 @@ from tqdm import tqdm
 
 from igd_ds import distributed
 from igd_ds.errors import UsageError, did_you_mean
+from igd_ds.semantic_ids import balanced, letter
 from igd_ds.semantic_ids.collisions import LEVEL_LETTERS, collision_rate, use_and_perplexity
+from igd_ds.semantic_ids.kmeans import (
+    CHUNK,
+    kmeans,
+    nearest,
+    nearest_residual,
+    squared_distances,
+)
 
-CHUNK = 16_384  # rows that pass through memory at a time (assumed)
 SAMPLE_PER_CODE = 256  # k-means learns from at most this many rows per code (the default of faiss)
-KMEANS_ITERATIONS = 50  # an upper bound; k-means stops when no row changes its code
 SINKHORN_ITERATIONS = 50  # as in LC-Rec
 RESTART_INTERVAL = 100
 """Optimizer steps, or an epoch if that is shorter, after which a code without any item counts as
@@ -64,6 +70,12 @@ class QuantizerOptions:
     ema: float = 0.0
     """0: the codebook is trained by its gradient. Above 0: it is an exponential moving average with
     this decay (usual: 0.99)."""
+    cf_weight: float = 0.1
+    """α: weight of LETTER's collaborative loss, where collaborative embeddings are given."""
+    cf_temperature: float = 0.1
+    """τ of the collaborative loss (assumed)."""
+    diversity_weight: float = 0.0
+    """β: weight of LETTER's diversity loss (LETTER: 1e-4); 0 is off."""
 
 
 class Quantizer(nn.Module, ABC):
@@ -101,6 +113,17 @@ class Quantizer(nn.Module, ABC):
     @abstractmethod
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """Return the scaled rows (B, D) that codes (B, L) stand for."""
+
+    def assign(self, vectors: np.ndarray) -> np.ndarray:
+        """Return the codes int32 (N, L) of all items."""
+        chunks = (slice(start, start + CHUNK) for start in range(0, len(vectors), CHUNK))
+        codes = [self.encode(self.rows(vectors, chunk)).cpu() for chunk in chunks]
+        return torch.cat(codes).numpy().astype(np.int32)
+
+    def separate(self, vectors: np.ndarray, codes: np.ndarray) -> np.ndarray:
+        """Return `codes` (N, L) with fewer equal IDs, if the quantizer can choose better codes than
+        chance can; by default `codes` itself."""
+        return codes
 
     def rows(self, vectors: np.ndarray, index: slice | np.ndarray) -> torch.Tensor:
         """Return scaled float32 rows of `vectors`, on this quantizer's device."""
@@ -163,6 +186,39 @@ class ResidualKMeans(Quantizer):
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """See `Quantizer.decode`."""
         return self.sum_of_codewords(codes)
+
+
+class BalancedResidualKMeans(ResidualKMeans):
+    """RQ-k-means whose codes have at most ⌈N/K⌉ items at each level.
+
+    The codes of a dataset's items are assigned together (see `balanced`): an item whose nearest
+    codeword is full gets another one. `encode` takes the nearest codes, as for items that are new.
+    All rows and their N·K distances are in memory at once.
+    """
+
+    def fit(self, vectors: np.ndarray, log: Log) -> list[str]:
+        """Learn one codebook after the other on a sample of the rows."""
+        self.measure_scale(vectors)
+        generator = torch.Generator().manual_seed(self.options.seed)
+        residual_kmeans(
+            self.sample(vectors, generator), self.codebooks.data, generator, log, is_balanced=True
+        )
+        return []
+
+    def assign(self, vectors: np.ndarray) -> np.ndarray:
+        """Return the codes int32 (N, L) of all items; ⌈N/K⌉ items at most have the same."""
+        rows, codes = self.rows(vectors, slice(None)), []
+        for book in self.codebooks:
+            codes.append(balanced.balanced_codes(rows, book))
+            rows = rows - book[codes[-1]]
+        return torch.stack(codes, 1).cpu().numpy().astype(np.int32)
+
+    def separate(self, vectors: np.ndarray, codes: np.ndarray) -> np.ndarray:
+        """Let items with equal IDs swap their last code with other items, at the least distance."""
+        rows, earlier = self.rows(vectors, slice(None)), torch.from_numpy(codes[:, :-1]).long()
+        for book, code in zip(self.codebooks, earlier.to(rows.device).T, strict=False):
+            rows = rows - book[code]
+        return balanced.swap_equal_ids(codes, balanced.costs(rows, self.codebooks[-1]))
 
 
 class ProductQuantizer(Quantizer):
@@ -237,10 +293,17 @@ class RQVAE(Quantizer):
     of the latent after the levels before, e is the chosen codeword, and sg stops the gradient. The
     decoder sees the sum of the codewords, and its gradient goes to the latent unchanged
     (straight-through).
+
+    LETTER's losses are added where collaborative embeddings or a diversity weight are given (see
+    `letter`).
     """
 
     ema_count: torch.Tensor
     ema_sum: torch.Tensor
+    collaborative: torch.Tensor | None
+    """(N, d), collaborative embeddings of the items that it is fitted to."""
+    groups: torch.Tensor
+    """int64 (L, K), the group of each code in LETTER's diversity loss."""
 
     def __init__(self, width: int, options: QuantizerOptions):
         super().__init__(width, options.latent, options)
@@ -249,6 +312,11 @@ class RQVAE(Quantizer):
         self.register_buffer("ema_count", torch.ones(options.levels, options.codes))
         self.register_buffer("ema_sum", torch.zeros_like(self.codebooks))
         self.codebooks.requires_grad_(not options.ema)
+
+        # Only the training uses these; they are not saved.
+        groups = torch.zeros(options.levels, options.codes, dtype=torch.int64)
+        self.register_buffer("groups", groups, persistent=False)
+        self.register_buffer("collaborative", None, persistent=False)
 
     def encode(self, rows: torch.Tensor) -> torch.Tensor:
         """See `Quantizer.encode`."""
@@ -266,7 +334,7 @@ class RQVAE(Quantizer):
         for book in self.codebooks:
             with torch.no_grad():
                 if self.options.sinkhorn:
-                    distances = _squared_distances(residual, book)
+                    distances = squared_distances(residual, book)
                     code = sinkhorn_assignment(distances, self.options.sinkhorn)
                 else:
                     code = nearest(residual, book)
@@ -278,17 +346,31 @@ class RQVAE(Quantizer):
             residual = residual - word.detach()
         return Quantization(torch.stack(codes, 1), torch.stack(residuals), torch.stack(words))
 
-    def losses(self, rows: torch.Tensor) -> RQVAELosses:
-        """Return the loss of scaled rows (B, D) and its terms."""
+    def losses(self, rows: torch.Tensor, collaborative: torch.Tensor | None = None) -> RQVAELosses:
+        """Return the loss of scaled rows (B, D) and its terms.
+
+        Args:
+            rows: (B, D).
+            collaborative: (B, d), collaborative embeddings of the same items, for LETTER's L_CF.
+        """
+        options = self.options
         latent = self.encoder(rows)
         chosen = self.quantize(latent)
-        reconstructed = self.decoder(straight_through(latent, chosen.words.sum(0)))
+        quantized = straight_through(latent, chosen.words.sum(0))
+        reconstructed = self.decoder(quantized)
 
         reconstruction = functional.mse_loss(reconstructed, rows)
         commitment = functional.mse_loss(chosen.residuals, chosen.words.detach())
-        loss = reconstruction + self.options.commitment * commitment
-        if not self.options.ema:
+        loss = reconstruction + options.commitment * commitment
+        if not options.ema:
             loss = loss + functional.mse_loss(chosen.words, chosen.residuals.detach())
+
+        if collaborative is not None:
+            aligned = letter.collaborative_loss(quantized, collaborative, options.cf_temperature)
+            loss = loss + options.cf_weight * aligned
+        if options.diversity_weight:
+            spread = letter.diversity_loss(chosen.codes, self.codebooks, self.groups)
+            loss = loss + options.diversity_weight * spread
         return RQVAELosses(
             loss, reconstruction, commitment, chosen.codes, chosen.residuals.detach()
         )
@@ -345,10 +427,15 @@ class RQVAE(Quantizer):
         names = ("loss", "reconstruction", "commitment")
         sums = {name: torch.zeros((), device=device) for name in names}  # no host read in a step
         restarted = 0
+        if self.options.diversity_weight:
+            self.groups = letter.group_codes(self.codebooks, generator)
 
         for step, start in enumerate(starts, 1):
             index = order[start : start + batch_size]
-            losses = self.losses(self.rows(vectors, index))
+            collaborative = self.collaborative
+            if collaborative is not None:
+                collaborative = collaborative[torch.from_numpy(index).to(device)]
+            losses = self.losses(self.rows(vectors, index), collaborative)
             optimizer.zero_grad(set_to_none=True)
             losses.loss.backward()
             optimizer.step()
@@ -419,11 +506,13 @@ class RQVAE(Quantizer):
 
 
 QUANTIZERS: dict[str, Callable[[int, QuantizerOptions], Quantizer]] = {
-    "rq-vae": RQVAE,
+    "rq-kmeans-balanced": BalancedResidualKMeans,
     "rq-kmeans": ResidualKMeans,
+    "rq-vae": RQVAE,
     "pq": ProductQuantizer,
 }
-"""Name → quantizer, made from (D, options). A new quantizer is a class and a line here."""
+"""Name → quantizer, made from (D, options); the first is the default. A new quantizer is a class
+and a line here."""
 
 
 @dataclass(frozen=True)
@@ -439,7 +528,13 @@ class Quantized:
     warnings: list[str]
 
 
-def fit(name: str, vectors: np.ndarray, options: QuantizerOptions, log: Log) -> Quantized:
+def fit(
+    name: str,
+    vectors: np.ndarray,
+    options: QuantizerOptions,
+    log: Log,
+    collaborative: torch.Tensor | None = None,
+) -> Quantized:
     """Fit a quantizer and encode all items. The same seed on the same machine gives the same codes.
 
     Args:
@@ -448,6 +543,8 @@ def fit(name: str, vectors: np.ndarray, options: QuantizerOptions, log: Log) -> 
         options: how codes are learned.
         log: is called with a step and its scalars. A step is an epoch for RQ-VAE, a level for the
             others.
+        collaborative: (N, latent) float32, collaborative embeddings of the items, which RQ-VAE's
+            codes are then aligned with (LETTER's L_CF).
 
     Raises:
         UsageError: see `check_options`.
@@ -462,16 +559,18 @@ def fit(name: str, vectors: np.ndarray, options: QuantizerOptions, log: Log) -> 
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(options.seed)
         quantizer = QUANTIZERS[name](vectors.shape[1], options).to(device)
+        if isinstance(quantizer, RQVAE) and collaborative is not None:
+            quantizer.collaborative = collaborative.to(device)
         warnings = quantizer.fit(vectors, log)
 
-    codes = np.empty((len(vectors), options.levels), np.int32)
     error = 0.0
     with torch.no_grad():
+        codes = quantizer.assign(vectors)
         for start in range(0, len(vectors), CHUNK):
-            rows = quantizer.rows(vectors, slice(start, start + CHUNK))
-            chunk = quantizer.encode(rows)
-            error += float((quantizer.decode(chunk) - rows).square().sum(dtype=torch.float64))
-            codes[start : start + CHUNK] = chunk.cpu().numpy()
+            part = slice(start, start + CHUNK)
+            rows = quantizer.rows(vectors, part)
+            decoded = quantizer.decode(torch.from_numpy(codes[part]).long().to(device))
+            error += float((decoded - rows).square().sum(dtype=torch.float64))
     return Quantized(codes, error / vectors.size, quantizer, warnings)
 
 
@@ -521,62 +620,30 @@ def check_options(name: str, options: QuantizerOptions, num_items: int, width: i
             "negative"
         )
 
-
-def kmeans(rows: torch.Tensor, num_codes: int, generator: torch.Generator) -> torch.Tensor:
-    """Return the centroids (K, D) of rows (n, D), by Lloyd's algorithm from a k-means++ start.
-
-    A cluster that runs empty takes the row that lies farthest from its centroid. If there are fewer
-    different rows than codes, some centroids coincide and stay unused.
-    """
-    centroids = _plus_plus(rows, num_codes, generator)
-    codes = None
-    for _ in range(KMEANS_ITERATIONS):
-        before, codes = codes, nearest(rows, centroids)
-        if before is not None and torch.equal(before, codes):
-            break
-
-        # A product with the one-hot codes sums in the same order on every device; scattered
-        # additions on a GPU would not.
-        sums = torch.zeros_like(centroids)
-        counts = torch.zeros(num_codes, device=rows.device)
-        for part, code in zip(rows.split(CHUNK), codes.split(CHUNK), strict=True):
-            chosen = functional.one_hot(code, num_codes).to(rows.dtype)
-            sums += chosen.T @ part
-            counts += chosen.sum(0)
-
-        empty = (counts == 0).nonzero()[:, 0]
-        if len(empty):
-            distance = (rows - centroids[codes]).square().sum(1)
-            farthest = distance.argsort(descending=True, stable=True)
-            sums[empty] = rows[farthest[: len(empty)]]
-        centroids = sums / counts.clamp_min(1)[:, None]
-    return centroids
-
-
-def _plus_plus(rows: torch.Tensor, num_codes: int, generator: torch.Generator) -> torch.Tensor:
-    """Return the first centroids (K, D) for k-means (k-means++, Arthur and Vassilvitskii 2007).
-
-    Each is a row, drawn with a probability proportional to its squared distance to the nearest of
-    the centroids before.
-    """
-    norms = rows.square().sum(1)
-    chosen = [int(torch.randint(len(rows), (), generator=generator))]
-    distance = torch.full_like(norms, torch.inf)
-    while len(chosen) < num_codes:
-        latest = rows[chosen[-1]]
-        to_latest = (norms - 2 * (rows @ latest) + latest.square().sum()).clamp_min(0)
-        distance = torch.minimum(distance, to_latest)
-        distance[chosen[-1]] = 0
-
-        cumulative = distance.cumsum(0, dtype=torch.float64)
-        drawn = torch.rand((), generator=generator, dtype=torch.float64).to(rows.device)
-        at = int(torch.searchsorted(cumulative, drawn * cumulative[-1], right=True))
-        chosen.append(min(at, len(rows) - 1))
-    return rows[chosen]
+    # LETTER's losses.
+    if options.cf_weight < 0 or options.cf_temperature <= 0 or options.diversity_weight < 0:
+        raise UsageError(
+            f"--cf_weight {options.cf_weight}, --diversity_weight {options.diversity_weight}: must "
+            f"not be negative; --cf_temperature {options.cf_temperature}: must be above 0"
+        )
+    if options.diversity_weight and options.ema:
+        raise UsageError(
+            f"--diversity_weight {options.diversity_weight}: a codebook of moving averages (--ema) "
+            "has no gradient that the diversity loss could change; leave one of them out"
+        )
+    if options.diversity_weight and options.codes < 2 * letter.GROUPS:
+        raise UsageError(
+            f"--diversity_weight {options.diversity_weight}: {options.codes} codes do not make "
+            f"{letter.GROUPS} groups of at least two; give at least --codes {2 * letter.GROUPS}"
+        )
 
 
 def residual_kmeans(
-    rows: torch.Tensor, codebooks: torch.Tensor, generator: torch.Generator, log: Log
+    rows: torch.Tensor,
+    codebooks: torch.Tensor,
+    generator: torch.Generator,
+    log: Log,
+    is_balanced: bool = False,
 ) -> None:
     """Fill `codebooks` in place: each level is a k-means over the residuals of the levels before.
 
@@ -585,40 +652,17 @@ def residual_kmeans(
         codebooks: (L, K, D), filled in place.
         generator: source of the random starts.
         log: is called with each level's number and scalars.
+        is_balanced: each code gets at most ⌈n/K⌉ rows, see `balanced.balanced_kmeans`.
     """
     for level in range(len(codebooks)):
         codebooks[level] = kmeans(rows, codebooks.shape[1], generator)
-        codes = nearest(rows, codebooks[level])
+        if is_balanced:
+            codebooks[level], codes = balanced.balanced_kmeans(rows, codebooks[level])
+        else:
+            codes = nearest(rows, codebooks[level])
         rows = rows - codebooks[level][codes]
         values = _level_scalars(level, codes.cpu().numpy(), codebooks.shape[1])
         log(level, values | {"quantizer/reconstruction": float(rows.square().mean())})
-
-
-def nearest(rows: torch.Tensor, book: torch.Tensor) -> torch.Tensor:
-    """Return the index int64 (B,) of the codeword nearest to each row; of equals the lowest index.
-
-    Args:
-        rows: (B, d).
-        book: (K, d), the codewords.
-    """
-    return torch.cat([_squared_distances(part, book).argmin(1) for part in rows.split(CHUNK)])
-
-
-def nearest_residual(rows: torch.Tensor, codebooks: torch.Tensor) -> torch.Tensor:
-    """Return the codes int64 (B, L) of rows (B, d).
-
-    Each level's code is the codeword nearest to the residual of the levels before.
-    """
-    codes = []
-    for book in codebooks:
-        codes.append(nearest(rows, book))
-        rows = rows - book[codes[-1]]
-    return torch.stack(codes, 1)
-
-
-def _squared_distances(rows: torch.Tensor, book: torch.Tensor) -> torch.Tensor:
-    """Return |r − e|² − |r|², (B, K). The missing |r|² is the same for all codes of a row."""
-    return torch.addmm(book.square().sum(1), rows, book.T, alpha=-2)
 
 
 def sinkhorn_assignment(distances: torch.Tensor, epsilon: float) -> torch.Tensor:

@@ -10,9 +10,9 @@ import torch
 
 from igd_ds.errors import UsageError
 from igd_ds.runlog import TAGS
-from igd_ds.semantic_ids import collisions, quantizers
+from igd_ds.semantic_ids import collisions, kmeans, quantizers
 from igd_ds.semantic_ids.collisions import resolve_collisions
-from igd_ds.semantic_ids.quantizers import RQVAE, QuantizerOptions, fit, kmeans
+from igd_ds.semantic_ids.quantizers import RQVAE, QuantizerOptions, fit
 
 SMALL = QuantizerOptions(levels=3, codes=8, epochs=40, batch_size=64, hidden=(32, 16), latent=4)
 
@@ -46,25 +46,25 @@ def test_kmeans_finds_the_best_partition(seed):
             best = min(
                 best, squared_error(rows, np.stack([rows[labels == k].mean(0) for k in range(3)]))
             )
-    found = kmeans(torch.from_numpy(rows), 3, torch.Generator().manual_seed(seed)).numpy()
+    found = kmeans.kmeans(torch.from_numpy(rows), 3, torch.Generator().manual_seed(seed)).numpy()
     np.testing.assert_allclose(squared_error(rows, found), best, rtol=1e-9)
 
 
 def test_kmeans_ends_in_means_of_the_nearest_and_leaves_no_cluster_empty():
     rows = torch.from_numpy(clusters()).double()
-    centroids = kmeans(rows, 16, torch.Generator().manual_seed(1))
+    centroids = kmeans.kmeans(rows, 16, torch.Generator().manual_seed(1))
     codes = (rows[:, None] - centroids[None]).square().sum(2).argmin(1)
-    assert torch.equal(codes, quantizers.nearest(rows, centroids))
+    assert torch.equal(codes, kmeans.nearest(rows, centroids))
     means = torch.stack(
         [rows[codes == k].mean(0) for k in range(16)]
     )  # NaN where a cluster is empty
     torch.testing.assert_close(centroids, means, rtol=1e-9, atol=1e-9)
-    assert torch.equal(centroids, kmeans(rows, 16, torch.Generator().manual_seed(1)))
+    assert torch.equal(centroids, kmeans.kmeans(rows, 16, torch.Generator().manual_seed(1)))
 
 
 def test_kmeans_of_fewer_different_rows_than_codes():
     rows = torch.tensor([[0.0, 1], [2, 3]]).repeat(5, 1)
-    centroids = kmeans(rows, 4, torch.Generator().manual_seed(0))
+    centroids = kmeans.kmeans(rows, 4, torch.Generator().manual_seed(0))
     assert torch.isfinite(centroids).all() and squared_error(rows.numpy(), centroids.numpy()) == 0
 
 
@@ -88,6 +88,30 @@ def test_residual_kmeans_is_the_sum_of_its_codewords():
     np.testing.assert_allclose(result.reconstruction_error, (residual**2).mean(), rtol=1e-4)
 
 
+def test_balanced_residual_kmeans_fills_every_code_evenly():
+    vectors = clusters(num_items=401)
+    result = fit("rq-kmeans-balanced", vectors, SMALL, silent)
+    assert all(np.bincount(level, minlength=8).max() <= 51 for level in result.codes.T)  # ⌈401/8⌉
+    plain = fit("rq-kmeans", vectors, SMALL, silent)
+    assert any(np.bincount(level).max() > 51 for level in plain.codes.T)
+
+    # Items with equal IDs swap their last codes, and the codes stay even.
+    assert collisions.collision_rate(result.codes) > 0
+    separated = result.quantizer.separate(vectors, result.codes)
+    assert collisions.collision_rate(separated) < 0.7 * collisions.collision_rate(result.codes)
+    np.testing.assert_array_equal(np.bincount(separated[:, 2]), np.bincount(result.codes[:, 2]))
+    np.testing.assert_array_equal(separated[:, :2], result.codes[:, :2])
+
+    # The error is that of the codewords an item has; a new item gets the nearest ones.
+    rows = result.quantizer.rows(vectors, slice(None))
+    decoded = result.quantizer.decode(torch.from_numpy(result.codes).long())
+    np.testing.assert_allclose(
+        result.reconstruction_error, float((decoded - rows).square().mean()), rtol=1e-4
+    )
+    books = result.quantizer.codebooks
+    assert torch.equal(result.quantizer.encode(rows), kmeans.nearest_residual(rows, books))
+
+
 def test_pq_is_a_kmeans_per_segment():
     vectors = clusters(width=9)
     result = fit("pq", vectors, SMALL, silent)
@@ -105,7 +129,8 @@ def test_pq_is_a_kmeans_per_segment():
 def test_large_data_is_sampled_and_encoded_in_chunks(monkeypatch):
     vectors = clusters(num_items=2000)
     whole = fit("rq-kmeans", vectors, SMALL, silent)
-    monkeypatch.setattr(quantizers, "CHUNK", 300)
+    for module in (quantizers, kmeans):
+        monkeypatch.setattr(module, "CHUNK", 300)
     chunked = fit("rq-kmeans", vectors.astype(np.float16), SMALL, silent)
     assert (
         whole.codes == chunked.codes
@@ -275,7 +300,11 @@ def test_sinkhorn_balances():
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("vq", {}, "unknown --quantizer 'vq' \\(known: rq-vae, rq-kmeans, pq\\)"),
+        (
+            "vq",
+            {},
+            "unknown --quantizer 'vq' \\(known: rq-kmeans-balanced, rq-kmeans, rq-vae, pq\\)",
+        ),
         ("pq", {"levels": 3}, "an embedding of 8 entries cannot be cut into 3 equal segments"),
         ("rq-vae", {"levels": 27}, "--levels 27: must be 1 to 26"),
         (
@@ -288,6 +317,10 @@ def test_sinkhorn_balances():
         ("rq-vae", {"learning_rate": 0.0}, "--learning_rate 0.0"),
         ("rq-vae", {"ema": 1.0}, "--ema 1.0: must be 0 \\(off\\) or a decay"),
         ("rq-vae", {"sinkhorn": -1.0}, "--sinkhorn -1.0"),
+        ("rq-vae", {"cf_temperature": 0.0}, "--cf_temperature 0.0: must be above 0"),
+        ("rq-vae", {"diversity_weight": -1.0}, "--diversity_weight -1.0: must not be negative"),
+        ("rq-vae", {"diversity_weight": 1e-4, "ema": 0.9}, "leave one of them out"),
+        ("rq-vae", {"diversity_weight": 1e-4}, "8 codes do not make 10 groups of at least two"),
     ],
 )
 def test_bad_options(name, changes, message):

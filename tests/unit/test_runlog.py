@@ -2,9 +2,12 @@
 
 import json
 import re
+import sys
 
 import pytest
 
+from igd_ds.config import training
+from igd_ds.errors import UsageError
 from igd_ds.folders import write_json
 from igd_ds.objectives import OBJECTIVES
 from igd_ds.runlog import LAYOUT, TAGS, RunLog, drop_entries_after
@@ -130,3 +133,55 @@ def test_a_log_that_changed_since_the_checkpoint_is_told(tmp_path, capsys, alter
 
 def test_ranks_that_do_not_write_have_no_mark(tmp_path):
     assert RunLog(tmp_path, enabled=False).mark() == {}
+
+
+class StandInWandb:
+    """What the log uses of wandb."""
+
+    def __init__(self):
+        self.calls, self.summary = [], {}
+
+    def init(self, **settings):
+        self.calls.append(("init", settings))
+        return self
+
+    def log(self, values, step):
+        self.calls.append(("log", step, values))
+
+    def finish(self):
+        self.calls.append(("finish",))
+
+
+def test_wandb_gets_the_scalars_too(tmp_path, monkeypatch):
+    wandb = StandInWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    settings = {"objective": "igd", "output_dir": str(tmp_path)}
+    run = {"report_to": "wandb", "settings": settings}
+
+    log = RunLog(tmp_path, True, resume_step=0, **run)
+    log.log(1, {"train/loss": 2.0, "train/nll": 1.0})
+    log.hparams(settings, {"best_validation": 0.5})
+    log.close()
+    (_, begun), *rest = wandb.calls
+    assert begun["config"] == settings and begun["project"] == "mine"
+    assert begun["name"] == tmp_path.name and begun["dir"] == str(tmp_path)
+    assert rest == [("log", 1, {"train/loss": 2.0, "train/nll": 1.0}), ("finish",)]
+    assert wandb.summary == {"best_validation": 0.5}
+
+    # A resumed run goes on with the same run at Weights & Biases; other ranks send nothing.
+    wandb.calls.clear()
+    RunLog(tmp_path, True, resume_step=1, **run).close()
+    assert wandb.calls[0][1]["id"] == begun["id"] and begun["resume"] == "allow"
+    wandb.calls.clear()
+    RunLog(tmp_path, False, **run).close()
+    RunLog(tmp_path, True).close()
+    assert wandb.calls == []
+
+
+def test_wandb_that_is_not_installed_is_told_before_training(monkeypatch):
+    monkeypatch.setattr(training.importlib.util, "find_spec", lambda name: None)
+    options = {"ds_config": "zero1", "dataset": "data", "output_dir": "run"}
+    training.LoopOptions(**options).check()
+    with pytest.raises(UsageError, match="wandb is not installed; pip install wandb"):
+        training.LoopOptions(**options, report_to="wandb").check()

@@ -18,11 +18,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModel, BertConfig, LlamaConfig, PreTrainedTokenizerFast, T5Config
 
+from igd_ds.baselines.sequential import SASRec
 from igd_ds.commands import embed as embed_command
 from igd_ds.commands import ids as ids_command
 from igd_ds.commands import prepare as prepare_command
 from igd_ds.data.dataset import FILES, InteractionDataset, sha256_of
 from igd_ds.errors import UsageError
+from igd_ds.folders import write_json
 from igd_ds.items.embeddings import items_fingerprint, load_embeddings
 from igd_ds.runlog import TAGS
 from igd_ds.semantic_ids import assign, cooccurrence, encode
@@ -487,6 +489,32 @@ def test_same_seed_same_bytes_no_op_and_refusal(folder, tmp_path, capsys):
     assert train(folder, tmp_path / "c", *flags, "--log_dir", tmp_path / "b.quantizer") == 0
 
 
+def test_codes_aligned_with_a_recommender(folder, tmp_path, capsys):
+    info = InteractionDataset.load(folder / "data")
+    form = {"max_history": 5, "hidden_size": 4, "num_layers": 1, "num_heads": 1, "dropout": 0.0}
+    form["num_items"] = NUM_ITEMS
+    for name, dataset in [("sasrec", info.fingerprint), ("other", "other")]:
+        SASRec(**form).save_pretrained(tmp_path / name / "model")
+        description = {"recommender": "sasrec", "form": form, "dataset": dataset}
+        write_json(tmp_path / name / "model" / "config.json", description)
+
+    letter = ["--diversity_weight", 1e-4, "--cf_weight", 0.5, "--cf_run"]
+    flags = quantizer_flags(folder, "rq-vae", "--codes", 20, *letter)
+    with pytest.raises(UsageError, match="trained on another dataset than --dataset"):
+        train(folder, tmp_path / "ids", *flags, tmp_path / "other")
+    assert not list(tmp_path.glob("ids*"))
+
+    assert train(folder, tmp_path / "ids", *flags, tmp_path / "sasrec") == 0
+    made = InteractionDataset.load(tmp_path / "ids").info["semantic_ids"]["request"]
+    assert made["cf_weight"] == 0.5 and made["diversity_weight"] == 1e-4
+    assert made["cf_sha256"] == sha256_of(tmp_path / "sasrec" / "model" / "model.safetensors")
+    capsys.readouterr()
+    assert train(folder, tmp_path / "ids", *flags, tmp_path / "sasrec") == 0
+    assert "nothing to do" in capsys.readouterr().out
+    with pytest.raises(UsageError, match=r"these differ: .*cf_sha256"):
+        train(folder, tmp_path / "ids", *flags, tmp_path / "other")
+
+
 def test_embeddings_fit_the_dataset_with_ids_too(folder, tmp_path):
     """The items are the same, so their embeddings are; other items' are refused."""
     assert train(folder, tmp_path / "ids", *quantizer_flags(folder, "pq")) == 0
@@ -641,6 +669,12 @@ def test_unused_flags_are_errors(folder, capsys):
             "--embeddings: --quantizer existing does not use it",
         ),
         (["--quantizer", "rq-vae"], "--quantizer rq-vae needs --embeddings"),
+        ([], "--quantizer rq-kmeans-balanced needs --embeddings"),
+        (["--embeddings", "e", "--cf_run", "r"], "--cf_run: --quantizer rq-kmeans-balanced does"),
+        (
+            ["--quantizer", "rq-vae", "--embeddings", "e", "--cf_weight", "1"],
+            "--cf_weight needs --cf_run",
+        ),
     ]:
         with pytest.raises(SystemExit):
             ids_command.parse(["--dataset", "d", "--output", "o", *flags])

@@ -18,6 +18,7 @@ from oracle import assert_same_lists, weight_by_path
 from igd_ds.backbones import T5, CausalLM, backbone_of, read_model_config
 from igd_ds.backbones.saved import DESCRIPTION_FILE
 from igd_ds.backbones.tokenizer import load_tokenizer
+from igd_ds.commands import export as export_command
 from igd_ds.commands import tokenizer as tokenizer_command
 from igd_ds.config.model import ModelOptions
 from igd_ds.contracts import IGNORED, Batch
@@ -344,3 +345,40 @@ def test_a_list_of_items_is_for_decoders(folder):
     )
     with pytest.raises(UsageError, match="--prompt list .* an encoder-decoder does not read"):
         load_inputs(config)
+
+
+def test_exported_semantic_ids_and_weights(folder, tmp_path):
+    """The files of other toolkits, and transformers alone with the exported trie."""
+    output = tmp_path / "export"
+    assert export_command.main([str(folder / "run"), "--output", str(output)]) == 0
+    index = json.loads((output / "index.json").read_text())
+    assert index == {str(item): list(codes) for item, codes in enumerate(SEMANTIC_IDS)}
+    lines = (output / "info.txt").read_text().splitlines()
+    assert lines[3] == "".join(SEMANTIC_IDS[3]) + "\t\t3" and len(lines) == 20
+
+    assert not (output / "sid2item.json").exists()  # FlashRec has no IDs of different lengths
+    assert "FlashRec" not in (output / "README.md").read_text()
+
+    tokenizer = load_tokenizer(str(output / "model"))
+    trie = json.loads((output / "trie.json").read_text())
+
+    def allowed(batch_id, tokens):
+        node = trie
+        for token in tokens[1:].tolist():
+            node = node.get(str(token), {})
+        return [int(token) for token in node] or [tokenizer.eos_token_id]
+
+    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(output / "model").eval()
+    prompt = json.loads((output / "prompt.json").read_text())
+    out = model.generate(
+        torch.tensor([prompt["token_ids"]]), num_beams=4, num_return_sequences=4, max_new_tokens=6,
+        length_penalty=0.0, early_stopping="never", prefix_allowed_tokens_fn=allowed,
+        return_dict_in_generate=True, output_scores=True, do_sample=False,
+    )  # fmt: skip
+    items = json.loads((output / "items.json").read_text())
+    lists = Recommender.load(folder / "run").recommend([prompt["history"]], k=4, alpha=0.0)[0]
+    for sequence, place in zip(out.sequences, lists, strict=True):
+        codes = [token for token in sequence[1:].tolist() if token != tokenizer.eos_token_id]
+        codes = [token for token in codes if token != tokenizer.pad_token_id]
+        found = items[" ".join(map(str, codes))]
+        assert [entry["item"] for entry in found] == list(place.source_ids)
