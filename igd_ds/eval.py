@@ -129,7 +129,11 @@ def build_task(config: EvalConfig) -> RankingTask:
         names, dataset = config.guidance_ids, recommender.dataset
         scores = ItemScores.read(config.guidance, names, dataset, config.split, ids)
         guidance = scores, config.guidance_weight
-    task = RankingTask(recommender, split, rows, lists, guidance)
+    dataset, seen = recommender.dataset, None
+    if dataset.excludes_seen(config.exclude_seen):
+        seen = dataset.seen_items(config.split)
+    say(dataset.describe_exclusion(config.exclude_seen))
+    task = RankingTask(recommender, split, rows, lists, guidance, seen)
     distributed.on_main(lambda: check_every_row(config, task))
     return task
 

@@ -20,13 +20,15 @@ import igd_ds
 from igd_ds.backbones.saved import hashes_of
 from igd_ds.data.dataset import Split
 from igd_ds.data.per_row import ItemLists, ItemScores
+from igd_ds.data.seen_items import SeenItems, with_seen
 from igd_ds.errors import UsageError
 from igd_ds.eval_config import EvalConfig
 from igd_ds.evaluation.recommender import Recommender
 from igd_ds.evaluation.results import LIST_SCHEMA, Ranked, write_results
 from igd_ds.folders import claim, differing, new_file, remove_temporaries, sha256_of, write_json
+from igd_ds.run_folder import BEFORE_RECORDED
 from igd_ds.search.engine import SearchResult
-from igd_ds.search.filters import ItemFilter
+from igd_ds.search.filters import ItemFilter, items_under
 from igd_ds.search.frontier import PerUser
 
 PART_SCHEMA = LIST_SCHEMA.append(pa.field("by_beam", pa.bool_()))
@@ -37,7 +39,7 @@ PART_SCHEMA = LIST_SCHEMA.append(pa.field("by_beam", pa.bool_()))
 REQUEST = (
     "split", "alpha", "search", "num_beams", "decoding_rule", "length_penalty", "softmax",
     "temperature", "popularity_prior", "guidance_weight", "pass_positions", "row_positions",
-    "batch_size", "num_rows", "seed", "dtype",
+    "batch_size", "num_rows", "seed", "dtype", "exclude_seen",
 )  # fmt: skip
 REQUEST_FILES = ("guidance", "item_filter")
 
@@ -54,11 +56,15 @@ class RankingTask:
     """Items that rows may or may not get."""
     guidance: tuple[ItemScores, float] | None
     """A second scorer's item probabilities and their weight."""
+    seen: SeenItems | None
+    """What the users have met before, if the lists leave it out."""
 
     def per_user(self, rows: np.ndarray) -> PerUser:
         """Return the item filter and the guidance of a batch of rows (B,)."""
         labels = [f"row {row} of {self.split.name}" for row in rows]
         lists = self.item_lists.of(rows) if self.item_lists else {}
+        if self.seen:
+            lists["deny"] = with_seen(lists.get("deny"), self.seen.of(rows))
         guidance = (self.guidance[0].of(rows), self.guidance[1]) if self.guidance else None
         return self.recommender.per_user(labels, guidance=guidance, **lists)
 
@@ -83,6 +89,7 @@ def request_of(config: EvalConfig, task: RankingTask) -> dict[str, Any]:
         request["guidance_ids"] = sha256_of(Path(config.guidance_ids))
     return request | {
         "alpha": list(config.alpha),
+        "exclude_seen": "yes" if task.seen else "no",
         "softmax": "masked" if scoring.masked_softmax else "full",
         "temperature": scoring.temperature,
         "max_length": recommender.max_length,
@@ -146,7 +153,7 @@ def _read_request(path: Path) -> dict[str, Any]:
         ) from None
     if not isinstance(request, dict):
         raise UsageError(f"{path} is damaged: delete the folder and evaluate again")
-    return request
+    return BEFORE_RECORDED | request
 
 
 def write_part(path: Path, table: pa.Table) -> None:
@@ -224,7 +231,7 @@ def _lists_table(
     leaf, score = leaves.cpu().numpy(), scores.cpu().numpy()
     grid, row, place = np.nonzero(leaf >= 0)
     listed = leaf[grid, row, place]
-    items, count = task.recommender.items_under(listed, row, allowed)
+    items, count = items_under(task.recommender.stored.trie, listed, row, allowed)
     ends = pa.array(np.concatenate([[0], count.cumsum()]), pa.int32())
 
     columns = {
