@@ -459,9 +459,7 @@ class Recommender:
     def _excludes_seen(self, asked: str) -> bool:
         """Return whether lists leave the items of the history out, or raise UsageError."""
         if asked not in EXCLUDE_SEEN:
-            raise UsageError(
-                f"exclude_seen is one of {', '.join(EXCLUDE_SEEN)}, found {asked!r}"
-            )
+            raise UsageError(f"exclude_seen is one of {', '.join(EXCLUDE_SEEN)}, found {asked!r}")
         return self.dataset.excludes_seen(asked)
 
     def _histories(self, histories: Sequence[Ids], ids: str) -> list[np.ndarray]:

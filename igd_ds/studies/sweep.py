@@ -44,7 +44,7 @@ from igd_ds.evaluation.metrics import HEADLINE
 from igd_ds.evaluation.parts import REQUEST_FILES
 from igd_ds.folders import is_temporary, read_json_object, write_json
 from igd_ds.process import descendants, have_ended
-from igd_ds.run_folder import FREE_ON_RESUME
+from igd_ds.run_folder import BEFORE_RECORDED, FREE_ON_RESUME
 from igd_ds.studies.report.study import METRIC, method_names
 from igd_ds.studies.sweep_table import (
     EVALUATIONS_OWN,
@@ -334,7 +334,7 @@ def changed_settings(row: Row, run: Path) -> list[str]:
     changed: set[str] = set()
     if (path := run / "config.yaml").is_file():
         cls = type(row.config)
-        saved = current_names(cls, read_yaml_settings(path))
+        saved = BEFORE_RECORDED | current_names(cls, read_yaml_settings(path))
         for name, value in asdict(row.config).items():
             # A setting that is newer than the run had its default.
             before = saved.get(name, getattr(cls, name, None))
@@ -350,7 +350,7 @@ def changed_settings(row: Row, run: Path) -> list[str]:
     ):
         path = run / "eval" / folder / "request.json"
         if evaluation is not None and path.is_file():
-            request = json.loads(path.read_text(encoding="utf-8"))
+            request = BEFORE_RECORDED | json.loads(path.read_text(encoding="utf-8"))
             now = in_request(row, evaluation, trained_likelihood(run))
             changed |= {f"{block}.{name}" for name in changed_request(now, request)}
     return sorted(changed)
@@ -375,9 +375,12 @@ def changed_request(now: Settings, request: Mapping[str, Any]) -> set[str]:
     """Return the names of settings that differ between an evaluation's request.json and the table.
 
     The request holds hashes of files; here it only matters whether there is a file. The α of a test
-    is what validation chose, so it is not compared.
+    is what validation chose, and `exclude_seen: auto` is what the dataset says, so these are not
+    compared.
     """
     ignored = EVALUATIONS_OWN | {"base_model"}
+    if now["exclude_seen"] == "auto":
+        ignored = ignored | {"exclude_seen"}
     if request["split"] == "test":
         ignored = ignored | {"alpha"}
 
