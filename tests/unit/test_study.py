@@ -582,8 +582,9 @@ def test_lists_too_short_to_choose_by(run):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("rows", 7), ("num_beams", 20), ("popularity_baseline", {"hr@5": 0.2}), ("seed", 1)],
-)
+    [("rows", 7), ("num_beams", 20), ("popularity_baseline", {"hr@5": 0.2}), ("seed", 1),
+     ("exclude_seen", "yes")],
+)  # fmt: skip
 def test_runs_that_were_not_evaluated_alike_are_refused(run, key, value):
     folders = [run("uniform"), run("other", changes={key: value})]
     with pytest.raises(
