@@ -31,6 +31,7 @@ from igd_ds.data.per_row import ItemLists, ItemScores
 from igd_ds.distributed import say
 from igd_ds.eval_config import EvalConfig
 from igd_ds.evaluation import metrics
+from igd_ds.evaluation.baseline_recommender import BaselineRecommender, open_recommender
 from igd_ds.evaluation.parts import (
     RankingTask,
     batches_of,
@@ -112,12 +113,9 @@ def build_task(config: EvalConfig) -> RankingTask:
     Raises:
         UsageError: what does not fit together, or a row that cannot be ranked.
     """
-    recommender = Recommender(config)
-    scoring = recommender.scoring(config.scoring_options())
-    if config.search == "exact":
-        scoring.refuse_exact()
-    check_limits(config, config.num_beams, config.search)
-    check_memory(config, len(recommender.tokenizer))
+    recommender = open_recommender(config)
+    if not isinstance(recommender, BaselineRecommender):
+        check_search(config, recommender)
 
     split = recommender.dataset.splits[config.split]
     rows = sample_rows(len(split), config.num_rows, config.seed)
@@ -136,6 +134,15 @@ def build_task(config: EvalConfig) -> RankingTask:
     task = RankingTask(recommender, split, rows, lists, guidance, seen)
     distributed.on_main(lambda: check_every_row(config, task))
     return task
+
+
+def check_search(config: EvalConfig, recommender: Recommender) -> None:
+    """Raise UsageError for a search that cannot be made."""
+    scoring = recommender.scoring(config.scoring_options())
+    if config.search == "exact":
+        scoring.refuse_exact()
+    check_limits(config, config.num_beams, config.search)
+    check_memory(config, len(recommender.tokenizer))
 
 
 def check_every_row(config: EvalConfig, task: RankingTask) -> None:

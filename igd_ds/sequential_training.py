@@ -105,6 +105,7 @@ class BaselineData:
             "recommender": config.recommender,
             "form": self.model_form(config) if config.is_trained else {},
             "dataset": self.dataset.fingerprint,
+            "item_kind": self.stored.catalogue.kind,
         }
         write_json(folder / CONFIG_FILE, description)
 

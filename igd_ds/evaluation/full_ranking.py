@@ -32,6 +32,9 @@ from igd_ds.folders import remove_temporaries, write_json
 from igd_ds.items.trie import TokenTrie
 from igd_ds.search.filters import ItemFilter, ItemRanges, items_under
 
+METHOD = "full ranking"
+"""What metrics.json calls the search of a baseline."""
+
 
 @dataclass(frozen=True)
 class SeenFilter:
@@ -196,7 +199,7 @@ def evaluate(
     }
     settings = {
         "split": split.name,
-        "search": "full ranking",
+        "search": METHOD,
         "num_beams": config.num_beams,
         "length_penalty": 0.0,
         "num_rows": config.num_rows,

@@ -23,6 +23,8 @@ from igd_ds.data.per_row import ItemLists, ItemScores
 from igd_ds.data.seen_items import SeenItems, with_seen
 from igd_ds.errors import UsageError
 from igd_ds.eval_config import EvalConfig
+from igd_ds.evaluation.baseline_recommender import BaselineRecommender
+from igd_ds.evaluation.full_ranking import METHOD
 from igd_ds.evaluation.recommender import Recommender
 from igd_ds.evaluation.results import LIST_SCHEMA, Ranked, write_results
 from igd_ds.folders import claim, differing, new_file, remove_temporaries, sha256_of, write_json
@@ -90,6 +92,7 @@ def request_of(config: EvalConfig, task: RankingTask) -> dict[str, Any]:
     return request | {
         "alpha": list(config.alpha),
         "exclude_seen": "yes" if task.seen else "no",
+        "search": METHOD if isinstance(recommender, BaselineRecommender) else config.search,
         "softmax": "masked" if scoring.masked_softmax else "full",
         "temperature": scoring.temperature,
         "max_length": recommender.max_length,

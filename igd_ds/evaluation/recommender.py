@@ -34,7 +34,7 @@ from igd_ds.config.items import EXCLUDE_SEEN
 from igd_ds.config.model import ModelSource
 from igd_ds.config.search import Limits, ScoringOptions
 from igd_ds.config.yaml_files import read_yaml_settings
-from igd_ds.contracts import Backbone
+from igd_ds.contracts import Backbone, Likelihood
 from igd_ds.data.cut_titles import with_cut_titles
 from igd_ds.data.dataset import InteractionDataset
 from igd_ds.data.prompts import PromptBuilder, Template
@@ -42,7 +42,7 @@ from igd_ds.data.seen_items import with_seen
 from igd_ds.errors import UsageError
 from igd_ds.items.ids import SOURCE, SPACES, ItemId, ItemIds, names_of
 from igd_ds.items.search_trie import SearchTrie
-from igd_ds.items.store import load_catalogue
+from igd_ds.items.store import StoredCatalogue, load_catalogue
 from igd_ds.search.best_first import ProvenLeaf
 from igd_ds.search.engine import SearchResult, search, stream
 from igd_ds.search.filters import Guidance, ItemFilter, ItemRanges, items_under
@@ -112,7 +112,7 @@ class Recommender:
         limits: positions per model pass and per user, for `recommend`; may be set.
 
     Raises:
-        UsageError: the folder holds no model of igd train; a file of it changed since it was saved;
+        UsageError: the folder holds no trained model; a file of it changed since it was saved;
             an adapter's base has other weights than in training; tokenizer, catalogue and dataset
             do not belong together; or the prompt's frame does not fit `max_length`.
     """
@@ -120,7 +120,6 @@ class Recommender:
     def __init__(self, source: ModelSource, device: torch.device | str | None = None):
         ModelSource.check(source)  # an EvalConfig is a source too, and checked when it was parsed
         self.source, self.description = source, describe(source.model)
-        self.device = torch.device(device) if device is not None else distributed.device()
         self.max_length = source.max_length or self.description["max_length"]
         if self.max_length > self.description["max_length"]:
             raise UsageError(
@@ -131,15 +130,14 @@ class Recommender:
         self.base_weights = distributed.on_main(lambda: check_model(source))
 
         # What the model reads and writes.
-        self.dataset = InteractionDataset.load(source.dataset)
-        self.ids = ItemIds.read(source.dataset)
+        dataset = InteractionDataset.load(source.dataset)
         self.tokenizer = load_tokenizer(source.model, source.trust_remote_code)
         # Items are written as in training; what is recommended is shown with its whole title.
         as_written = with_cut_titles(
-            self.dataset, self.tokenizer, self.description.get("max_title_tokens", 0)
+            dataset, self.tokenizer, self.description.get("max_title_tokens", 0)
         )
-        self.stored = load_catalogue(Path(source.model) / "catalogue", self.tokenizer, as_written)
-        catalogue = self.stored.catalogue
+        stored = load_catalogue(Path(source.model) / "catalogue", self.tokenizer, as_written)
+        catalogue = stored.catalogue
         template = Template.from_dict(
             self.description["prompt"], f"{source.model}/{DESCRIPTION_FILE}"
         )
@@ -148,14 +146,25 @@ class Recommender:
             template, self.tokenizer, as_written, catalogue.kind, budget
         )
 
-        # What the search walks.
-        self.likelihood = likelihood_of(self.description)
+        self._set_up(dataset, stored, likelihood_of(self.description), device)
+        self.trie = SearchTrie.build(stored.trie)
+        self._backbone: Backbone | None = None
+
+    def _set_up(
+        self,
+        dataset: InteractionDataset,
+        stored: StoredCatalogue,
+        likelihood: Likelihood,
+        device: torch.device | str | None,
+    ) -> None:
+        """Set what any model ranks with: the items, their ids, and how their paths are scored."""
+        self.device = torch.device(device) if device is not None else distributed.device()
+        self.dataset, self.stored, self.likelihood = dataset, stored, likelihood
+        self.ids = ItemIds.read(dataset.folder)
         self.num_leaves = int(np.count_nonzero(self.stored.trie.is_leaf))
-        self.trie = SearchTrie.build(self.stored.trie)
         self.ranges = ItemRanges.build(self.stored.trie)
         self.batch_size, self.limits = 16, Limits()
         self._one_at_a_time = threading.Lock()
-        self._backbone: Backbone | None = None
         self.model: Any = None
         self.scoring = functools.lru_cache(SCORINGS_KEPT)(self._build_scoring)
 
@@ -169,7 +178,7 @@ class Recommender:
         base_model: str = "",
         trust_remote_code: bool = False,
     ) -> "Recommender":
-        """Load what igd train left in a run folder, weights included.
+        """Load what igd train or igd baseline left in a run folder, weights included.
 
         Args:
             run: the run folder, or the model/ folder in it.
@@ -195,7 +204,9 @@ class Recommender:
             base_model=base_model,
             trust_remote_code=trust_remote_code,
         )
-        recommender = cls(source, device)
+        from igd_ds.evaluation.baseline_recommender import open_recommender  # imports this module
+
+        recommender = open_recommender(source, device)
         recommender.load_weights()
         return recommender
 
