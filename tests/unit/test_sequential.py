@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from igd_ds.baselines import sequential
 from igd_ds.baselines.sequential import (
     COUNTED,
-    LOSSES,
     HSTU,
+    LOSSES,
     SEQUENTIAL,
     GRU4Rec,
     LRURec,

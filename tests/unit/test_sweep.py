@@ -1012,13 +1012,13 @@ def test_the_last_error(text, code, expected):
 BETAS, FIVE = 8, 5
 COUNTS = {
     "igd-main": 4 * 2
-    + 4 * 3 * 3
+    + 4 * 5 * 3
     + 4 * 2 * (1 + 2 + 2 * 2 + BETAS) * 3
     + 4 * 9 * 3
     + 4 * (1 + BETAS)
     + (1 + BETAS),
     "mtc": 4 * 2
-    + 4 * FIVE * (3 + 1 + 4 + 2 + 2 * 2 + BETAS + 5 + 2)
+    + 4 * FIVE * (5 + 1 + 4 + 2 + 2 * 2 + BETAS + 5 + 2)
     + 3 * FIVE * (1 + 2 + 5)
     + 3 * FIVE * (1 + 5),
     "decisiveness": 5,
