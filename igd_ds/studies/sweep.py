@@ -350,7 +350,7 @@ def changed_settings(row: Row, run: Path) -> list[str]:
     ):
         path = run / "eval" / folder / "request.json"
         if evaluation is not None and path.is_file():
-            request = BEFORE_RECORDED | json.loads(path.read_text(encoding="utf-8"))
+            request = json.loads(path.read_text(encoding="utf-8"))
             now = in_request(row, evaluation, trained_likelihood(run))
             changed |= {f"{block}.{name}" for name in changed_request(now, request)}
     return sorted(changed)
@@ -375,12 +375,13 @@ def changed_request(now: Settings, request: Mapping[str, Any]) -> set[str]:
     """Return the names of settings that differ between an evaluation's request.json and the table.
 
     The request holds hashes of files; here it only matters whether there is a file. The α of a test
-    is what validation chose, and `exclude_seen: auto` is what the dataset says, so these are not
-    compared.
+    is what validation chose, and the recorded `exclude_seen` is what `auto` came to, so these are
+    not compared.
     """
     ignored = EVALUATIONS_OWN | {"base_model"}
-    if now["exclude_seen"] == "auto":
+    if now["exclude_seen"] == "auto" and "exclude_seen" in request:
         ignored = ignored | {"exclude_seen"}
+    request = BEFORE_RECORDED | request
     if request["split"] == "test":
         ignored = ignored | {"alpha"}
 
