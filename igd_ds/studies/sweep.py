@@ -381,7 +381,7 @@ def changed_request(now: Settings, request: Mapping[str, Any]) -> set[str]:
     ignored = EVALUATIONS_OWN | {"base_model"}
     if now["exclude_seen"] == "auto" and "exclude_seen" in request:
         ignored = ignored | {"exclude_seen"}
-    request = BEFORE_RECORDED | request
+    request = {**BEFORE_RECORDED, **request}
     if request["split"] == "test":
         ignored = ignored | {"alpha"}
 
