@@ -51,6 +51,7 @@ def main() -> int:
         ds = resolve_ds_config(config, distributed.world_size(), load_in_4bit=False)
     data, run = BaselineData.build(config), Path(config.output_dir)
     model = data.build_model(config)
+    say(data.dataset.describe_exclusion(config.exclude_seen))
 
     # Train, unless an earlier start did.
     tag, finished = distributed.on_main(lambda: open_run_folder(run, config, ds, data, model))
@@ -70,7 +71,7 @@ def main() -> int:
         split = data.dataset.splits[name]
         rows = rows_to_rank(split, config)
         ranked = Ranked(data.stored, data.dataset, split, rows, config.num_beams, run)
-        evaluate(ranker, ranked, run / "eval" / name, config)
+        evaluate(ranker, ranked, data.seen_filter(name, config), run / "eval" / name, config)
     say(f"{run} is finished")
     return 0
 
@@ -141,7 +142,8 @@ def count(model: Any, data: BaselineData, config: BaselineConfig, run: Path) -> 
         data.write_description(run / "model", config)
 
     distributed.on_main(save)
-    values = validate(model.to(distributed.device()), config, data)
+    seen = data.seen_filter("valid", config)
+    values = validate(model.to(distributed.device()), config, data, seen)
     log.log(0, values)
     state.note_validation(values[f"valid/{VALIDATION_METRIC}"], lower_is_better=False)
     state.seconds = time.perf_counter() - began

@@ -31,6 +31,8 @@ from igd_ds.data.per_row import ItemLists, ItemScores
 from igd_ds.distributed import say
 from igd_ds.eval_config import EvalConfig
 from igd_ds.evaluation import metrics
+from igd_ds.evaluation.baseline_recommender import BaselineRecommender, open_recommender
+from igd_ds.evaluation.full_ranking import METHOD
 from igd_ds.evaluation.parts import (
     RankingTask,
     batches_of,
@@ -113,14 +115,8 @@ def build_task(config: EvalConfig) -> RankingTask:
     Raises:
         UsageError: what does not fit together, or a row that cannot be ranked.
     """
-    recommender = Recommender(config)
-    scoring = recommender.scoring(config.scoring_options())
-    is_probability = scoring.is_probability and not config.guidance
-    method = scoring.method(config.search, guided=bool(config.guidance))
-    if method == "exact":
-        scoring.refuse_exact()
-    check_limits(config, config.num_beams, method)
-    check_memory(config, len(recommender.tokenizer))
+    recommender = open_recommender(config)
+    method, scores = chosen_search(config, recommender)
 
     split = recommender.dataset.splits[config.split]
     rows = sample_rows(len(split), config.num_rows, config.seed)
@@ -130,12 +126,33 @@ def build_task(config: EvalConfig) -> RankingTask:
         lists = ItemLists.read(config.item_filter, len(split), ids, config.ids)
     if config.guidance:
         names, dataset = config.guidance_ids, recommender.dataset
-        scores = ItemScores.read(config.guidance, names, dataset, config.split, ids)
-        guidance = scores, config.guidance_weight
-    meaning = PROBABILITY if is_probability else SCORE
-    task = RankingTask(recommender, split, rows, lists, guidance, method, meaning)
+        guide = ItemScores.read(config.guidance, names, dataset, config.split, ids)
+        guidance = guide, config.guidance_weight
+    dataset, seen = recommender.dataset, None
+    if dataset.excludes_seen(config.exclude_seen):
+        seen = dataset.seen_items(config.split)
+    say(dataset.describe_exclusion(config.exclude_seen))
+    task = RankingTask(recommender, split, rows, lists, guidance, seen, method, scores)
     distributed.on_main(lambda: check_every_row(config, task))
     return task
+
+
+def chosen_search(config: EvalConfig, recommender: Recommender) -> tuple[str, str]:
+    """Return the method that ranks the catalogue, and what its scores are (PROBABILITY or SCORE).
+
+    Raises:
+        UsageError: the search cannot be made.
+    """
+    if isinstance(recommender, BaselineRecommender):
+        return METHOD, SCORE
+    scoring = recommender.scoring(config.scoring_options())
+    is_probability = scoring.is_probability and not config.guidance
+    method = scoring.method(config.search, guided=bool(config.guidance))
+    if method == "exact":
+        scoring.refuse_exact()
+    check_limits(config, config.num_beams, method)
+    check_memory(config, len(recommender.tokenizer))
+    return method, PROBABILITY if is_probability else SCORE
 
 
 def check_every_row(config: EvalConfig, task: RankingTask) -> None:

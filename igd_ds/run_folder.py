@@ -38,6 +38,9 @@ FREE_ON_RESUME = {
 """Settings that may change when a run resumes: paths, whose content is checked, and settings
 without effect on the model."""
 
+BEFORE_RECORDED = {"exclude_seen": "no"}
+"""What runs did before they recorded it, where that is not today's default."""
+
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "datasets", "numpy")
 
 
@@ -91,9 +94,11 @@ def _check_same_run(
             f"--output_dir {run} holds a run already; give another folder, or --resume auto to go "
             "on with it"
         )
-    # A run of an earlier version lacks the settings that are new since; a default changes nothing.
+    # A run of an earlier version lacks the settings that are new since; most defaults change
+    # nothing.
     entries = [e for e in dataclasses.fields(options) if e.default is not dataclasses.MISSING]
     defaults = json.loads(json.dumps({entry.name: entry.default for entry in entries}))
+    defaults |= {name: value for name, value in BEFORE_RECORDED.items() if name in defaults}
     old = defaults | current_names(type(options), _read_record(run / "config.yaml", yaml.safe_load))
     old_ds = _read_record(run / "ds_config.json", json.loads)
     begun_by = _read_record(run / "env.json", json.loads).get("world_size")

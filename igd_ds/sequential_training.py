@@ -30,7 +30,8 @@ from igd_ds.data.dataset import InteractionDataset
 from igd_ds.engine.export import save_model
 from igd_ds.engine.step import StepSums
 from igd_ds.errors import UsageError
-from igd_ds.evaluation.full_ranking import Ranker
+from igd_ds.evaluation.full_ranking import Ranker, SeenFilter
+from igd_ds.evaluation.results import Ranked
 from igd_ds.folders import write_json
 from igd_ds.items.store import StoredCatalogue
 
@@ -92,12 +93,19 @@ class BaselineData:
         torch.manual_seed(config.seed)
         return SEQUENTIAL[config.recommender].model(**self.model_form(config))
 
+    def seen_filter(self, split: str, config: BaselineConfig) -> SeenFilter | None:
+        """Return what leaves seen items out of a split's lists; None where they stay in."""
+        if not self.dataset.excludes_seen(config.exclude_seen):
+            return None
+        return SeenFilter.build(self.dataset, split, self.stored.trie)
+
     def write_description(self, folder: Path, config: BaselineConfig) -> None:
         """Put beside the weights what `load_model` needs."""
         description = {
             "recommender": config.recommender,
             "form": self.model_form(config) if config.is_trained else {},
             "dataset": self.dataset.fingerprint,
+            "item_kind": self.stored.catalogue.kind,
         }
         write_json(folder / CONFIG_FILE, description)
 
@@ -154,6 +162,7 @@ class SequentialTraining:
     def __init__(self, config: BaselineConfig, run: Path, data: BaselineData, micro_batch: int):
         self.config, self.run, self.data, self.micro_batch = config, run, data, micro_batch
         self.loss = SequenceLoss(config.loss, data.negatives)
+        self.seen = data.seen_filter("valid", config)
         self.steps_per_epoch = steps_per_epoch(len(data.train), config.global_batch_size)
         self.total_steps = config.epochs * self.steps_per_epoch
         if config.max_steps:
@@ -188,7 +197,7 @@ class SequentialTraining:
 
     def validate(self, engine: Any) -> dict[str, float]:
         """Return NDCG@10 of the full ranking."""
-        return validate(engine.module, self.config, self.data)
+        return validate(engine.module, self.config, self.data, self.seen)
 
     def save(self, engine: Any) -> None:
         """Save RUN/model: weights and description."""
@@ -206,9 +215,19 @@ class SequentialTraining:
         """Do nothing: the loss has no state."""
 
 
-def validate(model: Any, config: BaselineConfig, data: BaselineData) -> dict[str, float]:
-    """Return NDCG@10 of a full ranking of the validation rows; all ranks call it."""
+def validate(
+    model: Any, config: BaselineConfig, data: BaselineData, seen: SeenFilter | None
+) -> dict[str, float]:
+    """Return NDCG@10 of a full ranking of the validation rows; all ranks call it.
+
+    Args:
+        model: the recommender.
+        config: the run's settings.
+        data: what the run works on.
+        seen: leaves seen items out of the lists, as in the evaluation; None keeps them.
+    """
     split = data.dataset.splits["valid"]
     rows = sample_rows(len(split), config.validation_rows, config.seed)
+    ranked = Ranked(data.stored, data.dataset, split, rows, 10, run=None)
     ranker = Ranker(model, data.leaves, config.batch_size)
-    return {f"valid/{VALIDATION_METRIC}": ranker.ndcg(data.stored.trie, split, rows, 10)}
+    return {f"valid/{VALIDATION_METRIC}": ranker.ndcg(ranked, seen)}

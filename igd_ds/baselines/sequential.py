@@ -1,4 +1,4 @@
-"""Recommenders that score item ids: GRU4Rec, SASRec and LRURec are trained, two others only count.
+"""Recommenders that score item ids: GRU4Rec, SASRec, LRURec and HSTU are trained, two others count.
 
 Letters in shapes: B sequences, T items of a sequence, D width, H recurrent width, N items, n
 positions to predict from, C candidate items.
@@ -9,7 +9,6 @@ one.
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from igd_ds.errors import UsageError
+from igd_ds.folders import read_json_object
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 
@@ -129,11 +129,7 @@ class SASRec(SequentialModel):
         dropout: float,
     ):
         super().__init__(num_items, hidden_size, bias=False)
-        if hidden_size % num_heads:
-            raise UsageError(
-                f"--hidden_size {hidden_size} is not divisible by --num_heads {num_heads}"
-            )
-
+        refuse_heads(hidden_size, num_heads)
         self.positions = nn.Embedding(max_history, hidden_size)
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(
@@ -184,6 +180,93 @@ class AttentionBlock(nn.Module):
 
         states = states + self.dropout(self.output(attended.transpose(1, 2).flatten(2)))
         return states + self.feed_forward(self.norms[1](states))
+
+
+class HSTU(SequentialModel):
+    """HSTU: blocks of pointwise attention, whose output is gated and takes no feed-forward net.
+
+    The actions of a user are one sequence, and here each action is an item. Embeddings and
+    positions are those of SASRec, as in the published code. The attention's bias depends on the
+    distance of two actions. The paper adds one for the time between them, but histories have no
+    times. As with all models here, a score is an inner product; the published code divides a
+    cosine by 0.05.
+    """
+
+    def __init__(
+        self,
+        num_items: int,
+        max_history: int,
+        hidden_size: int,
+        num_layers: int,
+        num_heads: int,
+        dropout: float,
+    ):
+        super().__init__(num_items, hidden_size, bias=False)
+        refuse_heads(hidden_size, num_heads)
+        self.positions = nn.Embedding(max_history, hidden_size)
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(
+            PointwiseAttentionBlock(hidden_size, num_heads, max_history, dropout)
+            for _ in range(num_layers)
+        )
+        self.norm = nn.LayerNorm(hidden_size)
+        for parameter in self.parameters():
+            if parameter.dim() > 1:
+                nn.init.trunc_normal_(parameter, std=0.02, a=-0.04, b=0.04)
+
+    def encode(self, histories: torch.Tensor) -> torch.Tensor:
+        """See `SequentialModel.encode`."""
+        positions = torch.arange(histories.shape[1], device=histories.device)
+        items = self.items(histories) * self.items.embedding_dim**0.5
+        states: torch.Tensor = self.dropout(items + self.positions(positions))
+        for block in self.blocks:
+            states = block(states)
+        normalised: torch.Tensor = self.norm(states)
+        return normalised
+
+
+class PointwiseAttentionBlock(nn.Module):
+    """x + f₂(norm(A V) ⊙ U) with A = SiLU(Q Kᵀ + b) / n (HSTU, Eq. 1 to 3).
+
+    U, V, Q and K are parts of SiLU(f₁(norm(x))). The weights A are not normalised over the history,
+    so that they keep how strong an interest is. n is the longest history, as in the published code.
+    b is learned, a number per distance of two positions.
+
+    Shape: (B, T, D) → (B, T, D).
+    """
+
+    def __init__(self, size: int, num_heads: int, max_history: int, dropout: float):
+        super().__init__()
+        self.num_heads = num_heads
+        self.norms = nn.ModuleList(
+            nn.LayerNorm(size, eps=1e-6, elementwise_affine=False) for _ in range(2)
+        )
+        self.inputs, self.output = nn.Linear(size, 4 * size, bias=False), nn.Linear(size, size)
+        self.distance_bias = nn.Parameter(0.02 * torch.randn(max_history))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """Apply the block."""
+        gate, *heads = F.silu(self.inputs(self.norms[0](states))).chunk(4, -1)
+        value, query, key = (
+            part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in heads
+        )
+
+        # Each position attends to itself and to the positions before it.
+        position = torch.arange(states.shape[1], device=states.device)
+        distance = position[:, None] - position
+        bias = self.distance_bias[distance.clamp(min=0)]
+        weights = F.silu(query @ key.transpose(2, 3) + bias) / len(self.distance_bias)
+        attended = (weights.masked_fill(distance < 0, 0) @ value).transpose(1, 2).flatten(2)
+
+        output: torch.Tensor = self.output(self.dropout(self.norms[1](attended) * gate))
+        return states + output
+
+
+def refuse_heads(hidden_size: int, num_heads: int) -> None:
+    """Raise UsageError unless the heads divide the width."""
+    if hidden_size % num_heads:
+        raise UsageError(f"--hidden_size {hidden_size} is not divisible by --num_heads {num_heads}")
 
 
 class LRURec(SequentialModel):
@@ -424,7 +507,8 @@ class Preset:
 
 # GRU4Rec: the defaults of the published code, hidasib/GRU4Rec; its learning rate is that of
 # Adagrad, and 1e-3 is assumed for AdamW. SASRec: Section IV; dropout 0.5 is for its sparse
-# datasets, and 0.2 for ML-1M. LRURec: the published code, yueqirex/LRURec.
+# datasets, and 0.2 for ML-1M. LRURec: the published code, yueqirex/LRURec. HSTU: the published code
+# for ML-1M, facebookresearch/generative-recommenders, with 2 blocks as SASRec.
 SEQUENTIAL = {
     "gru4rec": Preset(
         GRU4Rec,
@@ -440,6 +524,11 @@ SEQUENTIAL = {
         LRURec,
         {"hidden_size": 64, "num_layers": 2, "dropout": 0.2},
         {"global_batch_size": 128, "learning_rate": 1e-3, "weight_decay": 0.01},
+    ),
+    "hstu": Preset(
+        HSTU,
+        {"hidden_size": 50, "num_layers": 2, "num_heads": 1, "dropout": 0.2},
+        {"global_batch_size": 128, "learning_rate": 1e-3, "weight_decay": 0.0},
     ),
 }
 """Recommenders that are trained. A new one is a class and an entry here."""
@@ -527,17 +616,31 @@ def save_tensors(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     save_file(on_cpu, folder / WEIGHTS_FILE)
 
 
+def is_baseline(folder: str | Path) -> bool:
+    """Whether a folder holds a model that `igd baseline` saved."""
+    path = Path(folder) / CONFIG_FILE
+    return path.is_file() and "recommender" in read_json_object(path, "restore it, or train again")
+
+
+def read_description(folder: str | Path) -> dict[str, Any]:
+    """Return what `igd baseline` wrote beside a model's weights.
+
+    Raises:
+        UsageError: there is no such model in the folder.
+    """
+    if not is_baseline(folder):
+        raise UsageError(f"no sequential recommender in {folder}: {CONFIG_FILE} does not name one")
+    return read_json_object(Path(folder) / CONFIG_FILE, "restore it, or train again")
+
+
 def load_model(folder: str | Path) -> SequentialModel | Popularity:
     """Load a model that `igd baseline` saved, for inference with `log_probabilities`.
 
     Raises:
         UsageError: there is no such model in the folder.
     """
-    folder = Path(folder)
-    if not (folder / CONFIG_FILE).is_file():
-        raise UsageError(f"no sequential recommender in {folder}: {CONFIG_FILE} is missing")
-    description = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    tensors = load_file(folder / WEIGHTS_FILE)
+    description = read_description(folder)
+    tensors = load_file(Path(folder) / WEIGHTS_FILE)
 
     if description["recommender"] in COUNTED:
         return COUNTED[description["recommender"]](**tensors)

@@ -64,8 +64,9 @@ def push(run: Path, repo: str, private: bool) -> str:
     Raises:
         UsageError: the model is damaged, or the hub cannot be reached or refuses.
     """
+    import httpx
     from huggingface_hub import CommitOperationAdd, HfApi
-    from huggingface_hub.errors import HFValidationError, HTTPError
+    from huggingface_hub.errors import HFValidationError
 
     check_run(run)
     model = run / "model"
@@ -81,7 +82,7 @@ def push(run: Path, repo: str, private: bool) -> str:
     try:
         api.create_repo(repo, private=private, exist_ok=True)
         commit = api.create_commit(repo, operations, commit_message=f"Model of {run.name}")
-    except (HTTPError, HFValidationError, OSError) as error:
+    except (httpx.HTTPError, HFValidationError, OSError) as error:
         why = " ".join(str(error).split())
         raise UsageError(
             f"igd push: {repo} was not changed on {api.endpoint} ({why}); log in with "

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from igd_ds.config.options import option
 
 ITEM_KINDS = ("text", "semantic-id")
+EXCLUDE_SEEN = ("auto", "yes", "no")
 ITEM_KIND_HELP = "what items are written as: titles (text) or codes (semantic-id)"
 
 
@@ -24,3 +25,9 @@ class RankingOptions:
     num_beams: int = option("length of each ranked list; of a beam search, its beams too", 10)
     num_rows: int = option("rows of a split to evaluate, a seeded sample; 0: all", 0)
     batch_size: int = option("rows that are ranked at once", 16)
+    exclude_seen: str = option(
+        "leave the items that the user has met before out of the lists; auto: if they are rare "
+        "among the training targets (DATASET/README.md says how rare)",
+        "auto",
+        EXCLUDE_SEEN,
+    )

@@ -84,7 +84,8 @@ class ModelSource:
     """A trained model and its dataset, and how they are loaded."""
 
     model: str = option(
-        "RUN/model: model or adapter, tokenizer and catalogue, as train.py saves them"
+        "RUN/model: model or adapter, tokenizer and catalogue, as igd train saves them, or a "
+        "model of igd baseline"
     )
     dataset: str = option("canonical dataset folder")
     dtype: str = option("model precision; auto: as saved", "auto", DTYPES)

@@ -142,6 +142,8 @@ def checked(cls: type, key: str, value: Any, source: str) -> Any:
 
     entry = entries[key]
     kind, many = _type_of(entry.type)
+    if type(value) is bool and {"yes", "no"} <= set(entry.metadata["choices"]):
+        value = "yes" if value else "no"  # YAML reads both words as booleans
     if value is None and (entry.default is None or "None" in str(entry.type)):
         return None
     values = [

@@ -179,6 +179,7 @@ def write_card(
         f"# {escape(info['name'])}",
         _summary(info, items, measures),
         _splits_table(splits, measures),
+        _repeats(info.get("repeats")),
         _funnel(info.get("funnel", [])),
         _expected(info.get("expected", {})),
         _hygiene(info["hygiene"]),
@@ -309,6 +310,18 @@ def _splits_table(splits: Mapping[str, pa.Table], measures: Measures) -> str:
     return (
         f"{table}\n\nAn item is cold if it is the target of no training row. A target is repeated "
         "if it is in the row's history."
+    )
+
+
+def _repeats(repeats: Mapping[str, Any] | None) -> str:
+    """Return how often training targets are seen items, and what `--exclude_seen auto` means."""
+    if repeats is None:
+        return ""
+    what = {"yes": "leaves seen items out of", "no": "keeps seen items in"}
+    return (
+        f"{_percent(repeats['training_targets'])} of the training targets are items that the user "
+        "had met before, counting what was cut off the history where it is known. So "
+        f"`--exclude_seen auto` {what[repeats['exclude_seen']]} the lists of this dataset."
     )
 
 

@@ -9,7 +9,7 @@ Letters: N items, I interactions, R rows of a split, H items in all histories of
     train|valid|test.parquet    user_id int64, history list<int32> (oldest first), target int32,
                                 timestamp int64 (seconds) | null
     dataset.json                name, domain, protocol, parameters, funnel, counts, sources,
-                                files (sha256), hygiene, version
+                                files (sha256), hygiene, version, repeats
     README.md, *.png            the data card; the fingerprint of the dataset does not cover it
 
 A `source_id` is the name that the source gives to an item or user (an ASIN, a reviewer's id). The
@@ -18,6 +18,7 @@ give equal bytes; only the figures of the card may differ on another kind of CPU
 """
 
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -32,6 +33,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from igd_ds.data.card import write_card
+from igd_ds.data.seen_items import MOST_REPEATS, SeenItems
 from igd_ds.errors import UsageError
 from igd_ds.folders import new_folder, sha256_of, temporary_name, write_text
 
@@ -178,6 +180,36 @@ class InteractionDataset:
         """Return the number of items, N."""
         return len(self.titles)
 
+    @functools.cached_property
+    def repeat_rate(self) -> float:
+        """Return the share of training targets that are seen items (see SeenItems).
+
+        It stands in dataset.json; for datasets prepared before it is counted here.
+        """
+        rate = self.info.get("repeats", {}).get("training_targets")
+        return repeat_rate(self.splits, self.info["protocol"]) if rate is None else rate
+
+    def excludes_seen(self, asked: str) -> bool:
+        """Return whether lists leave seen items out.
+
+        Args:
+            asked: "yes", "no", or "auto": yes if seen items are rare among the training targets.
+        """
+        return asked == "yes" or (asked == "auto" and self.repeat_rate <= MOST_REPEATS)
+
+    def describe_exclusion(self, asked: str) -> str:
+        """Return a line that says what becomes of seen items, and why (see `excludes_seen`)."""
+        what = "left out of the lists" if self.excludes_seen(asked) else "kept in the lists"
+        return (
+            f"seen items are {what} (--exclude_seen {asked}; {self.repeat_rate:.1%} of the "
+            f"training targets are seen items, {MOST_REPEATS:.0%} is the most for auto to leave "
+            "them out)"
+        )
+
+    def seen_items(self, split: str) -> SeenItems:
+        """Return what the users of a split's rows have met before."""
+        return SeenItems.build(self.splits, split, self.info["protocol"])
+
     @classmethod
     def load(cls, folder: str | Path) -> "InteractionDataset":
         """Read and check a dataset folder.
@@ -197,6 +229,11 @@ class InteractionDataset:
 def fingerprint(info: Mapping[str, Any]) -> str:
     """Return the sha256 (hex) over the sorted file hashes of a dataset.json."""
     return hashlib.sha256("\n".join(sorted(info["files"].values())).encode()).hexdigest()
+
+
+def repeat_rate(splits: Mapping[str, Split], protocol: str) -> float:
+    """Return the share of training targets that are seen items (see SeenItems)."""
+    return float(SeenItems.build(splits, "train", protocol).is_repeat().mean())
 
 
 # ---- reading
@@ -278,13 +315,19 @@ def _read_split(folder: Path, name: str, info: Mapping[str, Any], num_items: int
     _check_schema(path)
     table = _memory_mapped(path, info["files"][path.name])
     _check_nulls(path, table)
+    split = _split_of(name, table)
+    _check_item_ids(path, split, num_items)
+    return split
 
+
+def _split_of(name: str, table: pa.Table) -> Split:
+    """Return the rows of a table in ROW_SCHEMA."""
     lists = table["history"].chunks
     lengths = [np.diff(chunk.offsets.to_numpy()) for chunk in lists]
     offsets = np.zeros(len(table) + 1, dtype=np.int64)
     np.cumsum(np.concatenate(lengths), out=offsets[1:])
 
-    split = Split(
+    return Split(
         name=name,
         user_ids=_numpy(table["user_id"].chunks),
         history_items=_numpy([chunk.flatten() for chunk in lists]),
@@ -292,8 +335,6 @@ def _read_split(folder: Path, name: str, info: Mapping[str, Any], num_items: int
         targets=_numpy(table["target"].chunks),
         timestamps=None if table["timestamp"].null_count else _numpy(table["timestamp"].chunks),
     )
-    _check_item_ids(path, split, num_items)
-    return split
 
 
 def _check_schema(path: Path) -> None:
@@ -481,7 +522,8 @@ def write_dataset(
             "interactions for this protocol"
         )
 
-    tables = [items, users, *(splits[name].cast(ROW_SCHEMA) for name in SPLITS)]
+    splits = {name: splits[name].cast(ROW_SCHEMA) for name in SPLITS}
+    tables = [items, users, *splits.values()]
     with new_folder(folder) as unfinished:
         for name, table in zip(FILES, tables, strict=True):
             # One row group becomes one Arrow batch, of which `_read_split` can return views.
@@ -489,7 +531,15 @@ def write_dataset(
             pq.write_table(table, path, compression="zstd", row_group_size=rows_per_group)
 
         hashes = {name: sha256_of(unfinished / name) for name in FILES}
-        complete = {**info, "files": hashes, "version": VERSION}
+        repeats = _repeats(splits, info["protocol"])
+        complete = {**info, "repeats": repeats, "files": hashes, "version": VERSION}
         text = json.dumps(complete, indent=1, ensure_ascii=False) + "\n"
         write_text(unfinished / "dataset.json", text)
         write_card(unfinished, complete, items, splits)
+
+
+def _repeats(tables: Mapping[str, pa.Table], protocol: str) -> dict[str, Any]:
+    """Return what dataset.json says of seen items: how often they recur, what `auto` means here."""
+    splits = {name: _split_of(name, table) for name, table in tables.items()}
+    rate = repeat_rate(splits, protocol)
+    return {"training_targets": rate, "exclude_seen": "yes" if rate <= MOST_REPEATS else "no"}

@@ -3,6 +3,8 @@
 Letters in shapes: R rows, K length of a list, N items, L leaves of the trie.
 """
 
+from __future__ import annotations
+
 import os
 import shutil
 import time
@@ -20,14 +22,60 @@ from igd_ds.baseline_config import BaselineConfig
 from igd_ds.baselines.leaves import Leaves
 from igd_ds.baselines.sequences import Chains
 from igd_ds.data.batches import sample_rows
-from igd_ds.data.dataset import Split
+from igd_ds.data.dataset import InteractionDataset, Split
 from igd_ds.data.per_row import SCORES_RECORD, scores_record
+from igd_ds.data.seen_items import SeenItems
 from igd_ds.errors import UsageError
 from igd_ds.evaluation import metrics
-from igd_ds.evaluation.results import LIST_SCHEMA, Ranked, write_results
+from igd_ds.evaluation.results import LIST_SCHEMA, Ranked, item_credit, write_results
 from igd_ds.folders import remove_temporaries, write_json
-from igd_ds.items.ragged import ragged_arange
 from igd_ds.items.trie import TokenTrie
+from igd_ds.search.filters import ItemFilter, ItemRanges, items_under
+
+METHOD = "full ranking"
+"""What metrics.json calls the search of a baseline."""
+
+
+@dataclass(frozen=True)
+class SeenFilter:
+    """Leaves out of the lists what the users of a split's rows have met before."""
+
+    seen: SeenItems
+    ranges: ItemRanges
+
+    @classmethod
+    def build(cls, dataset: InteractionDataset, split: str, trie: TokenTrie) -> SeenFilter:
+        """Collect the seen items of a split; `trie` is the catalogue's."""
+        return cls(dataset.seen_items(split), ItemRanges.build(trie))
+
+    def of(self, rows: np.ndarray) -> ItemFilter:
+        """Return the filter of rows (n,).
+
+        Raises:
+            UsageError: a user has met every item.
+        """
+        names = [f"row {row} of {self.seen.split.name}" for row in rows]
+        return ItemFilter.build(self.ranges, len(rows), deny=self.seen.of(rows), names=names)
+
+
+def best_leaves(
+    leaves: Leaves, of_items: torch.Tensor, length: int, item_filter: ItemFilter | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the log-probabilities, float32, and columns of the best leaves, best first.
+
+    Args:
+        leaves: the catalogue's leaves.
+        of_items: (n, N), log-probabilities of the items.
+        length: K, at most the number of leaves.
+        item_filter: the items that each of the n users may get; None: all.
+
+    Returns:
+        (n, K) each. The log-probability is −inf where nothing is left that the user may get.
+    """
+    if item_filter is not None:
+        of_items = of_items.masked_fill(~item_filter.mask().to(of_items.device), -torch.inf)
+    values, columns = leaves.log_probabilities(of_items).topk(length)
+    return values.float(), columns
 
 
 @dataclass(frozen=True)
@@ -45,19 +93,21 @@ class Ranker:
     """Rows ranked at once."""
 
     def rank(
-        self, split: Split, rows: np.ndarray, length: int, scores: np.ndarray | None = None
+        self, ranked: Ranked, seen: SeenFilter | None, scores: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return the best leaves of the catalogue for rows (R,), and their log-probabilities.
+        """Return the best leaves of the catalogue for R rows, and their log-probabilities.
 
         Args:
-            split: the rows' split.
-            rows: int64 (R,).
-            length: K; the lists are shorter if the catalogue has fewer leaves.
-            scores: array (rows of the split, N) that takes up the items' probabilities.
+            ranked: the rows. K is its `length`; the lists are shorter if the catalogue has fewer
+                leaves.
+            seen: leaves seen items out of the lists; None keeps them.
+            scores: array (rows of the split, N) that takes up the probabilities of all items.
 
         Returns:
-            Trie nodes int64 and nats float32, each (R, K), on every rank.
+            Trie nodes int64 and nats float32, each (R, K), on every rank; −1 and −inf behind the
+            end of a list.
         """
+        split, rows, length = ranked.split, ranked.rows, ranked.length
         device, length = distributed.device(), min(length, len(self.leaves.nodes))
         leaves = torch.zeros((len(rows), length), dtype=torch.int64, device=device)
         log_p = torch.zeros((len(rows), length), dtype=torch.float32, device=device)
@@ -74,24 +124,29 @@ class Ranker:
             batch = chains.collate(np.arange(len(rows[place]))).to(device)
             of_items = self.model.log_probabilities(batch.histories, batch.positions)
             if number < num_batches:
-                values, columns = self.leaves.log_probabilities(of_items).topk(length)
-                leaves[place] = columns
-                log_p[place] = values.float()
+                item_filter = seen.of(rows[place]) if seen else None
+                log_p[place], leaves[place] = best_leaves(
+                    self.leaves, of_items, length, item_filter
+                )
                 if scores is not None:
                     scores[rows[place]] = of_items.exp().float().cpu().numpy()
         self.model.train(was_training)
 
         # Each row was ranked on one rank and is 0 on the others.
         columns_of_rows = distributed.all_reduce_sum(leaves).cpu().numpy()
-        return self.leaves.nodes[columns_of_rows], distributed.all_reduce_sum(log_p).cpu().numpy()
+        log_p_of_rows = distributed.all_reduce_sum(log_p).cpu().numpy()
+        nodes = self.leaves.nodes[columns_of_rows]
+        return np.where(np.isneginf(log_p_of_rows), -1, nodes), log_p_of_rows
 
-    def ndcg(self, trie: TokenTrie, split: Split, rows: np.ndarray, cutoff: int) -> float:
-        """Return NDCG@cutoff (item match) of the lists for rows (R,)."""
-        leaves, _ = self.rank(split, rows, cutoff)
-        target = trie.leaf_of_item[split.targets[rows]]
-        ahead, credit = metrics.items_ahead(leaves, target), 1 / trie.num_items[target]
-        sums = metrics.ranking_sums(ahead, [cutoff], credit=credit)
-        return sums[f"ndcg@{cutoff}"] / len(rows)
+    def ndcg(self, ranked: Ranked, seen: SeenFilter | None) -> float:
+        """Return NDCG@K (item match) of the lists of length K; see `rank`."""
+        leaves, log_p = self.rank(ranked, seen)
+        target = ranked.stored.trie.leaf_of_item[ranked.targets]
+        credit = item_credit(ranked, list_table(ranked, leaves, log_p, seen))
+        sums = metrics.ranking_sums(
+            metrics.items_ahead(leaves, target), [ranked.length], credit=credit
+        )
+        return sums[f"ndcg@{ranked.length}"] / len(ranked.rows)
 
 
 def is_evaluated(run: Path, name: str, config: BaselineConfig) -> bool:
@@ -101,8 +156,20 @@ def is_evaluated(run: Path, name: str, config: BaselineConfig) -> bool:
     return (folder / "metrics.json").is_file() and has_scores
 
 
-def evaluate(ranker: Ranker, ranked: Ranked, output: Path, config: BaselineConfig) -> None:
+def evaluate(
+    ranker: Ranker,
+    ranked: Ranked,
+    seen: SeenFilter | None,
+    output: Path,
+    config: BaselineConfig,
+) -> None:
     """Rank the catalogue for the rows of `ranked` and write `output`, on all ranks.
+
+    Args:
+        ranker, ranked: see Ranker.
+        seen: leaves seen items out of the lists; None keeps them.
+        output: folder of the evaluation.
+        config: the run's settings.
 
     Raises:
         UsageError: --save_scores, and the disk is too small for the scores.
@@ -117,7 +184,7 @@ def evaluate(ranker: Ranker, ranked: Ranked, output: Path, config: BaselineConfi
         scores = np.load(unfinished, mmap_mode="r+")
 
     began = time.perf_counter()
-    leaves, log_p = ranker.rank(split, rows, config.num_beams, scores)
+    leaves, log_p = ranker.rank(ranked, seen, scores)
     seconds = time.perf_counter() - began  # all ranks are done now
     if scores is not None:
         scores.flush()
@@ -132,11 +199,12 @@ def evaluate(ranker: Ranker, ranked: Ranked, output: Path, config: BaselineConfi
     }
     settings = {
         "split": split.name,
-        "search": "full ranking",
+        "search": METHOD,
         "num_beams": config.num_beams,
         "length_penalty": 0.0,
         "num_rows": config.num_rows,
         "seed": config.rows_seed,
+        "exclude_seen": "yes" if seen else "no",
         "dataset": ranked.dataset.info["name"],
     }
 
@@ -148,7 +216,7 @@ def evaluate(ranker: Ranker, ranked: Ranked, output: Path, config: BaselineConfi
             os.replace(unfinished, output / "scores.npy")
         request = {"dataset": ranked.dataset.fingerprint, "version": igd_ds.__version__}
         write_json(output / "request.json", settings | request)
-        lists = list_table(ranked, leaves, log_p)
+        lists = list_table(ranked, leaves, log_p, seen)
         write_results(output, ranked, settings, [(0.0, lists, None)], timing)
 
     distributed.on_main(write)
@@ -181,22 +249,25 @@ def new_scores(path: Path, shape: tuple[int, int]) -> None:
     np.lib.format.open_memmap(path, "w+", np.float32, shape)
 
 
-def list_table(ranked: Ranked, leaves: np.ndarray, log_p: np.ndarray) -> pa.Table:
-    """Return lists (R, K) in LIST_SCHEMA, sorted by row and rank."""
-    (num_rows, length), trie, flat = leaves.shape, ranked.stored.trie, leaves.ravel()
-    number = trie.num_items[flat].astype(np.int64)
-    items = trie.item_order[ragged_arange(trie.first_item[flat], number)]
-    ends = pa.array(np.append(0, number.cumsum()), pa.int32())
-    row_ids = np.repeat(ranked.rows, length)
+def list_table(
+    ranked: Ranked, leaves: np.ndarray, log_p: np.ndarray, seen: SeenFilter | None
+) -> pa.Table:
+    """Return lists (R, K) in LIST_SCHEMA, sorted by row and rank; −1 stands behind a list's end."""
+    row, place = np.nonzero(leaves >= 0)
+    listed = leaves[row, place]
+    item_filter = seen.of(ranked.rows) if seen else None
+    items, count = items_under(ranked.stored.trie, listed, row, item_filter)
+    ends = pa.array(np.append(0, count.cumsum()), pa.int32())
+    row_ids = ranked.rows[row]
 
     columns = {
         "row_id": row_ids,
         "user_id": ranked.split.user_ids[row_ids],
-        "alpha": np.zeros(len(flat)),
-        "rank": np.tile(np.arange(1, length + 1), num_rows),
-        "leaf_id": flat,
+        "alpha": np.zeros(len(listed)),
+        "rank": place + 1,
+        "leaf_id": listed,
         "item_ids": pa.ListArray.from_arrays(ends, pa.array(items)),
-        "score": log_p.ravel(),
-        "certified": np.ones(len(flat), bool),  # every item was scored
+        "score": log_p[row, place],
+        "certified": np.ones(len(listed), bool),  # every item was scored
     }
     return pa.table(columns, schema=LIST_SCHEMA)

@@ -20,13 +20,15 @@ import igd_ds
 from igd_ds.backbones.saved import hashes_of
 from igd_ds.data.dataset import Split
 from igd_ds.data.per_row import ItemLists, ItemScores
+from igd_ds.data.seen_items import SeenItems, with_seen
 from igd_ds.errors import UsageError
 from igd_ds.eval_config import EvalConfig
 from igd_ds.evaluation.recommender import Recommender
 from igd_ds.evaluation.results import LIST_SCHEMA, Ranked, write_results
 from igd_ds.folders import claim, differing, new_file, remove_temporaries, sha256_of, write_json
+from igd_ds.run_folder import BEFORE_RECORDED
 from igd_ds.search.engine import SearchResult
-from igd_ds.search.filters import ItemFilter
+from igd_ds.search.filters import ItemFilter, items_under
 from igd_ds.search.frontier import PerUser
 
 PART_SCHEMA = LIST_SCHEMA.append(pa.field("by_beam", pa.bool_()))
@@ -37,7 +39,7 @@ PART_SCHEMA = LIST_SCHEMA.append(pa.field("by_beam", pa.bool_()))
 REQUEST = (
     "split", "alpha", "search", "num_beams", "decoding_rule", "length_penalty", "softmax",
     "temperature", "renormalise", "popularity_prior", "guidance_weight", "pass_positions",
-    "row_positions", "coverage", "batch_size", "num_rows", "seed", "dtype",
+    "row_positions", "coverage", "batch_size", "num_rows", "seed", "dtype", "exclude_seen",
 )  # fmt: skip
 REQUEST_FILES = ("guidance", "item_filter")
 
@@ -54,8 +56,10 @@ class RankingTask:
     """Items that rows may or may not get."""
     guidance: tuple[ItemScores, float] | None
     """A second scorer's item probabilities and their weight."""
+    seen: SeenItems | None
+    """What the users have met before, if the lists leave it out."""
     search: str
-    """A method of `igd_ds.search.engine`."""
+    """A method of `igd_ds.search.engine`, or METHOD of a baseline."""
     scores: str
     """What the lists' scores are, PROBABILITY or SCORE."""
 
@@ -68,6 +72,8 @@ class RankingTask:
         """Return the item filter and the guidance of a batch of rows (B,)."""
         labels = [f"row {row} of {self.split.name}" for row in rows]
         lists = self.item_lists.of(rows) if self.item_lists else {}
+        if self.seen:
+            lists["deny"] = with_seen(lists.get("deny"), self.seen.of(rows))
         guidance = (self.guidance[0].of(rows), self.guidance[1]) if self.guidance else None
         return self.recommender.per_user(labels, guidance=guidance, **lists)
 
@@ -92,6 +98,7 @@ def request_of(config: EvalConfig, task: RankingTask) -> dict[str, Any]:
         request["guidance_ids"] = sha256_of(Path(config.guidance_ids))
     return request | {
         "alpha": list(config.alpha),
+        "exclude_seen": "yes" if task.seen else "no",
         "search": task.search,
         "softmax": "masked" if scoring.masked_softmax else "full",
         "temperature": scoring.temperature,
@@ -156,7 +163,7 @@ def _read_request(path: Path) -> dict[str, Any]:
         ) from None
     if not isinstance(request, dict):
         raise UsageError(f"{path} is damaged: delete the folder and evaluate again")
-    return request
+    return BEFORE_RECORDED | request
 
 
 def write_part(path: Path, table: pa.Table) -> None:
@@ -217,8 +224,8 @@ def part_table(
         tables.append(_lists_table(task, rows, alphas, *beam, allowed, by_beam=True))
 
     counts: dict[str, float] = {name: int(n.sum()) for name, n in found.counts.items()}
-    assert found.target_logprobs is not None, "asked for"
-    counts["target_nll"] = -float(found.target_logprobs.double().sum())
+    if found.target_logprobs is not None:
+        counts["target_nll"] = -float(found.target_logprobs.double().sum())
     return pa.concat_tables(tables).replace_schema_metadata({"counts": json.dumps(counts)})
 
 
@@ -236,7 +243,7 @@ def _lists_table(
     leaf, score = leaves.cpu().numpy(), scores.cpu().numpy()
     grid, row, place = np.nonzero(leaf >= 0)
     listed = leaf[grid, row, place]
-    items, count = task.recommender.items_under(listed, row, allowed)
+    items, count = items_under(task.recommender.stored.trie, listed, row, allowed)
     ends = pa.array(np.concatenate([[0], count.cumsum()]), pa.int32())
 
     columns = {
@@ -268,11 +275,12 @@ def finish(config: EvalConfig, task: RankingTask, output: Path, timing: dict[str
     settings["dataset"] = recommender.dataset.info["name"]
     settings["scores"] = task.scores
     per_row = {name: sum(part[name] for part in counts) / len(task.rows) for name in counts[0]}
-    nll = per_row.pop("target_nll")
+    nll = per_row.pop("target_nll", None)
     settings["search_per_row"] = per_row
-    depth = recommender.stored.trie.depth[task.target_leaves(task.rows)]
-    settings["target_nll"] = nll
-    settings["target_perplexity_per_token"] = float(np.exp(nll / depth.mean()))
+    if nll is not None:
+        depth = recommender.stored.trie.depth[task.target_leaves(task.rows)]
+        settings["target_nll"] = nll
+        settings["target_perplexity_per_token"] = float(np.exp(nll / depth.mean()))
 
     def lists_by_alpha() -> Iterator[tuple[float, pa.Table, pa.Table | None]]:
         for alpha in config.alpha:

@@ -31,21 +31,22 @@ from igd_ds.backbones.saved import (
     likelihood_of,
 )
 from igd_ds.backbones.tokenizer import load_tokenizer
+from igd_ds.config.items import EXCLUDE_SEEN
 from igd_ds.config.model import ModelSource
 from igd_ds.config.search import Limits, ScoringOptions
 from igd_ds.config.yaml_files import read_yaml_settings
-from igd_ds.contracts import Backbone
+from igd_ds.contracts import Backbone, Likelihood
 from igd_ds.data.cut_titles import with_cut_titles
 from igd_ds.data.dataset import InteractionDataset
 from igd_ds.data.prompts import PromptBuilder, Template
+from igd_ds.data.seen_items import with_seen
 from igd_ds.errors import UsageError
 from igd_ds.items.ids import SOURCE, SPACES, ItemId, ItemIds, names_of
-from igd_ds.items.ragged import ragged_arange
 from igd_ds.items.search_trie import SearchTrie
-from igd_ds.items.store import load_catalogue
+from igd_ds.items.store import StoredCatalogue, load_catalogue
 from igd_ds.search.best_first import ProvenLeaf
 from igd_ds.search.engine import SearchResult, search, stream
-from igd_ds.search.filters import Guidance, ItemFilter, ItemRanges
+from igd_ds.search.filters import Guidance, ItemFilter, ItemRanges, items_under
 from igd_ds.search.frontier import PerUser
 from igd_ds.search.scoring import Scoring
 
@@ -120,7 +121,7 @@ class Recommender:
         limits: positions per model pass and per user, for `recommend`; may be set.
 
     Raises:
-        UsageError: the folder holds no model of igd train; a file of it changed since it was saved;
+        UsageError: the folder holds no trained model; a file of it changed since it was saved;
             an adapter's base has other weights than in training; tokenizer, catalogue and dataset
             do not belong together; or the prompt's frame does not fit `max_length`.
     """
@@ -128,7 +129,6 @@ class Recommender:
     def __init__(self, source: ModelSource, device: torch.device | str | None = None):
         ModelSource.check(source)  # an EvalConfig is a source too, and checked when it was parsed
         self.source, self.description = source, describe(source.model)
-        self.device = torch.device(device) if device is not None else distributed.device()
         self.max_length = source.max_length or self.description["max_length"]
         if self.max_length > self.description["max_length"]:
             raise UsageError(
@@ -139,15 +139,14 @@ class Recommender:
         self.base_weights = distributed.on_main(lambda: check_model(source))
 
         # What the model reads and writes.
-        self.dataset = InteractionDataset.load(source.dataset)
-        self.ids = ItemIds.read(source.dataset)
+        dataset = InteractionDataset.load(source.dataset)
         self.tokenizer = load_tokenizer(source.model, source.trust_remote_code)
         # Items are written as in training; what is recommended is shown with its whole title.
         as_written = with_cut_titles(
-            self.dataset, self.tokenizer, self.description.get("max_title_tokens", 0)
+            dataset, self.tokenizer, self.description.get("max_title_tokens", 0)
         )
-        self.stored = load_catalogue(Path(source.model) / "catalogue", self.tokenizer, as_written)
-        catalogue = self.stored.catalogue
+        stored = load_catalogue(Path(source.model) / "catalogue", self.tokenizer, as_written)
+        catalogue = stored.catalogue
         template = Template.from_dict(
             self.description["prompt"], f"{source.model}/{DESCRIPTION_FILE}"
         )
@@ -156,14 +155,25 @@ class Recommender:
             template, self.tokenizer, as_written, catalogue.kind, budget
         )
 
-        # What the search walks.
-        self.likelihood = likelihood_of(self.description)
+        self._set_up(dataset, stored, likelihood_of(self.description), device)
+        self.trie = SearchTrie.build(stored.trie)
+        self._backbone: Backbone | None = None
+
+    def _set_up(
+        self,
+        dataset: InteractionDataset,
+        stored: StoredCatalogue,
+        likelihood: Likelihood,
+        device: torch.device | str | None,
+    ) -> None:
+        """Set what any model ranks with: the items, their ids, and how their paths are scored."""
+        self.device = torch.device(device) if device is not None else distributed.device()
+        self.dataset, self.stored, self.likelihood = dataset, stored, likelihood
+        self.ids = ItemIds.read(dataset.folder)
         self.num_leaves = int(np.count_nonzero(self.stored.trie.is_leaf))
-        self.trie = SearchTrie.build(self.stored.trie)
         self.ranges = ItemRanges.build(self.stored.trie)
         self.batch_size, self.limits = 16, Limits()
         self._one_at_a_time = threading.Lock()
-        self._backbone: Backbone | None = None
         self.model: Any = None
         self.scoring = functools.lru_cache(SCORINGS_KEPT)(self._build_scoring)
 
@@ -177,7 +187,7 @@ class Recommender:
         base_model: str = "",
         trust_remote_code: bool = False,
     ) -> "Recommender":
-        """Load what igd train left in a run folder, weights included.
+        """Load what igd train or igd baseline left in a run folder, weights included.
 
         Args:
             run: the run folder, or the model/ folder in it.
@@ -203,7 +213,9 @@ class Recommender:
             base_model=base_model,
             trust_remote_code=trust_remote_code,
         )
-        recommender = cls(source, device)
+        from igd_ds.evaluation.baseline_recommender import open_recommender  # imports this module
+
+        recommender = open_recommender(source, device)
         recommender.load_weights()
         return recommender
 
@@ -294,26 +306,6 @@ class Recommender:
                 tree, self.trie, scoring, num_beams, method, per_user, limits, targets=targets
             )
 
-    def items_under(
-        self, leaves: np.ndarray, users: np.ndarray, item_filter: ItemFilter | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Return the items of leaves (n,) that the users (n,) of a batch may get.
-
-        Returns:
-            Item ids, leaf after leaf, and their number per leaf (n,).
-        """
-        trie = self.stored.trie
-        count = trie.num_items[leaves].astype(np.int64)
-        owner = np.repeat(np.arange(len(leaves)), count)
-        items = trie.item_order[ragged_arange(trie.first_item[leaves], count)]
-
-        if item_filter is not None:
-            user = torch.from_numpy(users[owner].astype(np.int64))
-            item = torch.from_numpy(items.astype(np.int64))
-            allowed = item_filter.allows_items(user, item).numpy()
-            owner, items = owner[allowed], items[allowed]
-        return items, np.bincount(owner, minlength=len(leaves))
-
     def recommend(
         self,
         histories: Sequence[Ids],
@@ -325,6 +317,7 @@ class Recommender:
         guidance: tuple[Any, float] | None = None,
         guidance_ids: Ids | None = None,
         ids: str = SOURCE,
+        exclude_seen: str = "auto",
         **scoring: Any,
     ) -> list[RankedList]:
         """Return one ranked list per history. No list depends on the other histories.
@@ -337,7 +330,7 @@ class Recommender:
             search: "beam", or "exact" for the provably best items. "auto": exact where scores are
                 item probabilities, without guidance; else beam.
             allow: per user the only items to choose from, or None for all items.
-            deny: per user the items to leave out (seen, out of stock), or None for none.
+            deny: per user the items to leave out (out of stock, say), or None for none.
             guidance: a second scorer's item probabilities, floats (users, columns), and the weight
                 of its log-probabilities; see Guidance.
             guidance_ids: the item of each column of `guidance`; other columns are ignored. None:
@@ -346,6 +339,9 @@ class Recommender:
                 the source's numbers.
             ids: the language of `histories`, `allow`, `deny` and `guidance_ids`. "source": the
                 source's ids, as texts or whole numbers. "dense": item ids of the dataset folder.
+            exclude_seen: "yes" leaves the items of a user's history out of the list, "no" keeps
+                them. "auto" leaves them out if they are rare among the dataset's training targets
+                (`dataset.repeat_rate`).
             **scoring: other fields of ScoringOptions, such as length_penalty.
 
         Raises:
@@ -355,8 +351,8 @@ class Recommender:
                 position per item of the list.
 
         Example:
-            >>> seen = [["B0031", "B0007"]]
-            >>> recommender.recommend(seen, k=10, deny=seen)[0][0].source_ids
+            >>> history = ["B0031", "B0007"]
+            >>> recommender.recommend([history], k=10, exclude_seen="yes")[0][0].source_ids
             ('B0019',)
         """
         if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
@@ -371,6 +367,8 @@ class Recommender:
         labels = [f"histories[{user}]" for user in range(len(users))]
         allowed = self._lists("allow", allow, len(users), ids)
         denied = self._lists("deny", deny, len(users), ids)
+        if self._excludes_seen(exclude_seen):
+            denied = with_seen(denied, users)
         q, weight = (None, 0.0) if guidance is None else guidance
         if q is not None:
             q = self._guidance(q, guidance_ids, len(users), ids)
@@ -401,6 +399,7 @@ class Recommender:
         deny: Ids | None = None,
         positions: int | None = None,
         ids: str = SOURCE,
+        exclude_seen: str = "auto",
         **scoring: Any,
     ) -> Iterator[Recommendation]:
         """Return an iterator of Recommendations, one by one in their true order.
@@ -412,7 +411,7 @@ class Recommender:
 
         Args:
             history: the items met so far, oldest first, at least one.
-            alpha, ids, **scoring: see `recommend`.
+            alpha, ids, exclude_seen, **scoring: see `recommend`.
             allow: the only items to choose from, or None for all items.
             deny: the items to leave out, or None for none.
             positions: most tokens to send through the model behind the prompt (the last pass may
@@ -424,7 +423,7 @@ class Recommender:
                 rule without bounds ("pooled"), or `positions` < 1.
 
         Example:
-            >>> for found in recommender.stream(["B0031", "B0007"], deny=["B0031", "B0007"]):
+            >>> for found in recommender.stream(["B0031", "B0007"]):
             ...     if in_stock(found.source_ids[0]):
             ...         break
         """
@@ -440,6 +439,8 @@ class Recommender:
         (dense,) = self._histories([history], ids)
         allowed = self._lists("allow", None if allow is None else [allow], 1, ids)
         denied = self._lists("deny", None if deny is None else [deny], 1, ids)
+        if self._excludes_seen(exclude_seen):
+            denied = with_seen(denied, [dense])
         per_user = self.per_user(["histories[0]"], allowed, denied)
         limits = Limits(
             pass_positions=self.limits.pass_positions, row_positions=positions or sys.maxsize
@@ -473,7 +474,7 @@ class Recommender:
     ) -> Recommendation:
         """Return a streamed leaf as a Recommendation."""
         leaf, user = np.array([found.leaf]), np.zeros(1, np.int64)
-        items, _ = self.items_under(leaf, user, item_filter)
+        items, _ = items_under(self.stored.trie, leaf, user, item_filter)
         return Recommendation(
             rank=rank,
             item_ids=tuple(items.tolist()),
@@ -484,6 +485,12 @@ class Recommender:
             certified=True,
             bound=found.bound,
         )
+
+    def _excludes_seen(self, asked: str) -> bool:
+        """Return whether lists leave the items of the history out, or raise UsageError."""
+        if asked not in EXCLUDE_SEEN:
+            raise UsageError(f"exclude_seen is one of {', '.join(EXCLUDE_SEEN)}, found {asked!r}")
+        return self.dataset.excludes_seen(asked)
 
     def _histories(self, histories: Sequence[Ids], ids: str) -> list[np.ndarray]:
         """Return the histories as dense item ids, or raise UsageError that names the user."""
@@ -542,7 +549,7 @@ class Recommender:
         scores = found.scores[0].numpy()
         certified = found.certified[0].numpy()
         user, place = np.nonzero(leaves >= 0)
-        items, count = self.items_under(leaves[user, place], user, item_filter)
+        items, count = items_under(self.stored.trie, leaves[user, place], user, item_filter)
         items_of_place = np.split(items, count.cumsum()[:-1])
 
         lists: list[list[Recommendation]] = [[] for _ in leaves]

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from igd_ds.config.yaml_files import read_yaml_settings
 from igd_ds.data.batches import sample_rows
 from igd_ds.data.dataset import InteractionDataset, Split
+from igd_ds.data.seen_items import SeenItems
 from igd_ds.evaluation import metrics
 from igd_ds.folders import write_json, write_table
 from igd_ds.items import decisiveness
@@ -83,7 +84,8 @@ def write_results(
     Args:
         output: folder of the evaluation.
         ranked: what was ranked.
-        settings: describes the evaluation; metrics.json holds it beside the metrics.
+        settings: describes the evaluation; metrics.json holds it beside the metrics. Its
+            `exclude_seen` is "yes" or "no".
         lists_by_alpha: α, its lists in LIST_SCHEMA sorted by row and rank, and, if an exact search
             began with a beam search, the lists of that.
         timing: content of timing.json.
@@ -99,9 +101,13 @@ def write_results(
         leaf=trie.leaf_of_item[ranked.targets],
         cutoffs=cutoffs,
     )
+    seen = ranked.dataset.seen_items(ranked.split.name)
+    repeats = seen.is_repeat()[ranked.rows]
     results: dict[str, Any] = {
         **settings,
         "rows": len(ranked.rows),
+        "seen_targets": int(repeats.sum()),
+        "target_repeat_rate": float(repeats.mean()),
         "entropy": ranked.stored.entropy,
         "alpha": {},
         **metrics.describe_targets(targets),
@@ -114,6 +120,7 @@ def write_results(
     for alpha, lists, by_beam in lists_by_alpha:
         leaves, scores, certified = lists_by_row(lists, ranked.rows, ranked.length)
         values = metrics.describe_lists(targets, leaves, scores, item_credit(ranked, lists))
+        values["repeat_rate"] = repeat_rate(ranked, lists, seen)
         if ranked.stored.catalogue.kind == "semantic-id":
             # A title's first tokens say little about the item; a semantic ID's first codes do.
             values["relaxed_match"] = metrics.relaxed_match(trie, targets.leaf, leaves, cutoffs)
@@ -147,8 +154,13 @@ def write_results(
 
     if (short := results["short_lists"]) and ranked.length <= num_leaves:
         print(
-            f"warning: {short} lists are shorter than --num_beams, because the item filter or the "
-            "guidance leaves those rows fewer items"
+            f"warning: {short} lists are shorter than --num_beams, because the item filter, the "
+            "guidance or --exclude_seen leaves those rows fewer items"
+        )
+    if (missed := results["seen_targets"]) and settings["exclude_seen"] == "yes":
+        print(
+            f"warning: {missed} of {len(repeats)} targets are seen items, which --exclude_seen "
+            "leaves out of the lists: they count as misses"
         )
     shared = SharedPaths.find(
         trie.leaf_of_item, item_texts(ranked.dataset, ranked.stored.catalogue.kind)
@@ -206,6 +218,9 @@ def _log_alpha(log: RunLog, alpha: float, values: Mapping[str, Any], examples: s
     else:
         other = ", ".join(f"{name} {value:.4f}" for name, value in token_match.items())
         line += f" (item match); token match: {other}"
+    line += "; seen items: {first:.1%} of first places, {top10:.1%} of the top 10".format(
+        **values["repeat_rate"]
+    )
     if "proof_share" in values:
         line += f"; proven for {values['proof_share']:.2%} of rows"
     if "mean_coverage" in values:
@@ -399,3 +414,31 @@ def item_credit(ranked: Ranked, lists: pa.Table) -> np.ndarray:
     credit = np.zeros(len(target))
     credit[row] = number_of_target[row] / count
     return credit
+
+
+def repeat_rate(ranked: Ranked, lists: pa.Table, seen: SeenItems) -> dict[str, float]:
+    """Return the share of seen items among the first places, and among the top 10 of all lists.
+
+    A place that n items share, of which the user has met m, counts m / n.
+
+    Args:
+        ranked: what was ranked.
+        lists: one α's lists in LIST_SCHEMA.
+        seen: what the users of the split's rows have met before.
+    """
+    top = lists.filter(pc.less_equal(lists["rank"], metrics.TOP))
+    items = top["item_ids"].combine_chunks()
+    count = pc.list_value_length(items).to_numpy()
+    place = np.repeat(np.arange(len(top)), count)
+    row = np.searchsorted(ranked.rows, top["row_id"].to_numpy())
+
+    # Pairs of a row and an item as one number each.
+    num_items = ranked.dataset.num_items
+    met = seen.of(ranked.rows)
+    met_pairs = np.repeat(np.arange(len(met)), [len(m) for m in met]) * num_items
+    met_pairs += np.concatenate(met)
+    is_seen = np.isin(row[place] * num_items + items.flatten().to_numpy(), met_pairs)
+
+    share = np.bincount(place, is_seen, len(top)) / count
+    is_first = top["rank"].to_numpy() == 1
+    return {"first": float(share[is_first].mean()), "top10": float(share.mean())}

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from igd_ds.errors import UsageError
+from igd_ds.items.ragged import ragged_arange
 from igd_ds.items.trie import TokenTrie
 
 # Guidance counts mass in units of 2^-61 of a user's total. Sums up to 2^62 fit an int64, with room
@@ -147,6 +148,14 @@ class ItemFilter:
         position = self.ranges.position[item]
         return self._any_allowed(user, position, torch.ones_like(position))
 
+    def mask(self) -> torch.Tensor:
+        """Return whether each user may get each item, bool (B, N); column i is item i."""
+        num_users, num_items = len(self.allow), len(self.ranges.position)
+        is_listed = torch.zeros(num_users * num_items, dtype=torch.bool)
+        is_listed[self.keys[:-1]] = True
+        by_item = is_listed.view(num_users, num_items)[:, self.ranges.position]
+        return by_item == self.allow[:, None]
+
     def _any_allowed(
         self, user: torch.Tensor, first: torch.Tensor, count: torch.Tensor
     ) -> torch.Tensor:
@@ -161,6 +170,26 @@ class ItemFilter:
         entry = torch.searchsorted(self.keys, begin) + (count - 1).where(~allow, 0)
         inside = self.keys[entry.clamp(max=len(self.keys) - 1)] < begin + count
         return inside == allow
+
+
+def items_under(
+    trie: TokenTrie, leaves: np.ndarray, users: np.ndarray, item_filter: ItemFilter | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the items of leaves (n,) that the users (n,) of a batch may get.
+
+    Returns:
+        Item ids, leaf after leaf, and their number per leaf (n,).
+    """
+    count = trie.num_items[leaves].astype(np.int64)
+    owner = np.repeat(np.arange(len(leaves)), count)
+    items = trie.item_order[ragged_arange(trie.first_item[leaves], count)]
+
+    if item_filter is not None:
+        user = torch.from_numpy(users[owner].astype(np.int64))
+        item = torch.from_numpy(items.astype(np.int64))
+        allowed = item_filter.allows_items(user, item).numpy()
+        owner, items = owner[allowed], items[allowed]
+    return items, np.bincount(owner, minlength=len(leaves))
 
 
 @dataclass(frozen=True)

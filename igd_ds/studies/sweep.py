@@ -44,7 +44,7 @@ from igd_ds.evaluation.metrics import HEADLINE
 from igd_ds.evaluation.parts import REQUEST_FILES
 from igd_ds.folders import is_temporary, read_json_object, write_json
 from igd_ds.process import descendants, have_ended
-from igd_ds.run_folder import FREE_ON_RESUME
+from igd_ds.run_folder import BEFORE_RECORDED, FREE_ON_RESUME
 from igd_ds.studies.report.study import METRIC, method_names
 from igd_ds.studies.sweep_table import (
     EVALUATIONS_OWN,
@@ -334,7 +334,7 @@ def changed_settings(row: Row, run: Path) -> list[str]:
     changed: set[str] = set()
     if (path := run / "config.yaml").is_file():
         cls = type(row.config)
-        saved = current_names(cls, read_yaml_settings(path))
+        saved = BEFORE_RECORDED | current_names(cls, read_yaml_settings(path))
         for name, value in asdict(row.config).items():
             # A setting that is newer than the run had its default.
             before = saved.get(name, getattr(cls, name, None))
@@ -375,9 +375,13 @@ def changed_request(now: Settings, request: Mapping[str, Any]) -> set[str]:
     """Return the names of settings that differ between an evaluation's request.json and the table.
 
     The request holds hashes of files; here it only matters whether there is a file. The α of a test
-    is what validation chose, so it is not compared.
+    is what validation chose, and the recorded `exclude_seen` is what `auto` came to, so these are
+    not compared.
     """
     ignored = EVALUATIONS_OWN | {"base_model"}
+    if now["exclude_seen"] == "auto" and "exclude_seen" in request:
+        ignored = ignored | {"exclude_seen"}
+    request = {**BEFORE_RECORDED, **request}
     if request["split"] == "test":
         ignored = ignored | {"alpha"}
 

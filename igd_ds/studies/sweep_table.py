@@ -21,8 +21,8 @@ entry of `runs` is expanded, in combination with every other list of the entry:
 
 The setting of an entry wins over that of its backbone, which wins over `defaults`. The blocks
 `evaluation` and `exact` of table, backbone and entry are merged in the same way. A report compares
-the rows of a dataset, so these rows must have the same num_beams, num_rows and seed of the
-evaluation; baselines take these values, and item_kind, from the other rows of the dataset.
+the rows of a dataset, so these rows must have the same num_beams, num_rows, seed and exclude_seen
+of the evaluation; baselines take these values, and item_kind, from the other rows of the dataset.
 
 `{dataset}` in a text is replaced by the dataset's name, and `{split}` in an evaluation by valid or
 test. Shared settings may contain what a single objective or recommender uses; the others ignore it.
@@ -81,7 +81,12 @@ NOT_EXPANDED = (*EVALUATIONS, "run")
 SWEEPS_OWN = {"dataset", "output_dir", "resume", "splits"}
 EVALUATIONS_OWN = {"model", "dataset", "output_dir", "split", "alpha_from"}
 
-ALIKE = {"num_beams": "num_beams", "num_rows": "num_rows", "seed": "rows_seed"}
+ALIKE = {
+    "num_beams": "num_beams",
+    "num_rows": "num_rows",
+    "seed": "rows_seed",
+    "exclude_seen": "exclude_seen",
+}
 """Settings of eval.py that the rows of a dataset must share → their names in baseline.py."""
 OBJECTIVE_SETTINGS = {field.name for field in dataclasses.fields(ObjectiveOptions)}
 
@@ -122,7 +127,7 @@ class Row:
         return isinstance(self.config, BaselineConfig)
 
     @property
-    def alike(self) -> dict[str, dict[str, int]]:
+    def alike(self) -> dict[str, dict[str, int | str]]:
         """The settings that all rows of a dataset must share (ALIKE), by evaluation."""
         if isinstance(self.config, BaselineConfig):
             values = {name: getattr(self.config, theirs) for name, theirs in ALIKE.items()}
@@ -615,7 +620,7 @@ def _differing(row: Row, other: Row) -> list[str]:
 
 def _check_alike(path: str, rows: Iterable[Row]) -> None:
     """Raise UsageError if rows of one dataset are not evaluated alike (ALIKE)."""
-    seen: dict[tuple[str, str, str], tuple[Row, int]] = {}
+    seen: dict[tuple[str, str, str], tuple[Row, int | str]] = {}
     for row in rows:
         for block, values in row.alike.items():
             for name, value in values.items():

@@ -49,7 +49,7 @@ def read(run: Path, split: str) -> dict:
 
 
 @pytest.mark.parametrize(
-    "name", ["gru4rec", pytest.param("sasrec", marks=pytest.mark.isa), "lrurec"]
+    "name", ["gru4rec", pytest.param("sasrec", marks=pytest.mark.isa), "lrurec", "hstu"]
 )
 def test_two_ranks_are_one(world, tmp_path, name):
     """Without dropout the losses are the same, and the lists differ by rounding at most.

@@ -188,6 +188,38 @@ def test_popularity_lists_the_catalogue_by_training_count(entry, tmp_path):
     assert found["alpha"]["0.0"]["coverage"] == 5 / 9 and found["short_lists"] == 0
 
 
+def test_seen_items_are_left_out_of_a_baselines_lists(entry, made, tmp_path):
+    """Also of its validation, by which a training stops."""
+    split = InteractionDataset.load(made.parent / "data").splits["test"]
+    found = {}
+    for exclude in ("no", "yes"):
+        more = ("--output_dir", tmp_path / exclude, "--exclude_seen", exclude, "--num_beams", 9)
+        name = "last-item-knn"
+        assert entry(baseline, "--recommender", name, *SMALL, *more) == 0
+        found[exclude] = json.loads((tmp_path / exclude / "eval/test/metrics.json").read_text())
+        assert found[exclude]["exclude_seen"] == exclude
+    for row in range(NUM_TEST):
+        kept, left = (
+            {item: line for line in lists(tmp_path / e / "eval/test")[row]
+             for item in line["item_ids"]}
+            for e in ("no", "yes")
+        )  # fmt: skip
+        assert len(kept) == NUM_ITEMS
+        assert left.keys() == kept.keys() - set(split.history(row).tolist())
+        alone = [item for item in left if len(kept[item]["item_ids"]) == 1]
+        assert [kept[item]["score"] for item in alone] == [left[item]["score"] for item in alone]
+    assert found["yes"]["short_lists"] > 0 == found["no"]["short_lists"]
+    assert found["yes"]["alpha"]["0.0"]["repeat_rate"] == {"first": 0, "top10": 0}
+    logs = [(tmp_path / e / "metrics.jsonl").read_text() for e in ("no", "yes")]
+    assert logs[0] != logs[1]
+    config = tmp_path / "no" / "config.yaml"  # of an earlier version
+    config.write_text(config.read_text().replace("exclude_seen: 'no'\n", ""))
+    again = ("--output_dir", tmp_path / "no", "--num_beams", 9, "--resume", "auto")
+    with pytest.raises(UsageError, match="these settings differ: exclude_seen"):
+        entry(baseline, "--recommender", name, *SMALL, *again)
+    assert entry(baseline, "--recommender", name, *SMALL, *again, "--exclude_seen", "no") == 0
+
+
 def test_the_metrics_have_eval_pys_keys_and_rows(entry, made, tmp_path):
     """Rows and catalogue are the same, so that runs of both can be compared."""
     sample = ("--num_rows", 6, "--num_beams", 5)

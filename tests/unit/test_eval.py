@@ -392,6 +392,54 @@ def test_item_filters(evaluate, tmp_path, capsys, search):
     assert found["item_filter"] != read_metrics(free)["item_filter"] is None
 
 
+def test_seen_items_are_left_out_as_by_a_filter(evaluate, plain, tmp_path, capsys):
+    """And what the lists without the option hold of them is what is reported."""
+    split = plain.dataset.splits["test"]
+    histories = [split.history(row).tolist() for row in range(NUM_TEST)]
+    repeats = [split.targets[row] in histories[row] for row in range(NUM_TEST)]
+    pq.write_table(
+        pa.table({"row_id": range(NUM_TEST), "deny": histories}), tmp_path / "filter.parquet"
+    )
+
+    flags = ("--num_beams", 3, "--alpha", 0, 0.3)
+    _, kept = evaluate(*flags, output="kept")
+    assert "seen items are kept in the lists (--exclude_seen auto; 8.3%" in capsys.readouterr().out
+    _, filtered = evaluate(*flags, "--item_filter", tmp_path / "filter.parquet", output="filtered")
+    _, excluded = evaluate(*flags, "--exclude_seen", "yes", output="excluded")
+    assert f"{sum(repeats)} of {NUM_TEST} targets are seen items" in capsys.readouterr().out
+
+    before, after = read_metrics(kept), read_metrics(excluded)
+    assert (before["exclude_seen"], after["exclude_seen"]) == ("no", "yes")
+    for alpha in (0.0, 0.3):
+        assert predictions(excluded, alpha) == predictions(filtered, alpha)
+        by_row = zip(predictions(kept, alpha), histories, strict=True)
+        shares = [
+            [np.mean([item in seen for item in line["item_ids"]]) for line in mine]
+            for mine, seen in by_row
+        ]
+        found = before["alpha"][str(alpha)]["repeat_rate"]
+        assert found["first"] == pytest.approx(np.mean([mine[0] for mine in shares]))
+        assert found["first"] > 0
+        assert found["top10"] == pytest.approx(np.mean(sum(shares, [])))
+        assert after["alpha"][str(alpha)]["repeat_rate"] == {"first": 0, "top10": 0}
+        credit = [
+            sum((t in line["item_ids"]) / len(line["item_ids"]) for line in mine)
+            for mine, t in zip(predictions(excluded, alpha), split.targets, strict=True)
+        ]
+        assert after["alpha"][str(alpha)]["item_match"]["hr@3"] == pytest.approx(np.mean(credit))
+    for found in (before, after):
+        assert found["seen_targets"] == sum(repeats) > 0
+        assert found["target_repeat_rate"] == pytest.approx(np.mean(repeats))
+
+    # Evaluations of earlier versions kept seen items and did not say so.
+    request = json.loads((kept / "request.json").read_text())
+    del request["exclude_seen"]
+    (kept / "request.json").write_text(json.dumps(request))
+    assert evaluate(*flags, output="kept")[0] == 0
+    with pytest.raises(UsageError, match="these differ: exclude_seen"):
+        evaluate(*flags, "--exclude_seen", "yes", output="kept")
+
+
 def test_item_match_draws_from_the_items_a_row_may_get(evaluate, plain, tmp_path):
     targets = plain.dataset.splits["test"].targets
     assert 3 in targets  # it shares its leaf with item 2

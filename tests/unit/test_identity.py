@@ -395,7 +395,7 @@ def test_alpha_from_another_base_is_refused(adapter, tmp_path):
         )
         recommender = Recommender(config)
         test = recommender.dataset.splits["test"]
-        task = RankingTask(recommender, test, np.arange(len(test)), None, None)
+        task = RankingTask(recommender, test, np.arange(len(test)), None, None, None)
         claim_output_folder(tmp_path / output, config, task)
 
     claim("valid", split="valid")

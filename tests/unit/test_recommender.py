@@ -157,6 +157,21 @@ def test_filters(recommender, search):
     assert [ranked.short for ranked in lists] == [True, False, True, False, False, True, True]
 
 
+def test_seen_items(recommender):
+    denied = recommender.recommend(HISTORIES, k=4, deny=HISTORIES)
+    assert leaves(recommender.recommend(HISTORIES, k=4, exclude_seen="yes")) == leaves(denied)
+    kept = recommender.recommend(HISTORIES, k=4, exclude_seen="no")
+    assert leaves(kept) == leaves(recommender.recommend(HISTORIES, k=4)) != leaves(denied), (
+        "auto keeps them, because 1 of 12 training targets is a seen item"
+    )
+    both = recommender.recommend([[1, 2]], k=9, deny=[[5]], exclude_seen="yes")
+    assert items(both) == [[0, 3, 4, 6, 7, 8, 9]]
+    streamed = [found.item_ids for found in recommender.stream([1, 2], exclude_seen="yes")]
+    assert sorted(sum(streamed, ())) == [0, 3, 4, 5, 6, 7, 8, 9]
+    with pytest.raises(UsageError, match="exclude_seen is one of auto, yes, no, found 'never'"):
+        recommender.recommend([[1]], exclude_seen="never")
+
+
 def test_more_than_the_catalogue_has(recommender):
     lists = recommender.recommend([[1]], k=10**9)
     assert lists[0].short

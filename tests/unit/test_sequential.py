@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from igd_ds.baselines import sequential
 from igd_ds.baselines.sequential import (
     COUNTED,
+    HSTU,
     LOSSES,
     SEQUENTIAL,
     GRU4Rec,
@@ -108,6 +109,37 @@ def looped_lrurec(model: LRURec, history):
     return states
 
 
+def looped_hstu(model: HSTU, history):
+    """Eq. 1 to 3 of the paper, position by position and head by head."""
+    states = [
+        model.items.weight[item] * math.sqrt(WIDTH) + model.positions.weight[place]
+        for place, item in enumerate(history)
+    ]
+
+    def standardised(x, eps=1e-6):
+        centred = x - x.mean()
+        return centred / torch.sqrt((centred**2).mean() + eps)
+
+    def silu(x):
+        return x / (1 + torch.exp(-x))
+
+    for block in model.blocks:
+        size, after = WIDTH // block.num_heads, []
+        parts = [silu(block.inputs.weight @ standardised(x)).split(WIDTH) for x in states]
+        for place, x in enumerate(states):
+            attended = torch.zeros(WIDTH).double()
+            for earlier in range(place + 1):
+                bias = block.distance_bias[place - earlier]
+                for h in range(block.num_heads):
+                    mine = slice(h * size, (h + 1) * size)
+                    query, key, value = parts[place][2], parts[earlier][3], parts[earlier][1]
+                    weight = silu(query[mine] @ key[mine] + bias) / LONGEST
+                    attended[mine] += weight * value[mine]
+            after.append(x + block.output(standardised(attended) * parts[place][0]))
+        states = after
+    return [norm(model.norm, x) for x in states]
+
+
 @pytest.mark.parametrize(
     ("name", "plain", "settings"),
     [
@@ -116,6 +148,8 @@ def looped_lrurec(model: LRURec, history):
         ("sasrec", looped_sasrec, {}),
         ("sasrec", looped_sasrec, {"num_heads": 3, "num_layers": 1}),
         ("lrurec", looped_lrurec, {}),
+        ("hstu", looped_hstu, {}),
+        ("hstu", looped_hstu, {"num_heads": 3, "num_layers": 1}),
     ],
 )
 def test_states_and_scores_equal_a_loop_over_items(name, plain, settings):
@@ -314,6 +348,7 @@ def test_a_saved_model_reads_back(tmp_path, name):
     )
 
 
-def test_a_width_that_the_heads_do_not_divide_is_refused():
+@pytest.mark.parametrize("name", ["sasrec", "hstu"])
+def test_a_width_that_the_heads_do_not_divide_is_refused(name):
     with pytest.raises(UsageError, match="--hidden_size 6 is not divisible by --num_heads 4"):
-        make("sasrec", num_heads=4)
+        make(name, num_heads=4)

@@ -99,6 +99,17 @@ def test_labels_name_what_differs_within_a_method():
     assert method_names(many) == ["cft λ=0.5", "cft λ=0.5", "cft λ=1", "uniform"]
 
 
+def test_a_baseline_is_called_by_its_loss_unless_it_is_cross_entropy():
+    base = {"recommender": "sasrec", "loss": "cross-entropy", "seed": 0, "output_dir": "a"}
+    many = [
+        base,
+        base | {"seed": 1, "exclude_seen": "no"},
+        base | {"loss": "bce", "num_negatives": 1},
+        base | {"recommender": "hstu"},
+    ]
+    assert method_names(many) == ["SASRec", "SASRec", "SASRec, bce", "HSTU"]
+
+
 def test_a_family_shares_all_but_what_validation_chooses():
     base = {
         "objective": "multi-target",
@@ -582,8 +593,9 @@ def test_lists_too_short_to_choose_by(run):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("rows", 7), ("num_beams", 20), ("popularity_baseline", {"hr@5": 0.2}), ("seed", 1)],
-)
+    [("rows", 7), ("num_beams", 20), ("popularity_baseline", {"hr@5": 0.2}), ("seed", 1),
+     ("exclude_seen", "yes")],
+)  # fmt: skip
 def test_runs_that_were_not_evaluated_alike_are_refused(run, key, value):
     folders = [run("uniform"), run("other", changes={key: value})]
     with pytest.raises(

@@ -291,6 +291,7 @@ def test_baselines_take_from_the_other_rows_of_their_dataset_how_they_are_evalua
     rows = _sweep_table.read_table(write(tmp_path, table)).rows
     assert [row.is_baseline for row in rows] == [True, True] + [False] * 4  # in the table's order
 
+    assert {row.settings["exclude_seen"] for row in rows[:2]} == {"auto"}
     names = ("num_beams", "num_rows", "rows_seed", "item_kind")
     assert [row.settings[name] for row in rows[:2] for name in names] == [
         15,
@@ -320,6 +321,7 @@ def test_baselines_take_from_the_other_rows_of_their_dataset_how_they_are_evalua
         ),
         ({"evaluation": {"num_rows": 9}}, "evaluation: num_rows is 50"),
         ({"evaluation": {"seed": 1}}, "evaluation: seed is 0"),
+        ({"evaluation": {"exclude_seen": True}}, "evaluation: exclude_seen is auto"),
         ({"exact": {"num_rows": 6}}, "exact: num_rows is 5"),
     ],
 )
@@ -875,6 +877,17 @@ def test_other_settings_than_a_row_was_run_with_are_refused(world, capsys):
     )
     assert world.run("--list") == 0
 
+    # Earlier versions kept seen items in their lists and did not record it.
+    path = world.runs / U0 / "eval/valid/request.json"
+    recorded = path.read_text()
+    older = json.loads(recorded)
+    del older["exclude_seen"]
+    path.write_text(json.dumps(older))
+    assert world.run("--list") == 2
+    differ = "these differ: evaluation.exclude_seen; undo it"
+    assert f"{U0} was run with other settings, {differ}" in capsys.readouterr().err
+    path.write_text(recorded)
+
     (world.runs / U1 / "eval/valid/request.json").unlink()
     changed = json.loads((world.runs / U1 / "eval/test/request.json").read_text()) | {
         "dtype": "float16"
@@ -1012,13 +1025,13 @@ def test_the_last_error(text, code, expected):
 BETAS, FIVE = 8, 5
 COUNTS = {
     "igd-main": 4 * 2
-    + 4 * 3 * 3
+    + 4 * 5 * 3
     + 4 * 2 * (1 + 2 + 2 * 2 + BETAS) * 3
     + 4 * 9 * 3
     + 4 * (1 + BETAS)
     + (1 + BETAS),
     "mtc": 4 * 2
-    + 4 * FIVE * (3 + 1 + 4 + 2 + 2 * 2 + BETAS + 5 + 2)
+    + 4 * FIVE * (5 + 1 + 4 + 2 + 2 * 2 + BETAS + 5 + 2)
     + 3 * FIVE * (1 + 2 + 5)
     + 3 * FIVE * (1 + 5),
     "decisiveness": 5,

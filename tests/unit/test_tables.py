@@ -619,6 +619,28 @@ def test_an_older_version_without_a_figure_leaves_its_cell_empty():
     )
 
 
+def test_how_often_lists_repeat_a_history():
+    study = make_study()
+    before = table(study, "diversity-toys")
+    for run in study.runs:
+        for entry_ in run.test["alpha"].values() if run.test else ():
+            entry_["repeat_rate"] = {"first": 0.5, "top10": 0.25}
+        if run.test:
+            run.test.update(exclude_seen="no", target_repeat_rate=0.02)
+    found = table(study, "diversity-toys")
+    assert found.columns[4:8] == ["Cold", "Seen", "Seen, first place", "D1"]
+    lines = {line[1]: line for line in text(found)}
+    assert lines["targets"][5:7] == ["0.0200", "0.0200"]
+    assert lines["SASRec"][5:7] == lines["uniform"][5:7] == ["0.2500 ± 0.0000", "0.5000 ± 0.0000"]
+    assert before.columns[4:6] == ["Cold", "D1"], "runs of earlier versions do not know"
+    assert [line[:5] + line[7:] for line in text(found)] == text(before)
+
+    assert "the whole catalogue is ranked" in table(study, "main-toys").caption
+    for run in study.runs:
+        (run.test or {}).update(exclude_seen="yes")
+    assert "but the items that the user had met before" in table(study, "main-toys").caption
+
+
 def test_an_empty_study_has_its_list_of_runs_alone():
     waiting = replace(make_run("uniform", 0, {"0.0": 0.1}, None), state="unfinished", valid=None)
     assert [found.name for found in tables.all_tables(Study("s", "", [waiting]))] == ["runs"]

@@ -27,6 +27,7 @@ from igd_ds.evaluation import metrics
 from igd_ds.items.decisiveness import mean_by_token, purity_gain
 from igd_ds.items.store import StoredCatalogue, load_catalogue
 from igd_ds.items.trie import TokenTrie
+from igd_ds.run_folder import BEFORE_RECORDED
 from igd_ds.studies.report.study import (
     METRIC,
     Curves,
@@ -67,7 +68,10 @@ FIGURES = (
 # Entries of metrics.json that must be equal in all evaluations of a dataset (`fingerprint` and
 # `protocol` are the dataset's), and those that must be equal within one backbone: a backbone may
 # stand for a way to decode, as BIGRec and D3 do.
-ALIKE = ("fingerprint", "protocol", "rows", "num_rows", "seed", "num_beams", "popularity_baseline")
+ALIKE = (
+    "fingerprint", "protocol", "rows", "num_rows", "seed", "num_beams", "popularity_baseline",
+    "exclude_seen",
+)  # fmt: skip
 ALIKE_IN_BACKBONE = (
     "search", "decoding_rule", "length_penalty", "softmax", "temperature", "popularity_prior",
     "guidance", "guidance_weight", "item_filter",
@@ -558,7 +562,7 @@ def refuse_unlike(runs: Sequence[Run], folders: Mapping[str, Path]) -> None:
 
 def describe_evaluation(folder: Path, run: Run) -> Json:
     """Return those values of ALIKE and ALIKE_IN_BACKBONE that evaluation or dataset record."""
-    results = read_json(folder / "metrics.json") or {}
+    results = BEFORE_RECORDED | (read_json(folder / "metrics.json") or {})
     dataset: Json = {"fingerprint": fingerprint_of(folder)}
     with contextlib.suppress(KeyError, ValueError):
         info = read_json(Path(run.settings["dataset"]) / "dataset.json") or {}

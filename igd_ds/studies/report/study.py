@@ -39,17 +39,22 @@ NOT_BEGUN = ("waiting", "not run")
 """States of the rows of a sweep that have not started, and of those that are only listed."""
 RECOMMENDERS = {
     "popularity": "popularity", "last-item-knn": "last-item kNN", "gru4rec": "GRU4Rec",
-    "sasrec": "SASRec", "lrurec": "LRURec",
+    "sasrec": "SASRec", "lrurec": "LRURec", "hstu": "HSTU",
 }  # fmt: skip
 SYMBOLS = {
     "igd_beta": "β", "position_floor": "b", "cft_lambda": "λ", "rank_tau": "τ",
     "frequency_beta": "b", "curriculum_c": "c", "curriculum_cT": "cT",
 }  # fmt: skip
 
-# These settings do not change a method: a run's name, its hardware and its seed. The model is left
-# out because the backbone's name stands for it.
+CROSS_ENTROPY = "cross-entropy"
+"""The loss of a baseline whose name does not say its loss."""
+
+# These settings do not change a method: a run's name, its hardware and its seed, and how all
+# methods of a dataset are evaluated. The model is left out because the backbone's name stands for
+# it.
 NO_METHOD = FREE_ON_RESUME | {
     "seed",
+    "exclude_seen",
     "ds_config",
     "model_config",
     "model_name_or_path",
@@ -182,7 +187,9 @@ def method_of(settings: Json) -> str:
     """
     if "recommender" in settings:
         recommender: str = settings["recommender"]
-        return RECOMMENDERS.get(recommender, recommender)
+        name = RECOMMENDERS.get(recommender, recommender)
+        loss = settings.get("loss", CROSS_ENTROPY)
+        return name if loss == CROSS_ENTROPY else f"{name}, {loss}"
 
     objective = objective_of(settings)
     if objective is None:

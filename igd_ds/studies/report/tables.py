@@ -51,6 +51,8 @@ ABLATION = (
     "multi-target + curriculum on logits",
 )
 """The lines of MTC Table 4 in the paper's order, then the lines that we add."""
+REPEATS = (("repeat_rate", "top10", "Seen"), ("repeat_rate", "first", "Seen, first place"))
+"""Entries of metrics.json about items that users had met before, and their column headings."""
 HISTORY = ((1, 5), (6, 10), (11, None))
 """History lengths that are reported separately; None: no upper limit."""
 
@@ -381,7 +383,7 @@ def main_table(study: Study, dataset: str) -> Table:
             rows.append([*words(backbone, f"improvement of {best}", "", None), *cells, Cell(None)])
 
     caption = (
-        f"{rows_of(study, dataset, 'test')}; the whole catalogue is ranked; mean ± standard "
+        f"{rows_of(study, dataset, 'test')}; {ranked_items(study, dataset)}; mean ± standard "
         "deviation over seeds. Bold: best; underlined: second. * marks a difference from "
         f"{study.reference} in NDCG@10 (paired bootstrap over users, Holm-corrected p < "
         f"{significance.LEVEL}). Last "
@@ -406,6 +408,14 @@ def rows_of(study: Study, dataset: str, split: str) -> str:
     total = study.catalogues.get(dataset, {}).get(f"{split}_rows")
     of_all = f" of {total:,}" if total else ""
     return f"{count}{of_all} {split} rows of {dataset}"
+
+
+def ranked_items(study: Study, dataset: str) -> str:
+    """Return which items were ranked for the test rows of a dataset, as text."""
+    tests = [run.test for run in study.runs if run.dataset == dataset and run.test]
+    if any(results.get("exclude_seen") == "yes" for results in tests):
+        return "the whole catalogue but the items that the user had met before is ranked"
+    return "the whole catalogue is ranked"
 
 
 def expected_popularity(run: Run, measures: Sequence[str]) -> Row:
@@ -850,13 +860,21 @@ def groups_of(known: RowGroups) -> RowGroups:
 
 
 def diversity(study: Study) -> list[Table]:
-    """Return coverage, Gini index and popularity deciles of the lists (MTC Figure 2)."""
+    """Return coverage, Gini index and popularity deciles of the lists (MTC Figure 2).
+
+    Runs that record how many of the listed items their users had met before show that too.
+    """
     tables = []
     for dataset in datasets(study):
+        found = methods(study, dataset, baselines=True)
+        shown = [run for runs in found.values() for run in runs]
+        repeats = [
+            [*name, heading]
+            for *name, heading in REPEATS
+            if any(metric_of(run, "test", CURRENT, name) is not None for run in shown)
+        ]
         rows = []
-        first: Run | None = None
-        for (backbone, method), runs in methods(study, dataset, baselines=True).items():
-            first = runs[0]
+        for (backbone, method), runs in found.items():
             deciles = [
                 metric_of(run, "test", CURRENT, ("popularity_deciles",)) or [None] * 10
                 for run in runs
@@ -865,12 +883,14 @@ def diversity(study: Study) -> list[Table]:
             shares = [
                 average(runs, name) for name in ("coverage", "gini_index", "cold_share_of_listed")
             ]
+            shares += [average(runs, *name) for *name, _ in repeats]
             model = "baseline" if runs[0].is_baseline else backbone
             rows.append([*words(model, method), *shares, *(Cell(m, form=".3f") for m in means)])
-        if first and first.test:
-            targets = first.test.get("target_popularity_deciles", [None] * 10)
+        if shown and (results := shown[-1].test):
+            targets = results.get("target_popularity_deciles", [None] * 10)
             cells = [Cell(share, form=".3f") for share in targets]
-            rows.insert(0, [*words("", "targets", None, None, None), *cells])
+            known = [Cell(results.get("target_repeat_rate"))] * len(repeats)
+            rows.insert(0, [*words("", "targets", None, None, None), *known, *cells])
 
         caption = (
             "The first ten items of the lists on test, means over seeds. Coverage: share of the "
@@ -878,7 +898,12 @@ def diversity(study: Study) -> list[Table]:
             "of the listed items that are not a training target. D1 to D10: share of each decile "
             f"of the catalogue by popularity, the most popular first. {AT_ALPHA}"
         )
-        columns = ["Model", "Method", "Coverage", "Gini", "Cold", *(f"D{i + 1}" for i in range(10))]
+        if repeats:
+            caption += (
+                " Seen: share of the items, and of the first places, that the user had met before."
+            )
+        columns = ["Model", "Method", "Coverage", "Gini", "Cold"]
+        columns += [heading for *_, heading in repeats] + [f"D{i + 1}" for i in range(10)]
         title = f"What is recommended: {dataset}"
         tables.append(Table(slug("diversity", dataset), title, caption, columns, rows))
     return tables
