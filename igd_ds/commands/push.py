@@ -64,9 +64,13 @@ def push(run: Path, repo: str, private: bool) -> str:
     Raises:
         UsageError: the model is damaged, or the hub cannot be reached or refuses.
     """
-    import httpx
     from huggingface_hub import CommitOperationAdd, HfApi
-    from huggingface_hub.errors import HFValidationError
+
+    # The HTTP library's error, whichever library the hub's client uses.
+    from huggingface_hub.errors import (  # type: ignore[attr-defined]
+        HFValidationError,
+        HTTPError,
+    )
 
     check_run(run)
     model = run / "model"
@@ -82,7 +86,7 @@ def push(run: Path, repo: str, private: bool) -> str:
     try:
         api.create_repo(repo, private=private, exist_ok=True)
         commit = api.create_commit(repo, operations, commit_message=f"Model of {run.name}")
-    except (httpx.HTTPError, HFValidationError, OSError) as error:
+    except (HTTPError, HFValidationError, OSError) as error:
         why = " ".join(str(error).split())
         raise UsageError(
             f"igd push: {repo} was not changed on {api.endpoint} ({why}); log in with "
