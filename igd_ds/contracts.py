@@ -325,6 +325,8 @@ class PromptTree(Protocol):
     of an earlier chain; chains 0 … B − 1 are the prompts. A token sees its user's prompt, its own
     ancestors and itself, so its log-probability equals that of a full forward pass over its path.
 
+    V is the size of the vocabulary, or the number of `output_tokens`.
+
     Example:
         >>> logits = tree.prefill([np.array([5, 6, 7]), np.array([5, 9])])  # (2, V)
         >>> one = torch.tensor([1])
@@ -334,6 +336,8 @@ class PromptTree(Protocol):
         (torch.Size([1, V]), [2])
     """
 
+    output_tokens: np.ndarray | None
+    """int64 (V,), ascending: the tokens whose logits are computed, if not those of all tokens."""
     prompt_logits: torch.Tensor
     """Logits of the first token behind each prompt, (B, V); set by `prefill`."""
 
@@ -341,7 +345,11 @@ class PromptTree(Protocol):
         """Start new trees: read each prompt (integer token ids) once; return `prompt_logits`."""
 
     def extend(
-        self, parent: torch.Tensor, length: torch.Tensor, tokens: torch.Tensor
+        self,
+        parent: torch.Tensor,
+        length: torch.Tensor,
+        tokens: torch.Tensor,
+        keep: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append Q chains and send their T tokens through the model in one pass.
 
@@ -349,9 +357,10 @@ class PromptTree(Protocol):
             parent: (Q,) int64, the earlier chain under whose last token each new chain begins.
             length: (Q,) int64, tokens per chain, at least 1.
             tokens: (T,) int64, the chains' tokens one after the other.
+            keep: (n,) int64, the places in `tokens` behind which logits are wanted; None: all T.
 
         Returns:
-            Logits behind each token, (T, V), and the new chains' numbers, (Q,).
+            Logits behind each of these tokens, (n, V), and the new chains' numbers, (Q,).
         """
 
     def retain(self, users: torch.Tensor) -> None:
@@ -420,8 +429,15 @@ class Backbone(Protocol):
     def label_logits(self, model: Any, batch: Batch) -> torch.Tensor:
         """Return the logits (n, V) that predict the batch's labelled tokens, in their order."""
 
-    def prompt_tree(self, model: torch.nn.Module) -> PromptTree:
-        """Return an empty tree for one batch of searches."""
+    def prompt_tree(
+        self, model: torch.nn.Module, output_tokens: np.ndarray | None = None
+    ) -> PromptTree:
+        """Return an empty tree for one batch of searches.
+
+        Args:
+            model: in eval mode.
+            output_tokens: int64, ascending, see PromptTree.
+        """
 
 
 class Training(Protocol):

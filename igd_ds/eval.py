@@ -32,6 +32,7 @@ from igd_ds.distributed import say
 from igd_ds.eval_config import EvalConfig
 from igd_ds.evaluation import metrics
 from igd_ds.evaluation.baseline_recommender import BaselineRecommender, open_recommender
+from igd_ds.evaluation.full_ranking import METHOD
 from igd_ds.evaluation.parts import (
     RankingTask,
     batches_of,
@@ -41,6 +42,7 @@ from igd_ds.evaluation.parts import (
     write_part,
 )
 from igd_ds.evaluation.recommender import Recommender
+from igd_ds.evaluation.results import PROBABILITY, SCORE
 from igd_ds.folders import read_json_object
 from igd_ds.search.engine import check_limits
 
@@ -114,8 +116,9 @@ def build_task(config: EvalConfig) -> RankingTask:
         UsageError: what does not fit together, or a row that cannot be ranked.
     """
     recommender = open_recommender(config)
+    method, meaning = METHOD, SCORE
     if not isinstance(recommender, BaselineRecommender):
-        check_search(config, recommender)
+        method, meaning = check_search(config, recommender)
 
     split = recommender.dataset.splits[config.split]
     rows = sample_rows(len(split), config.num_rows, config.seed)
@@ -131,18 +134,25 @@ def build_task(config: EvalConfig) -> RankingTask:
     if dataset.excludes_seen(config.exclude_seen):
         seen = dataset.seen_items(config.split)
     say(dataset.describe_exclusion(config.exclude_seen))
-    task = RankingTask(recommender, split, rows, lists, guidance, seen)
+    task = RankingTask(recommender, split, rows, lists, guidance, seen, method, meaning)
     distributed.on_main(lambda: check_every_row(config, task))
     return task
 
 
-def check_search(config: EvalConfig, recommender: Recommender) -> None:
-    """Raise UsageError for a search that cannot be made."""
+def check_search(config: EvalConfig, recommender: Recommender) -> tuple[str, str]:
+    """Return the method of a search, and what its scores are, see RankingTask.
+
+    Raises:
+        UsageError: the search cannot be made.
+    """
     scoring = recommender.scoring(config.scoring_options())
-    if config.search == "exact":
+    is_probability = scoring.is_probability and not config.guidance
+    method = scoring.method(config.search, guided=bool(config.guidance))
+    if method == "exact":
         scoring.refuse_exact()
-    check_limits(config, config.num_beams, config.search)
+    check_limits(config, config.num_beams, method)
     check_memory(config, len(recommender.tokenizer))
+    return method, PROBABILITY if is_probability else SCORE
 
 
 def check_every_row(config: EvalConfig, task: RankingTask) -> None:
@@ -201,7 +211,13 @@ def search_rows(config: EvalConfig, task: RankingTask, parts: Path) -> tuple[int
             rows = batches[path]
             histories, per_user = [task.split.history(row) for row in rows], task.per_user(rows)
             found = recommender.search(
-                histories, scoring, config.num_beams, config.search, per_user, config
+                histories,
+                scoring,
+                config.num_beams,
+                task.search,
+                per_user,
+                config,
+                targets=task.target_leaves(rows),
             )
             write_part(path, part_table(task, rows, config.alpha, found, per_user.item_filter))
             bar.update(len(rows))

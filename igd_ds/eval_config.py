@@ -26,7 +26,10 @@ class EvalConfig(ScoringOptions, RankingOptions, Limits, ModelSource, ProcessOpt
         "",
     )
     search: str = option(
-        "beam search, or exact: best-first until the list is proven", "beam", ("beam", "exact")
+        "beam search, or exact: best-first until the list is proven; auto: exact where scores are "
+        "item probabilities (models of the objective msl, α = 0), else beam",
+        "auto",
+        ("auto", "beam", "exact"),
     )
     guidance: str = option(
         ".npy of floats (rows of the split, items): a second scorer's item probabilities", ""
@@ -62,6 +65,7 @@ class EvalConfig(ScoringOptions, RankingOptions, Limits, ModelSource, ProcessOpt
         if self.alpha_from and self.alpha != (0.0,):
             raise UsageError("give --alpha or --alpha_from, not both")
 
+        require(self, "coverage", lambda value: 0 < value <= 1, "must lie in (0, 1]")
         require(self, "num_beams batch_size", lambda value: value >= 1, "must be at least 1")
         require(self, "num_rows seed", lambda value: value >= 0, "must not be negative")
         require(

@@ -67,6 +67,8 @@ TAGS = {
     "training count (MTC Figure 2)",
     "eval/prefix_entropy": "figure: entropy in nats of the prefixes of lists minus targets, "
     "after each token (IGD Figures 3, 6, 8)",
+    "eval/calibration": "figure: share of listed items that are the target, by their p(item), "
+    "where scores are log-probabilities",
     "eval/lists": "text: history, target and first 5 entries of a few rows; step = 1000·α",
 }
 """Tag: meaning and unit."""

@@ -21,6 +21,7 @@ from transformers.cache_utils import DynamicLayer
 
 from igd_ds import distributed
 from igd_ds.backbones.capabilities import forward_arguments
+from igd_ds.backbones.output_rows import OutputRows
 from igd_ds.backbones.prompt_tree import check_prompts
 
 if TYPE_CHECKING:
@@ -61,11 +62,14 @@ class CachePromptTree:
 
     Args:
         model: Any causal LM in eval mode. It may be wrapped by PEFT or quantised.
+        output_tokens: int64 (V,), ascending: the tokens whose logits are computed; None: all.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, output_tokens: np.ndarray | None = None) -> None:
         assert not model.training, "call model.eval() before searching"
         self.model: Any = model
+        self.output_tokens = output_tokens
+        self.output_rows = OutputRows(model, output_tokens)
         self.device: torch.device = model.device
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.accepted = forward_arguments(base)
@@ -121,7 +125,11 @@ class CachePromptTree:
 
     @torch.no_grad()
     def extend(
-        self, parent: torch.Tensor, length: torch.Tensor, tokens: torch.Tensor
+        self,
+        parent: torch.Tensor,
+        length: torch.Tensor,
+        tokens: torch.Tensor,
+        keep: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append Q runs and send them through the model, rows of equal length together.
 
@@ -129,9 +137,10 @@ class CachePromptTree:
             parent: (Q,) int64, the earlier run under whose last token each new run begins.
             length: (Q,) int64, tokens per run, at least 1.
             tokens: (T,) int64, the runs' tokens one after the other.
+            keep: (n,) int64, the places in `tokens` behind which logits are wanted; None: all T.
 
         Returns:
-            Logits behind each token, (T, V), and the new runs' numbers, (Q,).
+            Logits behind each of these tokens, (n, V), and the new runs' numbers, (Q,).
         """
         first = len(self.run_user)
         lengths: list[int] = length.tolist()
@@ -151,7 +160,8 @@ class CachePromptTree:
 
         numbers = torch.arange(first, len(self.run_user))
         logits_of_runs = [logits for logits in found if logits is not None]
-        return torch.cat([self.prompt_logits[:0], *logits_of_runs]), numbers
+        logits = torch.cat([self.prompt_logits[:0], *logits_of_runs])
+        return logits if keep is None else logits[keep.to(self.device)], numbers
 
     def _batches(self, first: int, lengths: list[int]) -> list[Rows]:
         """Group the runs from number `first` on by lengths of prompt and path; bound each group."""
@@ -201,10 +211,12 @@ class CachePromptTree:
             "use_cache": self.may_reuse,
             "logits_to_keep": keep,
         }
-        output = self.model(
-            input_ids=ids, **{key: arguments[key] for key in arguments.keys() & self.accepted}
-        )
-        return output.logits[:, -keep:], getattr(output, "past_key_values", None)
+        with self.output_rows.alone():
+            output = self.model(
+                input_ids=ids, **{key: arguments[key] for key in arguments.keys() & self.accepted}
+            )
+        logits = self.output_rows.of(output.logits[:, -keep:])
+        return logits, getattr(output, "past_key_values", None)
 
     def _is_reusable(self, cache: Cache | None, length: int) -> bool:
         """Whether the cache holds one key and value per token and layer, and nothing else."""

@@ -11,6 +11,7 @@ import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from igd_ds.backbones import lora, vocabulary
@@ -283,7 +284,9 @@ class CausalLM:
             return logits
         return logits[keep] if keep.dtype == torch.bool else logits[:, keep]
 
-    def prompt_tree(self, model: PreTrainedModel) -> PromptTree:
+    def prompt_tree(
+        self, model: PreTrainedModel, output_tokens: np.ndarray | None = None
+    ) -> PromptTree:
         """Return an empty tree for one batch of searches.
 
         Models that cannot read trees get the slower tree over their own KV cache.
@@ -292,8 +295,8 @@ class CausalLM:
         from igd_ds.backbones.prompt_tree import CausalPromptTree
 
         if self.capabilities(model.config).tree_search:
-            return CausalPromptTree(model)
-        return CachePromptTree(model)
+            return CausalPromptTree(model, output_tokens)
+        return CachePromptTree(model, output_tokens)
 
 
 def load_weights(

@@ -32,12 +32,12 @@ class EncoderPromptTree(CausalPromptTree):
         UsageError: the model is no T5.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, output_tokens: np.ndarray | None = None) -> None:
         if model.config.model_type != "t5":
             raise UsageError(
                 f"tree search over an encoder-decoder knows T5, found {model.config.model_type}"
             )
-        super().__init__(model)
+        super().__init__(model, output_tokens)
         self.encoded: Any  # the encoder's output, last_hidden_state (B, P, width)
         self.cross_mask: torch.Tensor  # bool (B, 1, 1, P)
         self.cross_cache: DynamicCache
@@ -83,7 +83,7 @@ class EncoderPromptTree(CausalPromptTree):
         step.bias = self._bias(step)
         step.cross_mask = self.cross_mask
         self.cache.next = step
-        with attention_by(self.model.decoder.config, ATTENTION):
+        with attention_by(self.model.decoder.config, ATTENTION), self.output_rows.alone():
             output = self.model(
                 decoder_input_ids=tokens[None],
                 encoder_outputs=self.encoded,
@@ -91,8 +91,7 @@ class EncoderPromptTree(CausalPromptTree):
                 use_cache=True,
                 tree=step,
             )
-        logits: torch.Tensor = output.logits[0, keep]
-        return logits
+        return self.output_rows.of(output.logits[0, keep])
 
     def _bias(self, step: TreePass) -> torch.Tensor:
         """Return T5's position bias by depth in the tree, (B, H, R, S), −∞ where masked."""

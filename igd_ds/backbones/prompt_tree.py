@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from igd_ds.backbones.output_rows import OutputRows
 from igd_ds.backbones.tree_attention import ATTENTION, TreeCache, TreePass, attention_by
 from igd_ds.errors import UsageError
 from igd_ds.items.ragged import ragged_rows
@@ -50,11 +51,14 @@ class CausalPromptTree:
     Args:
         model: A causal LM in eval mode whose `Capabilities.tree_search` is true. It may be wrapped
             by PEFT or quantised.
+        output_tokens: int64 (V,), ascending: the tokens whose logits are computed; None: all.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, output_tokens: np.ndarray | None = None) -> None:
         assert not model.training, "call model.eval() before searching"
         self.model: Any = model
+        self.output_tokens = output_tokens
+        self.output_rows = OutputRows(model, output_tokens)
         self.device: torch.device = model.device
         self.prompt_logits: torch.Tensor
         self.cache: TreeCache
@@ -115,7 +119,11 @@ class CausalPromptTree:
 
     @torch.no_grad()
     def extend(
-        self, parent: torch.Tensor, length: torch.Tensor, tokens: torch.Tensor
+        self,
+        parent: torch.Tensor,
+        length: torch.Tensor,
+        tokens: torch.Tensor,
+        keep: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append Q runs and send their T tokens through the model in one pass.
 
@@ -126,9 +134,10 @@ class CausalPromptTree:
             parent: (Q,) int64, the earlier run under whose last token each new run begins.
             length: (Q,) int64, tokens per run, at least 1.
             tokens: (T,) int64, the runs' tokens one after the other.
+            keep: (n,) int64, the places in `tokens` behind which logits are wanted; None: all T.
 
         Returns:
-            Logits behind each token, (T, V), and the new runs' numbers, (Q,).
+            Logits behind each of these tokens, (n, V), and the new runs' numbers, (Q,).
         """
         if not len(parent):
             idle = (self.column_of_user >= 0).nonzero()[:1, 0]
@@ -136,7 +145,8 @@ class CausalPromptTree:
             return logits[:0], run[:0]
 
         tokens, step, numbers = self._append(parent, length, tokens)
-        return self._forward(tokens, step, slice(None)), numbers
+        places = slice(None) if keep is None else keep.to(self.device)
+        return self._forward(tokens, step, places), numbers
 
     def _append(
         self, parent: torch.Tensor, length: torch.Tensor, tokens: torch.Tensor
@@ -211,7 +221,7 @@ class CausalPromptTree:
     ) -> torch.Tensor:
         """Run one pass; `keep` are the packed places whose logits are returned."""
         self.cache.next = step
-        with attention_by(self.model.config, ATTENTION):
+        with attention_by(self.model.config, ATTENTION), self.output_rows.alone():
             output = self.model(
                 input_ids=tokens[None],
                 position_ids=step.position[None],
@@ -220,8 +230,7 @@ class CausalPromptTree:
                 logits_to_keep=keep if isinstance(keep, torch.Tensor) else 0,
                 tree=step,
             )
-        logits: torch.Tensor = output.logits[0]
-        return logits
+        return self.output_rows.of(output.logits[0])
 
     def retain(self, users: torch.Tensor) -> None:
         """Free the caches of all users but these (ascending). The others get no more tokens."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from igd_ds.backbones.saved import reading_weights
@@ -152,8 +153,10 @@ class T5:
         ).logits
         return logits[rows.labels != IGNORED]
 
-    def prompt_tree(self, model: PreTrainedModel) -> PromptTree:
+    def prompt_tree(
+        self, model: PreTrainedModel, output_tokens: np.ndarray | None = None
+    ) -> PromptTree:
         """Return an empty tree for one batch of searches."""
         from igd_ds.backbones.encoder_tree import EncoderPromptTree
 
-        return EncoderPromptTree(model)
+        return EncoderPromptTree(model, output_tokens)

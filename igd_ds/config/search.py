@@ -27,6 +27,11 @@ class ScoringOptions:
     temperature: float | None = option(
         "T in log softmax(logits / T); default: as trained, which is 1 for most objectives", None
     )
+    renormalise: bool = option(
+        "with an item filter under the masked softmax: spread the probability of the items left "
+        "out over the others",
+        False,
+    )
     popularity_prior: float = option(
         "γ: weight of the items' training popularity, added to the scores", 0.0
     )
@@ -46,6 +51,8 @@ class ScoringOptions:
             lambda value: 0 <= value < math.inf,
             "must not be negative, and finite",
         )
+        if self.renormalise and self.softmax == "full":
+            raise UsageError("--renormalise is for the masked softmax: leave it out")
         require(
             self, "temperature", lambda value: 0 < value < math.inf, "must be positive and finite"
         )
@@ -62,4 +69,9 @@ class Limits:
         "tokens the exact search may send through the model per row, all α together; then it "
         "returns the ranks proven so far",
         4096,
+    )
+    coverage: float = option(
+        "the exact search of a model with item probabilities stops when the list holds this much "
+        "probability; 1: when the list is proven",
+        1.0,
     )

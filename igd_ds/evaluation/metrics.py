@@ -29,6 +29,9 @@ cannot be told apart. Token match, the papers' measure, counts it in full."""
 TOP = 10
 """Entries of each list that diversity, coverage and popularity are measured on (IGD Table 7)."""
 
+CALIBRATION_BINS = 10
+"""Bins of the reliability of p(item)."""
+
 Means = dict[str, float | None]
 """Metric → mean over rows; None where there is no row."""
 
@@ -440,30 +443,73 @@ def describe_diversity(targets: Targets, leaves: np.ndarray, scores: np.ndarray)
     }
 
 
+def calibration(
+    probability: np.ndarray, hit: np.ndarray, num_bins: int = CALIBRATION_BINS
+) -> dict[str, Any]:
+    """Return how the probabilities of listed items compare with how often they are the target.
+
+    The items are sorted by probability and cut into bins of equally many items (a bin more or less
+    by one). The expected calibration error is Σ_bins share of the items · |mean p − share of hits|.
+
+    Args:
+        probability: (n,), p(item | history) of each entry of each list.
+        hit: bool (n,), whether it is the row's target.
+        num_bins: how many bins; fewer if there are fewer items.
+
+    Returns:
+        `expected_calibration_error`, and `bins`, each with its number of `items`, their mean
+        `probability` and their `hit_rate`.
+
+    Example:
+        >>> calibration(np.array([0.75, 0.1, 0.1]), np.array([1, 0, 0]), num_bins=2)["bins"][0]
+        {'items': 2, 'probability': 0.1, 'hit_rate': 0.0}
+    """
+    order = np.argsort(probability, kind="stable")
+    bins = [
+        {
+            "items": len(members),
+            "probability": float(probability[members].mean()),
+            "hit_rate": float(hit[members].mean()),
+        }
+        for members in np.array_split(order, min(num_bins, len(order)))
+    ]
+    error = sum(one["items"] * abs(one["probability"] - one["hit_rate"]) for one in bins)
+    return {"expected_calibration_error": error / len(order), "bins": bins}
+
+
+def proven_places(leaves: np.ndarray, certified: np.ndarray) -> np.ndarray:
+    """Return whether a list is proven up to and including each place, bool (R, K).
+
+    Args:
+        leaves: lists of an exact search, (R, K); −1 behind a list's end.
+        certified: bool (R, K), whether each place is proven.
+    """
+    proven: np.ndarray = np.logical_and.accumulate(certified | (leaves < 0), axis=1)
+    return proven
+
+
 def compare_with_beam(
     leaves: np.ndarray,
-    certified: np.ndarray,
+    proven: np.ndarray,
     beam: np.ndarray,
     target: np.ndarray,
     cutoffs: Sequence[int],
 ) -> dict[str, Any]:
-    """Return how many exact lists are proven, and how the beam search's lists compare with them.
+    """Return how the beam search's lists compare with proven ones.
 
     Args:
         leaves: lists of the exact search, (R, K); −1 behind a list's end.
-        certified: bool (R, K), whether each place is proven.
+        proven: bool (R, K), see `proven_places`.
         beam: lists of the beam search, (R, K).
         target: (R,), the leaf of each row's target.
         cutoffs: the K of HR and NDCG.
 
     Returns:
-        `proof_share`: the share of rows whose whole list is proven. `beam`: the `token_match` of
-        the beam's lists, and `missed_of_true_top` for k = 1 and k = K: how many of the k truly best
-        items the beam's list lacks, a mean over the rows whose first k places are proven; None
-        where there is no such row.
+        The `token_match` of the beam's lists, and `missed_of_true_top` for k = 1 and k = K: how
+        many of the k truly best items the beam's list lacks, a mean over the rows whose first k
+        places are proven; None where there is no such row.
     """
     missed = (leaves >= 0) & ~(leaves[:, :, None] == beam[:, None, :]).any(2)
-    proven = np.logical_and.accumulate(certified | (leaves < 0), axis=1)
 
     missed_of_true_top = {}
     for k in sorted({1, leaves.shape[1]}):
@@ -471,10 +517,7 @@ def compare_with_beam(
         missed_of_true_top[str(k)] = float(lacking.mean()) if len(lacking) else None
 
     token_match = means(ranking_sums(items_ahead(beam, target), cutoffs), len(target))
-    return {
-        "proof_share": float(proven[:, -1].mean()),
-        "beam": {"token_match": token_match, "missed_of_true_top": missed_of_true_top},
-    }
+    return {"token_match": token_match, "missed_of_true_top": missed_of_true_top}
 
 
 def best_alpha(results: Mapping[str, Any], metric: str = "ndcg@10") -> str:

@@ -23,7 +23,6 @@ from igd_ds.data.per_row import ItemLists, ItemScores
 from igd_ds.data.seen_items import SeenItems, with_seen
 from igd_ds.errors import UsageError
 from igd_ds.eval_config import EvalConfig
-from igd_ds.evaluation.baseline_recommender import BaselineRecommender
 from igd_ds.evaluation.full_ranking import METHOD
 from igd_ds.evaluation.recommender import Recommender
 from igd_ds.evaluation.results import LIST_SCHEMA, Ranked, write_results
@@ -40,8 +39,8 @@ PART_SCHEMA = LIST_SCHEMA.append(pa.field("by_beam", pa.bool_()))
 # recognised by their content.
 REQUEST = (
     "split", "alpha", "search", "num_beams", "decoding_rule", "length_penalty", "softmax",
-    "temperature", "popularity_prior", "guidance_weight", "pass_positions", "row_positions",
-    "batch_size", "num_rows", "seed", "dtype", "exclude_seen",
+    "temperature", "renormalise", "popularity_prior", "guidance_weight", "pass_positions",
+    "row_positions", "coverage", "batch_size", "num_rows", "seed", "dtype", "exclude_seen",
 )  # fmt: skip
 REQUEST_FILES = ("guidance", "item_filter")
 
@@ -60,6 +59,15 @@ class RankingTask:
     """A second scorer's item probabilities and their weight."""
     seen: SeenItems | None
     """What the users have met before, if the lists leave it out."""
+    search: str
+    """A method of `igd_ds.search.engine`, or METHOD of a baseline."""
+    scores: str
+    """What the lists' scores are, PROBABILITY or SCORE."""
+
+    def target_leaves(self, rows: np.ndarray) -> np.ndarray:
+        """Return the trie leaf of each row's target, int (B,)."""
+        leaves: np.ndarray = self.recommender.stored.trie.leaf_of_item[self.split.targets[rows]]
+        return leaves
 
     def per_user(self, rows: np.ndarray) -> PerUser:
         """Return the item filter and the guidance of a batch of rows (B,)."""
@@ -92,7 +100,7 @@ def request_of(config: EvalConfig, task: RankingTask) -> dict[str, Any]:
     return request | {
         "alpha": list(config.alpha),
         "exclude_seen": "yes" if task.seen else "no",
-        "search": METHOD if isinstance(recommender, BaselineRecommender) else config.search,
+        "search": task.search,
         "softmax": "masked" if scoring.masked_softmax else "full",
         "temperature": scoring.temperature,
         "max_length": recommender.max_length,
@@ -165,8 +173,8 @@ def write_part(path: Path, table: pa.Table) -> None:
         pq.write_table(table, temporary, write_page_checksum=True)
 
 
-def read_part(path: Path) -> tuple[pa.Table, dict[str, int]]:
-    """Return the lists of a batch and the search's counts.
+def read_part(path: Path) -> tuple[pa.Table, dict[str, float]]:
+    """Return the lists of a batch and the search's counts, and the NLL of its targets.
 
     Raises:
         OSError or ValueError: the file is damaged.
@@ -216,7 +224,9 @@ def part_table(
         beam = found.beam_leaves, found.beam_scores, unproven
         tables.append(_lists_table(task, rows, alphas, *beam, allowed, by_beam=True))
 
-    counts = {name: int(values.sum()) for name, values in found.counts.items()}
+    counts: dict[str, float] = {name: int(n.sum()) for name, n in found.counts.items()}
+    assert found.target_logprobs is not None, "asked for"
+    counts["target_nll"] = -float(found.target_logprobs.double().sum())
     return pa.concat_tables(tables).replace_schema_metadata({"counts": json.dumps(counts)})
 
 
@@ -264,16 +274,22 @@ def finish(config: EvalConfig, task: RankingTask, output: Path, timing: dict[str
     request = json.loads((output / "request.json").read_text())
     settings = {name: request[name] for name in (*REQUEST, *REQUEST_FILES)}
     settings["dataset"] = recommender.dataset.info["name"]
-    settings["search_per_row"] = {
-        name: sum(part[name] for part in counts) / len(task.rows) for name in counts[0]
-    }
+    settings["scores"] = task.scores
+    per_row = {name: sum(part[name] for part in counts) / len(task.rows) for name in counts[0]}
+    nll = per_row.pop("target_nll")
+    settings["search_per_row"] = per_row
+    settings["target_nll"] = nll
+    if task.search != METHOD:  # a baseline writes no tokens
+        depth = recommender.stored.trie.depth[task.target_leaves(task.rows)]
+        settings["target_perplexity_per_token"] = float(np.exp(nll / depth.mean()))
 
     def lists_by_alpha() -> Iterator[tuple[float, pa.Table, pa.Table | None]]:
         for alpha in config.alpha:
             both = table.filter(pc.equal(table["alpha"], alpha))
             both = both.sort_by([("row_id", "ascending"), ("rank", "ascending")])
             lists = both.filter(pc.invert(both["by_beam"])).select(LIST_SCHEMA.names)
-            yield alpha, lists, both.filter(both["by_beam"]) if config.search == "exact" else None
+            by_beam = both.filter(both["by_beam"])
+            yield alpha, lists, by_beam if len(by_beam) else None
 
     run = Path(config.model).resolve().parent
     ranked = Ranked(

@@ -9,6 +9,7 @@ gives them: texts, or whole numbers. See `igd_ds.items.ids` for the other langua
 """
 
 import functools
+import math
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence, Sized
@@ -71,6 +72,10 @@ class Recommendation:
     """Title of the first of them; None where the dataset has semantic IDs alone."""
     score: float
     """S / n^p in nats, n tokens with EOS."""
+    probability: float | None
+    """p(item | history), of all items with this token path together, where the score is its log:
+    under the masked softmax, with α = 0 and without length penalty, prior and guidance. Else
+    None."""
     certified: bool
     """Whether this place is proven: no item outside the list scores higher. False after a beam
     search."""
@@ -84,11 +89,15 @@ class RankedList(list[Recommendation]):
     Attributes:
         short: fewer than k items are available, because of a filter, guidance or the catalogue's
             size.
+        coverage: the probability that the listed items have together; None where they have none.
     """
 
     def __init__(self, recommendations: Sequence[Recommendation], short: bool):
         super().__init__(recommendations)
         self.short = short
+        probabilities = [place.probability for place in recommendations]
+        known = [probability for probability in probabilities if probability is not None]
+        self.coverage = math.fsum(known) if len(known) == len(probabilities) else None
 
 
 class Recommender:
@@ -279,26 +288,30 @@ class Recommender:
         method: str,
         per_user: PerUser,
         limits: Limits,
+        targets: np.ndarray | None = None,
     ) -> SearchResult:
         """Rank the catalogue for one batch of histories, at every α of `scoring`.
 
         Args:
             histories: dense item ids, oldest first; the oldest items of a history too long for the
                 prompt are dropped.
-            scoring, num_beams, method, per_user, limits: see `igd_ds.search.engine.search`.
+            scoring, num_beams, method, per_user, limits, targets: see
+                `igd_ds.search.engine.search`.
         """
         assert self._backbone is not None, "call load_weights() first"
         with self._one_at_a_time:  # a search changes how the model attends while it lasts
-            tree = self._backbone.prompt_tree(self.model)
+            tree = self._backbone.prompt_tree(self.model, scoring.output_tokens(self.trie))
             tree.prefill([self.prompts.encode(history) for history in histories])
-            return search(tree, self.trie, scoring, num_beams, method, per_user, limits)
+            return search(
+                tree, self.trie, scoring, num_beams, method, per_user, limits, targets=targets
+            )
 
     def recommend(
         self,
         histories: Sequence[Ids],
         k: int = 10,
         alpha: float = 0.2,
-        search: str = "beam",
+        search: str = "auto",
         allow: Sequence[Ids | None] | None = None,
         deny: Sequence[Ids | None] | None = None,
         guidance: tuple[Any, float] | None = None,
@@ -314,7 +327,8 @@ class Recommender:
             k: how many items to list; a user who can get fewer gets a list with `short` set.
             alpha: α in [0, 1], strength of decisiveness calibration (IGD Eq. 9); 0 is plain beam
                 search.
-            search: "beam", or "exact" for the provably best items.
+            search: "beam", or "exact" for the provably best items. "auto": exact where scores are
+                item probabilities, without guidance; else beam.
             allow: per user the only items to choose from, or None for all items.
             deny: per user the items to leave out (out of stock, say), or None for none.
             guidance: a second scorer's item probabilities, floats (users, columns), and the weight
@@ -360,6 +374,7 @@ class Recommender:
             q = self._guidance(q, guidance_ids, len(users), ids)
 
         options = self.scoring(ScoringOptions(alpha=(alpha,), **scoring))
+        method = options.method(search, guided=q is not None)
         k = int(k)
         width = min(k, self.num_leaves)
         lists: list[RankedList] = []
@@ -371,8 +386,9 @@ class Recommender:
                 None if denied is None else denied[batch],
                 None if q is None else (q[batch], weight),
             )
-            found = self.search(users[batch], options, width, search, per_user, self.limits)
-            lists += self._ranked_lists(found, k, per_user.item_filter)
+            found = self.search(users[batch], options, width, method, per_user, self.limits)
+            has_probabilities = options.is_probability and per_user.guidance is None
+            lists += self._ranked_lists(found, k, per_user.item_filter, has_probabilities)
         return lists
 
     def stream(
@@ -437,7 +453,7 @@ class Recommender:
         """Yield the Recommendations of `stream`; other searches may run between two passes."""
         assert self._backbone is not None, "call load_weights() first"
         with self._one_at_a_time:
-            tree = self._backbone.prompt_tree(self.model)
+            tree = self._backbone.prompt_tree(self.model, scoring.output_tokens(self.trie))
             tree.prefill([self.prompts.encode(history)])
             passes = stream(tree, self.trie, scoring, per_user, limits)
 
@@ -449,10 +465,12 @@ class Recommender:
                 return
             for found in proven:
                 rank += 1
-                yield self._recommendation(rank, found, per_user.item_filter)
+                yield self._recommendation(
+                    rank, found, per_user.item_filter, scoring.is_probability
+                )
 
     def _recommendation(
-        self, rank: int, found: ProvenLeaf, item_filter: ItemFilter | None
+        self, rank: int, found: ProvenLeaf, item_filter: ItemFilter | None, has_probability: bool
     ) -> Recommendation:
         """Return a streamed leaf as a Recommendation."""
         leaf, user = np.array([found.leaf]), np.zeros(1, np.int64)
@@ -463,6 +481,7 @@ class Recommender:
             source_ids=tuple(self.ids.source_ids[item] for item in items),
             title=self.dataset.titles[items[0]],
             score=found.score,
+            probability=math.exp(found.score) if has_probability else None,
             certified=True,
             bound=found.bound,
         )
@@ -519,7 +538,11 @@ class Recommender:
         return q[:, self.ids.places_in(names, q.shape[1], "guidance_ids", "column", ids)]
 
     def _ranked_lists(
-        self, found: SearchResult, k: int, item_filter: ItemFilter | None
+        self,
+        found: SearchResult,
+        k: int,
+        item_filter: ItemFilter | None,
+        has_probabilities: bool,
     ) -> list[RankedList]:
         """Return the users' lists at the search's only α."""
         leaves = found.leaves[0].numpy()
@@ -538,6 +561,7 @@ class Recommender:
                     source_ids=tuple(self.ids.source_ids[item] for item in ids),
                     title=self.dataset.titles[ids[0]],
                     score=float(scores[u, p]),
+                    probability=math.exp(scores[u, p]) if has_probabilities else None,
                     certified=bool(p < certified[u]),
                 )
             )

@@ -38,6 +38,10 @@ LIST_SCHEMA = pa.schema([
 
 The files of predictions have a further column, `source_ids`: the source's ids of `item_ids`."""
 
+PROBABILITY, SCORE = "log-probability", "score"
+"""What the scores of lists are: logs of item probabilities, which sum to 1 over the catalogue, or
+scores that only rank."""
+
 SHOWN_ROWS = 5
 """Rows of an evaluation whose lists TensorBoard shows."""
 
@@ -82,8 +86,8 @@ def write_results(
         ranked: what was ranked.
         settings: describes the evaluation; metrics.json holds it beside the metrics. Its
             `exclude_seen` is "yes" or "no".
-        lists_by_alpha: α, its lists in LIST_SCHEMA sorted by row and rank, and, for an exact
-            search, the lists of the beam search in it.
+        lists_by_alpha: α, its lists in LIST_SCHEMA sorted by row and rank, and, if an exact search
+            began with a beam search, the lists of that.
         timing: content of timing.json.
         chosen_alpha: the α to report, if another split chose it. None: the best α here.
     """
@@ -120,9 +124,16 @@ def write_results(
         if ranked.stored.catalogue.kind == "semantic-id":
             # A title's first tokens say little about the item; a semantic ID's first codes do.
             values["relaxed_match"] = metrics.relaxed_match(trie, targets.leaf, leaves, cutoffs)
-        if by_beam is not None:
-            beam, _, _ = lists_by_row(by_beam, ranked.rows, ranked.length)
-            values |= metrics.compare_with_beam(leaves, certified, beam, targets.leaf, cutoffs)
+        if settings.get("search") == "exact":
+            proven = metrics.proven_places(leaves, certified)
+            values["proof_share"] = float(proven[:, -1].mean())
+            if by_beam is not None:
+                beam, _, _ = lists_by_row(by_beam, ranked.rows, ranked.length)
+                values["beam"] = metrics.compare_with_beam(
+                    leaves, proven, beam, targets.leaf, cutoffs
+                )
+        if settings.get("scores") == PROBABILITY:
+            values |= _describe_probabilities(leaves, scores, targets.leaf)
         results["alpha"][str(alpha)] = values
         results["short_lists"] = int((leaves[:, -1] < 0).sum())  # the same for every α
 
@@ -161,6 +172,23 @@ def write_results(
     print(f"{len(ranked.rows)} rows of {ranked.split.name}: {output / 'metrics.json'}", flush=True)
 
 
+def _describe_probabilities(
+    leaves: np.ndarray, scores: np.ndarray, target: np.ndarray
+) -> dict[str, Any]:
+    """Return mean probability of a whole list, and the calibration of its items' probabilities.
+
+    Args:
+        leaves, scores: of the lists, (R, K), with −1 and −inf behind a list's end.
+        target: (R,), the leaf of each row's target.
+    """
+    listed, probability = leaves >= 0, np.exp(scores.astype(np.float64))
+    hit = leaves == target[:, None]
+    return {
+        "mean_coverage": float(probability.sum(1).mean()),
+        "calibration": metrics.calibration(probability[listed], hit[listed]),
+    }
+
+
 def with_source_ids(lists: pa.Table, ids: ItemIds) -> pa.Table:
     """Return lists in LIST_SCHEMA with a column of the source's ids of the listed items."""
     items = lists["item_ids"].combine_chunks()
@@ -195,6 +223,10 @@ def _log_alpha(log: RunLog, alpha: float, values: Mapping[str, Any], examples: s
     )
     if "proof_share" in values:
         line += f"; proven for {values['proof_share']:.2%} of rows"
+    if "mean_coverage" in values:
+        error = values["calibration"]["expected_calibration_error"]
+        line += f"; a list holds {values['mean_coverage']:.1%} of the probability"
+        line += f", calibration error {error:.4f}"
     print(f"alpha {alpha}: {line}", flush=True)
 
 
@@ -261,7 +293,33 @@ def figures_of(results: Mapping[str, Any], k: int) -> dict[str, "Figure"]:
 
     for axes in (grid, deciles, gap):
         axes.legend()
+
+    # Whether an item of probability p is the target in a share p of the cases. Scores are
+    # probabilities at α = 0 alone.
+    for entry in results["alpha"].values():
+        if "calibration" in entry:
+            figures["eval/calibration"] = reliability_figure(entry["calibration"])
     return figures
+
+
+def reliability_figure(calibration: Mapping[str, Any]) -> "Figure":
+    """Return the reliability diagram of `metrics.calibration`, on logarithmic axes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(layout="constrained")
+    axes = figure.add_subplot(
+        xlabel="mean p(item) of a tenth of the listed items",
+        ylabel="share that is the target",
+        xscale="log",
+        yscale="log",
+    )
+    probability = [one["probability"] for one in calibration["bins"]]
+    axes.plot(probability, probability, "k--", label="calibrated")
+    # A tenth without a hit has no place on a logarithmic axis.
+    found = [one for one in calibration["bins"] if one["hit_rate"]]
+    axes.plot([one["probability"] for one in found], [one["hit_rate"] for one in found], "o-")
+    axes.legend()
+    return figure
 
 
 def some_lists(ranked: Ranked, leaves: np.ndarray) -> str:

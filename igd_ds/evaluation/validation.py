@@ -94,7 +94,7 @@ def validation_ndcg(
 
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     for rows in batches:
-        tree = task.backbone.prompt_tree(engine.module)
+        tree = task.backbone.prompt_tree(engine.module, scoring.output_tokens(trie))
         tree.prefill([task.rows.prompts.encode(split.history(max(row, 0))) for row in rows])
         found = search(tree, trie, scoring, NUM_BEAMS, any_rank=any_rank)
 

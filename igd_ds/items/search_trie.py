@@ -15,7 +15,7 @@ from igd_ds.items.trie import TokenTrie
 class SearchTrie:
     """Arrays of a TokenTrie of M nodes on one device, each in the smallest dtype that holds it.
 
-    An array is indexed by node, and edge e leads into node e. All arrays take 10 to 18 bytes per
+    An array is indexed by node, and edge e leads into node e. All arrays take 14 to 22 bytes per
     node, depending on the dtypes. Cast values to int64 before you index with them (`.long()`):
     torch would take a uint8 index for a mask.
 
@@ -39,6 +39,9 @@ class SearchTrie:
     """(M,): how many nodes below this one follow without a choice and have a child themselves. This
     is the radix view of the trie: a model that reads the node's token can read the tokens of the
     next `forced` nodes in the same pass."""
+    only_leaf: torch.Tensor
+    """(M,): the leaf below the node, or the node itself if it is a leaf; 0 where there are several
+    leaves."""
 
     @classmethod
     def build(cls, trie: TokenTrie, device: torch.device | str = "cpu") -> SearchTrie:
@@ -50,6 +53,7 @@ class SearchTrie:
             "depth": trie.depth,
             "longest": longest_item(trie),
             "forced": forced_tokens(trie),
+            "only_leaf": only_leaves(trie),
         }
         return cls(**{name: _smallest(array).to(device) for name, array in arrays.items()})
 
@@ -114,6 +118,19 @@ def forced_tokens(trie: TokenTrie) -> np.ndarray:
         inner = trie.child_begin[child + 1] > trie.child_begin[child]
         forced[begin + only[inner]] = 1 + forced[child[inner]]
     return forced
+
+
+def only_leaves(trie: TokenTrie) -> np.ndarray:
+    """Return the only leaf at or below each node, int32 (M,); 0 where there are several."""
+    num_children = np.diff(trie.child_begin)
+    leaf = np.where(num_children == 0, np.arange(trie.num_nodes, dtype=np.int32), 0)
+    levels = trie.level_begin()
+
+    # From the lowest level but one up to the root: that of the only child.
+    for begin, end in zip(levels[-3::-1], levels[-2:0:-1], strict=True):
+        only = begin + np.flatnonzero(num_children[begin:end] == 1)
+        leaf[only] = leaf[trie.child_begin[only]]
+    return leaf
 
 
 def _smallest(array: np.ndarray) -> torch.Tensor:

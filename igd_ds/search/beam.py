@@ -6,7 +6,7 @@ chains.
 
 import numpy as np
 
-from igd_ds.search.frontier import LOOKAHEAD, Frontier
+from igd_ds.search.frontier import Frontier
 from igd_ds.search.ranking import best_per_group, merge_ranked
 
 
@@ -90,6 +90,7 @@ class Beam:
 
     def _ready(self) -> np.ndarray:
         """Return the pairs (A',) whose hypotheses are all expanded."""
+        self.frontier.expand_free(self.edge[self.live])
         waits = self.live & ~self.frontier.is_expanded(self.edge)
         return np.flatnonzero(self.live.any(1) & ~waits.any(1))
 
@@ -109,7 +110,7 @@ class Beam:
         ends = frontier.is_leaf(leaf) & (frontier.num_edges.values[node + ahead] == 1)
 
         # How many steps each pair makes. Only pairs that make any are looked at below.
-        to_choice = np.where(live & ~ends, ahead, LOOKAHEAD + 1).min(1)
+        to_choice = np.where(live & ~ends, ahead, ahead.max() + 1).min(1)
         to_last_end = np.where(live & ends, ahead + 1, 0).max(1)
         num_steps = np.where((live & ~ends).any(1), to_choice, to_last_end)
         moving = num_steps > 0

@@ -7,11 +7,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from igd_ds.config.search import Limits
 from igd_ds.search.frontier import Frontier
 from igd_ds.search.ranking import best_per_group, merge_ranked
 
 # Open prefixes of one pair that go into a batch of expansions (measured: docs/search.md).
 PREFIXES_PER_BATCH = 16
+
+# Where masses tell what a proof needs, prefixes with a little less mass are read at once too: at
+# 0.5 a search takes half of the passes, and hardly more positions (measured: docs/search.md).
+EARLY = 0.5
 
 
 class BestFirst:
@@ -22,15 +27,23 @@ class BestFirst:
     K-th finished item is at least as good as the best such bound. Scores are computed as in the
     beam search, with the same fp32 sums in the same order, so they are equal to the bit.
 
+    **Probabilities.** Where scores are log-probabilities (`Frontier.is_probability`), an open
+    prefix holds the probabilities of all items under it, its *mass*. Let t be the K-th largest of
+    {mass / j : open prefixes, j = 1 … K} and the found items' probabilities. K items above t would
+    need more mass than there is, so the K-th best item has at most t, and a prefix with more than t
+    must be read for the proof, whatever else is read. If only such prefixes were read, no order of
+    reading would prove the list with fewer. Those with more than EARLY · t are read too.
+
     Args:
         frontier: the batch's frontier. Nodes that another search has expanded cost nothing here.
         pair_user: int64 (A,), the user of each pair.
         pair_alpha: float32 (A,), the α of each pair.
         leaves, scores: (A, K), lists that are known already (those of the beam search); −1 and −inf
             where there is none. Their K-th score is the first bound.
-        row_positions: most tokens per user, in this search and before it. When a user has sent that
-            many, the search sends no more for the user and returns the ranks proven so far. (The
-            last batch of expansions may exceed the limit.)
+        limits: `row_positions` is the most tokens per user, in this search and before it. When a
+            user has sent that many, the search sends no more for the user and returns the ranks
+            proven so far. (The last batch of expansions may exceed the limit.) The same happens
+            when the list's probabilities add up to `coverage`.
 
     Attributes:
         leaves, scores: int64 and float32 (A, K), the best items found so far; −1 and −inf where
@@ -46,9 +59,9 @@ class BestFirst:
         pair_alpha: np.ndarray,
         leaves: np.ndarray,
         scores: np.ndarray,
-        row_positions: int,
+        limits: Limits,
     ):
-        self.frontier, self.row_positions = frontier, row_positions
+        self.frontier, self.limits = frontier, limits
         self.pair_user, self.pair_alpha = pair_user, pair_alpha
         self.known_leaves, self.known_scores = leaves, scores
         self.leaves = np.full_like(leaves, -1)
@@ -73,18 +86,27 @@ class BestFirst:
             self._open(pair, edge, score)
 
     def wanted(self) -> np.ndarray:
-        """Return the edges (Q,) to expand next: the PREFIXES_PER_BATCH best-bounded of each pair.
+        """Return the edges (Q,) to expand next.
 
-        The best edge of each pair comes first, then the second best of each, and so on.
+        These are the edges of each pair that a proof needs in any case, where masses tell, else the
+        PREFIXES_PER_BATCH best-bounded ones. The best edge of each pair comes first, then the
+        second best of each, and so on.
         """
         sent = self.frontier.positions[self.pair_user[self.pair]]
-        self._give_up(sent >= self.row_positions)
+        self._give_up(sent >= self.limits.row_positions)
+        by_mass = self.frontier.is_probability
+        if by_mass and self.limits.coverage < 1:
+            covered = np.exp(self.scores.astype(np.float64)).sum(1) >= self.limits.coverage
+            self._give_up(covered[self.pair])
 
         order = self.pair.argsort(kind="stable")
-        best = best_per_group(
-            self.pair[order], self.bound[order], len(self.pair_user), PREFIXES_PER_BATCH
-        )
-        best = best.T[best.T >= 0]
+        width = self._places() if by_mass else PREFIXES_PER_BATCH
+        best = best_per_group(self.pair[order], self.bound[order], len(self.pair_user), width)
+        wanted = best >= 0
+        if by_mass and len(order):
+            score = np.where(wanted, self.score[order[best]], -np.inf)
+            wanted &= score >= self._highest_possible(score)[:, None] + np.log(EARLY)
+        best = best.T[wanted.T]
 
         # Pairs of one user can want the same edge: its best rank counts.
         edges = self.edge[order[best]]
@@ -100,6 +122,23 @@ class BestFirst:
         again = (self.known_leaves[:, :, None] == self.leaves[:, None, :]).any(2)
         known_scores = np.where(again, -np.inf, self.known_scores)
         return merge_ranked(self.leaves, self.scores, self.known_leaves, known_scores)
+
+    def _places(self) -> int:
+        """Return how many places of the lists are to be proven."""
+        places: int = self.leaves.shape[1]
+        return places
+
+    def _highest_possible(self, mass: np.ndarray) -> np.ndarray:
+        """Return the log of t, which the last of the places cannot exceed, float32 (A,).
+
+        Args:
+            mass: float32 (A, places), the best open prefixes of each pair, in log; −inf: no more.
+        """
+        places = mass.shape[1]
+        parts = mass[:, :, None] - np.log(np.arange(1, places + 1, dtype=np.float32))
+        possible = np.concatenate([parts.reshape(len(mass), -1), self.scores[:, :places]], axis=1)
+        highest: np.ndarray = -np.partition(-possible, places - 1, axis=1)[:, places - 1]
+        return highest
 
     def _give_up(self, lost: np.ndarray) -> None:
         """Drop open edges, bool (E,), of users at the limit; keep the best bound of each pair."""
@@ -119,10 +158,11 @@ class BestFirst:
         weights = frontier.scoring.weights(self.pair_alpha[pair], child)
         score = score[index] + frontier.increments(edge, weights)
 
-        # The bound of a leaf is its score, because its longest item is the leaf itself.
+        # Where a leaf is found, the bound is its score: no other item is under the edge.
         bound = frontier.per_length(score, frontier.longest[child])
-        finished = frontier.is_leaf(child)
-        self._finish(pair[finished], child[finished], bound[finished])
+        leaf = frontier.found_leaf(child)
+        finished = leaf > 0
+        self._finish(pair[finished], leaf[finished], bound[finished])
 
         open_ = ~finished & self._may_win(pair, bound)
         self.pair = np.concatenate([self.pair, pair[open_]])
@@ -170,26 +210,36 @@ class BestFirstStream(BestFirst):
     Args:
         frontier: the frontier of one user.
         alpha: α.
-        row_positions: see BestFirst; then the stream ends with what is proven.
+        limits: see BestFirst; then the stream ends with what is proven.
     """
 
-    def __init__(self, frontier: Frontier, alpha: float, row_positions: int):
+    def __init__(self, frontier: Frontier, alpha: float, limits: Limits):
+        self.taken = 0
         leaves, scores = np.full((1, 1), -1), np.full((1, 1), -np.inf, np.float32)
         pair_alpha = np.array([alpha], np.float32)
-        super().__init__(frontier, np.zeros(1, np.int64), pair_alpha, leaves, scores, row_positions)
+        super().__init__(frontier, np.zeros(1, np.int64), pair_alpha, leaves, scores, limits)
 
     def take_proven(self) -> list[ProvenLeaf]:
         """Take the leaves out of the list that are proven by now; best first."""
         open_bound = max(self.bound.max(initial=-np.inf), self.missing_bound[0])
         scores = self.scores[0]
-        count = np.count_nonzero((self.leaves[0] >= 0) & (scores >= open_bound))
+        count = int(np.count_nonzero((self.leaves[0] >= 0) & (scores >= open_bound)))
         bounds = np.maximum(scores[1 : count + 1], open_bound)
         proven = [
             ProvenLeaf(int(leaf), float(score), float(bound))
             for leaf, score, bound in zip(self.leaves[0, :count], scores, bounds, strict=False)
         ]
         self.leaves, self.scores = self.leaves[:, count:], self.scores[:, count:]
+        self.taken += count
         return proven
+
+    def _places(self) -> int:
+        """Return how many places behind those taken are to be proven.
+
+        These are the ones that are proven already, then as many as have been taken, and one.
+        """
+        proven = int(np.count_nonzero(self.scores[0] >= self.bound.max(initial=-np.inf)))
+        return proven + self.taken + 1
 
     def _finish(self, pair: np.ndarray, leaf: np.ndarray, score: np.ndarray) -> None:
         """Merge finished items (E,) into the list; at least its last place stays free."""

@@ -18,6 +18,7 @@ from igd_ds.items.search_trie import SearchTrie
 from igd_ds.search.beam import Beam
 from igd_ds.search.best_first import BestFirst, BestFirstStream, ProvenLeaf
 from igd_ds.search.frontier import Frontier, PerUser
+from igd_ds.search.likelihood import leaf_logprobs
 from igd_ds.search.scoring import Scoring
 
 METHODS = ("beam", "exact")
@@ -51,14 +52,17 @@ class SearchResult:
     +inf after a beam search."""
     beam_leaves: torch.Tensor | None
     """int32 (nA, B, K): the beam search's list, from which the exact search began; None after a
-    beam search."""
+    beam search, and where the exact search needed none."""
     beam_scores: torch.Tensor | None
     """float32 (nA, B, K): its scores."""
+    target_logprobs: torch.Tensor | None
+    """float32 (B,): Σ_t log p(y_t) of the users' targets in nats, if they were given."""
     counts: dict[str, torch.Tensor]
     """int64 (B,) by name. `passes`: passes through the model with a token of the user, without the
     prompt's pass. `positions`: tokens of the user in these passes, each of which also is a row of
     the language-model head. `token_steps` and `beam_positions`: passes and tokens of a beam search
-    that makes one token per step and one α at a time, summed over α."""
+    that makes one token per step and one α at a time, summed over α; not there where no beam search
+    was made."""
 
 
 def search(
@@ -70,11 +74,13 @@ def search(
     per_user: PerUser = PerUser(),  # noqa: B008
     limits: Limits = Limits(),  # noqa: B008
     any_rank: Callable[[bool], bool] = bool,
+    targets: np.ndarray | None = None,
 ) -> SearchResult:
     """Find K good items (beam) or the K best items (exact) per prompt, at every α of `scoring`.
 
-    The exact search begins with a beam search, whose K-th score is its first bound. Both share
-    everything that the model computes.
+    The exact search begins with a beam search, whose K-th score is its first bound, and both share
+    everything that the model computes. Where scores are log-probabilities, the exact search needs
+    no such bound and begins at the root.
 
     Args:
         tree: a prompt tree after `prefill`. Prefill it again before another search.
@@ -86,6 +92,8 @@ def search(
         limits: most positions per pass and per row.
         any_rank: tells whether any process must go on, given whether this one must. With ZeRO-3 all
             ranks have to make the same number of forward passes: give it `distributed.any_rank`.
+        targets: int (B,), a leaf per user, of which the log-probability is wanted too. That takes
+            one pass more, which does not count.
 
     Raises:
         UsageError: an unknown method, a scoring under which the method has no bounds, limits below
@@ -103,43 +111,53 @@ def search(
     check_limits(limits, num_beams, method)
     assert len(scoring.gain) == trie.num_nodes, "one gain per node of this trie"
 
+    target_logprobs = None if targets is None else leaf_logprobs(tree, trie, scoring, targets)
     num_users, num_alphas = len(tree.prompt_logits), len(scoring.alphas)
     frontier = Frontier(tree, trie, scoring, per_user)
     pair_user = np.repeat(np.arange(num_users), num_alphas)
     pair_alpha = np.tile(np.array(scoring.alphas, np.float32), num_users)
+    counts = {
+        "passes": torch.from_numpy(frontier.passes),
+        "positions": torch.from_numpy(frontier.positions),
+    }
 
     def by_alpha(values: np.ndarray) -> torch.Tensor:
         """Turn (A, …) into (nA, B, …)."""
         return torch.from_numpy(values).unflatten(0, (num_users, num_alphas)).transpose(0, 1)
 
-    beam = Beam(frontier, pair_user, pair_alpha, num_beams)
-    for _ in _passes(beam, frontier, limits, any_rank, retire=method == "beam"):
-        pass
-    leaves, scores = beam.leaves, beam.scores
+    shape = len(pair_user), num_beams
+    leaves, scores = np.full(shape, -1), np.full(shape, -np.inf, np.float32)
     certified = np.zeros_like(pair_user)
     missing_bound = np.full_like(pair_alpha, np.inf)
 
+    beam = None
+    if method == "beam" or not frontier.is_probability:
+        beam = Beam(frontier, pair_user, pair_alpha, num_beams)
+        for _ in _passes(beam, frontier, limits, any_rank, retire=method == "beam"):
+            pass
+        leaves, scores = beam.leaves, beam.scores
+        counts["token_steps"] = by_alpha(beam.token_steps).sum(0)
+        counts["beam_positions"] = by_alpha(beam.positions).sum(0)
+
     if method == "exact":
-        best = BestFirst(frontier, pair_user, pair_alpha, leaves, scores, limits.row_positions)
+        best = BestFirst(frontier, pair_user, pair_alpha, leaves, scores, limits)
         for _ in _passes(best, frontier, limits, any_rank, retire=True):
             pass
         leaves, scores = best.lists()
         missing_bound = best.missing_bound
         certified = ((leaves >= 0) & (scores >= missing_bound[:, None])).sum(1)
+    else:
+        beam = None  # its lists are the result
 
     return SearchResult(
         leaves=by_alpha(leaves).int(),
         scores=by_alpha(scores),
         certified=by_alpha(certified).int(),
         missing_bound=by_alpha(missing_bound),
-        beam_leaves=by_alpha(beam.leaves).int() if method == "exact" else None,
-        beam_scores=by_alpha(beam.scores) if method == "exact" else None,
-        counts={
-            "passes": torch.from_numpy(frontier.passes),
-            "positions": torch.from_numpy(frontier.positions),
-            "token_steps": by_alpha(beam.token_steps).sum(0),
-            "beam_positions": by_alpha(beam.positions).sum(0),
-        },
+        beam_leaves=None if beam is None else by_alpha(beam.leaves).int(),
+        beam_scores=None if beam is None else by_alpha(beam.scores),
+        target_logprobs=target_logprobs,
+        counts=counts,
     )
 
 
@@ -174,7 +192,7 @@ def stream(
     scoring.refuse_exact()
     (alpha,) = scoring.alphas
     frontier = Frontier(tree, trie, scoring, per_user)
-    best = BestFirstStream(frontier, alpha, limits.row_positions)
+    best = BestFirstStream(frontier, alpha, limits)
     for _ in _passes(best, frontier, limits, bool, retire=False):
         yield best.take_proven()
     yield best.take_proven()

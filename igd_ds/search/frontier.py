@@ -3,6 +3,10 @@
 All searches of a batch (each user at each α, and the exact search after the beam search) read and
 extend the same frontier, so no token is sent through the model twice for one user.
 
+Under the softmax masked to the trie's next tokens, a forced token has probability 1. So chains end
+where a choice is, logits are computed only there, and a forced tail, which leads to the one item
+that is left, is never sent.
+
 Everything but the logits lies on the CPU. On an accelerator the search thus waits once per pass,
 for the log-probabilities of the edges that the pass has found, and launches few operations there.
 
@@ -74,6 +78,35 @@ class GrowableArray:
         return self.memory[: self.size]
 
 
+@dataclass(frozen=True)
+class Chains:
+    """Q rows of tokens, each the only child of the one before; T tokens in all."""
+
+    edges: np.ndarray
+    """int64 (Q,), the edges that lead to their first nodes."""
+    length: np.ndarray
+    """int64 (Q,)."""
+    owner: np.ndarray
+    """int64 (T,), the chain of each token."""
+    ahead: np.ndarray
+    """int64 (T,), how many tokens of the chain follow."""
+    node: np.ndarray
+    """int64 (T,), trie nodes."""
+
+    @classmethod
+    def build(cls, frontier: Frontier, edges: np.ndarray, length: np.ndarray) -> Chains:
+        """Follow the trie from the ends of `edges` (Q,), for `length` (Q,) tokens."""
+        # Step by step, for all chains as if they were equally long.
+        node = np.empty((length.max(initial=0), len(edges)), np.int64)
+        for step in range(len(node)):
+            above = frontier.child_begin[node[step - 1]] if step else frontier.child.values[edges]
+            node[step] = above
+
+        owner = np.repeat(np.arange(len(edges)), length)
+        offset = index_within(np.append(0, length.cumsum()))
+        return cls(edges, length, owner, length[owner] - 1 - offset, node[offset, owner])
+
+
 class Frontier:
     """Expanded nodes and the edges below them, as growable flat arrays.
 
@@ -104,7 +137,11 @@ class Frontier:
         self.tree, self.scoring, self.per_user = tree, scoring, per_user
         self.token, self.forced = trie.token.numpy(), trie.forced.numpy()
         self.depth, self.longest = trie.depth.numpy(), trie.longest.numpy()
-        self.child_begin = trie.child_begin.numpy()
+        self.child_begin, self.only_leaf = trie.child_begin.numpy(), trie.only_leaf.numpy()
+        self.column = self.token  # of the logits, for the token on the edge into each node
+        if tree.output_tokens is not None:
+            assert scoring.masked_softmax, "a softmax over the vocabulary needs all logits"
+            self.column = np.searchsorted(tree.output_tokens, self.token)
 
         self.user = GrowableArray(np.int64)
         self.chain = GrowableArray(np.int64)
@@ -129,8 +166,13 @@ class Frontier:
         # The users' roots are expanded: the prompts have been read.
         users, nothing = np.arange(num_users), np.zeros(num_users, np.int64)
         self._append_edges(nothing, users, nothing, nothing)
-        self._append_expanded(nothing, users, users, nothing, tree.prompt_logits)
+        self._append_expanded(nothing, users, users, nothing, tree.prompt_logits, users)
         self.below.values[users] = users
+
+    @property
+    def is_probability(self) -> bool:
+        """Whether scores are log-probabilities of items, see Scoring."""
+        return self.scoring.is_probability and self.per_user.guidance is None
 
     def is_expanded(self, edges: np.ndarray) -> np.ndarray:
         """Return whether the child of each edge is expanded, bool, of the shape of `edges`."""
@@ -152,6 +194,33 @@ class Frontier:
         """Return whether each trie node ends an item, bool, of the shape of `nodes`."""
         return self.child_begin[nodes + 1] == self.child_begin[nodes]
 
+    def found_leaf(self, nodes: np.ndarray) -> np.ndarray:
+        """Return the leaf that a path to each trie node has found, of the shape of `nodes`.
+
+        It is the node itself if that is a leaf. Under the masked softmax it also is the only leaf
+        below the node, because the forced tokens up to there cost nothing. 0: no leaf is found yet.
+        """
+        if self.scoring.masked_softmax:
+            return self.only_leaf[nodes]
+        return np.where(self.is_leaf(nodes), nodes, 0)
+
+    def expand_free(self, edges: np.ndarray) -> None:
+        """Expand the children of `edges` (Q,) as far as that needs no pass.
+
+        Under the masked softmax these are the children that lead to one leaf alone.
+        """
+        if not self.scoring.masked_softmax:
+            return
+        edges = np.unique(edges[~self.is_expanded(edges)])
+        child = self.child.values[edges]
+        free = (self.only_leaf[child] > 0) & ~self.is_leaf(child)
+        if not free.any():
+            return
+        length = 1 + self.forced[child[free]].astype(np.int64)
+        nothing = np.empty(0, np.int64)
+        chains = Chains.build(self, edges[free], length)
+        self._append_chains(chains, np.full(len(length), -1), self.tree.prompt_logits[:0], nothing)
+
     def expand(self, edges: np.ndarray, pass_positions: int) -> None:
         """Send the children of `edges` and their forced tokens through the model, in one pass.
 
@@ -162,31 +231,47 @@ class Frontier:
             edges: int64 (Q,), whose children are not expanded.
             pass_positions: the most tokens of the pass.
         """
-        # A chain is a child and up to LOOKAHEAD forced tokens below it. Take as many chains as fit.
-        child = self.child.values[edges]
-        length = 1 + np.minimum(self.forced[child], LOOKAHEAD).astype(np.int64)
+        # A chain is a child and forced tokens below it: under the masked softmax all of them, else
+        # up to LOOKAHEAD. Take as many chains as fit.
+        length = 1 + self.forced[self.child.values[edges]].astype(np.int64)
+        if not self.scoring.masked_softmax:
+            length = np.minimum(length, 1 + LOOKAHEAD)
         length = np.minimum(length, pass_positions)
         fitting = np.count_nonzero(length.cumsum() <= pass_positions)
-        edges, child, length = edges[:fitting], child[:fitting], length[:fitting]
-        chain = np.repeat(np.arange(fitting), length)
-        offset = index_within(np.append(0, length.cumsum()))
-        node = self._chain_nodes(child, length)[offset, chain]
+        chains = Chains.build(self, edges[:fitting], length[:fitting])
 
-        above = self.above.values[edges]
-        arguments = self.chain.values[above], length, self.token[node].astype(np.int64)
+        # Logits are wanted behind every token, or only where the softmax has a choice.
+        read = np.arange(len(chains.node))
+        if self.scoring.masked_softmax:
+            read = chains.length.cumsum() - 1
+        above = self.above.values[chains.edges]
+        arguments = (
+            self.chain.values[above], chains.length, self.token[chains.node].astype(np.int64), read
+        )  # fmt: skip
         logits, number = self.tree.extend(*(torch.from_numpy(array) for array in arguments))
-        if not len(edges):
+        if not fitting:
             return
 
         user = self.user.values[above]
         self.passes[np.unique(user)] += 1
-        user = user[chain]
-        self.positions += np.bincount(user, minlength=len(self.positions))
+        self.positions += np.bincount(user[chains.owner], minlength=len(self.positions))
+        self._append_chains(chains, number.numpy(), logits, read)
 
-        # Append the expanded nodes and store their numbers at the edges that lead to them.
-        begin, ahead = len(self.user.values), length[chain] - 1 - offset
-        self.below.values[edges] = begin + length.cumsum() - length
-        self._append_expanded(node, user, number.numpy()[chain], ahead, logits)
+    def _append_chains(
+        self, chains: Chains, number: np.ndarray, logits: torch.Tensor, read: np.ndarray
+    ) -> None:
+        """Append the nodes of Q chains of T tokens and note them at the edges that lead to them.
+
+        Args:
+            chains: the chains.
+            number: int64 (Q,), of the chains in the prompt tree; −1: the model has not read it.
+            logits, read: see `_append_expanded`.
+        """
+        begin, length = len(self.user.values), chains.length
+        user = self.user.values[self.above.values[chains.edges]]
+        self.below.values[chains.edges] = begin + length.cumsum() - length
+        owner, ahead = chains.owner, chains.ahead
+        self._append_expanded(chains.node, user[owner], number[owner], ahead, logits, read)
         inside = begin + np.flatnonzero(ahead)  # edges below the last node of a chain stay open
         self.below.values[self.first_edge.values[inside]] = inside + 1
 
@@ -205,18 +290,6 @@ class Frontier:
         added: np.ndarray = weights * self.logprob.values[edges] + self.bonus.values[edges]
         return added
 
-    def _chain_nodes(self, child: np.ndarray, length: np.ndarray) -> np.ndarray:
-        """Return the trie nodes of chains, int64 (longest chain, Q); only lengths of them count.
-
-        Args:
-            child: (Q,), the first node of each chain; the others are only children below it.
-            length: int64 (Q,), tokens per chain.
-        """
-        node = np.empty((length.max(initial=0), len(child)), np.int64)
-        for step in range(len(node)):
-            node[step] = child if step == 0 else self.child_begin[node[step - 1]]
-        return node
-
     def _append_expanded(
         self,
         node: np.ndarray,
@@ -224,23 +297,27 @@ class Frontier:
         chain: np.ndarray,
         ahead: np.ndarray,
         logits: torch.Tensor,
+        read: np.ndarray,
     ) -> None:
         """Add expanded nodes and the edges below them.
 
         Args:
             node, user, chain, ahead: int64 (X,).
-            logits: (X, V), behind the token of each node.
+            logits: (n, V), behind the tokens of n of the nodes.
+            read: int64 (n,), ascending: which nodes these are. The others have one child each.
         """
-        # The children that the user may get, with their log-probabilities.
+        # The children that the user may get, with their log-probabilities. Under the masked softmax
+        # the children that he may not get still have their share.
         first = self.child_begin[node].astype(np.int64)
         count = self.child_begin[node + 1] - first
         row, child = np.repeat(np.arange(len(node)), count), ragged_arange(first, count)
-        if self.per_user.item_filter is not None:
-            allowed = self.per_user.item_filter.allows(
-                torch.from_numpy(user[row]), torch.from_numpy(child)
-            ).numpy()
+        allowed = self._allowed(user[row], child)
+        if self.scoring.masked_softmax and not self.scoring.renormalise:
+            logprob = self._logprob(logits, read, row, child)[allowed]
             row, child = row[allowed], child[allowed]
-        logprob = self._logprob(logits, row, self.token[child].astype(np.int64))
+        else:
+            row, child = row[allowed], child[allowed]
+            logprob = self._logprob(logits, read, row, child)
         if not np.isfinite(logprob).all():
             raise UsageError(
                 "the model's logits are NaN or infinite: check its weights, or run it in float32"
@@ -275,14 +352,38 @@ class Frontier:
         self.logprob.append(logprob)
         self.bonus.append(bonus)
 
-    def _logprob(self, logits: torch.Tensor, row: np.ndarray, token: np.ndarray) -> np.ndarray:
-        """Return log p of `token` (E,) behind row `row` (E,) of `logits` (X, V), float32 (E,).
+    def _allowed(self, user: np.ndarray, child: np.ndarray) -> np.ndarray:
+        """Return whether the users (E,) may get an item at or below the nodes (E,), bool (E,)."""
+        if self.per_user.item_filter is None:
+            return np.ones(len(child), bool)
+        allowed: np.ndarray = self.per_user.item_filter.allows(
+            torch.from_numpy(user), torch.from_numpy(child)
+        ).numpy()
+        return allowed
 
-        This is the pass's only read of the device.
+    def _logprob(
+        self, logits: torch.Tensor, read: np.ndarray, row: np.ndarray, child: np.ndarray
+    ) -> np.ndarray:
+        """Return log p of the edges from node `row` (E,) to `child` (E,), float32 (E,).
+
+        It is 0 behind a node without logits. This is the pass's only read of the device.
+
+        Args:
+            logits, read: see `_append_expanded`.
+            row: int64 (E,), ascending, places among the nodes.
+            child: int64 (E,), trie nodes.
         """
+        logprob = np.zeros(len(row), np.float32)
+        if not len(read):
+            return logprob
+        place = np.searchsorted(read, row)
+        known = read[np.minimum(place, len(read) - 1)] == row
         softmax = masked_logprob if self.scoring.masked_softmax else full_logprob
-        rows, tokens = torch.from_numpy(row), torch.from_numpy(token)
-        return softmax(logits, rows, tokens, self.scoring.temperature).cpu().numpy()
+        rows = torch.from_numpy(place[known])
+        columns = torch.from_numpy(self.column[child[known]].astype(np.int64))
+        found = softmax(logits, rows, columns, self.scoring.temperature)
+        logprob[known] = found.cpu().numpy()
+        return logprob
 
 
 def full_logprob(

@@ -15,6 +15,7 @@ from igd_ds.config.search import ScoringOptions
 from igd_ds.contracts import Likelihood
 from igd_ds.errors import UsageError, did_you_mean
 from igd_ds.items.decisiveness import normalised_gain
+from igd_ds.items.search_trie import SearchTrie
 from igd_ds.items.trie import TokenTrie
 
 SOFTMAXES = ("auto", "full", "masked")
@@ -139,6 +140,9 @@ class Scoring:
     masked_softmax: bool
     """Whether log p is normalised over the children of the hypothesis' node instead of the
     vocabulary."""
+    renormalise: bool
+    """Whether the masked softmax leaves out children that an item filter leaves out. The
+    probabilities of a user's allowed items then add up to 1; else those of all items do."""
     temperature: float
     """T > 0: log p = log softmax(logits / T)."""
     prior: np.ndarray | None
@@ -188,9 +192,37 @@ class Scoring:
             alphas=tuple(float(alpha) for alpha in options.alpha),
             length_penalty=float(options.length_penalty),
             masked_softmax=asked.softmax == "masked",
+            renormalise=options.renormalise,
             temperature=float(asked.temperature),
             prior=prior,
         )
+
+    @property
+    def is_probability(self) -> bool:
+        """Whether a score is the log of an item's probability, so that those of all items sum to 1.
+
+        That takes the masked softmax and nothing that weighs or adds: α = 0, no length penalty, no
+        prior. (With guidance a score is no probability either.)
+        """
+        plain = self.alphas == (0.0,) and self.length_penalty == 0 and self.prior is None
+        return self.masked_softmax and plain
+
+    def method(self, asked: str, guided: bool = False) -> str:
+        """Return the search that is asked for; "auto": exact where scores are probabilities.
+
+        Args:
+            asked: "auto", or a method of `igd_ds.search.engine`.
+            guided: whether guidance adds to the scores.
+        """
+        if asked != "auto":
+            return asked
+        return "exact" if self.is_probability and not guided else "beam"
+
+    def output_tokens(self, trie: SearchTrie) -> np.ndarray | None:
+        """Return the tokens whose logits a search needs, int64 ascending; None: all tokens."""
+        if not self.masked_softmax:
+            return None
+        return np.unique(trie.token.numpy()[1:]).astype(np.int64)
 
     def weights(self, alpha: np.ndarray, child: np.ndarray) -> np.ndarray:
         """Return w_d = 1 − α·ĨG in [0, 1], float32 (E,) (IGD Eq. 9).

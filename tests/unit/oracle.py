@@ -143,6 +143,7 @@ def scoring_of(
         "name": "per-node",
         "pooled": False,
         "masked_softmax": False,
+        "renormalise": False,
         "temperature": 1.0,
         "prior": None,
     } | options
@@ -153,9 +154,10 @@ def run_search(model, prompts, trie, scoring, num_beams, **options):
     """Return the engine's SearchResult."""
     with contextlib.nullcontext() if DEVICE == "cpu" else pretend_device():
         model = model if DEVICE == "cpu" else copy.deepcopy(model).to(DEVICE)
-        tree = backbone_of(model.config).prompt_tree(model)
+        search_trie = SearchTrie.build(trie)
+        tree = backbone_of(model.config).prompt_tree(model, scoring.output_tokens(search_trie))
         tree.prefill([np.array(prompt) for prompt in prompts])
-        return search(tree, SearchTrie.build(trie), scoring, num_beams, **options)
+        return search(tree, search_trie, scoring, num_beams, **options)
 
 
 def as_lists(trie, leaves, scores) -> list[list[tuple[float, tuple[int, ...]]]]:

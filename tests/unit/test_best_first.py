@@ -161,7 +161,7 @@ class TableTree:
     """A PromptTree of one user whose next-token probabilities are a table over paths."""
 
     def __init__(self, tokens, probabilities):
-        self.tokens, self.probabilities = tokens, probabilities
+        self.tokens, self.probabilities, self.output_tokens = tokens, probabilities, None
         self.prefill([np.array([0])])
 
     def prefill(self, prompts):
@@ -176,7 +176,7 @@ class TableTree:
             row[self.tokens.index(token)] = probability
         return row.log()
 
-    def extend(self, parent, length, ids):
+    def extend(self, parent, length, ids, keep=None):
         self.sent.append(len(ids))
         rows, at = [], 0
         for above, count in zip(parent.tolist(), length.tolist(), strict=True):
@@ -186,7 +186,9 @@ class TableTree:
                 rows.append(self.logits(path))
             self.paths.append(path)
             at += count
-        return torch.stack(rows), torch.arange(len(self.paths) - len(parent), len(self.paths))
+        logits = torch.stack(rows)
+        logits = logits if keep is None else logits[keep]
+        return logits, torch.arange(len(self.paths) - len(parent), len(self.paths))
 
     def retain(self, users):
         assert users.tolist() == [0]

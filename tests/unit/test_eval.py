@@ -308,6 +308,35 @@ def test_auto_is_the_softmax_that_the_model_was_trained_with(evaluate, plain, tr
         assert_same_lists(scored_paths(plain, mine), plain.masked_ranking(prompt, 2.0)[:5])
 
 
+def test_a_masked_softmax_gives_probabilities(evaluate, plain, trained_masked, capsys):
+    _, output = evaluate("--num_beams", 5, "--model", trained_masked, output="probabilities")
+    results = read_metrics(output)
+    assert results["search"] == "exact" and results["scores"] == "log-probability"
+    assert "token_steps" not in results["search_per_row"]
+    values = results["alpha"]["0.0"]
+    assert values["proof_share"] == 1 and "beam" not in values
+    assert "calibration error" in capsys.readouterr().out
+
+    # Coverage and calibration, from the lists.
+    lists = predictions(output)
+    probability = np.exp([line["score"] for mine in lists for line in mine])
+    assert values["mean_coverage"] == pytest.approx(probability.sum() / NUM_TEST)
+    bins = values["calibration"]["bins"]
+    assert sum(one["items"] for one in bins) == len(probability) and len(bins) == 10
+    hits = sum(one["items"] * one["hit_rate"] for one in bins) / NUM_TEST
+    assert hits == pytest.approx(values["token_match"]["hr@5"])
+
+    # The targets' likelihood, from scoring every item of the catalogue.
+    split, nll, tokens = plain.dataset.splits["test"], 0.0, 0
+    for row in range(NUM_TEST):
+        path = plain.paths[split.targets[row]]
+        scores = dict(map(reversed, plain.masked_ranking(plain.prompt(split.history(row)), 2.0)))
+        nll, tokens = nll - scores[path], tokens + len(path)
+    assert results["target_nll"] == pytest.approx(nll / NUM_TEST, rel=1e-5)
+    perplexity = np.exp(nll / tokens)
+    assert results["target_perplexity_per_token"] == pytest.approx(perplexity, rel=1e-5)
+
+
 def test_models_without_a_likelihood_have_the_full_softmax(evaluate, run):
     description = json.loads((run / "model" / "igd_ds.json").read_text())
     assert "likelihood" not in description  # as models saved before it was recorded
@@ -327,7 +356,8 @@ def test_options_override_what_the_model_was_trained_with(evaluate, trained_mask
     assert predictions(other) == predictions(plain_model)
 
     # One of the two alone leaves the other as trained.
-    _, cold = evaluate("--temperature", 1, "--model", trained_masked, output="cold")
+    one = ("--temperature", 1, "--search", "beam")
+    _, cold = evaluate(*one, "--model", trained_masked, output="cold")
     assert read_metrics(cold)["softmax"] == "masked"
     assert read_metrics(cold)["temperature"] == 1.0
     assert predictions(cold) != predictions(plain_model)
@@ -468,11 +498,11 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_bytes(evaluate, monk
     _, whole = evaluate(*flags, output="whole")
     searched, calls = Recommender.search, []
 
-    def killed_in_the_second_call(*arguments):
+    def killed_in_the_second_call(*arguments, **options):
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return searched(*arguments)
+        return searched(*arguments, **options)
 
     monkeypatch.setattr(Recommender, "search", killed_in_the_second_call)
     with pytest.raises(KeyboardInterrupt):

@@ -197,16 +197,29 @@ def test_exact_lists_compared_with_a_beam_search():
     certified = np.array([[1, 1, 1], [1, 1, 0], [1, 0, 0]], bool)  # the last list ran out of budget
     beam = np.array([[6, 5, 2], [9, -1, -1], [9, 6, 5]])
 
-    found = metrics.compare_with_beam(leaves, certified, beam, np.array([5, 8, 3]), [1, 3])
-    assert found["proof_share"] == pytest.approx(2 / 3)
-    assert found["beam"]["missed_of_true_top"] == {"1": pytest.approx(1 / 3), "3": 1.0}
-    assert found["beam"]["token_match"]["hr@3"] == pytest.approx(1 / 3)
-    assert found["beam"]["token_match"]["hr@1"] == 0
+    proven = metrics.proven_places(leaves, certified)
+    assert proven.tolist() == [[True] * 3, [True] * 3, [True, False, False]]
+    found = metrics.compare_with_beam(leaves, proven, beam, np.array([5, 8, 3]), [1, 3])
+    assert found["missed_of_true_top"] == {"1": pytest.approx(1 / 3), "3": 1.0}
+    assert found["token_match"]["hr@3"] == pytest.approx(1 / 3)
+    assert found["token_match"]["hr@1"] == 0
 
     unproven = np.zeros((1, 3), bool)
     none = metrics.compare_with_beam(leaves[2:], unproven, beam[2:], np.array([5]), [1])
-    assert none["proof_share"] == 0
-    assert none["beam"]["missed_of_true_top"] == {"1": None, "3": None}
+    assert none["missed_of_true_top"] == {"1": None, "3": None}
+
+
+def test_calibration_bins_hold_equally_many_items():
+    probability = np.array([0.9, 0.02, 0.5, 0.04, 0.3])
+    hit = np.array([True, False, True, False, False])
+    found = metrics.calibration(probability, hit, num_bins=2)
+    low, high = found["bins"]
+    assert (low["items"], high["items"]) == (3, 2)
+    assert low["probability"] == pytest.approx(0.12) and low["hit_rate"] == 0
+    assert high["probability"] == pytest.approx(0.7) and high["hit_rate"] == 1
+    error = found["expected_calibration_error"]
+    assert error == pytest.approx((3 * 0.12 + 2 * 0.3) / 5)
+    assert len(metrics.calibration(probability, hit)["bins"]) == 5
 
 
 def test_the_best_alpha_is_the_smallest_on_a_tie():

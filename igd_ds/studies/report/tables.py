@@ -914,7 +914,8 @@ def beam_and_exact(study: Study) -> list[Table]:
     rows = []
     for dataset in datasets(study):
         for (backbone, method), runs in methods(study, dataset, "exact").items():
-            rows.append(beam_and_exact_row(title_of(dataset, backbone), method, runs))
+            if both := [run for run in runs if has_beam_lists(run)]:
+                rows.append(beam_and_exact_row(title_of(dataset, backbone), method, both))
     columns = ["Data", "Method", "α", "Seeds", "Rows", "NDCG@10 beam", "NDCG@10 exact"]
     columns += ["HR@10 beam", "HR@10 exact", "Proven", "Missed of top 1", "Missed of the list"]
     caption = (
@@ -923,6 +924,11 @@ def beam_and_exact(study: Study) -> list[Table]:
         "items that the beam's list lacks, where these items are proven."
     )
     return [Table("beam-exact", "Beam and exact search", caption, columns, rows)]
+
+
+def has_beam_lists(run: Run) -> bool:
+    """Return whether the run's exact search began with a beam search."""
+    return run.exact is not None and any("beam" in one for one in run.exact["alpha"].values())
 
 
 def beam_and_exact_row(data: str, method: str, runs: Sequence[Run]) -> Row:
