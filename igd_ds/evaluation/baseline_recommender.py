@@ -98,7 +98,8 @@ class BaselineRecommender(Recommender):
                 longest history of its dataset has.
             num_beams: K.
             per_user: may have an item filter.
-            scoring, method, limits, targets: of a search; not used.
+            targets: int (B,), a leaf per user, of which the log-probability is wanted too.
+            scoring, method, limits: of a search; not used.
         """
         assert self.model is not None, "call load_weights() first"
         if self.max_history is not None:
@@ -114,6 +115,12 @@ class BaselineRecommender(Recommender):
         length = min(num_beams, self.num_leaves)
         log_p, columns = best_leaves(self.leaves, of_items, length, per_user.item_filter)
 
+        target_logprobs = None
+        if targets is not None:
+            column = torch.from_numpy(np.searchsorted(self.leaves.nodes, targets))
+            of_leaves = self.leaves.log_probabilities(of_items).cpu()
+            target_logprobs = of_leaves.gather(1, column[:, None])[:, 0].float()
+
         shape = (len(histories), num_beams)
         leaves, scores = torch.full(shape, -1, dtype=torch.int32), torch.full(shape, -torch.inf)
         scores[:, :length] = log_p.cpu()
@@ -126,7 +133,7 @@ class BaselineRecommender(Recommender):
             missing_bound=torch.full((1, len(histories)), -torch.inf),
             beam_leaves=None,
             beam_scores=None,
-            target_logprobs=None,
+            target_logprobs=target_logprobs,
             counts={},
         )
 

@@ -23,6 +23,7 @@ from igd_ds.data.per_row import ItemLists, ItemScores
 from igd_ds.data.seen_items import SeenItems, with_seen
 from igd_ds.errors import UsageError
 from igd_ds.eval_config import EvalConfig
+from igd_ds.evaluation.full_ranking import METHOD
 from igd_ds.evaluation.recommender import Recommender
 from igd_ds.evaluation.results import LIST_SCHEMA, Ranked, write_results
 from igd_ds.folders import claim, differing, new_file, remove_temporaries, sha256_of, write_json
@@ -224,8 +225,8 @@ def part_table(
         tables.append(_lists_table(task, rows, alphas, *beam, allowed, by_beam=True))
 
     counts: dict[str, float] = {name: int(n.sum()) for name, n in found.counts.items()}
-    if found.target_logprobs is not None:
-        counts["target_nll"] = -float(found.target_logprobs.double().sum())
+    assert found.target_logprobs is not None, "asked for"
+    counts["target_nll"] = -float(found.target_logprobs.double().sum())
     return pa.concat_tables(tables).replace_schema_metadata({"counts": json.dumps(counts)})
 
 
@@ -275,11 +276,11 @@ def finish(config: EvalConfig, task: RankingTask, output: Path, timing: dict[str
     settings["dataset"] = recommender.dataset.info["name"]
     settings["scores"] = task.scores
     per_row = {name: sum(part[name] for part in counts) / len(task.rows) for name in counts[0]}
-    nll = per_row.pop("target_nll", None)
+    nll = per_row.pop("target_nll")
     settings["search_per_row"] = per_row
-    if nll is not None:
+    settings["target_nll"] = nll
+    if task.search != METHOD:  # a baseline writes no tokens
         depth = recommender.stored.trie.depth[task.target_leaves(task.rows)]
-        settings["target_nll"] = nll
         settings["target_perplexity_per_token"] = float(np.exp(nll / depth.mean()))
 
     def lists_by_alpha() -> Iterator[tuple[float, pa.Table, pa.Table | None]]:

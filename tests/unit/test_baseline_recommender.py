@@ -89,6 +89,13 @@ def test_an_evaluation_is_that_of_the_baseline_itself(data, run, tmp_path):
     own = json.loads((run / "eval" / "test" / "metrics.json").read_text())
     assert {key: found[key] for key in own} == own and found["search"] == "full ranking"
     assert lists(tmp_path / "all") == lists(run / "eval" / "test")
+    evaluate(data, run, tmp_path / "whole", "--num_beams", NUM_LEAVES)
+    targets = InteractionDataset.load(data).splits["test"].targets
+    log_p = [
+        next(line["score"] for line in mine if target in line["item_ids"])
+        for mine, target in zip(lists(tmp_path / "whole"), targets, strict=True)
+    ]
+    assert found["target_nll"] == pytest.approx(-np.mean(log_p), rel=1e-6)
 
     sample = evaluate(data, run, tmp_path / "sample", "--num_beams", 5, "--num_rows", 4)
     assert sample["rows"] == 4

@@ -44,6 +44,7 @@ from igd_ds.errors import UsageError
 from igd_ds.eval_config import EvalConfig
 from igd_ds.evaluation.parts import RankingTask, claim_output_folder
 from igd_ds.evaluation.recommender import Recommender
+from igd_ds.evaluation.results import SCORE
 from igd_ds.folders import write_json
 from igd_ds.items.catalogue import Catalogue, tokenizer_fingerprint
 from igd_ds.items.store import load_catalogue, save_catalogue
@@ -395,7 +396,8 @@ def test_alpha_from_another_base_is_refused(adapter, tmp_path):
         )
         recommender = Recommender(config)
         test = recommender.dataset.splits["test"]
-        task = RankingTask(recommender, test, np.arange(len(test)), None, None, None)
+        rows = np.arange(len(test))
+        task = RankingTask(recommender, test, rows, None, None, None, "beam", SCORE)
         claim_output_folder(tmp_path / output, config, task)
 
     claim("valid", split="valid")
