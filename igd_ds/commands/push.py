@@ -65,7 +65,7 @@ def push(run: Path, repo: str, private: bool) -> str:
         UsageError: the model is damaged, or the hub cannot be reached or refuses.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
-    from huggingface_hub.errors import HFValidationError, HTTPError
+    from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]
 
     check_run(run)
     model = run / "model"
