@@ -65,12 +65,7 @@ def push(run: Path, repo: str, private: bool) -> str:
         UsageError: the model is damaged, or the hub cannot be reached or refuses.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
-
-    # The HTTP library's error, whichever library the hub's client uses.
-    from huggingface_hub.errors import (  # type: ignore[attr-defined]
-        HFValidationError,
-        HTTPError,
-    )
+    from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]
 
     check_run(run)
     model = run / "model"

@@ -7,9 +7,9 @@ code keeps the C highest bids. A row bids so much that the code is then as good 
 choice, and ε more. When every row holds a code, each row's code is its best one at the final prices
 but for ε, so the sum is within (number of rows)·ε of the least possible.
 
-Exact solvers do not reach our sizes: scipy's linear_sum_assignment needs a matrix of n² costs, and
-a min-cost flow (k-means-constrained) n·K arcs. The auction needs the n·K costs alone. For 100,000
-rows and 256 codes it takes about 10 seconds on a CPU.
+Exact solvers do not suit our sizes: scipy's linear_sum_assignment needs a matrix of n² costs, and a
+min-cost flow (k-means-constrained) a network of n·K arcs. The auction needs the n·K costs alone.
+For 100,000 rows and 256 codes it takes about 10 seconds on a CPU.
 
 Letters in shapes: n rows, K codes, C capacity of a code, d width of a row, L levels.
 """

@@ -4,6 +4,7 @@ Training, weights, trie and search are the same as for titles.
 """
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -142,6 +143,28 @@ def test_train_and_evaluate(world, shared, semantic, tmp_path):
         and "ndcg@20" in results["alpha"]["0.2"]["token_match"]
     )
     assert set(results["alpha"]["0.0"]["relaxed_match"]) == {"1", "2", "3"}
+    check_export(run, tmp_path / "export")
+
+
+def check_export(run, output):
+    """FlashRec finds an item's tokens from --sid START:END/SIZE,… and the numbers of its codes."""
+    from igd_ds.backbones.tokenizer import load_tokenizer
+    from igd_ds.commands import export
+
+    assert export.main([str(run), "--output", str(output)]) == 0
+    page = (output / "README.md").read_text()
+    start, end, sizes = re.search(r"--sid (\d+):(\d+)/([\d,]+)", page).groups()
+    begin = int(start) + np.cumsum([0, *map(int, sizes.split(","))])
+    assert begin[-1] == int(end) + 1
+
+    tokenizer = load_tokenizer(str(output / "model"))
+    index = json.loads((output / "index.json").read_text())
+    items_of = json.loads((output / "sid2item.json").read_text())
+    assert sum(map(len, items_of.values())) == len(index) == 9922
+    for key, items in items_of.items():
+        tokens = begin[:-1] + np.array([int(code) for code in key.split(",")])
+        codes = tokenizer.convert_ids_to_tokens(tokens.tolist())
+        assert all(codes == index[item] for item in items)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

@@ -173,6 +173,13 @@ def test_early_stopping_keeps_the_best_model(world, tmp_path):
     assert summary["best"] == min(values) and summary["best_step"] == values.index(min(values)) + 1
     check_model_loads(world, run, {})
 
+    # The model card tells the best validation, and the model with it can be pushed.
+    from igd_ds.commands import push
+
+    card = (run / "model" / "README.md").read_text()
+    assert f"| best validation | nll {summary['best']:.4f} at step {summary['best_step']} |" in card
+    push.check_run(run)
+
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_validation_by_ndcg(world, tmp_path, stage):
