@@ -9,6 +9,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from igd_ds.ending import run
 from igd_ds.errors import UsageError, did_you_mean, end_without_working_folder
 
 # Subcommand: (module with a `main`, what it does). Modules are imported only when their subcommand
@@ -57,9 +58,7 @@ def dispatch(argv: Sequence[str]) -> int:
 def main() -> None:
     """Entry point of the console script; ends the process."""
     end_without_working_folder()
-    from igd_ds import distributed  # here, so that `igd --help` does not wait for torch
-
-    distributed.run(lambda: dispatch(sys.argv[1:]))
+    run(lambda: dispatch(sys.argv[1:]))
 
 
 if __name__ == "__main__":

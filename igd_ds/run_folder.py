@@ -33,11 +33,12 @@ FREE_ON_RESUME = {
     "save_scores",
     "timeout",
     "master_port",
+    "quiet",
 }
 """Settings that may change when a run resumes: paths, whose content is checked, and settings
 without effect on the model."""
 
-PACKAGES = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "datasets", "numpy")
+PACKAGES = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "numpy")
 
 
 def claim_run_folder(run: Path, options: LoopOptions, ds: dict[str, Any], world_size: int) -> None:

@@ -25,7 +25,7 @@ from igd_ds.backbones.saved import (
 )
 from igd_ds.config.options import parse
 from igd_ds.distributed import say
-from igd_ds.engine.build import initialize, loading_context
+from igd_ds.engine.build import initialize, keep_log, loading_context
 from igd_ds.engine.checkpoint import check_disk_space, newest_checkpoint
 from igd_ds.engine.ds_config import DsConfig, dtype_of, resolve_ds_config
 from igd_ds.generative_training import GenerativeTraining
@@ -38,7 +38,7 @@ def main() -> int:
     """Run a training from the command line; return the exit code."""
     config = parse(TrainConfig, description=__doc__)
     transformers.utils.logging.disable_progress_bar()
-    distributed.init(config.timeout, config.master_port)
+    distributed.init(config.timeout, config.master_port, config.quiet)
     ds = resolve_ds_config(config, distributed.world_size(), config.load_in_4bit)
     inputs = load_inputs(config)
 
@@ -51,8 +51,10 @@ def main() -> int:
 
     # Build what is trained, then go on from the newest checkpoint or begin.
     training = GenerativeTraining(config, run, inputs, ds["train_micro_batch_size_per_gpu"])
+    keep_log(run)
     model = build_model(config, ds, inputs)
     engine = initialize(model, config, ds, training.total_steps)
+    loop.say_header(engine, training, config, ds)
     lora = bool(config.lora_r)
     state = loop.resume(engine, training, run, tag, inputs.dataset.fingerprint, lora)
     return loop.fit(engine, training, config, run, state, loop.StopRequest(), lora)

@@ -93,7 +93,6 @@ def load_inputs(config: TrainConfig) -> Inputs:
     batching = config.batching
     if batching == "auto":
         batching = "chains" if packing == "tree" else "rows"
-    say(f"packing: {packing}, batching: {batching}")
     return Inputs(
         template, dataset, tokenizer, added_ids, model_config, backbone, origin, packing, batching
     )
@@ -221,12 +220,8 @@ def build_catalogue(folder: Path, config: TrainConfig, inputs: Inputs) -> None:
     if not config.allow_merged_titles:
         shared.refuse_merged(inputs.tokenizer)
     if warning := shared.warning():
-        say(warning)
+        say(warning, always=True)
 
     gain = edge_gain(trie, config.decisiveness, config.entropy)
     stored = StoredCatalogue.build(catalogue, trie, gain, config.entropy, config.decisiveness)
     save_catalogue(folder, stored)
-    say(
-        f"catalogue: {catalogue.num_items} items, {trie.num_nodes} trie nodes, "
-        f"{stored.zero_gain.mean():.1%} zero-gain tokens"
-    )
