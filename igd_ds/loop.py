@@ -134,12 +134,13 @@ def say_header(engine: Any, training: Training, options: LoopOptions, ds: DsConf
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     micro, accumulation = ds["train_micro_batch_size_per_gpu"], ds["gradient_accumulation_steps"]
     steps, ranks = training.total_steps, "1 rank" if world == 1 else f"{world} ranks"
+    precision = str(dtype_of(ds)).removeprefix("torch.")
     facts = training.facts() | {
         "parameters": f"{total:,}, of which {trained:,} are trained",
         "steps": f"{steps:,} at most, {training.steps_per_epoch:,} an epoch; of "
         f"{options.global_batch_size} each = micro-batch {micro} × {accumulation} accumulation "
         f"steps × {ranks}",
-        "device": f"{world} × {gpu}, {str(dtype_of(ds)).removeprefix('torch.')}, ZeRO stage {stage}",
+        "device": f"{world} × {gpu}, {precision}, ZeRO stage {stage}",
         "run folder": f"{options.output_dir} (DeepSpeed's messages: {LOG})",
     }
     say(header(facts))

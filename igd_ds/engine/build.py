@@ -30,7 +30,7 @@ def _start_deepspeed() -> Any:
 
 
 def keep_log(run: Path) -> None:
-    """Let DeepSpeed write what it reports to RUN/deepspeed.log; the console gets warnings of rank 0.
+    """Let DeepSpeed report to RUN/deepspeed.log; the console gets only the warnings of rank 0.
 
     Every rank must call it before anything else of DeepSpeed begins.
     """
