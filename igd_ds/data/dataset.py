@@ -33,7 +33,7 @@ from huggingface_hub.constants import HF_HOME
 
 from igd_ds.data.card import write_card
 from igd_ds.errors import UsageError
-from igd_ds.folders import new_folder, sha256_of, temporary_name, write_text
+from igd_ds.folders import new_folder, read_parquet, sha256_of, temporary_name, write_text
 
 VERSION = 2
 SPLITS = ("train", "valid", "test")
@@ -249,7 +249,7 @@ def read_items(folder: str | Path) -> tuple[list[str | None], list[list[str]] | 
             semantic ID.
     """
     path = Path(folder) / "items.parquet"
-    table = pq.read_table(path)
+    table = read_parquet(path)
     if missing := {"item_id", "title", "semantic_id"} - set(table.column_names):
         raise UsageError(f"{path}: no column {', '.join(sorted(missing))}")
 
@@ -375,7 +375,7 @@ def cache_folder() -> Path:
 
 def _convert(path: Path, arrow: Path) -> None:
     """Write a Parquet file as one Arrow batch, and the sha256 of that file beside it."""
-    table = pq.read_table(path)
+    table = read_parquet(path)
     temporary = temporary_name(arrow)
     with pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
         stream.write_table(table.combine_chunks(), max_chunksize=max(len(table), 1))
