@@ -18,6 +18,7 @@ each other (`tests/unit/test_structure.py` checks both):
     → evaluation
     → studies
     → loop · training_inputs
+    → planning
     → generative_training · sequential_training
     → train · eval · baseline
     → commands → cli
@@ -49,6 +50,7 @@ each other (`tests/unit/test_structure.py` checks both):
 | `studies` | tables of runs, significance tests, the report |
 | `loop` | the training loop |
 | `training_inputs` | what a training begins with: dataset, tokenizer, weights, catalogue |
+| `planning` | memory and time of a training, from shapes alone |
 | `generative_training`, `sequential_training` | what it trains: language models, baselines |
 | `train`, `eval`, `baseline` | entries, each with its settings in `…_config` |
 | `commands`, `cli` | the command `igd` and its subcommands |

@@ -21,6 +21,7 @@ COMMANDS = {
     "ids": ("igd_ds.commands.ids", "semantic IDs from embeddings"),
     "stats": ("igd_ds.commands.stats", "statistics of a catalogue and its trie"),
     "show": ("igd_ds.commands.show", "one item's tokens and their information gain"),
+    "plan": ("igd_ds.commands.plan", "whether a training fits on its GPUs, and how long it takes"),
     "train": ("igd_ds.train", "train a generative recommender"),
     "baseline": ("igd_ds.baseline", "train and evaluate a sequential baseline"),
     "eval": ("igd_ds.eval", "rank the whole catalogue and measure the lists"),

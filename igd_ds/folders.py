@@ -140,8 +140,8 @@ def write_table(path: Path, table: pa.Table) -> None:
 def read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:
     """Read one Parquet file.
 
-    `pq.read_table` does more: it takes the names of folders such as `day=1` for columns, and imports
-    pandas where that is installed, which takes half a second.
+    `pq.read_table` does more: it takes the names of folders such as `day=1` for columns. And it
+    imports pandas where that is installed, which takes half a second.
     """
     with pq.ParquetFile(path) as file:
         return file.read(columns)

@@ -41,6 +41,7 @@ GROUPS = [
     {"evaluation"},
     {"studies"},
     {"loop", "training_inputs"},
+    {"planning"},
     {"generative_training", "sequential_training"},
     {"train", "eval", "baseline"},
     {"commands"},
