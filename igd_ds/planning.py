@@ -99,6 +99,8 @@ class Trace:
 
     vocabulary: int
     """V."""
+    labels: int
+    """n."""
     parameters: int
     """P."""
     trained: int
@@ -237,6 +239,7 @@ def trace(config: TrainConfig, inputs: Inputs, dtype: torch.dtype, batch: MicroB
     layers = kept.by_layer or [kept.total]
     return Trace(
         vocabulary=model.get_output_embeddings().weight.shape[0],
+        labels=batch.labels,
         parameters=sum(parameter.numel() for parameter in parameters),
         trained=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
         weights=sum(map(size, parameters)),
@@ -356,25 +359,20 @@ class Memory:
         return self.states + max(in_pass, self.update)
 
 
-def memory(
-    config: TrainConfig, inputs: Inputs, ds: DsConfig, ranks: int, batch: MicroBatch
-) -> tuple[Memory, Trace]:
+def memory(config: TrainConfig, ds: DsConfig, ranks: int, found: Trace) -> Memory:
     """Estimate the memory of a training.
 
     Args:
         config: settings of the training.
-        inputs: what it is given.
         ds: the resolved DeepSpeed configuration.
         ranks: R.
-        batch: its largest micro-batch.
+        found: the trace of its largest micro-batch.
     """
-    dtype, stage, zero = dtype_of(ds), zero_stage(ds), ds["zero_optimization"]
-    found = trace(config, inputs, dtype, batch)
-    b, trained = dtype.itemsize, found.trained
+    stage, zero, share = zero_stage(ds), ds["zero_optimization"], 1 / ranks
+    b, trained = dtype_of(ds).itemsize, found.trained
     offloads = {key: _offloads(ds, key) for key in ("offload_optimizer", "offload_param")}
 
     # What ZeRO keeps, and what it shares out among the ranks.
-    share = 1 / ranks
     accumulates_fp32 = b == 4 or ds.get("data_types", {}).get("grad_accum_dtype") == "fp32"
     weights = found.weights * (share if stage == 3 else 1)
     gradients = trained * (4 if accumulates_fp32 else b) * (share if stage >= 2 else 1)
@@ -409,10 +407,10 @@ def memory(
         activations = found.recomputed
         backward += found.layer
     per_logit = 8 if b == 4 else 2 * b + 6
-    logits = per_logit * batch.labels * found.vocabulary
+    logits = per_logit * found.labels * found.vocabulary
 
     parts = (weights, gradients, optimizer, buffers, activations, logits, backward, update, host)
-    return Memory(*map(float, parts)), found
+    return Memory(*map(float, parts))
 
 
 def _offloads(ds: DsConfig, key: str) -> bool:

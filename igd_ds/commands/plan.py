@@ -13,7 +13,7 @@ import copy
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from igd_ds.planning import (
     find_gpu,
     flops_per_token,
     memory,
+    trace,
 )
 from igd_ds.train_config import TrainConfig
 from igd_ds.training_inputs import Inputs, load_inputs
@@ -63,10 +64,10 @@ class PlanConfig(TrainConfig):
         """Raise UsageError for values that no plan can be made of."""
         # A plan loads no weights, so a configuration stands for pretrained ones as well.
         name = self.model_config or self.model_name_or_path
-        as_pretrained = dataclasses.replace(self, model_name_or_path=name, model_config="")
-        if self.objective == "igd" and self.igd_beta is None:  # β has no effect on a plan
-            as_pretrained = dataclasses.replace(as_pretrained, igd_beta=1.0)
-        TrainConfig.check(as_pretrained)
+        settings: dict[str, Any] = {"model_name_or_path": name, "model_config": ""}
+        if self.objective == TrainConfig.objective and vars(self)["igd_beta"] is None:
+            settings["igd_beta"] = 1.0  # it has no effect on a plan
+        TrainConfig.check(dataclasses.replace(self, **settings))
         if self.model_config and self.model_name_or_path:
             raise UsageError("give --model_config or --model_name_or_path, not both")
         if self.model_config and not self.tokenizer:
@@ -181,6 +182,8 @@ class Plan:
     ds: DsConfig
     tokens: Mapping[str, Any]
     """`row_statistics` of the dataset."""
+    traces: dict[tuple[int, bool, int], Trace] = field(default_factory=dict)
+    """What is known already, by LoRA rank, quantisation and rows."""
 
     @classmethod
     def build(cls, config: PlanConfig) -> "Plan":
@@ -210,10 +213,22 @@ class Plan:
         """Bytes of a GPU that a training may use."""
         return find_gpu(self.config.gpu).memory * GIB - RESERVED
 
-    def estimate(self, case: Case) -> tuple[Memory, Trace]:
-        """Return the memory of a case and the trace of its largest micro-batch."""
-        batch = micro_batch_of(case, self.tokens, self.inputs.packing == "tree")
-        return memory(case.config, self.inputs, case.ds, self.config.num_gpus, batch)
+    def largest(self, case: Case) -> MicroBatch:
+        """Return the largest micro-batch of a case."""
+        return micro_batch_of(case, self.tokens, self.inputs.packing == "tree")
+
+    def trace(self, case: Case) -> Trace:
+        """Return the trace of the largest micro-batch of a case."""
+        config = case.config
+        key = (config.lora_r, config.load_in_4bit, case.rows)
+        if key not in self.traces:
+            batch = self.largest(case)
+            self.traces[key] = trace(config, self.inputs, dtype_of(case.ds), batch)
+        return self.traces[key]
+
+    def estimate(self, case: Case) -> Memory:
+        """Return the memory of a case."""
+        return memory(case.config, case.ds, self.config.num_gpus, self.trace(case))
 
     def epoch_tokens(self) -> dict[str, float]:
         """Return the tokens that the model reads in an epoch, by packing."""
@@ -221,10 +236,9 @@ class Plan:
         keys = {"rows": "padded_tokens", "tree": "tree_tokens"}
         return {packing: rows * self.tokens[key] for packing, key in keys.items()}
 
-    def epoch_seconds(self, found: Trace) -> float:
+    def epoch_seconds(self) -> float:
         """Return how long an epoch takes at the assumed utilisation."""
-        is_tree = self.inputs.packing == "tree"
-        batch = micro_batch_of(self.case, self.tokens, is_tree)
+        found, batch = self.trace(self.case), self.largest(self.case)
         context = self.tokens["row_tokens"] / 2
         flops = flops_per_token(found, self.config, batch, context)
         speed = find_gpu(self.config.gpu).tflops * 1e12 * self.config.utilisation
@@ -233,26 +247,29 @@ class Plan:
     def as_json(self) -> dict[str, Any]:
         """Return everything as JSON values: bytes of one GPU, seconds, tokens."""
         config, case = self.config, self.case
-        (needed, found), limit = self.estimate(case), self.available
-        batch = micro_batch_of(case, self.tokens, self.inputs.packing == "tree")
-        switched = not config.gradient_checkpointing
-        other, _ = self.estimate(with_settings(case, gradient_checkpointing=switched))
-        plain, checkpointed = (needed, other) if switched else (other, needed)
+        needed, found, limit = self.estimate(case), self.trace(case), self.available
+        plain, checkpointed = (
+            self.estimate(with_settings(case, gradient_checkpointing=switch))
+            for switch in (False, True)
+        )
         per_token = cache_bytes_per_token(self.inputs, dtype_of(self.ds))
         searched = config.max_length + config.num_beams * self.tokens["label_tokens"]
-        seconds = self.epoch_seconds(found)
+        seconds = self.epoch_seconds()
         can_adapt = not self.inputs.model_config.is_encoder_decoder
         smaller = {}
         if needed.peak > limit:
-            smaller = {name: self.estimate(v)[0].peak for name, v in variants(case, can_adapt)}
+            smaller = {name: self.estimate(v).peak for name, v in variants(case, can_adapt)}
         return {
             "gpu": config.gpu,
             "num_gpus": config.num_gpus,
             "parameters": found.parameters,
             "trained": found.trained,
-            "micro_batch": dataclasses.asdict(batch),
+            "micro_batch": dataclasses.asdict(self.largest(case)),
             "memory": dataclasses.asdict(needed) | {"peak": needed.peak, "available": limit},
-            "activations": {"plain": plain.activations, "checkpointed": checkpointed.activations},
+            "activations": {
+                "plain": plain.activations + plain.backward,
+                "checkpointed": checkpointed.activations + checkpointed.backward,
+            },
             "search_cache_per_user": per_token * searched,
             "epoch_tokens": self.epoch_tokens(),
             "packing": self.inputs.packing,
@@ -279,7 +296,7 @@ def print_plan(plan: Plan, found: Mapping[str, Any]) -> None:
     }
     print(header(facts))
 
-    names = [field.name for field in dataclasses.fields(Memory) if field.name != "host"]
+    names = [part.name for part in dataclasses.fields(Memory) if part.name != "host"]
     table = {f"  {name}": gib(needed[name]) for name in names if needed[name]}
     limit = f"{gib(needed['available'])}, {gib(RESERVED)} kept free"
     table["  peak"] = f"{gib(needed['peak'])} of {limit}"
