@@ -8,9 +8,10 @@ each other (`tests/unit/test_structure.py` checks both):
 
     errors · process
     → locks
+    → ending
     → config · folders · heartbeat · memory
     → distributed · runlog · run_folder · contracts
-    → items
+    → items · console
     → backbones · data · engine
     → objectives · search · baselines · semantic_ids
     → train_config · eval_config · baseline_config
@@ -18,6 +19,7 @@ each other (`tests/unit/test_structure.py` checks both):
     → evaluation
     → studies
     → loop · training_inputs
+    → planning
     → generative_training · sequential_training
     → preference
     → train · prefer · eval · baseline
@@ -29,6 +31,7 @@ each other (`tests/unit/test_structure.py` checks both):
 | `config` | how settings are declared, parsed and checked; settings that several commands share |
 | `process` | whether a process still runs, and that it ends with its launcher |
 | `locks` | two processes never write one folder |
+| `ending` | how a command ends: its message and exit code |
 | `folders` | output folders that are complete or absent, atomic files |
 | `heartbeat` | a rank that no longer answers is noticed and named |
 | `memory` | the C library's memory settings on a CPU |
@@ -36,6 +39,7 @@ each other (`tests/unit/test_structure.py` checks both):
 | `runlog` | TensorBoard and metrics.jsonl; every tag and its unit |
 | `run_folder` | a run's folder: claim, resume, record of settings and versions |
 | `contracts` | what parts promise each other: Batch, Objective, Backbone, PromptTree |
+| `console` | what a run shows: header, progress bar, expected time |
 | `items` | catalogue, token trie, decisiveness, storage of all three |
 | `data` | raw files to datasets, prompts, batches |
 | `backbones` | causal LMs, T5, LoRA, tokenizers, attention over trees |
@@ -48,6 +52,7 @@ each other (`tests/unit/test_structure.py` checks both):
 | `studies` | tables of runs, significance tests, the report |
 | `loop` | the training loop |
 | `training_inputs` | what a training begins with: dataset, tokenizer, weights, catalogue |
+| `planning` | memory and time of a training, from shapes alone |
 | `generative_training`, `sequential_training` | what it trains: language models, baselines |
 | `preference` | preference training: reference, negatives, loss |
 | `train`, `prefer`, `eval`, `baseline` | entries, each with its settings in `…_config` |

@@ -27,7 +27,7 @@ from igd_ds.baseline_config import BaselineConfig
 from igd_ds.baselines.sequential import load_model
 from igd_ds.config.options import parse
 from igd_ds.distributed import say
-from igd_ds.engine.build import initialize
+from igd_ds.engine.build import initialize, keep_log
 from igd_ds.engine.checkpoint import check_disk_space, newest_checkpoint
 from igd_ds.engine.ds_config import DsConfig, resolve_ds_config
 from igd_ds.evaluation.full_ranking import Ranker, evaluate, is_evaluated, rows_to_rank
@@ -45,7 +45,7 @@ from igd_ds.sequential_training import (
 def main() -> int:
     """Run a baseline from the command line; return the exit code."""
     config = parse(BaselineConfig, description=__doc__).with_preset()
-    distributed.init(config.timeout, config.master_port)
+    distributed.init(config.timeout, config.master_port, config.quiet)
     ds: DsConfig = {}
     if config.is_trained:
         ds = resolve_ds_config(config, distributed.world_size(), load_in_4bit=False)
@@ -114,7 +114,9 @@ def train(
 ) -> int:
     """Train a recommender with the loop; return the exit code."""
     training = SequentialTraining(config, run, data, ds["train_micro_batch_size_per_gpu"])
+    keep_log(run)
     engine = initialize(model, config, ds, training.total_steps)
+    loop.say_header(engine, training, config, ds)
     state = loop.resume(engine, training, run, tag, data.dataset.fingerprint, lora=False)
     refuse_other_dataset(run, state.dataset, data)
 

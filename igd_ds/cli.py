@@ -9,6 +9,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from igd_ds.ending import run
 from igd_ds.errors import UsageError, did_you_mean, end_without_working_folder
 
 # Subcommand: (module with a `main`, what it does). Modules are imported only when their subcommand
@@ -20,6 +21,7 @@ COMMANDS = {
     "ids": ("igd_ds.commands.ids", "semantic IDs from embeddings"),
     "stats": ("igd_ds.commands.stats", "statistics of a catalogue and its trie"),
     "show": ("igd_ds.commands.show", "one item's tokens and their information gain"),
+    "plan": ("igd_ds.commands.plan", "whether a training fits on its GPUs, and how long it takes"),
     "train": ("igd_ds.train", "train a generative recommender"),
     "prefer": ("igd_ds.prefer", "train a trained model on preferences between items"),
     "baseline": ("igd_ds.baseline", "train and evaluate a sequential baseline"),
@@ -60,9 +62,7 @@ def dispatch(argv: Sequence[str]) -> int:
 def main() -> None:
     """Entry point of the console script; ends the process."""
     end_without_working_folder()
-    from igd_ds import distributed  # here, so that `igd --help` does not wait for torch
-
-    distributed.run(lambda: dispatch(sys.argv[1:]))
+    run(lambda: dispatch(sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -479,6 +479,9 @@ class Training(Protocol):
     def tags(self) -> Mapping[str, str]:
         """Tags of its own, beside runlog.TAGS: tag → meaning and unit."""
 
+    def facts(self) -> dict[str, str]:
+        """Return what the header of a run says of the data: name → fact."""
+
     def micro_batches(self, first: int) -> Iterator[list[Any]]:
         """Yield this rank's micro-batches of optimizer steps `first`, `first` + 1, …"""
 

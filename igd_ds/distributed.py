@@ -3,42 +3,33 @@
 Any launcher will do: `deepspeed`, `torchrun`, `srun` (one task per rank), `mpirun` (mpi4py), or
 none."""
 
-import contextlib
 import functools
 import json
-import logging
 import os
 import shlex
 import socket
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from igd_ds import locks
-from igd_ds.errors import (
-    EXIT_FAILURE,
-    EXIT_INTERRUPTED,
-    EXIT_REQUEUE,
-    EXIT_USAGE,
-    UsageError,
-    refused_by_system,
-)
+
+# Ranks end through this module as they begin through it.
+from igd_ds.ending import exit_process as exit_process
+from igd_ds.ending import run as run
+from igd_ds.errors import UsageError
 from igd_ds.heartbeat import Heartbeat
 from igd_ds.memory import keep_freed_memory
 from igd_ds.process import Process, end_with_parent, is_started_by_deepspeed
 
 T = TypeVar("T")
-
-# Words of the errors that a rank sees when another rank has ended.
-LOST_PEER = ("Connection closed", "Connection reset", "rank 0 failed", "NCCL")
-
 
 TIMEOUT = 10.0
 """Minutes after which a silent rank is given up (--timeout)."""
@@ -51,6 +42,7 @@ RESOLVING = 40.0
 _timeout = timedelta(minutes=LOADING)
 _groups: list[dist.ProcessGroup] = []
 _heartbeat: Heartbeat | None = None
+_quiet = False
 
 
 def _free_port() -> int:
@@ -121,7 +113,7 @@ def _single_environment() -> dict[str, str]:
     }
 
 
-def init(timeout: float = TIMEOUT, master_port: int = 0) -> None:
+def init(timeout: float = TIMEOUT, master_port: int = 0, quiet: bool = False) -> None:
     """Join the process group that the launcher describes; a group of one rank without a launcher.
 
     Call it once, before any collective. Collectives wait LOADING minutes, until `set_timeout`.
@@ -130,11 +122,14 @@ def init(timeout: float = TIMEOUT, master_port: int = 0) -> None:
         timeout: minutes that this rank waits for the others to start, and later for an answer of
             the next rank.
         master_port: port at which rank 0 listens; 0 takes the launcher's.
+        quiet: `say` only warnings.
 
     Raises:
         UsageError: more ranks than GPUs on this node, an address that is not known, a port in use,
             or ranks that do not start.
     """
+    global _quiet
+    _quiet = quiet
     keep_freed_memory()
     launched = ("TORCHELASTIC_RUN_ID", "PMI_RANK", "OMPI_COMM_WORLD_RANK")
     if any(name in os.environ for name in launched) or is_started_by_deepspeed():
@@ -341,55 +336,18 @@ def on_main(work: Callable[[], T]) -> T:
     return message[1]  # type: ignore[return-value]  # what rank 0 returned
 
 
-def say(message: str) -> None:
-    """Print on rank 0."""
-    if is_main():
-        print(message, flush=True)
+def is_quiet() -> bool:
+    """Return whether only warnings, errors and results are printed (--quiet)."""
+    return _quiet
 
 
-def exit_process(code: int) -> None:
-    """End this process now, after flushing what was printed and logged.
+def say(message: str, always: bool = False) -> None:
+    """Print on rank 0, above a progress bar if there is one.
 
-    `os._exit` is used on purpose. With ZeRO-3 on gloo an orderly shutdown of the interpreter can
-    abort (-6) after a good run, because the collective's worker thread drops its last tensor while
-    Python is finalising."""
-    locks.release_all()
-    if code == EXIT_REQUEUE and is_main() and "TORCHELASTIC_RUN_ID" in os.environ:
-        print(f"exit code {code}: saved, to be started again. torchrun reports 1", flush=True)
-    logging.shutdown()
-    with contextlib.suppress(OSError):  # nobody reads on, or the disk is full
-        sys.stdout.flush()
-        sys.stderr.flush()
-    os._exit(code)
-
-
-def run(main: Callable[[], int]) -> None:
-    """Run an entry point and end the process with its exit code.
-
-    Bad input (UsageError) is printed in one line, by rank 0 if it sees the error too, with code 2.
-    So is what the operating system refuses to write (`refused_by_system`). Any other exception ends
-    with code 1 and its traceback as last words. A rank whose collective broke because another rank
-    ended waits for the launcher to stop it before it prints, so that the traceback of the rank that
-    failed first stays last.
+    Args:
+        message: one or more lines.
+        always: print it in a quiet run too: warnings and results.
     """
-    try:
-        code = main()
-    except SystemExit as error:  # argparse: --help, or a flag it does not know
-        code = error.code if isinstance(error.code, int) else int(error.code is not None)
-    except UsageError as error:
+    if is_main() and (always or not _quiet):
+        tqdm.write(message)
         sys.stdout.flush()
-        time.sleep(0 if is_main() else 2)
-        print(f"error: {error}", file=sys.stderr)
-        code = EXIT_USAGE
-    except BaseException as error:
-        if any(words in str(error) for words in LOST_PEER):
-            time.sleep(5)
-        with contextlib.suppress(OSError):
-            sys.stdout.flush()
-        code = EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else EXIT_FAILURE
-        if refused := refused_by_system(error, [lock.parent for lock in locks.held()]):
-            message, code = refused
-            print(f"error: {message}", file=sys.stderr)
-        else:
-            traceback.print_exc()
-    exit_process(code)

@@ -22,10 +22,10 @@ if __name__ == "__main__":
 import psutil
 import torch
 import transformers
-from tqdm import tqdm
 
 from igd_ds import distributed, locks
 from igd_ds.config.options import parse
+from igd_ds.console import progress_bar
 from igd_ds.data.batches import refuse_empty, sample_rows
 from igd_ds.data.per_row import ItemLists, ItemScores
 from igd_ds.distributed import say
@@ -54,7 +54,7 @@ def main() -> int:
     locks.end_at(signal.SIGUSR1, EXIT_REQUEUE)
     locks.end_at(signal.SIGTERM, 128 + signal.SIGTERM)
     transformers.utils.logging.disable_progress_bar()
-    distributed.init(config.timeout, config.master_port)
+    distributed.init(config.timeout, config.master_port, config.quiet)
 
     # Claim the output folder; a finished evaluation is left as it is.
     task, output = build_task(config), Path(config.output_dir)
@@ -64,7 +64,8 @@ def main() -> int:
     if config.num_beams > (num_leaves := task.recommender.num_leaves):
         say(
             f"warning: --num_beams {config.num_beams}, but the catalogue has {num_leaves} "
-            "different items: lists are that long"
+            "different items: lists are that long",
+            always=True,
         )
 
     count, seconds = search_rows(config, task, output / "parts")
@@ -203,10 +204,7 @@ def search_rows(config: EvalConfig, task: RankingTask, parts: Path) -> tuple[int
     recommender.load_weights()
     scoring = recommender.scoring(config.scoring_options())
     count, began = sum(len(batches[path]) for path in mine), time.perf_counter()
-    hidden = not distributed.is_main()
-    with tqdm(
-        total=count, unit="row", desc="rows of rank 0", disable=hidden, mininterval=1.0
-    ) as bar:
+    with progress_bar(total=count, unit="row", desc="rows of rank 0") as bar:
         for path in mine:
             rows = batches[path]
             histories, per_user = [task.split.history(row) for row in rows], task.per_user(rows)

@@ -166,7 +166,6 @@ class GenerativeTraining:
         columns = TokenColumns.build(stored, self.objective.weights(context))
 
         # What turns row ids into batches.
-        distributed.say(prompts.describe_cuts(train, catalogue.max_length))
         null_prompt = prompts.null if self.objective.needs_null else None
         pad, encoder_decoder = tokenizer.pad_token_id, inputs.model_config.is_encoder_decoder
         as_tree = inputs.packing == "tree"
@@ -178,7 +177,7 @@ class GenerativeTraining:
 
         self.loss = TokenLoss(backbone, self.objective, context)
         self.validation = ValidationTask(backbone, self.objective, context, valid_rows)
-        self.item_kind = catalogue.kind
+        self.prompts, self.stored = prompts, stored
         self.normalization = config.normalization
         self.validation_metric = config.validation_metric
         self.lower_is_better = config.validation_metric == "nll"
@@ -186,6 +185,23 @@ class GenerativeTraining:
         if len(self.objective.targets) > 1:
             for name in self.objective.targets:
                 self.tags[f"train/loss_{name}"] = f"nats per unit of weight: target {name}"
+
+    def facts(self) -> dict[str, str]:
+        """Return what the header of the run says of dataset, catalogue and rows: name → fact."""
+        config, splits, stored = self.config, self.inputs.dataset.splits, self.stored
+        train, longest_item = splits["train"], stored.catalogue.max_length
+        return {
+            "dataset": f"{config.dataset}: {len(train):,} training rows, {len(splits['valid']):,} "
+            f"validation rows, {stored.catalogue.num_items:,} items",
+            "catalogue": f"{stored.trie.num_nodes:,} trie nodes, {stored.zero_gain.mean():.1%} "
+            "zero-gain tokens",
+            "prompts": self.prompts.describe_cuts(train, longest_item),
+            "model": (config.model_name_or_path or config.model_config)
+            + (f", LoRA of rank {config.lora_r}" if config.lora_r else "")
+            + (" on 4-bit weights" if config.load_in_4bit else ""),
+            "objective": f"{config.objective}; packing: {self.inputs.packing}, batching: "
+            f"{self.inputs.batching}",
+        }
 
     def micro_batches(self, first: int) -> Iterator[list[Batch]]:
         """Yield this rank's micro-batches of steps `first`, `first` + 1, …; the next is made
@@ -253,7 +269,7 @@ class GenerativeTraining:
             "prompt": self.inputs.template.as_dict(),
             "max_length": self.config.max_length,
             "max_title_tokens": self.config.max_title_tokens,
-            "item_kind": self.item_kind,
+            "item_kind": self.stored.catalogue.kind,
             "entropy": self.config.entropy,
             "likelihood": dataclasses.asdict(self.objective.likelihood()),
             "load_in_4bit": self.config.load_in_4bit,

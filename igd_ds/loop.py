@@ -19,13 +19,15 @@ from types import FrameType
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from igd_ds import distributed
 from igd_ds.config.training import LoopOptions
+from igd_ds.console import Progress, header
 from igd_ds.contracts import Training
 from igd_ds.distributed import say
+from igd_ds.engine.build import LOG, num_parameters
 from igd_ds.engine.checkpoint import load_checkpoint, save_checkpoint, update_state
+from igd_ds.engine.ds_config import DsConfig, dtype_of, zero_stage
 from igd_ds.engine.step import StepSums, optimizer_step
 from igd_ds.errors import EXIT_REQUEUE
 from igd_ds.folders import write_json
@@ -33,6 +35,9 @@ from igd_ds.runlog import RunLog, peak_memory_gib
 
 # Large primes: seeds of neighbouring steps and ranks do not meet.
 SEED_OF_STEP, SEED_OF_RANK = 1_000_003, 7_919
+
+ITEM_MATCH = ("ndcg@10",)
+"""Validation metrics in which a hit on a path of n items counts 1/n."""
 
 
 @dataclass
@@ -122,6 +127,25 @@ def resume(
     return state
 
 
+def say_header(engine: Any, training: Training, options: LoopOptions, ds: DsConfig) -> None:
+    """Say what is trained, on what, and where. Every rank may call it, rank 0 prints."""
+    world, stage = distributed.world_size(), zero_stage(ds)
+    total, trained = num_parameters(engine.module)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    micro, accumulation = ds["train_micro_batch_size_per_gpu"], ds["gradient_accumulation_steps"]
+    steps, ranks = training.total_steps, "1 rank" if world == 1 else f"{world} ranks"
+    precision = str(dtype_of(ds)).removeprefix("torch.")
+    facts = training.facts() | {
+        "parameters": f"{total:,}, of which {trained:,} are trained",
+        "steps": f"{steps:,} at most, {training.steps_per_epoch:,} an epoch; of "
+        f"{options.global_batch_size} each = micro-batch {micro} × {accumulation} accumulation "
+        f"steps × {ranks}",
+        "device": f"{world} × {gpu}, {precision}, ZeRO stage {stage}",
+        "run folder": f"{options.output_dir} (DeepSpeed's messages: {LOG})",
+    }
+    say(header(facts))
+
+
 def fit(
     engine: Any,
     training: Training,
@@ -150,7 +174,7 @@ def fit(
         dataclasses.asdict(options),
     )
     steps = training.micro_batches(state.step)
-    bar = progress_bar(total, state.step)
+    progress = Progress(total, state.step, training.steps_per_epoch, every, options.patience)
     watch, sums = Stopwatch(), StepSums()
     started = time.perf_counter() - state.seconds
 
@@ -170,6 +194,7 @@ def fit(
             break
 
         # Make one optimizer step.
+        began = time.perf_counter()
         torch.manual_seed(step_seed(options.seed, state.step))
         learning_rate = engine.get_lr()[0]
         batches = next(steps)
@@ -179,7 +204,7 @@ def fit(
         sums += step_sums
         state.step += 1
         state.seconds = time.perf_counter() - started
-        bar.update()
+        progress.update(state.step, state.best_step, time.perf_counter() - began)
 
         # Log.
         if is_due(options.log_every):
@@ -189,7 +214,7 @@ def fit(
             values["train/grad_norm"] = float(engine.get_global_grad_norm() or 0.0)
             values["speed/memory_gib"] = peak_memory_gib()
             log.log(state.step, values)
-            bar.set_postfix(loss=f"{values['train/loss']:.4f}", refresh=False)
+            progress.show_loss(values["train/loss"])
             sums = StepSums()
 
         # Save.
@@ -200,12 +225,15 @@ def fit(
                 checkpoints, keep = run / "checkpoints", options.keep_checkpoints
                 save_checkpoint(engine, checkpoints, dataclasses.asdict(state), keep, lora)
         if stopped:
-            bar.close()
+            progress.close()
             log.close()
-            say(f"stopped by a signal after step {state.step}; saved. Go on with --resume auto")
+            say(
+                f"stopped by a signal after step {state.step}; saved. Go on with --resume auto",
+                always=True,
+            )
             return EXIT_REQUEUE
 
-    bar.close()
+    progress.close()
     if is_stale:
         say(
             f"validation has not improved {options.patience} time(s): stopped early at step "
@@ -213,12 +241,6 @@ def fit(
         )
     finish(training.validation_metric, options, run, state, log)
     return 0
-
-
-def progress_bar(total: int, done: int) -> tqdm[Any]:
-    """Return a bar of optimizer steps; it is shown on rank 0."""
-    hidden = not distributed.is_main()
-    return tqdm(total=total, initial=done, disable=hidden, unit="step", mininterval=1.0)
 
 
 def validate(engine: Any, training: Training, state: LoopState, log: RunLog) -> None:
@@ -234,8 +256,11 @@ def validate(engine: Any, training: Training, state: LoopState, log: RunLog) -> 
         )
 
     improved = state.note_validation(value, training.lower_is_better)
+    epoch = state.step / training.steps_per_epoch
     shown = ", ".join(f"{tag} {v:.4f}" for tag, v in values.items() if "gain" not in tag)
-    say(f"step {state.step}: {shown}" + (" (best so far)" if improved else ""))
+    if training.validation_metric in ITEM_MATCH:
+        shown += ", item match"
+    say(f"step {state.step}, epoch {epoch:.2f}: {shown}" + (" (best so far)" if improved else ""))
     if improved:
         training.save(engine)
 
@@ -249,7 +274,7 @@ def finish(metric: str, options: LoopOptions, run: Path, state: LoopState, log: 
     del summary["log"]
     distributed.on_main(lambda: write_json(run / "summary.json", summary))
     say(
-        f"done: best {metric} {state.best:.4f} at step {state.best_step}; model in "
-        f"{run / 'model'}\n"
-        f"watch it: tensorboard --logdir {run}"
+        f"done: best {metric} {state.best:.4f} at step {state.best_step}; model in {run / 'model'}",
+        always=True,
     )
+    say(f"watch it: tensorboard --logdir {run}")

@@ -34,6 +34,7 @@ FREE_ON_RESUME = {
     "save_scores",
     "timeout",
     "master_port",
+    "quiet",
 }
 """Settings that may change when a run resumes: paths, whose content is checked, and settings
 without effect on the model."""

@@ -168,6 +168,16 @@ class SequentialTraining:
         if config.max_steps:
             self.total_steps = min(self.total_steps, config.max_steps)
 
+    def facts(self) -> dict[str, str]:
+        """Return what the header of the run says of dataset and recommender: name → fact."""
+        config, dataset, train = self.config, self.data.dataset, self.data.train
+        return {
+            "dataset": f"{config.dataset}: {len(train.split):,} training rows in {len(train):,} "
+            f"sequences, {len(dataset.splits['valid']):,} validation rows, "
+            f"{dataset.num_items:,} items",
+            "objective": f"{config.recommender}, {config.loss}",
+        }
+
     def micro_batches(self, first: int) -> Iterator[list[SequenceBatch]]:
         """Yield this rank's micro-batches of steps `first`, `first` + 1, …
 

@@ -21,7 +21,7 @@ from igd_ds import distributed, loop
 from igd_ds.backbones.saved import BASE_FILE
 from igd_ds.config.options import parse
 from igd_ds.distributed import say
-from igd_ds.engine.build import initialize
+from igd_ds.engine.build import initialize, keep_log
 from igd_ds.engine.checkpoint import check_disk_space, newest_checkpoint
 from igd_ds.engine.ds_config import DsConfig, resolve_ds_config
 from igd_ds.evaluation.model_card import write_model_card
@@ -35,7 +35,7 @@ def main() -> int:
     """Run a training from the command line; return the exit code."""
     config = parse(TrainConfig, description=__doc__)
     transformers.utils.logging.disable_progress_bar()
-    distributed.init(config.timeout, config.master_port)
+    distributed.init(config.timeout, config.master_port, config.quiet)
     ds = resolve_ds_config(config, distributed.world_size(), config.load_in_4bit)
     inputs = load_inputs(config)
 
@@ -48,8 +48,10 @@ def main() -> int:
 
     # Build what is trained, then go on from the newest checkpoint or begin.
     training = GenerativeTraining(config, run, inputs, ds["train_micro_batch_size_per_gpu"])
+    keep_log(run)
     model = build_model(config, config.seed, ds, inputs)
     engine = initialize(model, config, ds, training.total_steps)
+    loop.say_header(engine, training, config, ds)
     lora = bool(config.lora_r)
     state = loop.resume(engine, training, run, tag, inputs.dataset.fingerprint, lora)
     code = loop.fit(engine, training, config, run, state, loop.StopRequest(), lora)

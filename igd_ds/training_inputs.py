@@ -98,7 +98,6 @@ def load_inputs(config: TrainConfig) -> Inputs:
     batching = config.batching
     if batching == "auto":
         batching = "chains" if packing == "tree" else "rows"
-    say(f"packing: {packing}, batching: {batching}")
     return Inputs(
         template, dataset, tokenizer, added_ids, model_config, backbone, origin, packing, batching
     )
@@ -226,7 +225,7 @@ def build_catalogue(folder: Path, config: TrainConfig, inputs: Inputs) -> None:
     if not config.allow_merged_titles:
         shared.refuse_merged(inputs.tokenizer)
     if warning := shared.warning():
-        say(warning)
+        say(warning, always=True)
 
     gain = edge_gain(trie, config.decisiveness, config.entropy)
     stored = StoredCatalogue.build(catalogue, trie, gain, config.entropy, config.decisiveness)

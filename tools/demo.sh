@@ -14,7 +14,7 @@ rm -rf "$out"
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 ranks=$((gpus == 1 ? 1 : 2))
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-start=(deepspeed --log_level warning --num_accelerators "$ranks")
+start=(deepspeed --log_level critical --num_accelerators "$ranks")
 
 igd prepare --source synthetic --num_items 600 --num_users 1500 --protocol leave-one-out \
     --max_history 5 --name demo --domain books --output "$out/data"

@@ -191,7 +191,8 @@ def reads_trees(model: PreTrainedModel) -> bool:
     if reason:
         say(
             f"warning: no tree search over {type(model).__name__}: {reason}. Its search runs over "
-            "the model's own KV cache: the lists are the same, but it is slower"
+            "the model's own KV cache: the lists are the same, but it is slower",
+            always=True,
         )
     return not reason
 

@@ -246,7 +246,7 @@ def check_base(origin: Origin, is_named: bool) -> str:
                 f"{message}: give their folder in --base_model, or name {origin.name} there to use "
                 "it all the same"
             )
-        say(f"warning: {message}; --base_model says to use them")
+        say(f"warning: {message}; --base_model says to use them", always=True)
     return found
 
 

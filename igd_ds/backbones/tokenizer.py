@@ -134,7 +134,8 @@ def as_saved(
         if before != after:
             say(
                 f"warning: the tokenizer {given.name_or_path} is another one after saving and "
-                f"loading: {text!r:.80} was {before[:20]} and is {after[:20]}; the latter is used"
+                f"loading: {text!r:.80} was {before[:20]} and is {after[:20]}; the latter is used",
+                always=True,
             )
             break
     return again

@@ -20,6 +20,7 @@ class ProcessOptions:
         "of this name; 0: a free one, or one that follows from the SLURM job",
         0,
     )
+    quiet: bool = option("print only warnings, errors and results", False)
 
     def check(self) -> None:
         """Raise UsageError for values that no job can use."""

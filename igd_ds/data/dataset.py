@@ -27,15 +27,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from huggingface_hub.constants import HF_HOME
 
 from igd_ds.data.card import write_card
 from igd_ds.data.seen_items import MOST_REPEATS, SeenItems
 from igd_ds.errors import UsageError
-from igd_ds.folders import new_folder, sha256_of, temporary_name, write_text
+from igd_ds.folders import new_folder, read_parquet, sha256_of, temporary_name, write_text
 
 VERSION = 2
 SPLITS = ("train", "valid", "test")
@@ -286,7 +286,7 @@ def read_items(folder: str | Path) -> tuple[list[str | None], list[list[str]] | 
             semantic ID.
     """
     path = Path(folder) / "items.parquet"
-    table = pq.read_table(path)
+    table = read_parquet(path)
     if missing := {"item_id", "title", "semantic_id"} - set(table.column_names):
         raise UsageError(f"{path}: no column {', '.join(sorted(missing))}")
 
@@ -381,18 +381,18 @@ def _check_item_ids(path: Path, split: Split, num_items: int) -> None:
 def _memory_mapped(path: Path, digest: str) -> pa.Table:
     """Return a Parquet file as a memory-mapped Arrow table.
 
-    The first process that needs the file converts it to Arrow in the cache of `datasets`, under a
-    lock; ranks that start together wait for it. The name of the cache folder is the sha256 of the
+    The first process that needs the file converts it to Arrow in `cache_folder()`, under a lock;
+    ranks that start together wait for it. The name of the cache folder is the sha256 of the
     file: a file that was rewritten at the same path is never read from an old cache. A damaged
     cache is made anew.
 
-    `Dataset.from_parquet` would do the same, but takes the path as a pattern: with `[`, `*`, `?` or
-    `::` in it, other files are read.
+    `datasets.Dataset.from_parquet` would do much the same, but it takes the path as a pattern (with
+    `[`, `*`, `?` or `::` in it, other files are read), and importing it takes a second.
 
     Raises:
         UsageError: the cache cannot be written.
     """
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "igd_ds" / digest
+    folder = cache_folder() / "igd_ds" / digest
     arrow = folder / "rows.arrow"
     if not _is_intact(arrow):
         try:
@@ -406,12 +406,17 @@ def _memory_mapped(path: Path, digest: str) -> pa.Table:
                 f"cannot write the cache {folder} ({error.strerror or error}): set "
                 "HF_DATASETS_CACHE to a folder that you may write to and that has room"
             ) from error
-    return datasets.Dataset.from_file(str(arrow)).data.table
+    return pa.ipc.open_stream(pa.memory_map(str(arrow))).read_all()
+
+
+def cache_folder() -> Path:
+    """Return the folder in which Hugging Face's `datasets` keeps its caches: $HF_DATASETS_CACHE."""
+    return Path(os.environ.get("HF_DATASETS_CACHE") or Path(HF_HOME) / "datasets")
 
 
 def _convert(path: Path, arrow: Path) -> None:
     """Write a Parquet file as one Arrow batch, and the sha256 of that file beside it."""
-    table = pq.read_table(path)
+    table = read_parquet(path)
     temporary = temporary_name(arrow)
     with pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
         stream.write_table(table.combine_chunks(), max_chunksize=max(len(table), 1))

@@ -108,7 +108,9 @@ class Template:
         for key, text in asdict(self).items():
             for word in re.findall(r"\{(\w+)\}", text):
                 if word not in PLACEHOLDERS[key]:
-                    known = ", ".join(f"{{{known}}}" for known in PLACEHOLDERS[key]) or "none"
+                    known = (
+                        ", ".join(f"{{{known}}}" for known in sorted(PLACEHOLDERS[key])) or "none"
+                    )
                     raise UsageError(
                         f"{source}: '{key}' holds {{{word}}}, which nothing replaces; known there: "
                         f"{known}. The history needs no word: it stands between prefix and suffix"
@@ -251,7 +253,7 @@ class PromptBuilder:
         length, kept = np.diff(split.history_offsets), self.rows_kept(split)
         num_cut = int(np.count_nonzero(kept < length))
         line = (
-            f"prompts: {num_cut:,} of {len(split):,} rows of {split.name} cut to "
+            f"{num_cut:,} of {len(split):,} rows of {split.name} cut to "
             f"{self.budget} tokens, mean items kept {kept.mean():.2f} of {length.mean():.2f}"
         )
         if num_cut:

@@ -19,6 +19,10 @@ ROW_KEYS = {
     "row_tokens": "mean tokens of a row, prompt and target",
     "padded_tokens": "the same with padding, rows grouped by length (--packing rows)",
     "tree_tokens": "mean nodes per row of a tree of chains (--packing tree): what the model reads",
+    "label_tokens": "mean labelled tokens of a row: its target",
+    "most_padded_tokens": "tokens of the largest micro-batch of padded rows",
+    "most_tree_tokens": "nodes of the largest tree",
+    "most_label_tokens": "labelled tokens of the micro-batch that has most",
     "row_saving": "row_tokens / tree_tokens",
     "padded_saving": "padded_tokens / tree_tokens: the most that row trees can gain in speed",
     "chain_length": "mean rows of a chain",
@@ -73,15 +77,21 @@ def row_statistics(
     parts = [part[part != MASKED_ROW] for part in parts if (part != MASKED_ROW).any()]
     num_rows = sum(map(len, parts))
 
-    # Mean tokens per row.
-    tree, rows = (
-        sum(int(collate(part).inputs.num_tokens()) for part in parts) / num_rows
+    # Tokens of each micro-batch.
+    tree_tokens, row_tokens = (
+        [int(collate(part).inputs.num_tokens()) for part in parts]
         for collate in (
             Collator(train, prompts, columns, pad_token_id=0, as_tree=True),
             Collator(train, prompts, columns, pad_token_id=0),
         )
     )
-    padded = rows * padding_factor(chains.tokens, micro_batch)
+    lengths = np.diff(catalogue.offsets)
+    label_tokens = [int(lengths[train.targets[part]].sum()) for part in parts]
+    padded_tokens = padded_sizes(chains.tokens, micro_batch)
+
+    # Means per row.
+    tree, rows = sum(tree_tokens) / num_rows, sum(row_tokens) / num_rows
+    padded = rows * float(padded_tokens.sum() / chains.tokens.sum())
     return {
         "template": prompt,
         "micro_batch": micro_batch,
@@ -89,14 +99,18 @@ def row_statistics(
         "row_tokens": rows,
         "padded_tokens": padded,
         "tree_tokens": tree,
+        "label_tokens": sum(label_tokens) / num_rows,
+        "most_padded_tokens": int(padded_tokens.max()),
+        "most_tree_tokens": max(tree_tokens),
+        "most_label_tokens": max(label_tokens),
         "row_saving": rows / tree,
         "padded_saving": padded / tree,
         "chain_length": len(train) / (len(chains.offsets) - 1),
     }
 
 
-def padding_factor(lengths: np.ndarray, micro_batch: int) -> float:
-    """Return places over tokens of padded micro-batches, with rows grouped by length.
+def padded_sizes(lengths: np.ndarray, micro_batch: int) -> np.ndarray:
+    """Return the tokens of padded micro-batches, int64 (M,), with rows grouped by length.
 
     Args:
         lengths: int64 (R,), tokens of each row.
@@ -106,4 +120,4 @@ def padding_factor(lengths: np.ndarray, micro_batch: int) -> float:
     parts = batches.reshape(-1, micro_batch)
     longest = np.where(parts == MASKED_ROW, 0, lengths[parts]).max(1)
     width = -(-longest // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
-    return float(width.sum() * micro_batch / lengths.sum())
+    return width * micro_batch

@@ -1,14 +1,21 @@
 """The DeepSpeed engine around a model: loading under ZeRO-3, optimizer and schedule."""
 
 import contextlib
+import logging
 import math
+import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from igd_ds import distributed
 from igd_ds.config.training import LoopOptions
 from igd_ds.engine.ds_config import DsConfig, zero_stage
+
+LOG = "deepspeed.log"
+"""In RUN: what DeepSpeed reports of itself on rank 0."""
 
 
 def _start_deepspeed() -> Any:
@@ -20,6 +27,46 @@ def _start_deepspeed() -> Any:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(torch.distributed.get_backend(), verbose=False)
     return deepspeed
+
+
+def keep_log(run: Path) -> None:
+    """Let DeepSpeed report to RUN/deepspeed.log; the console gets only the warnings of rank 0.
+
+    Every rank must call it before anything else of DeepSpeed begins.
+    """
+    _start_deepspeed()
+    log = logging.getLogger("DeepSpeed")
+    # DeepSpeed calls functions of torch that are deprecated; a user can do nothing about it.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    if not distributed.is_main():
+        log.setLevel(logging.ERROR)
+        return
+
+    for handler in list(log.handlers):
+        if isinstance(handler, logging.FileHandler):  # of an earlier run of this process
+            log.removeHandler(handler)
+            handler.close()
+        else:
+            handler.setLevel(logging.WARNING)
+    file = logging.FileHandler(run / LOG, encoding="utf-8")
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(filename)s: %(message)s"))
+    log.addHandler(file)
+    log.setLevel(logging.INFO)
+
+
+def num_parameters(model: torch.nn.Module) -> tuple[int, int]:
+    """Return the number of parameters and of those that are trained.
+
+    Parameters that ZeRO-3 has partitioned, or that are packed into 4 bits, count in full.
+    """
+    total = trained = 0
+    for parameter in model.parameters():
+        packed = getattr(parameter, "quant_state", None)
+        whole = packed.shape if packed is not None else getattr(parameter, "ds_shape", None)
+        size = math.prod(parameter.shape if whole is None else whole)
+        total += size
+        trained += size if parameter.requires_grad else 0
+    return total, trained
 
 
 @contextlib.contextmanager

@@ -65,13 +65,16 @@ DsConfig = dict[str, Any]
 """A DeepSpeed configuration as its JSON file holds it."""
 
 
-def resolve_ds_config(options: LoopOptions, world_size: int, load_in_4bit: bool) -> DsConfig:
+def resolve_ds_config(
+    options: LoopOptions, world_size: int, load_in_4bit: bool, has_gpu: bool | None = None
+) -> DsConfig:
     """Read, check and complete the DeepSpeed file that `options.ds_config` names.
 
     Args:
         options: the run's own settings.
         world_size: number of ranks.
         load_in_4bit: whether the base weights are quantised.
+        has_gpu: whether the ranks have GPUs; None: whether this machine has one.
 
     Returns:
         The configuration to initialise with: micro-batch, accumulation, global batch and clipping
@@ -100,6 +103,9 @@ def resolve_ds_config(options: LoopOptions, world_size: int, load_in_4bit: bool)
             f"{micro * world_size}"
         )
     _check_combination(ds, path, load_in_4bit)
+    has_gpu = torch.cuda.is_available() if has_gpu is None else has_gpu
+    if dtype_of(ds) == torch.float16 and not has_gpu:
+        raise UsageError(f"{path}: fp16 needs a GPU; use bf16 or fp32 here")
 
     ds["train_micro_batch_size_per_gpu"] = micro
     ds["gradient_accumulation_steps"] = options.global_batch_size // (micro * world_size)
@@ -179,8 +185,6 @@ def _check_combination(ds: DsConfig, path: Path, load_in_4bit: bool) -> None:
             f"{path}: stage 0 with {dtype_of(ds)} spends AdamW's first step on a dummy update; use "
             "stage 1, also on one rank"
         )
-    if dtype_of(ds) == torch.float16 and not torch.cuda.is_available():
-        raise UsageError(f"{path}: fp16 needs a GPU; use bf16 or fp32 here")
     if ds.get("checkpoint", {}).get("load_universal"):
         raise UsageError(
             f"{path}: checkpoint.load_universal belongs to the run; remove it: --resume auto "

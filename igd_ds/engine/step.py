@@ -111,7 +111,8 @@ def optimizer_step(
     *omega, stopped = distributed.all_reduce_sum(agreed).tolist()
     if not any(omega):
         distributed.say(
-            f"warning: step {step + 1}: all target tokens have weight 0 (Ω = 0); no update"
+            f"warning: step {step + 1}: all target tokens have weight 0 (Ω = 0); no update",
+            always=True,
         )
         nothing = np.zeros(len(omega))
         return StepSums(0, 0.0, nothing, nothing), stopped > 0

@@ -180,7 +180,7 @@ def read_part(path: Path) -> tuple[pa.Table, dict[str, float]]:
         OSError or ValueError: the file is damaged.
     """
     with open(path, "rb") as file:
-        table = pq.read_table(file, page_checksum_verification=True)
+        table = pq.ParquetFile(file, page_checksum_verification=True).read()
     counts = (table.schema.metadata or {}).get(b"counts", b"")
     return table.replace_schema_metadata(), json.loads(counts)
 

@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from igd_ds.errors import UsageError
+from igd_ds.folders import read_parquet
 
 SOURCE, DENSE = "source", "dense"
 SPACES = (SOURCE, DENSE)
@@ -50,7 +50,7 @@ class ItemIds:
     @classmethod
     def read(cls, dataset: str | Path) -> ItemIds:
         """Read the ids of a dataset folder."""
-        return cls.of(pq.read_table(Path(dataset) / "items.parquet", columns=["source_id"]))
+        return cls.of(read_parquet(Path(dataset) / "items.parquet", columns=["source_id"]))
 
     @classmethod
     def of(cls, items: pa.Table) -> ItemIds:

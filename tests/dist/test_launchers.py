@@ -78,11 +78,37 @@ def test_every_launcher_trains_the_same_model(world, tmp_path):
         )
         assert json.loads((run / "env.json").read_text())["world_size"] == 2
         assert done.stdout.count("done: best nll") == 1  # one rank prints
+        check_console(done.stdout, run)
         entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         results[launcher] = [entry.get("train/loss", entry.get("valid/nll")) for entry in entries]
         assert len(results[launcher]) == 4  # three steps, one validation
     assert results["torchrun"] == results["deepspeed"]
     assert results["mpirun"] == results["deepspeed"]
+
+
+def check_console(text: str, run: Path) -> None:
+    """Check the header, and that DeepSpeed's own messages are in the run folder."""
+    lines = [line for line in text.splitlines() if "[INFO] [launch" not in line]
+    lines = [line for line in lines if "[runner.py" not in line]
+    names = ["dataset", "catalogue", "prompts", "model", "objective", "parameters", "steps"]
+    begin = next(number for number, line in enumerate(lines) if line.startswith("dataset "))
+    header = {line.split()[0]: line for line in lines[begin : begin + 9]}
+    assert list(header) == [*names, "device", "run"], text
+    assert "2 × CPU, float32, ZeRO stage 2" in header["device"]
+    assert header["steps"].endswith("micro-batch 2 × 2 accumulation steps × 2 ranks")
+    assert not [line for line in lines if line.startswith("[20")]  # of DeepSpeed's engine
+    assert "DeepSpeed info: version" in (run / "deepspeed.log").read_text()
+
+
+def test_a_stop_is_no_error_on_the_console(tmp_path):
+    """With its log level `critical`, deepspeed prints nothing of its own."""
+    script = tmp_path / "stops.py"
+    script.write_text("from igd_ds import distributed\ndistributed.run(lambda: 85)\n")
+    done = launch("deepspeed", "--log_level", "critical", str(script))
+    assert done.returncode == 85
+    (line,) = set(done.stdout.splitlines())
+    assert line.startswith("exit code 85: saved, to be started again. This is no failure")
+    assert "ERROR" not in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)

@@ -7,7 +7,6 @@ import dataclasses
 import json
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -128,7 +127,7 @@ def made(tmp_path_factory):
 @pytest.fixture
 def entry(made, tmp_path, monkeypatch):
     """Return a function that runs an entry point with flags and returns its exit code."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(distributed, "init", lambda *_: None)
     monkeypatch.setattr(distributed, "device", lambda: torch.device("cpu"))
     monkeypatch.setattr(baseline.signal, "signal", lambda *_: None)

@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -38,7 +37,7 @@ TARGETS = {"train": [1, 2, 0], "valid": [3], "test": [2, 2]}
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
 def rows(histories, targets, times=None):
@@ -172,15 +171,6 @@ def test_two_processes_load_at_once_and_quietly(tmp_path):
         out, err = rank.communicate(timeout=120)
         assert rank.returncode == 0, err
         assert out == "[3 3 0]\n" and "it/s" not in err and "examples" not in err
-
-
-def test_progress_bars_are_as_they_were(tmp_path):
-    folder = write(tmp_path / "d")
-    for disabled in (False, True):
-        (datasets.disable_progress_bars if disabled else datasets.enable_progress_bars)()
-        InteractionDataset.load(folder)
-        assert datasets.are_progress_bars_disabled() == disabled
-    datasets.enable_progress_bars()
 
 
 def test_write_refuses_existing_folder_and_empty_split(tmp_path):

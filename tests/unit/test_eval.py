@@ -11,7 +11,6 @@ import math
 import shutil
 from collections import Counter
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -41,7 +40,7 @@ def plain(run):
 @pytest.fixture
 def evaluate(run, tmp_path, monkeypatch):
     """Run the entry point with the usual flags and more; return exit code and output folder."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(distributed, "init", lambda *_: None)
     monkeypatch.setattr(distributed, "device", lambda: torch.device("cpu"))
 

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import datasets
 import huggingface_hub
 import numpy as np
 import pyarrow as pa
@@ -58,7 +57,7 @@ PATTERNS = ["d[12]", "d?", "*", "x::y", "d[!0]", "**", "simplecache::d1", "hf:::
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory, monkeypatch):
     folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(folder))
     return folder
 
 
@@ -108,7 +107,7 @@ def test_a_dataset_folder_is_read_whatever_its_name(tmp_path, name):
 
 
 def test_the_cache_may_have_such_a_name_too(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "c[ab]*::")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "c[ab]*::"))
     expected = write_data(tmp_path / "d", seed=2)
     test = InteractionDataset.load(tmp_path / "d").splits["test"]
     assert test.history(3).tolist() == expected[3]
@@ -154,7 +153,7 @@ def test_a_damaged_cache_is_made_anew(tmp_path, cache, damage):
 def test_a_cache_that_cannot_be_written_is_said_in_a_line(tmp_path, monkeypatch):
     write_data(tmp_path / "d", seed=3)
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "file"))
     with pytest.raises(UsageError, match="cannot write the cache .*set HF_DATASETS_CACHE"):
         InteractionDataset.load(tmp_path / "d")
 
@@ -253,7 +252,7 @@ def command(entry: str, *words: object) -> None:
         "PYTHONPATH": str(root),
         "DS_ACCELERATOR": "cpu",
         "CUDA_VISIBLE_DEVICES": "",
-        "HF_DATASETS_CACHE": str(datasets.config.HF_DATASETS_CACHE),
+        "HF_DATASETS_CACHE": os.environ["HF_DATASETS_CACHE"],
     }
     program = [sys.executable, str(root / "igd_ds" / f"{entry}.py"), *map(str, words)]
     done = subprocess.run(program, capture_output=True, text=True, env=environment, timeout=300)

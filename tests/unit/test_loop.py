@@ -186,6 +186,9 @@ class SmallTraining:
         self.validations = iter(values)
         self.saved, self.first = [], []
 
+    def facts(self) -> dict[str, str]:
+        return {"dataset": "small"}
+
     def micro_batches(self, first: int):
         self.first.append(first)
         for step in range(first, self.total_steps):

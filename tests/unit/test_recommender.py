@@ -8,7 +8,6 @@ import math
 import shutil
 import weakref
 
-import datasets
 import numpy as np
 import pytest
 import tiny_run
@@ -37,7 +36,7 @@ HISTORIES = [[1, 2], [0], [7, 7, 3, 9, 4], [5, 6], [8], [2, 4], [9, 1, 0]]
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        patch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
 
 

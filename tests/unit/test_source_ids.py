@@ -3,7 +3,6 @@
 import importlib.util
 import json
 
-import datasets
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -148,7 +147,7 @@ def test_files_of_ids_that_are_no_ids(tmp_path, column):
 def run(tmp_path_factory):
     """A run on a dataset whose source has other ids; its model ignores them."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        patch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield tiny_run.make(tmp_path_factory.mktemp("trained"), source_ids=SOURCE_IDS)
 
 
@@ -252,7 +251,7 @@ def test_mistaken_ids_are_refused(recommender, arguments, message):
 @pytest.fixture
 def entry(run, tmp_path, monkeypatch):
     """Run an entry point with flags; return the folder of what it wrote."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(distributed, "init", lambda *_: None)
     monkeypatch.setattr(distributed, "device", lambda: torch.device("cpu"))
     monkeypatch.setattr(baseline.signal, "signal", lambda *_: None)

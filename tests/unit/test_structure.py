@@ -31,9 +31,10 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 GROUPS = [
     {"errors", "process"},
     {"locks"},
+    {"ending"},
     {"config", "folders", "heartbeat", "memory"},
     {"distributed", "runlog", "run_folder", "contracts"},
-    {"items"},
+    {"items", "console"},
     {"backbones", "data", "engine"},
     {"objectives", "search", "baselines", "semantic_ids"},
     {"train_config", "eval_config", "baseline_config"},
@@ -41,6 +42,7 @@ GROUPS = [
     {"evaluation"},
     {"studies"},
     {"loop", "training_inputs"},
+    {"planning"},
     {"generative_training", "sequential_training"},
     {"preference"},
     {"train", "prefer", "eval", "baseline"},
@@ -170,7 +172,7 @@ def test_no_module_shadows_another():
     A child called `datasets` would hide the library of that name.
     """
     installed = set(packages_distributions())
-    assert {"torch", "datasets", "tokenizers", "yaml"} <= installed
+    assert {"torch", "transformers", "tokenizers", "yaml"} <= installed
     taken = sys.stdlib_module_names | installed | {"evaluate"}  # of Hugging Face, often installed
     assert not {part_of(path) for path in MODULES} & taken
 

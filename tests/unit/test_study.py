@@ -4,7 +4,6 @@ import dataclasses
 import json
 import shutil
 
-import datasets
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -41,9 +40,7 @@ def source(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(
-        datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "cache"
-    )
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
 @pytest.fixture

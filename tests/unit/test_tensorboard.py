@@ -13,7 +13,6 @@ import urllib.parse
 import urllib.request
 
 import chromium
-import datasets
 import pytest
 import tiny_run
 import torch
@@ -78,7 +77,7 @@ def runs(tmp_path_factory):
     train(other, igd_beta=0.5)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+        patch.setenv("HF_DATASETS_CACHE", str(folder / "cache"))
         patch.setattr(distributed, "init", lambda *_: None)
         patch.setattr(distributed, "device", lambda: torch.device("cpu"))
 

@@ -352,7 +352,7 @@ def test_rows_that_are_cut_are_counted():
         assert prompts.rows_kept(rows).tolist() == expected
         num_cut = sum(len(h) > kept for h, kept in zip(histories, expected, strict=True))
         line = prompts.describe_cuts(rows, 32)
-        assert line.startswith(f"prompts: {num_cut} of 5 rows of train cut to {budget} tokens")
+        assert line.startswith(f"{num_cut} of 5 rows of train cut to {budget} tokens")
         assert f"mean items kept {np.mean(expected):.2f} of 3.60" in line
         assert ("--max_title_tokens" in line) == bool(num_cut)
 
