@@ -49,6 +49,8 @@ class LoopState:
     """Step of the best validation."""
     stale: int = 0
     """Validations since the best one."""
+    behind: float = 0.0
+    """How far the last validation is behind the best, in units of the metric."""
     seconds: float = 0.0
     """Training time so far, validations and saving included."""
     dataset: str = ""
@@ -67,6 +69,7 @@ class LoopState:
 
         self.validated = self.step
         self.stale = 0 if improved else self.stale + 1
+        self.behind = 0.0 if improved or self.best is None else abs(value - self.best)
         if improved:
             self.best = value
             self.best_step = self.step
@@ -155,9 +158,11 @@ def fit(
             with watch.paused():
                 validate(engine, training, state, log)
                 state.seconds = time.perf_counter() - started
-                update_state(run / "checkpoints", dataclasses.asdict(state))
+                if state.step:
+                    update_state(run / "checkpoints", dataclasses.asdict(state))
         is_stale = bool(options.patience) and state.stale >= options.patience
-        if is_stale or state.step == total:
+        is_behind = bool(options.stop_margin) and state.behind > options.stop_margin
+        if is_stale or is_behind or state.step == total:
             break
 
         # Make one optimizer step.
@@ -201,6 +206,11 @@ def fit(
         say(
             f"validation has not improved {options.patience} time(s): stopped early at step "
             f"{state.step}"
+        )
+    elif is_behind:
+        say(
+            f"validation has fallen {state.behind:.4f} behind its best, more than --stop_margin "
+            f"{options.stop_margin}: stopped early at step {state.step}"
         )
     finish(training.validation_metric, options, run, state, log)
     return 0
