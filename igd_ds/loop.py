@@ -42,15 +42,13 @@ class LoopState:
     step: int = 0
     """Optimizer steps made."""
     validated: int = 0
-    """Step of the last validation."""
+    """Step of the last validation. With −1, the model before the first step is validated too."""
     best: float | None = None
     """Best value of the validation metric."""
     best_step: int | None = None
     """Step of the best validation."""
     stale: int = 0
     """Validations since the best one."""
-    behind: float = 0.0
-    """How far the last validation is behind the best, in units of the metric."""
     seconds: float = 0.0
     """Training time so far, validations and saving included."""
     dataset: str = ""
@@ -59,6 +57,8 @@ class LoopState:
     """The objective's own state."""
     log: dict[str, Any] = field(default_factory=dict)
     """`RunLog.mark` when the state was saved."""
+    behind: float = 0.0
+    """How far the last validation is behind the best, in units of the metric."""
 
     def note_validation(self, value: float, lower_is_better: bool) -> bool:
         """Record a validation at the present step; return whether it is the best so far."""

@@ -35,10 +35,6 @@ from igd_ds.preference.training import PreferenceTraining
 from igd_ds.run_folder import claim_run_folder, read_summary
 from igd_ds.training_inputs import build_model, record_base
 
-BEFORE_START = -1
-"""Step of a validation that never was: so the model at the start is validated, and kept as the best
-if no later one is better."""
-
 
 def main() -> int:
     """Run a preference training from the command line; return the exit code."""
@@ -65,7 +61,7 @@ def main() -> int:
     state = loop.resume(engine, training, run, tag, dataset, lora)
 
     if tag is None:
-        state.validated = BEFORE_START
+        state.validated = -1  # the model at the start is validated too: it may stay the best
 
     # What is prepared in parts lies on the disk, so a stop meanwhile needs no care.
     locks.end_at(signal.SIGUSR1, EXIT_REQUEUE)

@@ -164,9 +164,9 @@ class PreferenceTraining(ContinuedTraining):
         while step < self.total_steps:
             epoch = step // self.steps_per_epoch
             self._make_pairs(epoch)
-            end = min((epoch + 1) * self.steps_per_epoch, self.total_steps)
-            places = range(step - epoch * self.steps_per_epoch, end - epoch * self.steps_per_epoch)
-            yield from one_ahead(self._collate, self.rows_of(epoch)[places.start : places.stop])
+            begin = epoch * self.steps_per_epoch
+            end = min(begin + self.steps_per_epoch, self.total_steps)
+            yield from one_ahead(self._collate, self.rows_of(epoch)[step - begin : end - begin])
             step = end
 
     def _collate(self, rows: np.ndarray) -> list[PreferenceBatch]:
