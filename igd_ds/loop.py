@@ -47,7 +47,7 @@ class LoopState:
     step: int = 0
     """Optimizer steps made."""
     validated: int = 0
-    """Step of the last validation."""
+    """Step of the last validation. With −1, the model before the first step is validated too."""
     best: float | None = None
     """Best value of the validation metric."""
     best_step: int | None = None
@@ -62,6 +62,8 @@ class LoopState:
     """The objective's own state."""
     log: dict[str, Any] = field(default_factory=dict)
     """`RunLog.mark` when the state was saved."""
+    behind: float = 0.0
+    """How far the last validation is behind the best, in units of the metric."""
 
     def note_validation(self, value: float, lower_is_better: bool) -> bool:
         """Record a validation at the present step; return whether it is the best so far."""
@@ -72,6 +74,7 @@ class LoopState:
 
         self.validated = self.step
         self.stale = 0 if improved else self.stale + 1
+        self.behind = 0.0 if improved or self.best is None else abs(value - self.best)
         if improved:
             self.best = value
             self.best_step = self.step
@@ -188,9 +191,11 @@ def fit(
             with watch.paused():
                 validate(engine, training, state, log)
                 state.seconds = time.perf_counter() - started
-                update_state(run / "checkpoints", dataclasses.asdict(state))
+                if state.step:
+                    update_state(run / "checkpoints", dataclasses.asdict(state))
         is_stale = bool(options.patience) and state.stale >= options.patience
-        if is_stale or state.step == total:
+        is_behind = bool(options.stop_margin) and state.behind > options.stop_margin
+        if is_stale or is_behind or state.step == total:
             break
 
         # Make one optimizer step.
@@ -238,6 +243,11 @@ def fit(
         say(
             f"validation has not improved {options.patience} time(s): stopped early at step "
             f"{state.step}"
+        )
+    elif is_behind:
+        say(
+            f"validation has fallen {state.behind:.4f} behind its best, more than --stop_margin "
+            f"{options.stop_margin}: stopped early at step {state.step}"
         )
     finish(training.validation_metric, options, run, state, log)
     return 0

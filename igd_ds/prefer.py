@@ -3,8 +3,9 @@
     deepspeed igd_ds/prefer.py --ds_config ds_configs/zero2.json --dataset DATASET --model RUN \\
         --objective s-dpo --negatives sibling --num_negatives 5 --output_dir RUN2
 
-Parse → trained model, catalogue, reference → model → engine → pairs of items, with the reference's
-log-probabilities → the loop (igd_ds/loop.py) → RUN2/model, which everything takes that takes RUN.
+Parse → trained model, catalogue, reference → model → engine → pairs of items with the reference's
+log-probabilities (or, with --objective grpo, groups of items that each step searches) → the loop
+(igd_ds/loop.py) → RUN2/model, which everything takes that takes RUN.
 """
 
 import json
@@ -27,7 +28,8 @@ from igd_ds.distributed import say
 from igd_ds.engine.build import initialize
 from igd_ds.engine.checkpoint import check_disk_space, newest_checkpoint
 from igd_ds.engine.ds_config import DsConfig, resolve_ds_config
-from igd_ds.prefer_config import PreferConfig
+from igd_ds.prefer_config import GRPO, PreferConfig
+from igd_ds.preference.policy import PolicyTraining
 from igd_ds.preference.start import Start, load_start
 from igd_ds.preference.training import PreferenceTraining
 from igd_ds.run_folder import claim_run_folder, read_summary
@@ -50,14 +52,18 @@ def main() -> int:
         return 0
 
     # Build what is trained, then go on from the newest checkpoint or begin.
-    training = PreferenceTraining(config, run, start, ds)
-    distributed.on_main(lambda: training.pair_maker.claim(tag is not None))
+    kind = PolicyTraining if config.objective == GRPO else PreferenceTraining
+    training = kind(config, run, start, ds)
+    distributed.on_main(lambda: training.claim(tag is not None))
     model = build_model(start.options, config.seed, ds, start.inputs)
     engine = initialize(model, config, ds, training.total_steps)
     lora, dataset = bool(start.options.lora_r), start.inputs.dataset.fingerprint
     state = loop.resume(engine, training, run, tag, dataset, lora)
 
-    # Finished parts of the pairs lie on the disk, so a stop needs no preparation.
+    if tag is None:
+        state.validated = -1  # the model at the start is validated too: it may stay the best
+
+    # What is prepared in parts lies on the disk, so a stop meanwhile needs no care.
     locks.end_at(signal.SIGUSR1, EXIT_REQUEUE)
     locks.end_at(signal.SIGTERM, 128 + signal.SIGTERM)
     training.begin(engine, state.step)

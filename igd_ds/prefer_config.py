@@ -9,11 +9,20 @@ from igd_ds.config.options import option, require
 from igd_ds.config.training import LoopOptions
 from igd_ds.data.negatives import BEAM, NEGATIVES
 from igd_ds.errors import UsageError
+from igd_ds.objectives.policy import REWARDS
 from igd_ds.objectives.preference import PREFERENCES
 from igd_ds.train_config import VALIDATION_METRICS
 
+GRPO = "grpo"
+OBJECTIVES = (*PREFERENCES, GRPO)
 AUTO = "auto"
 ADAPTER_OFF = "adapter-off"
+
+OF_PREFERENCE = ("negatives", "num_negatives", "sft_weight")
+"""Settings that --objective grpo lacks."""
+
+OF_POLICY = ("group_size", "reward", "token_credit")
+"""Settings that only --objective grpo has."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,8 +30,10 @@ class PreferConfig(TuningOptions, LoopOptions):
     """One preference training of a trained recommender."""
 
     model: str = option("the trained model to begin with: RUN or RUN/model of igd train")
-    objective: str = option("what the training minimises", "s-dpo", tuple(PREFERENCES))
-    beta: float = option("β: how strongly the model is held to the reference", 0.1)
+    objective: str = option("what the training minimises", "s-dpo", OBJECTIVES)
+    beta: float | None = option(
+        "β: how strongly the model is held to the reference; default: 0.1, of grpo 0.001", None
+    )
     negatives: str = option(
         "rejected items: random, by popularity, those that share the longest prefix with the "
         "target (sibling), or the model's own best list without the target, refreshed every "
@@ -32,6 +43,18 @@ class PreferConfig(TuningOptions, LoopOptions):
     )
     num_negatives: int = option("rejected items per row", 3)
     sft_weight: float = option("weight of the chosen item's mean NLL, added to the loss", 0.0)
+    group_size: int = option("G of grpo: items that the beam search finds for each row", 16)
+    reward: str = option(
+        f"reward of grpo: {', '.join(REWARDS)}, or module:function, called as "
+        "reward(history, target, item) with the source's ids",
+        "rule",
+    )
+    token_credit: str = option(
+        "an item's advantage in grpo goes to its tokens alike (equal), or by their normalised "
+        "information gain (gain)",
+        "equal",
+        ("equal", "gain"),
+    )
     softmax: str = option(
         "item probabilities by the softmax over the full vocabulary, or masked: over the trie's "
         "next tokens; auto: as the model was trained",
@@ -62,9 +85,19 @@ class PreferConfig(TuningOptions, LoopOptions):
         LoopOptions.check(self)
         require(self, "beta", lambda value: 0 < value < math.inf, "must be positive and finite")
         require(self, "num_negatives", lambda value: value >= 1, "must be at least 1")
+        require(self, "group_size", lambda value: value >= 2, "must be at least 2")
         require(
             self, "sft_weight", lambda value: 0 <= value < math.inf, "must not be negative, finite"
         )
+        for name in OF_PREFERENCE if self.objective == GRPO else OF_POLICY:
+            if getattr(self, name) != getattr(PreferConfig, name):
+                raise UsageError(f"--{name} has no effect with --objective {self.objective}")
+
+    def strength(self) -> float:
+        """Return β, or its default for the objective."""
+        if self.beta is not None:
+            return self.beta
+        return 1e-3 if self.objective == GRPO else 0.1
 
 
 def model_folder(name: str, flag: str) -> Path:

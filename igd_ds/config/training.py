@@ -42,6 +42,9 @@ class LoopOptions(ProcessOptions):
     patience: int = option(
         "validations without improvement before training stops; 0: never stop early", 1
     )
+    stop_margin: float = option(
+        "training stops when a validation is this far behind the best one; 0: never", 0.0
+    )
     save_every: int = option("optimizer steps between checkpoints; 0: after each validation", 0)
     keep_checkpoints: int = option("newest checkpoints to keep", 2)
     resume: str = option(
@@ -66,7 +69,8 @@ class LoopOptions(ProcessOptions):
         require(self, at_least_1, lambda value: value >= 1, "must be at least 1")
         require(
             self,
-            "weight_decay max_steps seed validate_every validation_rows patience save_every",
+            "weight_decay max_steps seed validate_every validation_rows patience stop_margin "
+            "save_every",
             lambda value: 0 <= value < math.inf,
             "must not be negative, and finite",
         )

@@ -140,3 +140,12 @@ def check_negatives(leaves: LeafTable, name: str, number: int) -> None:
             f"--num_negatives {number} of --negatives {name}: beside a target {where} {most} items "
             "with a token path of their own; lower it"
         )
+
+
+def check_group(leaves: LeafTable, size: int) -> None:
+    """Raise UsageError if a group would have more items than the catalogue has."""
+    if size > len(leaves.leaf):
+        raise UsageError(
+            f"--group_size {size}: the catalogue has {len(leaves.leaf)} items with a token path of "
+            "their own; lower it"
+        )

@@ -11,10 +11,14 @@ import torch
 from igd_ds import distributed
 from igd_ds.config.search import Limits, ScoringOptions
 from igd_ds.data.batches import Collator
+from igd_ds.evaluation.parts import batches_of
 from igd_ds.items.search_trie import SearchTrie
 from igd_ds.preference.start import Start
 from igd_ds.search.engine import SearchResult, search
 from igd_ds.search.scoring import Scoring
+
+SEARCH_ROWS = 64
+"""Rows that are searched at once: their passes through the model are shared. Assumed."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +38,22 @@ class LiveSearch:
         scoring = Scoring.build(stored.trie, stored.gain, ScoringOptions(), start.likelihood)
         return cls(start, collator, SearchTrie.build(stored.trie), scoring)
 
-    @torch.no_grad()
-    def __call__(self, engine: Any, rows: np.ndarray, num_beams: int) -> SearchResult:
-        """Return the best items of training rows (B,) at α = 0; a masked row stands for row 0.
+    def leaves(self, engine: Any, rows: np.ndarray, num_beams: int) -> np.ndarray:
+        """Return the best leaves of training rows (R,), best first, int64 (R, num_beams).
 
-        Under ZeRO-3 every rank must call it, with at least one row.
+        Under ZeRO-3 every rank must call it, with the same number of rows.
+        """
+        found = [
+            self.search(engine, batch, num_beams).leaves[0]
+            for batch in batches_of(rows, SEARCH_ROWS)
+        ]
+        return torch.cat(found).long().numpy()
+
+    @torch.no_grad()
+    def search(self, engine: Any, rows: np.ndarray, num_beams: int) -> SearchResult:
+        """Search for training rows (B,) at α = 0; a masked row stands for row 0.
+
+        Under ZeRO-3 every rank must call it.
         """
         split, prompts = self.collator.split, self.collator.prompts
         # Under ZeRO-3 every forward pass is a collective: ranks go on until the last search ends.

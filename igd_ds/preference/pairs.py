@@ -21,17 +21,15 @@ import pyarrow as pa
 import torch
 
 from igd_ds import distributed
-from igd_ds.backbones.saved import describe, hashes_of
-from igd_ds.config.model import ModelSource
-from igd_ds.contracts import MASKED_ROW, Batch, ObjectiveContext
-from igd_ds.data.batches import Collator
+from igd_ds.backbones.saved import hashes_of
+from igd_ds.contracts import MASKED_ROW
 from igd_ds.data.negatives import BEAM, NEGATIVES
 from igd_ds.errors import UsageError
 from igd_ds.evaluation.parts import batches_of, read_part, remove_damaged, write_part
 from igd_ds.folders import differing, read_json_object, remove_temporaries, write_json
-from igd_ds.objectives.preference import ItemLikelihood, per_item
 from igd_ds.prefer_config import PreferConfig
 from igd_ds.preference.live_search import LiveSearch
+from igd_ds.preference.scorer import ItemScorer
 from igd_ds.preference.start import Start
 
 PART_ROWS = 256
@@ -50,28 +48,6 @@ class Pairs:
     reference: np.ndarray | None
     """float32 (R, 1 + J), log π_ref of these items, nats; None where the adapter is switched off
     instead."""
-
-
-@dataclass(frozen=True)
-class ItemScorer:
-    """The log-probabilities of a batch's tokens under one model and one softmax."""
-
-    start: Start
-    collator: Collator
-    """Puts items behind the prompts of training rows."""
-    measure: ItemLikelihood
-    context: ObjectiveContext
-
-    def nll(self, model: Any, batch: Batch) -> torch.Tensor:
-        """Return −log p of the labelled tokens, nats, float32 (n,); the batch is on the device."""
-        logits = self.start.inputs.backbone.label_logits(model, batch)
-        return self.measure.nll(batch, logits, self.context)
-
-    @torch.no_grad()
-    def logprobs(self, model: Any, rows: np.ndarray, items: np.ndarray) -> np.ndarray:
-        """Return log π of the items behind the prompts of rows (B,), float32 (B, 1 + J)."""
-        batch = self.collator.branches(rows, items).to(distributed.device())
-        return -per_item(self.nll(model, batch), batch).view(items.shape).cpu().numpy()
 
 
 @dataclass(frozen=True)
@@ -134,56 +110,43 @@ class PairMaker:
             UsageError: a stored part holds a negative that equals its target.
         """
         folder = self.folder / f"epoch-{epoch:04d}"
-        parts = batches_of(rows, PART_ROWS)
+        parts = np.array_split(rows, -(-len(rows) // PART_ROWS))
         paths = [folder / f"part-{number:09d}.parquet" for number in range(len(parts))]
         missing = distributed.on_main(lambda: _missing(folder, paths))
 
-        reference = None
-        if missing and self.start.reference is not None:
-            reference = self._load_reference(self.start.reference)
+        reference = self.start.load_reference(self.config, self.dtype) if missing else None
         world, rank = distributed.world_size(), distributed.rank()
         for turn in range(0, len(missing), world):
             # All ranks search together: one that is left without a part repeats the last one.
             number = missing[min(turn + rank, len(missing) - 1)]
-            items = self._items(engine, parts[number], [self.config.seed, epoch, number])
+            seed = [self.config.seed, epoch, number]
+            items = self._items(engine, parts[number], len(parts[0]), seed)
             if turn + rank < len(missing):
                 write_part(paths[number], self._part(parts[number], items, reference))
         distributed.barrier()
         return self._read(paths)
 
-    def _load_reference(self, folder: Path) -> torch.nn.Module:
-        """Load the reference, whole on every rank."""
-        source = ModelSource(
-            model=str(folder),
-            dataset=self.config.dataset,
-            dtype=str(self.dtype).removeprefix("torch."),
-            trust_remote_code=self.config.trust_remote_code,
-        )
-        load_in_4bit = describe(folder)["load_in_4bit"]
-        return self.start.inputs.backbone.load(source, load_in_4bit, distributed.device())
+    def _items(self, engine: Any, rows: np.ndarray, size: int, seed: list[int]) -> np.ndarray:
+        """Return the target and the negatives of rows (B,), int32 (B, 1 + J).
 
-    def _items(self, engine: Any, rows: np.ndarray, seed: list[int]) -> np.ndarray:
-        """Return the target and the negatives of rows (B,), int32 (B, 1 + J)."""
+        Args:
+            engine: around the model in training.
+            rows: of a part.
+            size: rows of the largest part.
+            seed: of what is drawn.
+        """
         leaves, number = self.start.leaves, self.config.num_negatives
         targets = self.scorer.collator.split.targets[rows]
         if self.config.negatives == BEAM:
-            leaves_found = self._best_leaves(engine, rows)
-            negatives = without_target(leaves_found, targets, self.start)
+            # Ranks that search together need parts of one size; these differ by one row at most.
+            filled = np.append(rows, rows[-1:])[:size]
+            found = self.live_search.leaves(engine, filled, 1 + number)[: len(rows)]
+            negatives = without_target(found, targets, self.start)
         else:
             generator = np.random.default_rng(seed)
             draw = NEGATIVES[self.config.negatives]
             negatives = leaves.item[draw(leaves, targets, number, generator)]
         return np.concatenate([targets[:, None], negatives], axis=1).astype(np.int32)
-
-    def _best_leaves(self, engine: Any, rows: np.ndarray) -> np.ndarray:
-        """Return the best leaves of rows (B,) for the model in training, int32 (B, 1 + J)."""
-        # Under ZeRO-3 the ranks search together: they make equally many searches for every part.
-        batches = batches_of(rows, self.micro_batch)
-        idle = -(-PART_ROWS // self.micro_batch) - len(batches)
-        width = 1 + self.config.num_negatives
-        searches = [*batches, *[rows[:1]] * idle]
-        found = [self.live_search(engine, batch, width).leaves[0] for batch in searches]
-        return torch.cat(found[: len(batches)]).numpy()
 
     def _part(self, rows: np.ndarray, items: np.ndarray, reference: Any) -> pa.Table:
         """Return the stored form of a part; `reference` is a model, or None."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from igd_ds import distributed
 from igd_ds.backbones import backbone_of, read_model_config
@@ -24,13 +25,13 @@ from igd_ds.config.model import ModelOptions, ModelSource, TuningOptions
 from igd_ds.contracts import Likelihood
 from igd_ds.data.cut_titles import with_cut_titles
 from igd_ds.data.dataset import InteractionDataset
-from igd_ds.data.negatives import LeafTable, check_negatives
+from igd_ds.data.negatives import LeafTable, check_group, check_negatives
 from igd_ds.data.prompts import Template
 from igd_ds.distributed import say
 from igd_ds.errors import UsageError
 from igd_ds.folders import read_json_object
 from igd_ds.items.store import StoredCatalogue, load_catalogue
-from igd_ds.prefer_config import ADAPTER_OFF, AUTO, PreferConfig, model_folder
+from igd_ds.prefer_config import ADAPTER_OFF, AUTO, GRPO, PreferConfig, model_folder
 from igd_ds.training_inputs import Inputs, packing_of
 
 AS_TRAINED = ("prompt", "max_length", "max_title_tokens", "item_kind")
@@ -55,6 +56,24 @@ class Start:
     reference: Path | None
     """RUN/model of the reference; None: the model with its adapter switched off."""
 
+    def load_reference(self, config: PreferConfig, dtype: torch.dtype) -> torch.nn.Module | None:
+        """Load the reference, whole on every rank; None if the adapter is switched off instead.
+
+        Args:
+            config: names the dataset.
+            dtype: the training's, so that both models are rounded alike.
+        """
+        if self.reference is None:
+            return None
+        source = ModelSource(
+            model=str(self.reference),
+            dataset=config.dataset,
+            dtype=str(dtype).removeprefix("torch."),
+            trust_remote_code=config.trust_remote_code,
+        )
+        load_in_4bit = describe(self.reference)["load_in_4bit"]
+        return self.inputs.backbone.load(source, load_in_4bit, distributed.device())
+
 
 def load_start(config: PreferConfig) -> Start:
     """Read and check everything but the weights.
@@ -74,7 +93,10 @@ def load_start(config: PreferConfig) -> Start:
     stored = load_catalogue(folder / "catalogue", tokenizer, dataset)
     template = Template.from_dict(description["prompt"], f"{folder}/{DESCRIPTION_FILE}")
     leaves = LeafTable.build(stored.trie)
-    check_negatives(leaves, config.negatives, config.num_negatives)
+    if config.objective == GRPO:
+        check_group(leaves, config.group_size)
+    else:
+        check_negatives(leaves, config.negatives, config.num_negatives)
 
     # The model.
     model_config = read_model_config(origin.name, config.trust_remote_code, origin.revision)

@@ -5,7 +5,6 @@ Letters in shapes: B rows of a micro-batch, J rejected items of a row, n labelle
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,30 +13,17 @@ from typing import Any
 import numpy as np
 import torch
 
-import igd_ds
 from igd_ds import distributed
-from igd_ds.backbones.saved import write_manifest
-from igd_ds.contracts import MASKED_ROW, Batch, LossTerms, ObjectiveContext, StepTotals
-from igd_ds.data.batches import Collator, TokenColumns, steps_per_epoch
+from igd_ds.contracts import MASKED_ROW, Batch, LossTerms, StepTotals
 from igd_ds.data.negatives import BEAM
-from igd_ds.data.prompts import PromptBuilder
-from igd_ds.engine.ds_config import DsConfig, dtype_of
-from igd_ds.engine.export import save_model
+from igd_ds.engine.ds_config import DsConfig
 from igd_ds.engine.step import StepSums
-from igd_ds.evaluation.validation import ValidationTask
-from igd_ds.generative_training import (
-    base_of_run,
-    one_ahead,
-    ratio,
-    row_order,
-    save_extras,
-    validated,
-)
-from igd_ds.items.search_trie import SearchTrie
-from igd_ds.objectives.preference import PREFERENCES, ItemLikelihood, choice_kl, per_item
+from igd_ds.generative_training import one_ahead, ratio
+from igd_ds.objectives.preference import PREFERENCES, choice_kl, per_item
 from igd_ds.prefer_config import PreferConfig
-from igd_ds.preference.live_search import LiveSearch
-from igd_ds.preference.pairs import ItemScorer, PairMaker, Pairs
+from igd_ds.preference.continued import ContinuedTraining
+from igd_ds.preference.pairs import PairMaker, Pairs
+from igd_ds.preference.scorer import ItemScorer
 from igd_ds.preference.start import Start
 
 TARGETS = ("preference", "sft")
@@ -92,7 +78,8 @@ class PreferenceLoss:
         batch = batch.to(distributed.device())
         reference = batch.reference
         if reference is None:
-            reference = self._adapter_off(engine, batch)
+            nll = self.scorer.reference_nll(engine, None, batch.branches)
+            reference = -per_item(nll, batch.branches).view(len(batch.is_row), -1)
 
         # Masked rows have log-probability 0 under both models.
         nll = self.scorer.nll(engine, batch.branches)
@@ -118,78 +105,40 @@ class PreferenceLoss:
             }
         return LossTerms(numerators, is_row.sum().repeat(len(TARGETS)), nll.detach(), statistics)
 
-    @torch.no_grad()
-    def _adapter_off(self, engine: Any, batch: PreferenceBatch) -> torch.Tensor:
-        """Return log π_ref of the items by the weights below the adapter, float32 (B, 1 + J)."""
-        engine.eval()
-        with engine.module.disable_adapter():
-            nll = self.scorer.nll(engine, batch.branches)
-        engine.train()
-        return -per_item(nll, batch.branches).view(len(batch.is_row), -1)
-
     def update(self, totals: StepTotals) -> Mapping[str, float]:
         """Do nothing: the loss has no state."""
         return {}
 
 
-class PreferenceTraining:
+class PreferenceTraining(ContinuedTraining):
     """One preference training of a trained model (contracts.Training).
 
     Call `begin` once, when the engine is there and a checkpoint is loaded.
-
-    Args:
-        config: the run's settings.
-        run: the run folder; its catalogue/ is there.
-        start: the model to begin with.
-        ds: the resolved DeepSpeed configuration.
-
-    Raises:
-        UsageError: the longest item leaves no room for a prompt.
     """
 
-    normalization = "global"
     tags: Mapping[str, str] = TAGS
 
     def __init__(self, config: PreferConfig, run: Path, start: Start, ds: DsConfig):
-        self.config, self.run, self.start = config, run, start
-        self.micro_batch = ds["train_micro_batch_size_per_gpu"]
-        self.validation_metric = config.validation_metric
-        self.lower_is_better = config.validation_metric == "nll"
-        inputs, stored = start.inputs, start.stored
-        train, valid = inputs.dataset.splits["train"], inputs.dataset.splits["valid"]
-        self.steps_per_epoch = steps_per_epoch(len(train), config.global_batch_size)
-        self.total_steps = config.epochs * self.steps_per_epoch
-        if config.max_steps:
-            self.total_steps = min(self.total_steps, config.max_steps)
-
-        # What turns rows into batches. Tokens have no weights here.
-        catalogue = stored.catalogue
-        budget = start.options.max_length - catalogue.max_length
-        prompts = PromptBuilder.build(
-            inputs.template, inputs.tokenizer, inputs.dataset, catalogue.kind, budget
-        )
-        columns = TokenColumns.build(stored, np.ones((len(catalogue.token_ids), 1), np.float32))
-        pad, encoder_decoder = inputs.tokenizer.pad_token_id, inputs.model_config.is_encoder_decoder
-        as_tree = inputs.packing == "tree"
-        self.collator = Collator(train, prompts, columns, pad, encoder_decoder, as_tree)
-        self.order = row_order(inputs, train, prompts, columns, length_grouping=True)
-
-        context = ObjectiveContext(
-            stored, SearchTrie.build(stored.trie, distributed.device()), config.dataset
-        )
-        measure = ItemLikelihood(start.likelihood)
-        scorer = ItemScorer(start, self.collator, measure, context)
-        live_search = LiveSearch.build(start, self.collator)
+        super().__init__(config, run, start, ds)
         self.pair_maker = PairMaker(
-            config, run / "pairs", start, scorer, live_search, self.micro_batch, dtype_of(ds)
+            config,
+            run / "pairs",
+            start,
+            self.scorer,
+            self.live_search,
+            self.micro_batch,
+            self.dtype,
         )
-        self.loss = PreferenceLoss(scorer, config.objective, config.beta, config.sft_weight)
-        valid_rows = dataclasses.replace(self.collator, split=valid)
-        self.validation = ValidationTask(inputs.backbone, measure, context, valid_rows)
-
+        self.loss = PreferenceLoss(
+            self.scorer, config.objective, config.strength(), config.sft_weight
+        )
         self.engine: Any = None
         self.pairs: Pairs
         self.pairs_of: int | None = None
+
+    def claim(self, is_begun: bool) -> None:
+        """Check what the run folder keeps of an earlier start, see `PairMaker.claim`. Rank 0."""
+        self.pair_maker.claim(is_begun)
 
     def begin(self, engine: Any, step: int) -> None:
         """Take note of the engine and make the pairs of step `step`; all ranks call it."""
@@ -202,12 +151,9 @@ class PreferenceTraining:
         made_in = epoch if self.config.negatives == BEAM else 0
         if self.pairs_of == made_in:
             return
-        rows = np.unique(self._order(made_in)[: self.total_steps - made_in * self.steps_per_epoch])
+        rows = np.unique(self.rows_of(made_in)[: self.total_steps - made_in * self.steps_per_epoch])
         self.pairs = self.pair_maker.make(self.engine, made_in, rows[rows != MASKED_ROW])
         self.pairs_of = made_in
-
-    def _order(self, epoch: int) -> np.ndarray:
-        return self.order.epoch(self.config.global_batch_size, self.config.seed, epoch)
 
     def micro_batches(self, first: int) -> Iterator[list[PreferenceBatch]]:
         """Yield this rank's micro-batches of steps `first`, `first` + 1, …
@@ -218,15 +164,14 @@ class PreferenceTraining:
         while step < self.total_steps:
             epoch = step // self.steps_per_epoch
             self._make_pairs(epoch)
-            end = min((epoch + 1) * self.steps_per_epoch, self.total_steps)
-            places = range(step - epoch * self.steps_per_epoch, end - epoch * self.steps_per_epoch)
-            yield from one_ahead(self._collate, self._order(epoch)[places.start : places.stop])
+            begin = epoch * self.steps_per_epoch
+            end = min(begin + self.steps_per_epoch, self.total_steps)
+            yield from one_ahead(self._collate, self.rows_of(epoch)[step - begin : end - begin])
             step = end
 
     def _collate(self, rows: np.ndarray) -> list[PreferenceBatch]:
         """Return this rank's micro-batches of a global batch (G,)."""
-        rank, world = distributed.rank(), distributed.world_size()
-        return [self._batch(part) for part in self.order.deal(rows, rank, world, self.micro_batch)]
+        return [self._batch(part) for part in self.own_parts(rows)]
 
     def _batch(self, rows: np.ndarray) -> PreferenceBatch:
         real, is_row = np.maximum(rows, 0), rows != MASKED_ROW
@@ -254,31 +199,3 @@ class PreferenceTraining:
             "speed/tokens_per_second": found["input_tokens"] / seconds,
             "speed/rows_per_second": rows / seconds,
         }
-
-    def validate(self, engine: Any) -> dict[str, float]:
-        """Measure the validation metric on a seeded sample of the validation rows."""
-        return validated(engine, self.validation, self.validation_metric, self.config)
-
-    def save(self, engine: Any) -> None:
-        """Save RUN/model, like a run of igd train."""
-        save_model(engine, self.run / "model", bool(self.start.options.lora_r), self._save_extras)
-
-    def _save_extras(self, folder: Path) -> None:
-        save_extras(folder, self.run, self.start.inputs.tokenizer, self.description())
-        write_manifest(folder)
-
-    def description(self) -> dict[str, Any]:
-        """Return what an evaluation needs beside Hugging Face's own files."""
-        return dict(self.start.description) | {
-            "base": base_of_run(self.run),
-            "likelihood": dataclasses.asdict(self.start.likelihood),
-            "load_in_4bit": self.start.options.load_in_4bit,
-            "version": igd_ds.__version__,
-        }
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return {}: the loss has no state."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Do nothing: the loss has no state."""

@@ -1,4 +1,4 @@
-"""Preference training on two DeepSpeed ranks: it resumes bit-identically, at any stage."""
+"""igd prefer on two DeepSpeed ranks: it resumes bit-identically, at any stage."""
 
 import json
 import os
@@ -66,6 +66,8 @@ def flags_of(world, model: Path, run: Path, stage: int, **settings) -> list[str]
 
 
 BEAM = {"objective": "s-dpo", "negatives": "beam", "num_negatives": 4}
+GRPO = {"objective": "grpo", "reward": "rank", "token_credit": "gain", "group_size": 6, "seed": 1}
+GRPO |= {"max_steps": 3, "global_batch_size": 20, "validate_every": 2}
 # name: (model, stage, settings, epochs whose pairs are stored, whether log π_ref is stored)
 KINDS = {
     "stage 1 sibling": ("full", 1, {"negatives": "sibling", "sft_weight": 0.1}, 1, True),
@@ -115,6 +117,41 @@ def test_a_stopped_run_resumes_bit_identically(world, trained, tmp_path, monkeyp
     check_use(world, whole, "lora_r" in settings)
 
 
+@pytest.mark.parametrize(("model", "settings"), [
+    ("full", GRPO), ("full", GRPO | {"lora_r": 4, "lora_dropout": 0.0, "token_credit": "equal"}),
+], ids=["all weights", "adapter"])  # fmt: skip
+def test_groups_of_the_live_search_resume_bit_identically(
+    world, trained, tmp_path, model, settings
+):
+    """Under ZeRO-3 the ranks search together; a resumed run finds the same groups."""
+    whole, stopped, log = tmp_path / "whole", tmp_path / "stopped", tmp_path / "log"
+    stage = 2 if "lora_r" in settings else 3
+    settings = settings | {"ds_config": world.ds_config(stage, micro=5)}
+    flags = flags_of(world, trained[model], whole, stage, **settings)
+    ranks.run(2, log, ranks.entry, *prefer(flags))
+
+    flags = flags_of(world, trained[model], stopped, stage, **settings, resume="auto")
+    processes = ranks.start(2, log, ranks.entry, *prefer(flags))
+    while not list(stopped.glob("checkpoints/step-*/manifest.json")):
+        time.sleep(0.01)
+        assert any(p.is_alive() for p in processes), log.read_text()
+    os.kill(processes[0].pid, signal.SIGUSR1)
+    assert ranks.wait(processes) == [85, 85], log.read_text()
+    assert "resumed" in ranks.run(2, log, ranks.entry, *prefer(flags))
+
+    first, second = weights(whole), weights(stopped)
+    assert first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
+    tags = ("train/loss", "train/kl", "train/reward", "train/groups_with_target", "valid/ndcg@10")
+    for tag in tags:
+        assert metrics(whole, tag) == metrics(stopped, tag)
+    assert metrics(whole, "train/kl")[0] == pytest.approx(0, abs=1e-6)
+    assert len(metrics(whole, "valid/ndcg@10")) == 3, "before step 1, after 2 and 3"
+    assert max(metrics(whole, "train/groups_with_target")) > 0 < metrics(whole, "train/kl")[-1]
+    assert min(metrics(whole, "speed/rollout_seconds")) > 0
+    assert min(metrics(whole, "speed/update_seconds")) > 0
+    check_use(world, whole, "lora_r" in settings)
+
+
 def check_pairs(run: Path, num_epochs: int, num_negatives: int, is_stored: bool) -> None:
     """Check the stored pairs: negatives are different and never the target."""
     folders = sorted(path.name for path in (run / "pairs").glob("epoch-*"))
@@ -148,6 +185,7 @@ def test_what_cannot_work_is_refused_before_anything_starts(world, trained, tmp_
     cases = [
         ({"reference": "adapter-off"}, "there is no adapter to switch off"),
         ({"reference": str(trained["lora"])}, "does not belong to --model.*likelihood"),
+        ({"objective": "grpo", "group_size": 1000}, "--group_size 1000: the catalogue has"),
         ({"num_negatives": 1000}, "the catalogue has .* items"),
         ({"model": str(other)}, "no model of igd train"),
         ({"model": str(trained["lora"]), "lora_r": 4}, "is an adapter already"),

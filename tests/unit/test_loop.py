@@ -273,6 +273,24 @@ def test_a_run_stops_early_when_the_validation_gets_no_better(tmp_path, stop, pa
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["step"] == steps
 
 
+@pytest.mark.parametrize(("margin", "steps"), [(0.5, 8), (2.5, 8), (3.5, 12), (0.0, 12)])
+def test_a_run_stops_when_a_validation_is_too_far_behind_the_best(tmp_path, stop, margin, steps):
+    training = SmallTraining([3.0, 2.0, 2.25, 5.0, 2.5, 2.2])
+    code, state = fit(tmp_path / "run", training, stop, stop_margin=margin, validate_every=2)
+    assert code == 0 and state.step == steps and training.saved == [2, 4]
+    assert (state.best, state.best_step) == (2.0, 4)
+    assert state.behind == (3.0 if steps == 8 else pytest.approx(0.2))
+
+
+def test_the_model_before_the_first_step_may_be_the_best(tmp_path, stop):
+    training, run = SmallTraining([1.0, 3.0, 2.0, 1.5]), tmp_path / "run"
+    run.mkdir()
+    state = LoopState(validated=-1)
+    assert loop.fit(SmallEngine(), training, options(run), run, state, stop) == 0
+    assert logged(run, "valid/nll") == [(0, 1.0), (4, 3.0), (8, 2.0), (12, 1.5)]
+    assert training.saved == [0] and (state.best, state.best_step) == (1.0, 0)
+
+
 def test_a_stopped_run_saves_and_goes_on_to_the_bit(tmp_path, stop):
     values = [3.0, 2.0, 1.0]
     whole = SmallEngine()

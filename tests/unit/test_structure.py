@@ -210,12 +210,13 @@ def test_every_name_of_a_table_is_in_the_readme():
     from igd_ds.data.sources import SOURCES
     from igd_ds.items.decisiveness import INFORMATION_GAIN, MEASURES
     from igd_ds.objectives import OBJECTIVES
+    from igd_ds.prefer_config import OBJECTIVES as PREFERENCES
     from igd_ds.search.scoring import DECODING_RULES
     from igd_ds.semantic_ids.quantizers import QUANTIZERS
 
     readme = (ROOT / "README.md").read_text()
     measures = set(MEASURES) - {INFORMATION_GAIN}  # the default, which has a whole page
-    for name in [*OBJECTIVES, *DECODING_RULES, *SOURCES, *QUANTIZERS, *measures]:
+    for name in [*OBJECTIVES, *PREFERENCES, *DECODING_RULES, *SOURCES, *QUANTIZERS, *measures]:
         assert f"`{name}`" in readme, f"{name} is not in the README"
     for name in PRESETS:
         assert re.search(rf"`{name}`|--preset {name}\b", readme), (
