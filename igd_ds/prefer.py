@@ -25,9 +25,10 @@ from igd_ds import distributed, locks, loop
 from igd_ds.backbones.saved import BASE_FILE
 from igd_ds.config.options import parse
 from igd_ds.distributed import say
-from igd_ds.engine.build import initialize
+from igd_ds.engine.build import initialize, keep_log
 from igd_ds.engine.checkpoint import check_disk_space, newest_checkpoint
 from igd_ds.engine.ds_config import DsConfig, resolve_ds_config
+from igd_ds.evaluation.model_card import write_model_card
 from igd_ds.prefer_config import GRPO, PreferConfig
 from igd_ds.preference.policy import PolicyTraining
 from igd_ds.preference.start import Start, load_start
@@ -55,8 +56,10 @@ def main() -> int:
     kind = PolicyTraining if config.objective == GRPO else PreferenceTraining
     training = kind(config, run, start, ds)
     distributed.on_main(lambda: training.claim(tag is not None))
+    keep_log(run)
     model = build_model(start.options, config.seed, ds, start.inputs)
     engine = initialize(model, config, ds, training.total_steps)
+    loop.say_header(engine, training, config, ds)
     lora, dataset = bool(start.options.lora_r), start.inputs.dataset.fingerprint
     state = loop.resume(engine, training, run, tag, dataset, lora)
 
@@ -67,7 +70,11 @@ def main() -> int:
     locks.end_at(signal.SIGUSR1, EXIT_REQUEUE)
     locks.end_at(signal.SIGTERM, 128 + signal.SIGTERM)
     training.begin(engine, state.step)
-    return loop.fit(engine, training, config, run, state, loop.StopRequest(), lora)
+    code = loop.fit(engine, training, config, run, state, loop.StopRequest(), lora)
+    if code == 0:
+        # The best validation is known now.
+        distributed.on_main(lambda: write_model_card(run, run / "model"))
+    return code
 
 
 def open_run_folder(

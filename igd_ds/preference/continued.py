@@ -18,6 +18,7 @@ from igd_ds.data.batches import Collator, TokenColumns, steps_per_epoch
 from igd_ds.data.prompts import PromptBuilder
 from igd_ds.engine.ds_config import DsConfig, dtype_of
 from igd_ds.engine.export import save_model
+from igd_ds.evaluation.model_card import write_model_card
 from igd_ds.evaluation.validation import ValidationTask
 from igd_ds.generative_training import base_of_run, row_order, save_extras, validated
 from igd_ds.items.search_trie import SearchTrie
@@ -79,6 +80,18 @@ class ContinuedTraining:
         valid_rows = dataclasses.replace(self.collator, split=valid)
         self.validation = ValidationTask(inputs.backbone, measure, context, valid_rows)
 
+    def facts(self) -> dict[str, str]:
+        """Return what the header of the run says of model, dataset and rows: name → fact."""
+        config, splits = self.config, self.start.inputs.dataset.splits
+        return {
+            "dataset": f"{config.dataset}: {len(splits['train']):,} training rows, "
+            f"{len(splits['valid']):,} validation rows, "
+            f"{self.start.stored.catalogue.num_items:,} items",
+            "model": config.model,
+            "objective": f"{config.objective} under the {self.start.likelihood.softmax} softmax; "
+            f"packing: {self.start.inputs.packing}",
+        }
+
     def rows_of(self, epoch: int) -> np.ndarray:
         """Return an epoch's row ids in their order, int64 (steps, G)."""
         return self.order.epoch(self.config.global_batch_size, self.config.seed, epoch)
@@ -102,6 +115,7 @@ class ContinuedTraining:
 
     def _save_extras(self, folder: Path) -> None:
         save_extras(folder, self.run, self.start.inputs.tokenizer, self.description())
+        write_model_card(self.run, folder)
         write_manifest(folder)
 
     def description(self) -> dict[str, Any]:
