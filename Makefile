@@ -6,12 +6,13 @@
 #   make faults    the fault campaign in full; make test runs a few dozen of its cases
 #   make lint      ruff, mypy, codespell
 #   make bench     every benchmark in its quick form
+#   make docs      the documentation site: build/site/index.html
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-isa faults lint bench
+.PHONY: setup demo test test-isa faults lint bench docs
 
 setup: $(STAMP)
 
@@ -39,3 +40,11 @@ lint: setup
 
 bench: setup
 	for bench in tools/bench/[a-z]*.py; do $(BIN)/python $$bench --quick || exit 1; done
+
+$(VENV)/.docs: $(STAMP)
+	$(BIN)/pip install -q -c constraints.txt -e '.[docs]'
+	touch $(VENV)/.docs
+
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --quiet --strict --config-file tools/mkdocs.yml
+	$(BIN)/python tools/check_site.py build/site
