@@ -1,5 +1,9 @@
-"""The pages of docs/extending work: a copy of the package is changed as they say, and tested."""
+"""The code of the documentation works.
 
+For docs/extending, a copy of the package is changed as the pages say, and tested.
+"""
+
+import doctest
 import re
 import shutil
 import subprocess
@@ -86,3 +90,14 @@ def test_the_code_of_the_pages_is_like_all_other_code(extended):
     names = [name for page in PAGES for _, name, _ in blocks_of(page)]
     run(extended, "ruff", "check", "--no-cache", *names)
     run(extended, "ruff", "format", "--check", "--no-cache", *names)
+
+
+def test_the_numbers_of_the_concepts_pages():
+    """The example of the trie's page prints what the page and its figure say."""
+    page = ROOT / "docs" / "concepts" / "trie.md"
+    done = doctest.testfile(str(page), module_relative=False)
+    assert done.attempted > 5 and not done.failed
+
+    figure = (page.parent / "trie.svg").read_text()
+    for number in re.findall(r"^\w+ \d+ \d+ (\d\.\d\d) ", page.read_text(), re.MULTILINE):
+        assert f">{number}<" in figure
