@@ -92,9 +92,9 @@ def refuse_without_sizes(config: TrainConfig) -> None:
 
     transformers would silently take those of the first model of this type.
     """
-    path = Path(config.model_config)
+    path = Path(config.model_config or config.model_name_or_path)
     path = path / "config.json" if path.is_dir() else path
-    if not config.model_config or not path.is_file():
+    if not path.is_file():
         return
     found = read_json_object(path, "give a model's configuration as transformers writes it")
     text = found.get("text_config", found)
