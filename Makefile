@@ -46,5 +46,5 @@ $(VENV)/.docs: $(STAMP)
 	touch $(VENV)/.docs
 
 docs: $(VENV)/.docs
-	$(BIN)/mkdocs build --quiet --strict --config-file tools/mkdocs.yml
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --config-file tools/mkdocs.yml
 	$(BIN)/python tools/check_site.py build/site
