@@ -6,7 +6,8 @@
 #   make faults    the fault campaign in full; make test runs a few dozen of its cases
 #   make lint      ruff, mypy, codespell
 #   make bench     every benchmark in its quick form
-#   make docs      the documentation site: build/site/index.html
+#   make docs      the documentation site: build/site/index.html (its search box needs a server, such as
+#                  python -m http.server --directory build/site)
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed

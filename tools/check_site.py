@@ -3,7 +3,8 @@
     python tools/check_site.py build/site
 
 A page may link to other sites. Scripts, style sheets, images, fonts and frames must be files of the
-site, so that the pages can be read without a network.
+site, so that the pages can be read without a network. Mermaid diagrams are refused, because the
+theme loads their library from elsewhere.
 """
 
 import argparse
@@ -44,6 +45,7 @@ def loaded_from_elsewhere(path: Path) -> Iterator[str]:
         addresses = Addresses()
         addresses.feed(text)
         yield from (a for a in addresses.found if a.startswith(("http:", "https:", "//")))
+        yield from re.findall(r'class="mermaid"', text)
     yield from IN_CSS.findall(text)
 
 
