@@ -62,16 +62,18 @@ def quickstart() -> str:
 
 
 def write_shop(path: Path) -> pandas.DataFrame:
-    """Write and return a shop's orders: 20 users, 15 items with names of letters."""
+    """Write and return a shop's orders: 20 users and 26 items, each named by a letter."""
+    bought = [
+        (user, visit, (7 * user + visit * visit) % 26) for user in range(20) for visit in range(6)
+    ]
     orders = pandas.DataFrame(
         {
             "user": f"u-{user}",
-            "item": f"sku-{(3 * user + visit * visit) % 15}",
+            "item": f"sku-{item}",
             "timestamp": 1_700_000_000 + 86_400 * visit + user,
-            "title": f"Product {'abcdefghijklmno'[(3 * user + visit * visit) % 15] * 2}",
+            "title": f"Product {chr(ord('a') + item)}",
         }
-        for user in range(20)
-        for visit in range(6)
+        for user, visit, item in bought
     )
     orders.to_csv(path, index=False)
     return orders
@@ -111,8 +113,9 @@ def test_twelve_lines_from_a_table_to_recommended_items(tmp_path):
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["ids"] == [[item] for _, item, _ in places]
     assert result["run"] == result["again"] == "RUN"
-    assert "--output_dir RUN belongs to another run; these settings differ: epochs" in (
-        result["refusal"]
+    assert (
+        "--output_dir RUN belongs to another run; these settings differ: epochs"
+        in (result["refusal"])
     )
     assert result["frame"] == result["lines"]
     metrics = json.loads((tmp_path / "OTHER/eval/valid/metrics.json").read_text())
@@ -151,8 +154,8 @@ def test_wrong_arguments_of_evaluate_are_named(tmp_path):
     run = tiny_run.make(tmp_path)
     with pytest.raises(UsageError, match="igd_ds.evaluate: 'split' is one of train, valid, test"):
         igd_ds.evaluate(run, split="tests")
-    with pytest.raises(UsageError, match="igd_ds.evaluate: unknown setting 'alhpa', did you mean"):
-        igd_ds.evaluate(run, alhpa=0.1)
+    with pytest.raises(UsageError, match="igd_ds.evaluate: unknown setting 'aplha', did you mean"):
+        igd_ds.evaluate(run, aplha=0.1)
     with pytest.raises(UsageError, match=r"igd_ds.evaluate: 'alpha' takes float, found 'much'"):
         igd_ds.evaluate(run, alpha="much")
     with pytest.raises(UsageError, match="no config.yaml in"):
