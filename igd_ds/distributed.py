@@ -117,7 +117,8 @@ def _single_environment() -> dict[str, str]:
 def init(timeout: float = TIMEOUT, master_port: int = 0, quiet: bool = False) -> None:
     """Join the process group that the launcher describes; a group of one rank without a launcher.
 
-    Call it once, before any collective. Collectives wait LOADING minutes, until `set_timeout`.
+    Call it before any collective. Collectives wait LOADING minutes, until `set_timeout`. A second
+    call in a process sets `quiet` alone.
 
     Args:
         timeout: minutes that this rank waits for the others to start, and later for an answer of
@@ -136,6 +137,8 @@ def init(timeout: float = TIMEOUT, master_port: int = 0, quiet: bool = False) ->
     if any(name in os.environ for name in launched) or is_started_by_deepspeed():
         end_with_parent(grace=60 * timeout)
     _describe_group(master_port)
+    if dist.is_initialized():
+        return
 
     use_cuda = torch.cuda.is_available()
     if use_cuda:
@@ -170,11 +173,7 @@ def called_from_python(quiet: bool) -> Iterator[None]:
     variables = {name: os.environ.get(name) for name in _single_environment()}
     locks_before = locks.held()
     try:
-        if dist.is_initialized():
-            _describe_group(master_port=0)
-            _quiet = quiet
-        else:
-            init(quiet=quiet)
+        init(quiet=quiet)
         yield
     finally:
         _quiet = False

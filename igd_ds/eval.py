@@ -80,8 +80,9 @@ def evaluate(
 
     Returns:
         A table with one line per α and kind of match: the columns `alpha`, `match`, and the metrics
-        of that kind. `item_match` is the headline, see igd_ds/evaluation/metrics.py. It is a pandas
-        DataFrame, or a list of dicts where pandas is not installed.
+        of that kind, None or NaN where no row has such a target. `item_match` is the headline, see
+        igd_ds/evaluation/metrics.py. It is a pandas DataFrame, or a list of dicts where pandas is
+        not installed.
 
     Raises:
         UsageError: an argument is unknown or has a wrong value, or what `igd eval` refuses.

@@ -117,7 +117,8 @@ def test_twelve_lines_from_a_table_to_recommended_items(tmp_path):
         "--output_dir RUN belongs to another run; these settings differ: epochs"
         in (result["refusal"])
     )
-    assert result["frame"] == result["lines"]
+    frame, lines = (pandas.DataFrame(result[name]) for name in ("frame", "lines"))
+    assert frame.equals(lines)  # None in the list, NaN in the frame
     metrics = json.loads((tmp_path / "OTHER/eval/valid/metrics.json").read_text())
     assert result["lines"] == json.loads(json.dumps(table_lines(metrics)))
     of_kinds = {(line["alpha"], line["match"]) for line in result["lines"]}
