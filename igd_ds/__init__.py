@@ -61,7 +61,9 @@ each other (`tests/unit/test_structure.py` checks both):
 Example:
     >>> import igd_ds
     >>> dataset = igd_ds.prepare(frame, "DATASET")  # a DataFrame with user, item, time, title
-    >>> recommender = igd_ds.Recommender.load("RUN")
+    >>> run = igd_ds.train(dataset, "HuggingFaceTB/SmolLM2-135M", "RUN", igd_beta=0.1)
+    >>> metrics = igd_ds.evaluate(run, split="test")
+    >>> recommender = igd_ds.Recommender.load(run)
     >>> lists = recommender.recommend([["B0031", "B0007"]], k=10)  # ids as the source has them
 """
 
@@ -70,16 +72,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from igd_ds.data.frames import prepare as prepare
+    from igd_ds.eval import evaluate as evaluate
     from igd_ds.evaluation.recommender import RankedList as RankedList
     from igd_ds.evaluation.recommender import Recommender as Recommender
     from igd_ds.items.catalogue import Catalogue as Catalogue
     from igd_ds.items.trie import TokenTrie as TokenTrie
     from igd_ds.search.processor import IGDLogitsProcessor as IGDLogitsProcessor
+    from igd_ds.train import train as train
 
 __version__ = "0.1.0"
 
 _PUBLIC = {
     "prepare": "igd_ds.data.frames",
+    "train": "igd_ds.train",
+    "evaluate": "igd_ds.eval",
     "Recommender": "igd_ds.evaluation.recommender",
     "RankedList": "igd_ds.evaluation.recommender",
     "Catalogue": "igd_ds.items.catalogue",

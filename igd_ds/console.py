@@ -49,11 +49,19 @@ def duration(seconds: float) -> str:
 def progress_bar(**settings: Any) -> "tqdm[Any]":
     """Return a bar that rank 0 shows, unless the run is quiet; a log file gets a line now and then.
 
+    A notebook shows it as a line of text, which needs no widgets.
+
     Args:
         settings: arguments of tqdm.
     """
     hidden = distributed.is_quiet() or not distributed.is_main()
-    return tqdm(disable=hidden, mininterval=1.0 if sys.stderr.isatty() else 30.0, **settings)
+    is_watched = sys.stderr.isatty() or in_notebook()
+    return tqdm(disable=hidden, mininterval=1.0 if is_watched else 30.0, **settings)
+
+
+def in_notebook() -> bool:
+    """Return whether this process is a notebook's kernel; its stderr is no terminal."""
+    return "ipykernel" in sys.modules
 
 
 class Progress:

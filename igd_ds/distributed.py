@@ -3,6 +3,7 @@
 Any launcher will do: `deepspeed`, `torchrun`, `srun` (one task per rank), `mpirun` (mpi4py), or
 none."""
 
+import contextlib
 import functools
 import json
 import os
@@ -11,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -116,7 +117,8 @@ def _single_environment() -> dict[str, str]:
 def init(timeout: float = TIMEOUT, master_port: int = 0, quiet: bool = False) -> None:
     """Join the process group that the launcher describes; a group of one rank without a launcher.
 
-    Call it once, before any collective. Collectives wait LOADING minutes, until `set_timeout`.
+    Call it before any collective. Collectives wait LOADING minutes, until `set_timeout`. A second
+    call in a process sets `quiet` alone.
 
     Args:
         timeout: minutes that this rank waits for the others to start, and later for an answer of
@@ -135,6 +137,8 @@ def init(timeout: float = TIMEOUT, master_port: int = 0, quiet: bool = False) ->
     if any(name in os.environ for name in launched) or is_started_by_deepspeed():
         end_with_parent(grace=60 * timeout)
     _describe_group(master_port)
+    if dist.is_initialized():
+        return
 
     use_cuda = torch.cuda.is_available()
     if use_cuda:
@@ -148,6 +152,38 @@ def init(timeout: float = TIMEOUT, master_port: int = 0, quiet: bool = False) ->
         torch.cuda.set_device(local_rank())
     _join("nccl" if use_cuda else "gloo", timeout)
     _watch_ranks(timeout)
+
+
+@contextlib.contextmanager
+def called_from_python(quiet: bool) -> Iterator[None]:
+    """Make this process a world of one rank for a block, and leave it as it was.
+
+    A notebook or a script calls trainings and evaluations as often as it likes. The process group
+    stays, because DeepSpeed keeps hold of it. The variables that describe it go, because commands
+    that the notebook starts would take this process for their launcher. So do the locks of the
+    folders that the block wrote.
+
+    Args:
+        quiet: as in `init`.
+
+    Raises:
+        UsageError: as `init`.
+    """
+    global _quiet
+    variables = {name: os.environ.get(name) for name in _single_environment()}
+    locks_before = locks.held()
+    try:
+        init(quiet=quiet)
+        yield
+    finally:
+        _quiet = False
+        for lock in locks.held():
+            if lock not in locks_before:
+                locks.release(lock)
+        for name, value in variables.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 def _describe_group(master_port: int) -> None:

@@ -9,9 +9,12 @@ it is done, so a killed evaluation goes on where it was, on any number of ranks.
 """
 
 import dataclasses
+import importlib.util
+import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 from igd_ds.errors import EXIT_REQUEUE, UsageError, end_without_working_folder
 
@@ -24,7 +27,7 @@ import torch
 import transformers
 
 from igd_ds import distributed, locks
-from igd_ds.config.options import parse
+from igd_ds.config.options import from_arguments, parse
 from igd_ds.console import progress_bar
 from igd_ds.data.batches import refuse_empty, sample_rows
 from igd_ds.data.per_row import ItemLists, ItemScores
@@ -41,7 +44,7 @@ from igd_ds.evaluation.parts import (
     part_table,
     write_part,
 )
-from igd_ds.evaluation.recommender import Recommender
+from igd_ds.evaluation.recommender import Recommender, dataset_of
 from igd_ds.evaluation.results import PROBABILITY, SCORE
 from igd_ds.folders import read_json_object
 from igd_ds.search.engine import check_limits
@@ -53,14 +56,67 @@ def main() -> int:
     # Finished batches lie on the disk, so a stop needs no preparation.
     locks.end_at(signal.SIGUSR1, EXIT_REQUEUE)
     locks.end_at(signal.SIGTERM, 128 + signal.SIGTERM)
-    transformers.utils.logging.disable_progress_bar()
     distributed.init(config.timeout, config.master_port, config.quiet)
+    run_evaluation(config)
+    return 0
+
+
+def evaluate(
+    run: str | os.PathLike[str],
+    split: str = "test",
+    output: str | os.PathLike[str] | None = None,
+    **settings: Any,
+) -> Any:
+    """Evaluate in this process: `igd eval` for scripts and notebooks, called as `igd_ds.evaluate`.
+
+    A second call with the same arguments reads the metrics of the first.
+
+    Args:
+        run: the run folder of `igd_ds.train`, `igd train` or `igd baseline`.
+        split: the rows to evaluate: train, valid or test.
+        output: the folder for metrics.json and predictions; None: `run`/eval/`split`.
+        settings: fields of EvalConfig, which are the flags of `igd eval`. `dataset` is the one that
+            the run was trained on, unless it is given.
+
+    Returns:
+        A table with one line per α and kind of match: the columns `alpha`, `match`, and the metrics
+        of that kind, None or NaN where no row has such a target. `item_match` is the headline, see
+        igd_ds/evaluation/metrics.py. It is a pandas DataFrame, or a list of dicts where pandas is
+        not installed.
+
+    Raises:
+        UsageError: an argument is unknown or has a wrong value, or what `igd eval` refuses.
+
+    Example:
+        >>> table = igd_ds.evaluate("RUN", split="valid", alpha=[0, 0.1, 0.2], num_beams=20)
+    """
+    run = Path(run)
+    output = run / "eval" / split if output is None else Path(output)
+    named = {"model": run / "model", "split": split, "output_dir": output}
+    if "dataset" not in settings:
+        settings["dataset"] = dataset_of(run)
+    config = with_chosen_alpha(from_arguments(EvalConfig, named, settings, "igd_ds.evaluate"))
+    with distributed.called_from_python(config.quiet):
+        run_evaluation(config)
+
+    results = read_json_object(output / "metrics.json", "evaluate again into another folder")
+    lines = metrics.table_lines(results)
+    if importlib.util.find_spec("pandas") is None:
+        return lines
+    import pandas
+
+    return pandas.DataFrame(lines)
+
+
+def run_evaluation(config: EvalConfig) -> None:
+    """Run an evaluation from its settings."""
+    transformers.utils.logging.disable_progress_bar()
 
     # Claim the output folder; a finished evaluation is left as it is.
     task, output = build_task(config), Path(config.output_dir)
     if distributed.on_main(lambda: claim_output_folder(output, config, task)):
         say(f"{output} is finished: {output / 'metrics.json'}")
-        return 0
+        return
     if config.num_beams > (num_leaves := task.recommender.num_leaves):
         say(
             f"warning: --num_beams {config.num_beams}, but the catalogue has {num_leaves} "
@@ -80,7 +136,6 @@ def main() -> int:
         "alphas": len(config.alpha),
     }
     distributed.on_main(lambda: finish(config, task, output, timing))
-    return 0
 
 
 def with_chosen_alpha(config: EvalConfig) -> EvalConfig:

@@ -12,7 +12,7 @@ import dataclasses
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -81,12 +81,20 @@ class LoopState:
         return improved
 
 
-class StopRequest:
-    """Notes USR1 and TERM, so that the loop can save before it ends."""
+STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+"""What asks the ranks of a job to save and end."""
 
-    def __init__(self) -> None:
+
+class StopRequest:
+    """Notes a signal, so that the loop can save before it ends.
+
+    Args:
+        signals: the ones to note.
+    """
+
+    def __init__(self, signals: Sequence[signal.Signals] = STOP_SIGNALS) -> None:
         self.received = False
-        for number in (signal.SIGUSR1, signal.SIGTERM):
+        for number in signals:
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:

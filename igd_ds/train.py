@@ -7,7 +7,13 @@ Parse → dataset → catalogue → objective → model → engine → the loop 
 """
 
 import json
+import os
+import signal
+import sys
+import types
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from igd_ds.errors import end_without_working_folder
 
@@ -15,11 +21,13 @@ from igd_ds.errors import end_without_working_folder
 if __name__ == "__main__":
     end_without_working_folder()
 
+import torch
 import transformers
 
 from igd_ds import distributed, loop
 from igd_ds.backbones.saved import BASE_FILE
-from igd_ds.config.options import parse
+from igd_ds.config.options import from_arguments, parse
+from igd_ds.data.dataset import InteractionDataset
 from igd_ds.distributed import say
 from igd_ds.engine.build import initialize, keep_log
 from igd_ds.engine.checkpoint import check_disk_space, newest_checkpoint
@@ -34,8 +42,69 @@ from igd_ds.training_inputs import Inputs, build_catalogue, build_model, load_in
 def main() -> int:
     """Run a training from the command line; return the exit code."""
     config = parse(TrainConfig, description=__doc__)
-    transformers.utils.logging.disable_progress_bar()
     distributed.init(config.timeout, config.master_port, config.quiet)
+    return run_training(config)
+
+
+def train(
+    dataset: InteractionDataset | str | os.PathLike[str],
+    model: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    objective: str = "igd",
+    **settings: Any,
+) -> Path:
+    """Train in this process: `igd train` for scripts and notebooks, called as `igd_ds.train`.
+
+    A second call with the same arguments goes on with a training that was interrupted, and returns
+    the run of a finished one.
+
+    Args:
+        dataset: what `igd_ds.prepare` returns, or its folder.
+        model: pretrained model (folder or hub name); or a model config (a file NAME.json) to train
+            from random weights, which needs `tokenizer`.
+        output: the run folder to make.
+        objective: what the training minimises, a name in OBJECTIVES.
+        settings: fields of TrainConfig, which are the flags of `igd train`. By default `ds_config`
+            is "zero1" on a GPU and "zero0-fp32" on a CPU, and `resume` is "auto".
+
+    Returns:
+        The run folder, which `Recommender.load` and `igd_ds.evaluate` take.
+
+    Raises:
+        UsageError: an argument is unknown or has a wrong value, or what `igd train` refuses.
+            Messages of `igd train` call `output` --output_dir.
+
+    Example:
+        >>> run = igd_ds.train(dataset, "HuggingFaceTB/SmolLM2-135M", "RUN", igd_beta=0.1)
+        >>> recommender = igd_ds.Recommender.load(run)
+    """
+    source = "model_config" if str(model).endswith(".json") else "model_name_or_path"
+    named = {
+        "dataset": dataset.folder if isinstance(dataset, InteractionDataset) else dataset,
+        source: model,
+        "output_dir": output,
+        "objective": objective,
+    }
+    defaults = {
+        "ds_config": "zero1" if torch.cuda.is_available() else "zero0-fp32",
+        "resume": "auto",
+    }
+    config = from_arguments(TrainConfig, named, defaults | settings, "igd_ds.train")
+    with distributed.called_from_python(config.quiet):
+        run_training(config, stop_signals=())
+    return Path(output)
+
+
+def run_training(
+    config: TrainConfig, stop_signals: Sequence[signal.Signals] = loop.STOP_SIGNALS
+) -> int:
+    """Run a training from its settings; return the exit code.
+
+    Args:
+        config: the settings.
+        stop_signals: what asks the training to save and end.
+    """
+    transformers.utils.logging.disable_progress_bar()
     ds = resolve_ds_config(config, distributed.world_size(), config.load_in_4bit)
     inputs = load_inputs(config)
 
@@ -54,7 +123,7 @@ def main() -> int:
     loop.say_header(engine, training, config, ds)
     lora = bool(config.lora_r)
     state = loop.resume(engine, training, run, tag, inputs.dataset.fingerprint, lora)
-    code = loop.fit(engine, training, config, run, state, loop.StopRequest(), lora)
+    code = loop.fit(engine, training, config, run, state, loop.StopRequest(stop_signals), lora)
     if code == 0:
         # The best validation is known now.
         distributed.on_main(lambda: write_model_card(run, run / "model"))
@@ -82,6 +151,18 @@ def open_run_folder(
         record_base(run / BASE_FILE, inputs.origin, bool(tag and config.lora_r))
     return tag, ""
 
+
+class _CallableModule(types.ModuleType):
+    """This module, called as the function `train`.
+
+    Python binds an imported module to its package: `igd_ds.train` is this module, whatever else was
+    there before.
+    """
+
+    __call__ = staticmethod(train)
+
+
+sys.modules[__name__].__class__ = _CallableModule
 
 if __name__ == "__main__":
     distributed.run(main)

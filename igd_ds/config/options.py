@@ -7,6 +7,7 @@ an error that names the nearest known one.
 
 import argparse
 import dataclasses
+import os
 import sys
 import types
 import typing
@@ -220,5 +221,34 @@ def parse(cls: type[C], argv: Sequence[str] | None = None, description: str | No
             "required settings are missing: " + ", ".join(f"--{name}" for name in missing)
         )
     config = cls(**values)
+    config.check()  # type: ignore[attr-defined]  # every configuration has it
+    return config
+
+
+def from_arguments(
+    cls: type[C], named: Mapping[str, Any], settings: Mapping[str, Any], source: str
+) -> C:
+    """Build a configuration from the arguments of a Python call and check it.
+
+    Args:
+        cls: as in `parse`.
+        named: the settings that the call has parameters for, all required ones among them.
+        settings: its keyword arguments: further settings by name. A path may be a Path, and
+            several values a list or a tuple.
+        source: what error messages call the call, such as "igd_ds.train".
+
+    Raises:
+        UsageError: names the argument that is unknown, given twice or of another type, or the
+            setting whose value `check` refuses.
+    """
+    settings = current_names(cls, settings)
+    for key in named:
+        if key in settings:
+            raise UsageError(f"{source}: another argument sets '{key}' already: leave it out")
+    plain = {
+        key: os.fspath(v) if isinstance(v, os.PathLike) else list(v) if type(v) is tuple else v
+        for key, v in {**named, **settings}.items()
+    }
+    config = cls(**{key: checked(cls, key, v, source) for key, v in plain.items()})
     config.check()  # type: ignore[attr-defined]  # every configuration has it
     return config

@@ -520,6 +520,24 @@ def compare_with_beam(
     return {"token_match": token_match, "missed_of_true_top": missed_of_true_top}
 
 
+def table_lines(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return HR and NDCG of a metrics.json, one line per α and kind of match.
+
+    Args:
+        results: a metrics.json.
+
+    Example:
+        >>> table_lines(results)[0]
+        {'alpha': 0.0, 'match': 'item_match', 'hr@1': 0.031, 'ndcg@1': 0.031, …}
+    """
+    return [
+        {"alpha": float(alpha), "match": kind, **entry[kind]}
+        for alpha, entry in results["alpha"].items()
+        for kind in sorted(entry)
+        if kind.startswith(("item_match", "token_match"))
+    ]
+
+
 def best_alpha(results: Mapping[str, Any], metric: str = "ndcg@10") -> str:
     """Return the α with the highest `metric` in HEADLINE, and the smallest such α on a tie.
 
