@@ -6,12 +6,14 @@
 #   make faults    the fault campaign in full; make test runs a few dozen of its cases
 #   make lint      ruff, mypy, codespell
 #   make bench     every benchmark in its quick form
+#   make docs      the documentation site: build/site/index.html (its search box needs a server, such as
+#                  python -m http.server --directory build/site)
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-isa faults lint bench
+.PHONY: setup demo test test-isa faults lint bench docs
 
 setup: $(STAMP)
 
@@ -39,3 +41,11 @@ lint: setup
 
 bench: setup
 	for bench in tools/bench/[a-z]*.py; do $(BIN)/python $$bench --quick || exit 1; done
+
+$(VENV)/.docs: $(STAMP)
+	$(BIN)/pip install -q -c constraints.txt -e '.[docs]'
+	touch $(VENV)/.docs
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --config-file tools/mkdocs.yml
+	$(BIN)/python tools/check_site.py build/site

@@ -208,7 +208,14 @@ def chosen_search(config: EvalConfig, recommender: Recommender) -> tuple[str, st
         scoring.refuse_exact()
     check_limits(config, config.num_beams, method)
     check_memory(config, len(recommender.tokenizer))
-    return method, PROBABILITY if is_probability else SCORE
+    if scoring.masked_softmax and recommender.likelihood.softmax == "full":
+        say(
+            "note: the model was trained under the softmax over the vocabulary: its probabilities "
+            "are renormalised over the trie's next tokens"
+        )
+    meaning = PROBABILITY if is_probability else SCORE
+    say(f"search: {method}; a list's scores: {meaning} of the item")
+    return method, meaning
 
 
 def check_every_row(config: EvalConfig, task: RankingTask) -> None:

@@ -172,6 +172,7 @@ def fit(
         The exit code: 0, or EXIT_REQUEUE if a signal stopped the training and its state is saved.
     """
     distributed.set_timeout(options.timeout)  # all ranks work alike from here on
+    engine.train()  # pretrained weights come in eval mode, in which nothing is dropped out
     total = training.total_steps
     every = options.validate_every or training.steps_per_epoch
     log = RunLog(

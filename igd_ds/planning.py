@@ -109,6 +109,8 @@ class Trace:
     """Bytes of all weights, whole."""
     largest: float
     """Bytes of the weights of the largest module, which ZeRO-3 gathers."""
+    unpacked: int
+    """Bytes of the largest quantised weight, unpacked as each product with it needs it."""
     activations: int
     """Bytes that autograd keeps."""
     recomputed: int
@@ -179,12 +181,16 @@ class _Kept:
 
     def _enter(self, module: Any, arguments: Any, keywords: Any) -> None:
         states = arguments[0] if arguments else keywords["hidden_states"]
-        self.inputs += states.numel() * states.element_size()
+        self.inputs += _bytes(states)
         self.by_layer.append(0)
         self._is_inside = True
 
     def _leave(self, module: Any, arguments: Any, output: Any) -> None:
         self._is_inside = False
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def _storage(tensor: torch.Tensor) -> int:
@@ -227,8 +233,8 @@ def trace(config: TrainConfig, inputs: Inputs, dtype: torch.dtype, batch: MicroB
     quantised = _linear_weights(model) if config.load_in_4bit else set()
 
     def size(parameter: torch.nn.Parameter) -> float:
-        each = NF4_BYTES if id(parameter) in quantised else parameter.element_size()
-        return each * parameter.numel()
+        is_packed = id(parameter) in quantised
+        return NF4_BYTES * parameter.numel() if is_packed else _bytes(parameter)
 
     kept = _Kept(model)
     counter = FlopCounterMode(display=False)
@@ -244,6 +250,7 @@ def trace(config: TrainConfig, inputs: Inputs, dtype: torch.dtype, batch: MicroB
         trained=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
         weights=sum(map(size, parameters)),
         largest=max(sum(map(size, m.parameters(recurse=False))) for m in model.modules()),
+        unpacked=max((_bytes(p) for p in parameters if id(p) in quantised), default=0),
         activations=kept.total,
         recomputed=kept.total - sum(kept.by_layer) + kept.inputs,
         layer=max(layers),
@@ -301,7 +308,7 @@ def cache_bytes_per_token(inputs: Inputs, dtype: torch.dtype) -> int:
         ids = torch.zeros((1, length), dtype=torch.int64, device="meta")
         model(input_ids=ids, past_key_values=cache, use_cache=True)
     states = (state for layer in cache.layers for state in (layer.keys, layer.values))
-    return sum(state.numel() * state.element_size() for state in states) // length
+    return sum(map(_bytes, states)) // length
 
 
 # ---- time
@@ -379,14 +386,16 @@ def memory(config: TrainConfig, ds: DsConfig, ranks: int, found: Trace) -> Memor
     optimizer = trained * (12 * share if stage else 8)
     update = trained * 4 * share if stage else 0.0
 
-    # Communication.
+    # Communication. Stage 1 sends gradients as they are accumulated, the others as weights are.
+    bucket = zero.get("reduce_bucket_size", 5e8) * b
     buffers = 0.0
+    if stage == 1 and accumulates_fp32:
+        bucket *= 4 / b
     if stage in (1, 2):
-        overlapped = 2 if zero.get("overlap_comm", stage != 1) else 1
-        buffers = overlapped * b * min(zero.get("reduce_bucket_size", 5e8), 5e8)
+        buffers = bucket * (2 if zero.get("overlap_comm") else 1)
     elif stage == 3:
         live = min(zero.get("stage3_max_live_parameters", 1e9) * b, found.weights)
-        buffers = max(live, found.largest) + b * min(zero.get("reduce_bucket_size", 5e8), 5e8)
+        buffers = max(live, found.largest) + bucket
 
     host = 0.0
     if offloads["offload_optimizer"]:
@@ -401,7 +410,7 @@ def memory(config: TrainConfig, ds: DsConfig, ranks: int, found: Trace) -> Memor
     # The passes.
     backward: float = GRADIENTS_AT_ONCE * found.widest
     if config.load_in_4bit:
-        backward += found.largest / NF4_BYTES * b  # a weight is unpacked for each product
+        backward += found.unpacked
     activations = found.activations
     if config.gradient_checkpointing:
         activations = found.recomputed

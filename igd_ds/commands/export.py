@@ -13,8 +13,8 @@ DIR/info.txt      codes, title and item, the info file of MiniOneRec
 DIR/sid2item.json "c1,c2,…" → items, for FlashRec's --sid-vocab-file
 DIR/README.md     how to serve these files, and what the engines then compute
 
-These engines rank by log-probabilities over the whole vocabulary. They know no α, no exact search
-and no item filter: for those use igd_ds.Recommender.
+These engines rank by plain log-probabilities. They know no α, no exact search and no item filter:
+for those use igd_ds.Recommender.
 """
 
 import argparse
@@ -61,18 +61,20 @@ the generated tokens, written with blanks between them and without EOS, to items
 vLLM and SGLang load `model` as it is; their beam search has no trie, so ask for more beams and drop
 what `items.json` does not have, or give the trie as a logits processor.
 {flashrec}
-All of these rank by the sum of log-probabilities over the whole vocabulary{likelihood}. They do not
-know α (the weights of IGD's decoding), exact search, popularity priors or item filters:
-`igd_ds.Recommender` does.
+These engines rank by the sum of plain log-probabilities{likelihood}. They do not know α (the
+weights of IGD's decoding), exact search, popularity priors or item filters: `igd_ds.Recommender`
+does.
 """
 FLASHREC = """
 FlashRec reads the catalogue in `sid2item.json`. The tokenizer's codes have names of their own, so
 its ranges are given by hand:
 
 ```
-flashrec --model-path model --sid-vocab-file sid2item.json --sid {sid} \\
-    --sid-boundary-tokens {eos},{eos} --length-penalty 0
+flashrec --model-path model --sid-vocab-file sid2item.json --length-penalty 0 \\
+    --sid-token-range {span} --sid-codebook-sizes {sizes} --sid-boundary-tokens {eos},{eos}
 ```
+
+Its output layer has the codes alone, so its softmax is over all codes, not over the vocabulary.
 """
 MASKED = (
     ". This model was trained with the softmax over the trie's next tokens alone (temperature "
@@ -134,8 +136,8 @@ def nested_trie(paths: Sequence[Sequence[int]]) -> dict[str, Any]:
     return trie
 
 
-def flashrec_codes(paths: Sequence[Sequence[int]]) -> tuple[list[list[int]], str] | None:
-    """Return semantic IDs as FlashRec counts them, and its `--sid START:END/SIZE,SIZE,…`.
+def flashrec_codes(paths: Sequence[Sequence[int]]) -> tuple[list[list[int]], str, str] | None:
+    """Return semantic IDs as FlashRec counts them, its token range and its codebook sizes.
 
     A code is the number of its token behind the first token of its level. A level reaches to the
     first token of the next one.
@@ -149,7 +151,7 @@ def flashrec_codes(paths: Sequence[Sequence[int]]) -> tuple[list[list[int]], str
 
     Example:
         >>> flashrec_codes([[10, 14], [12, 15]])
-        ([[0, 0], [2, 1]], '10:15/4,2')
+        ([[0, 0], [2, 1]], '10:15', '4,2')
     """
     if len({len(path) for path in paths}) > 1:
         return None
@@ -159,7 +161,7 @@ def flashrec_codes(paths: Sequence[Sequence[int]]) -> tuple[list[list[int]], str
         return None
     ends = np.append(first[1:], last[-1] + 1)
     sizes = ",".join(map(str, ends - first))
-    return (tokens - first).tolist(), f"{first[0]}:{last[-1]}/{sizes}"
+    return (tokens - first).tolist(), f"{first[0]}:{last[-1]}", sizes
 
 
 def write_semantic_ids(recommender: Recommender, folder: Path) -> str:
@@ -187,12 +189,13 @@ def write_semantic_ids(recommender: Recommender, folder: Path) -> str:
             "tokenizer in which the levels follow one another"
         )
         return ""
-    codes, sid = readable
+    codes, span, sizes = readable
     items_of: dict[str, list[str]] = {}
     for numbers, source_id in zip(codes, source_ids, strict=True):
         items_of.setdefault(",".join(map(str, numbers)), []).append(source_id)
     write_text(folder / "sid2item.json", json.dumps(items_of, ensure_ascii=False) + "\n")
-    return FLASHREC.format(sid=sid, eos=recommender.stored.catalogue.eos_token_id)
+    eos = recommender.stored.catalogue.eos_token_id
+    return FLASHREC.format(span=span, sizes=sizes, eos=eos)
 
 
 def item_paths(recommender: Recommender) -> list[list[int]]:

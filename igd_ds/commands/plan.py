@@ -92,9 +92,9 @@ def refuse_without_sizes(config: TrainConfig) -> None:
 
     transformers would silently take those of the first model of this type.
     """
-    path = Path(config.model_config)
+    path = Path(config.model_config or config.model_name_or_path)
     path = path / "config.json" if path.is_dir() else path
-    if not config.model_config or not path.is_file():
+    if not path.is_file():
         return
     found = read_json_object(path, "give a model's configuration as transformers writes it")
     text = found.get("text_config", found)
@@ -134,23 +134,27 @@ def variants(case: Case, can_adapt: bool) -> Iterator[tuple[str, Case]]:
     }
     if can_adapt:
         rank = case.config.lora_r or LORA_RANK
-        quantised = {"lora_r": rank, "load_in_4bit": True}
+        adapted, quantised = {"lora_r": rank}, {"lora_r": rank, "load_in_4bit": True}
+        qlora = f"--lora_r {rank} --load_in_4bit"
         smaller |= {
-            f"--lora_r {rank}": with_settings(case, lora_r=rank),
-            f"--lora_r {rank} --load_in_4bit": with_settings(case, **quantised),
-            "the same, --gradient_checkpointing, micro-batch of 1 row": with_settings(
+            f"--lora_r {rank}": with_settings(case, **adapted),
+            qlora: with_settings(case, **quantised),
+            f"{qlora} --gradient_checkpointing, micro-batch of 1 row": with_settings(
                 least, **quantised
             ),
         }
+    least_3 = "ZeRO stage 3, --gradient_checkpointing, micro-batch of 1 row"
     smaller |= {
-        "ZeRO stage 3, --gradient_checkpointing, micro-batch of 1 row": with_zero(least, 3),
-        "the same, optimizer and weights in CPU memory": with_zero(least, 3, *on_cpu),
+        least_3: with_zero(least, 3),
+        f"{least_3}, optimizer and weights in CPU memory": with_zero(least, 3, *on_cpu),
     }
 
+    known = [case]
     for name, variant in smaller.items():
         is_higher = zero_stage(variant.ds) >= zero_stage(case.ds)
         cannot = variant.config.load_in_4bit and "offload_param" in variant.ds["zero_optimization"]
-        if variant != case and is_higher and not cannot:
+        if variant not in known and is_higher and not cannot:
+            known.append(variant)
             yield name, variant
 
 

@@ -61,7 +61,8 @@ class LiveSearch:
         limits = Limits(pass_positions=max(Limits.pass_positions, num_beams))
 
         engine.eval()
-        tree = self.start.inputs.backbone.prompt_tree(engine.module)
+        output_tokens = self.scoring.output_tokens(self.trie)
+        tree = self.start.inputs.backbone.prompt_tree(engine.module, output_tokens)
         tree.prefill([prompts.encode(split.history(row)) for row in np.maximum(rows, 0)])
         found = search(tree, self.trie, self.scoring, num_beams, limits=limits, any_rank=any_rank)
         engine.train()

@@ -133,7 +133,6 @@ class PolicyTraining(ContinuedTraining):
 
     def begin(self, engine: Any, step: int) -> None:
         """Take note of the engine and load the reference; all ranks call it."""
-        engine.train()  # weights that were loaded come in eval mode
         self.engine = engine
         trie, gain = self.start.stored.trie, self.start.stored.gain
         credit = np.ones(trie.num_nodes)

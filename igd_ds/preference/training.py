@@ -143,7 +143,6 @@ class PreferenceTraining(ContinuedTraining):
     def begin(self, engine: Any, step: int) -> None:
         """Take note of the engine and make the pairs of step `step`; all ranks call it."""
         self.engine = engine
-        engine.train()  # weights that were loaded come in eval mode
         self._make_pairs(min(step, self.total_steps - 1) // self.steps_per_epoch)
 
     def _make_pairs(self, epoch: int) -> None:

@@ -110,10 +110,11 @@ class Chains:
 class Frontier:
     """Expanded nodes and the edges below them, as growable flat arrays.
 
-    A trie node of one user is *expanded* when the model has given the logits behind it. Expanded
-    node x has the arrays `user`, `chain` (in the prompt tree), `ahead`, `first_edge` and
-    `num_edges`. Its edges are first_edge[x] … first_edge[x] + num_edges[x] − 1. The expanded nodes
-    x + 1 … x + ahead[x] follow it in its chain; each of them is the only child of the one before.
+    A trie node of one user is *expanded* when the log-probabilities of its edges are known: the
+    model has given the logits behind it, or none are needed. Expanded node x has the arrays `user`,
+    `chain` (in the prompt tree), `ahead`, `first_edge` and `num_edges`. Its edges are first_edge[x]
+    … first_edge[x] + num_edges[x] − 1. The expanded nodes x + 1 … x + ahead[x] follow it in its
+    chain; each of them is the only child of the one before.
 
     Edge e has `child` (the trie node that it leads to), `logprob` (float32, nats), `bonus`
     (float32, nats: what prior and guidance add), `above` (the expanded node at which it begins) and
@@ -241,14 +242,14 @@ class Frontier:
         chains = Chains.build(self, edges[:fitting], length[:fitting])
 
         # Logits are wanted behind every token, or only where the softmax has a choice.
-        read = np.arange(len(chains.node))
+        read, keep = np.arange(len(chains.node)), None
         if self.scoring.masked_softmax:
             read = chains.length.cumsum() - 1
+            keep = torch.from_numpy(read)
         above = self.above.values[chains.edges]
-        arguments = (
-            self.chain.values[above], chains.length, self.token[chains.node].astype(np.int64), read
-        )  # fmt: skip
-        logits, number = self.tree.extend(*(torch.from_numpy(array) for array in arguments))
+        arguments = self.chain.values[above], chains.length, self.token[chains.node]
+        parent, lengths, tokens = (torch.from_numpy(array.astype(np.int64)) for array in arguments)
+        logits, number = self.tree.extend(parent, lengths, tokens, keep)
         if not fitting:
             return
 

@@ -147,13 +147,14 @@ def test_train_and_evaluate(world, shared, semantic, tmp_path):
 
 
 def check_export(run, output):
-    """FlashRec finds an item's tokens from --sid START:END/SIZE,… and the numbers of its codes."""
+    """FlashRec finds an item's tokens from range, sizes and the numbers of the codes."""
     from igd_ds.backbones.tokenizer import load_tokenizer
     from igd_ds.commands import export
 
     assert export.main([str(run), "--output", str(output)]) == 0
     page = (output / "README.md").read_text()
-    start, end, sizes = re.search(r"--sid (\d+):(\d+)/([\d,]+)", page).groups()
+    start, end = re.search(r"--sid-token-range (\d+):(\d+)", page).groups()
+    (sizes,) = re.search(r"--sid-codebook-sizes ([\d,]+)", page).groups()
     begin = int(start) + np.cumsum([0, *map(int, sizes.split(","))])
     assert begin[-1] == int(end) + 1
 

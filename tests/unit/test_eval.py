@@ -314,7 +314,11 @@ def test_a_masked_softmax_gives_probabilities(evaluate, plain, trained_masked, c
     assert "token_steps" not in results["search_per_row"]
     values = results["alpha"]["0.0"]
     assert values["proof_share"] == 1 and "beam" not in values
-    assert "calibration error" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "search: exact; a list's scores: log-probability of the item" in said
+    assert "calibration error" in said and "renormalised" not in said
+    evaluate("--num_beams", 2, "--num_rows", 1, "--softmax", "masked", output="renormalised")
+    assert "its probabilities are renormalised" in capsys.readouterr().out
 
     # Coverage and calibration, from the lists.
     lists = predictions(output)

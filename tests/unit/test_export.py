@@ -135,8 +135,8 @@ def test_an_adapter_is_added_to_its_base(run, tmp_path):
 def test_files_of_semantic_ids(tmp_path):
     assert nested_trie([[5, 7, 0], [5, 8, 0]]) == {"5": {"7": {"0": {}}, "8": {"0": {}}}}
     # Levels may have gaps in use; a level reaches to the first token of the next one.
-    codes, sid = flashrec_codes([[10, 14, 20], [12, 15, 21]])
-    assert codes == [[0, 0, 0], [2, 1, 1]] and sid == "10:21/4,6,2"
+    codes, span, sizes = flashrec_codes([[10, 14, 20], [12, 15, 21]])
+    assert codes == [[0, 0, 0], [2, 1, 1]] and (span, sizes) == ("10:21", "4,6,2")
     for path, numbers in zip([[10, 14, 20], [12, 15, 21]], codes, strict=True):
         begin = 10 + np.cumsum([0, 4, 6])
         assert path == (begin + numbers).tolist()  # as FlashRec finds the tokens again

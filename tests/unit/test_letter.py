@@ -25,7 +25,7 @@ def test_collaborative_loss_equals_its_formula():
         cosine = torch.cosine_similarity(z[i].detach()[None], h).tolist()
         shares = [math.exp(value / 0.3) for value in cosine]
         expected -= math.log(shares[i] / sum(shares)) / 6
-    assert float(found) == pytest.approx(expected, rel=1e-12)
+    assert found.item() == pytest.approx(expected, rel=1e-12)
     found.backward()
     assert z.grad.abs().sum() > 0
 
@@ -45,7 +45,7 @@ def test_diversity_loss_equals_its_formula():
             positives = [k for k in others if groups[level, k] == groups[level, c]]
             terms = [-math.log(share[k] / sum(share.values())) for k in positives]
             expected += (sum(terms) / len(terms) if terms else 0.0) / codes.numel()
-    assert float(found) == pytest.approx(expected, rel=1e-12)
+    assert found.item() == pytest.approx(expected, rel=1e-12)
     found.backward()
     assert torch.isfinite(books.grad).all() and books.grad.abs().sum() > 0
 

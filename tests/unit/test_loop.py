@@ -137,13 +137,16 @@ class SmallEngine:
 
     def __init__(self, accumulation: int = 2, rate: float = 0.05):
         torch.manual_seed(0)
-        self.module = torch.nn.Linear(2, 1)
+        self.module = torch.nn.Linear(2, 1).eval()  # as pretrained weights come
         self.optimizer = torch.optim.SGD(self.module.parameters(), lr=rate)
         self.accumulation, self.rate, self.micro_steps = accumulation, rate, 0
         self.norm = None
 
     def __call__(self, inputs):
         return self.module(inputs)
+
+    def train(self):
+        self.module.train()
 
     def backward(self, loss, scale_wrt_gas):
         assert scale_wrt_gas is False, "the loss has its normaliser already"
@@ -243,9 +246,10 @@ def logged(run, tag) -> list[tuple[int, float]]:
 
 
 def test_a_whole_run_validates_logs_and_saves_when_it_is_due(tmp_path, stop):
-    training = SmallTraining([3.0, 2.0, 4.0])
-    code, state = fit(tmp_path / "run", training, stop, keep_checkpoints=2)
+    training, engine = SmallTraining([3.0, 2.0, 4.0]), SmallEngine()
+    code, state = fit(tmp_path / "run", training, stop, engine, keep_checkpoints=2)
     assert code == 0 and training.first == [0]
+    assert engine.module.training, "dropout is on, whatever mode the weights came in"
     assert logged(tmp_path / "run", "valid/nll") == [(4, 3.0), (8, 2.0), (12, 4.0)]
     assert [step for step, _ in logged(tmp_path / "run", "train/loss")] == [2, 4, 6, 8, 10, 12]
     assert logged(tmp_path / "run", "train/updates")[:2] == [(2, 1.5), (4, 3.5)], "means"

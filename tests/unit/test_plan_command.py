@@ -11,6 +11,7 @@ import tiny_run
 
 from igd_ds.commands import plan
 from igd_ds.errors import UsageError
+from igd_ds.train_config import TrainConfig
 
 ROOT = Path(__file__).parents[2]
 LLAMA = {
@@ -139,8 +140,24 @@ def test_fp16_needs_no_gpu_here(folder, monkeypatch, capsys):
 def test_expected_memory_is_that_of_trainings():
     """The benchmark trains small models in processes of their own; it fails beyond 15 %."""
     command = [sys.executable, str(ROOT / "tools" / "bench" / "plan.py"), "--quick"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400, cwd=ROOT)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     figures = json.loads(done.stdout.splitlines()[-1])["figures"]
     assert len(figures) == 3
     assert all(0.85 <= ratio <= 1.15 for ratio in figures.values()), figures
+
+
+def test_each_change_is_proposed_once():
+    named = {"ds_config": "", "dataset": "", "output_dir": "", "model_name_or_path": "m"}
+    ds = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 3}}
+    case = plan.Case(TrainConfig(**named, gradient_checkpointing=True, lora_r=8), ds, rows=2)
+    least = "ZeRO stage 3, --gradient_checkpointing, micro-batch of 1 row"
+    assert [name for name, _ in plan.variants(case, can_adapt=True)] == [
+        "micro-batch of half the rows",  # which is 1 row
+        "optimizer in CPU memory",
+        "ZeRO stage 3, optimizer and weights in CPU memory",
+        "--lora_r 8 --load_in_4bit",
+        "--lora_r 8 --load_in_4bit --gradient_checkpointing, micro-batch of 1 row",
+        f"{least}, optimizer and weights in CPU memory",
+    ]
+    assert "--lora_r 8 --load_in_4bit" not in dict(plan.variants(case, can_adapt=False))

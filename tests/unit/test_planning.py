@@ -113,6 +113,7 @@ def test_adapters_and_quantised_weights():
     assert found.trained == LAYERS * 4 * sum(a + b for a, b in pairs)
     quantised = trace(config(lora_r=4, load_in_4bit=True), inputs(), torch.bfloat16, BATCH)
     linear = LAYERS * sum(a * b for a, b in pairs)
+    assert found.unpacked == 0 and quantised.unpacked == 2 * WIDTH * INNER
     assert found.weights - quantised.weights == pytest.approx((2 - NF4_BYTES) * linear)
 
 
@@ -181,6 +182,14 @@ def test_buckets_count_twice_where_communication_overlaps():
     plain, _ = planned(ds(2, **zero), 2)
     overlapped, _ = planned(ds(2, **zero, overlap_comm=True), 2)
     assert plain.buffers == 2e6 and overlapped.buffers == 4e6
+
+
+def test_stage_1_sends_gradients_as_they_are_accumulated():
+    settings = ds(1, reduce_bucket_size=1_000_000)
+    assert planned(settings, 2)[0].buffers == 2e6
+    in_fp32 = settings | {"data_types": {"grad_accum_dtype": "fp32"}}
+    found, traced = planned(in_fp32, 2)
+    assert found.buffers == 4e6 and found.gradients == 4 * traced.trained
 
 
 def test_the_cache_of_a_search():

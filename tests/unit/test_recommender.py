@@ -226,6 +226,40 @@ def test_auto_is_the_softmax_that_the_model_was_trained_with(run, recommender, p
     assert full == recommender.recommend(HISTORIES, k=5)
 
 
+def test_lists_and_streams_have_probabilities_under_the_masked_softmax(recommender):
+    masked = {"alpha": 0.0, "softmax": "masked"}
+    everything = recommender.recommend(HISTORIES, k=1000, exclude_seen="no", **masked)
+    for ranked in everything:
+        assert all(place.certified for place in ranked)  # the search is exact by itself
+        assert [place.probability for place in ranked] == pytest.approx(
+            np.exp([place.score for place in ranked])
+        )
+        assert ranked.coverage == pytest.approx(1, rel=1e-6)
+
+    # A batch of other users and another search order round otherwise.
+    few = recommender.recommend(HISTORIES[:1], k=3, exclude_seen="no", **masked)[0]
+    best = [place.probability for place in everything[0][:3]]
+    assert few.coverage == pytest.approx(sum(best), rel=1e-5)
+    streamed = recommender.stream(HISTORIES[0], exclude_seen="no", **masked)
+    probabilities = [next(streamed).probability for _ in range(3)]
+    assert probabilities == pytest.approx(best, rel=1e-5)
+
+    # The items that are left keep their probabilities, or share all of it on request.
+    denied = [few[0].item_ids]
+    for renormalise, total in ((False, 1 - few[0].probability), (True, 1)):
+        (rest,) = recommender.recommend(
+            HISTORIES[:1], k=1000, deny=denied, ids="dense", renormalise=renormalise,
+            exclude_seen="no", **masked,
+        )  # fmt: skip
+        assert rest.coverage == pytest.approx(total, rel=1e-5)
+
+    # What weighs or adds makes scores of them.
+    q = np.full((1, 10), 0.1)
+    for other in ({"alpha": 0.2}, {"length_penalty": 1.0}, {"guidance": (q, 0.5)}):
+        (ranked,) = recommender.recommend(HISTORIES[:1], k=3, **(masked | other))
+        assert ranked.coverage is None and ranked[0].probability is None
+
+
 def test_models_without_a_likelihood_have_the_full_softmax(run, recommender, tmp_path):
     older = load_trained(run, tmp_path, None, recommender.device)
     assert older.likelihood == Likelihood("full", 1.0)

@@ -199,13 +199,17 @@ def test_every_json_and_yaml_file_parses():
 
 @pytest.mark.parametrize("path", PROSE, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_path_in_the_text_exists(path):
-    """Paths of this repository; those in runs/ and placeholders in capitals are not ours."""
+    """Paths of this repository; those in runs/ and placeholders in capitals are not ours.
+
+    Nor are the files that a worked example of docs/extending adds.
+    """
     folders = "igd_ds|ds_configs|slurm|tools|tests|docs|examples"
-    for name in re.findall(rf"(?<![\w./-])((?:{folders})/[\w./-]*[\w/])", path.read_text()):
+    text = re.sub(r'^```python title="[^"]+"$', "", path.read_text(), flags=re.MULTILINE)
+    for name in re.findall(rf"(?<![\w./-])((?:{folders})/[\w./-]*[\w/])", text):
         assert (ROOT / name).exists(), f"{path.name} names {name}, which does not exist"
 
 
-def test_every_name_of_a_table_is_in_the_readme():
+def test_every_name_of_a_table_is_in_the_readme_or_the_site():
     from igd_ds.data.presets import PRESETS
     from igd_ds.data.sources import SOURCES
     from igd_ds.items.decisiveness import INFORMATION_GAIN, MEASURES
@@ -214,13 +218,14 @@ def test_every_name_of_a_table_is_in_the_readme():
     from igd_ds.search.scoring import DECODING_RULES
     from igd_ds.semantic_ids.quantizers import QUANTIZERS
 
-    readme = (ROOT / "README.md").read_text()
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs" / "concepts").glob("*.md"))]
+    text = "\n".join(page.read_text() for page in pages)
     measures = set(MEASURES) - {INFORMATION_GAIN}  # the default, which has a whole page
     for name in [*OBJECTIVES, *PREFERENCES, *DECODING_RULES, *SOURCES, *QUANTIZERS, *measures]:
-        assert f"`{name}`" in readme, f"{name} is not in the README"
+        assert f"`{name}`" in text, f"{name} is neither in the README nor in docs/concepts"
     for name in PRESETS:
-        assert re.search(rf"`{name}`|--preset {name}\b", readme), (
-            f"preset {name} is not in the README"
+        assert re.search(rf"`{name}`|--preset {name}\b", text), (
+            f"preset {name} is neither in the README nor in docs/concepts"
         )
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from igd_ds.evaluation import metrics
 from igd_ds.studies import significance
 from igd_ds.studies.report import tables
 from igd_ds.studies.report.layout import Cell, Table
@@ -617,6 +618,21 @@ def test_an_older_version_without_a_figure_leaves_its_cell_empty():
         and lines["uniform"][5:] == ["–"] * 10
         and lines["igd β=0.2"][3] == "0.8000 ± 0.0000"
     )
+
+
+def test_item_probabilities_and_their_calibration():
+    study = make_study()
+    assert "calibration" not in [made.name for made in tables.all_tables(study)]
+    probability, hit = np.linspace(0.01, 0.1, 20), np.arange(20) % 4 == 3
+    for run in study.runs:
+        if run.method == "uniform" and run.test:
+            run.test.update(target_nll=7.5, target_perplexity_per_token=2.0)
+            for entry_ in run.test["alpha"].values():
+                entry_["mean_coverage"] = 0.25
+                entry_["calibration"] = metrics.calibration(probability, hit)
+    mean, hits = text(table(study, "calibration"))
+    assert mean[1:3] == ["uniform", "7.500 ± 0.000"] and mean[4] == "0.2500 ± 0.0000"
+    assert mean[6:8] == ["p", "0.0124"] and hits[6:9] == ["hits", "0.0000", "0.5000"]
 
 
 def test_how_often_lists_repeat_a_history():

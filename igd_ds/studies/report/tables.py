@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from igd_ds.evaluation.metrics import HEADLINE
+from igd_ds.evaluation.metrics import CALIBRATION_BINS, HEADLINE
 from igd_ds.studies import significance
 from igd_ds.studies.report.layout import Cell, Row, Table
 from igd_ds.studies.report.study import (
@@ -71,7 +71,8 @@ def all_tables(study: Study) -> list[Table]:
     for make in (
         dataset_statistics, filtering_ratio, main_results, significance_of, selection,
         beta_sensitivity, igd_ablation, linear_and_binary, alpha_grid, mtc_ablation, backbones,
-        quantizers, relaxed_match, row_groups, diversity, beam_and_exact, examples, all_runs,
+        quantizers, relaxed_match, row_groups, diversity, beam_and_exact, calibration, examples,
+        all_runs,
     ):  # fmt: skip
         made += make(study)
     return [table for table in made if table.rows]
@@ -924,6 +925,37 @@ def beam_and_exact(study: Study) -> list[Table]:
         "items that the beam's list lacks, where these items are proven."
     )
     return [Table("beam-exact", "Beam and exact search", caption, columns, rows)]
+
+
+def calibration(study: Study) -> list[Table]:
+    """Return how item probabilities compare with hits, for runs whose scores are probabilities."""
+    rows = []
+    for dataset in datasets(study):
+        for (backbone, method), runs in methods(study, dataset).items():
+            found = [metric_of(run, "test", CURRENT, ("calibration",)) for run in runs]
+            if not all(found):
+                continue
+            names = words(title_of(dataset, backbone), method)
+            likelihood = [
+                over_seeds([run.test.get(key) if run.test else None for run in runs], form)
+                for key, form in (("target_nll", ".3f"), ("target_perplexity_per_token", ".3f"))
+            ]
+            whole = [average(runs, "mean_coverage")]
+            whole.append(average(runs, "calibration", "expected_calibration_error"))
+            for label, key in (("p", "probability"), ("hits", "hit_rate")):
+                tenths = zip(*(one["bins"] for one in found), strict=False)
+                cells = [over_seeds([one[key] for one in seeds]).value for seeds in tenths]
+                shares = [Cell(cell) for cell in cells]
+                rows.append([*names, *likelihood, *whole, *words(label), *shares])
+    columns = ["Data", "Method", "NLL per item", "Perplexity per token", "Coverage", "ECE", ""]
+    columns += [f"{tenth}/10" for tenth in range(1, CALIBRATION_BINS + 1)]
+    caption = (
+        "Runs whose scores are log-probabilities of items, test rows, means over seeds. NLL of the "
+        "target in nats. Coverage: probability of a whole list. The listed items are sorted by p "
+        "and cut into tenths: the mean p of each, and the share of its items that is the target. "
+        "ECE: expected calibration error, the mean distance of the two."
+    )
+    return [Table("calibration", "Item probabilities", caption, columns, rows)]
 
 
 def has_beam_lists(run: Run) -> bool:
