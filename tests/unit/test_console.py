@@ -1,5 +1,7 @@
 """What a run shows: its header, durations in words, the end of its bar, and nothing if quiet."""
 
+import sys
+
 import pytest
 
 from igd_ds import distributed
@@ -60,3 +62,9 @@ def test_a_quiet_run_prints_only_warnings_and_results(capsys, monkeypatch):
         bar.update(2)
     printed = capsys.readouterr()
     assert printed.out == "warning: look\n" and printed.err == ""
+
+
+def test_a_notebook_shows_the_bar_every_second(monkeypatch):
+    assert progress_bar(total=3).mininterval == 30.0  # a log file
+    monkeypatch.setitem(sys.modules, "ipykernel", sys)
+    assert progress_bar(total=3).mininterval == 1.0
