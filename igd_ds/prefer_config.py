@@ -74,7 +74,7 @@ class PreferConfig(TuningOptions, LoopOptions):
         ("auto", "tree", "rows"),
     )
     validation_metric: str = option(
-        "what early stopping watches: NDCG@10 of a beam search, or unweighted NLL per item",
+        "what early stopping watches: NDCG@10 of lists of ten, or unweighted NLL per item",
         "ndcg@10",
         VALIDATION_METRICS,
     )

@@ -39,8 +39,8 @@ FREE_ON_RESUME = {
 """Settings that may change when a run resumes: paths, whose content is checked, and settings
 without effect on the model."""
 
-BEFORE_RECORDED = {"exclude_seen": "no"}
-"""What runs did before they recorded it, where that is not today's default."""
+BEFORE_RECORDED = {"exclude_seen": "no", "renormalise": False, "coverage": 1.0}
+"""What runs and evaluations did before they recorded it."""
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "datasets", "numpy")
 

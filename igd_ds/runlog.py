@@ -38,8 +38,8 @@ TAGS = {
         "tokens (IGD Figure 4)"
         for i in range(10)
     },
-    "valid/ndcg@10": "NDCG@10, item match, of a beam search with 10 beams; of a baseline, of its "
-    "full ranking",
+    "valid/ndcg@10": "NDCG@10, item match, of a beam search with 10 beams, or of the exact list "
+    "where scores are item probabilities (msl); of a baseline, of its full ranking",
     "quantizer/loss": "reconstruction + codebook loss + commitment, mean over the epoch; igd ids",
     "quantizer/reconstruction": "mean squared error over the embeddings' variance: 0 is exact, 1 "
     "is no better than their mean",

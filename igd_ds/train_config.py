@@ -63,7 +63,7 @@ class TrainConfig(ObjectiveOptions, ItemOptions, ModelOptions, LoopOptions):
         True,
     )
     validation_metric: str = option(
-        "what early stopping watches: unweighted NLL per item, or NDCG@10 of a beam search",
+        "what early stopping watches: unweighted NLL per item, or NDCG@10 of lists of ten",
         "nll",
         VALIDATION_METRICS,
     )

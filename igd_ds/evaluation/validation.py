@@ -1,4 +1,4 @@
-"""What early stopping watches: the unweighted NLL per item, or NDCG@10 of a beam search.
+"""What early stopping watches: the unweighted NLL per item, or NDCG@10 of lists of ten.
 
 Both use the objective's own likelihood: the softmax that it trains. Sums are over all ranks'
 batches.
@@ -94,7 +94,11 @@ def gain_group(batch: Batch, stored: StoredCatalogue) -> torch.Tensor:
 def validation_ndcg(
     engine: Any, task: ValidationTask, batches: Sequence[np.ndarray]
 ) -> dict[str, float]:
-    """Return NDCG@10 (item match) of a beam search with 10 beams; see `validation_nll`."""
+    """Return NDCG@10 (item match) of lists of ten, see `validation_nll`.
+
+    The search is that of `igd eval` at α = 0: exact where scores are probabilities, else a beam
+    search.
+    """
     device, stored, split = distributed.device(), task.context.stored, task.rows.split
     likelihood = task.objective.likelihood()
     scoring = Scoring.build(stored.trie, stored.gain, ScoringOptions(), likelihood)
@@ -106,7 +110,7 @@ def validation_ndcg(
     for rows in batches:
         tree = task.backbone.prompt_tree(engine.module, scoring.output_tokens(trie))
         tree.prefill([task.rows.prompts.encode(split.history(max(row, 0))) for row in rows])
-        found = search(tree, trie, scoring, NUM_BEAMS, any_rank=any_rank)
+        found = search(tree, trie, scoring, NUM_BEAMS, scoring.method("auto"), any_rank=any_rank)
 
         leaves = found.leaves[0].numpy()
         real = rows != MASKED_ROW

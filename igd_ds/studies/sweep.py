@@ -375,12 +375,13 @@ def changed_request(now: Settings, request: Mapping[str, Any]) -> set[str]:
     """Return the names of settings that differ between an evaluation's request.json and the table.
 
     The request holds hashes of files; here it only matters whether there is a file. The α of a test
-    is what validation chose, and the recorded `exclude_seen` is what `auto` came to, so these are
-    not compared.
+    is what validation chose, and the recorded `exclude_seen` and `search` are what `auto` came to,
+    so these are not compared.
     """
     ignored = EVALUATIONS_OWN | {"base_model"}
-    if now["exclude_seen"] == "auto" and "exclude_seen" in request:
-        ignored = ignored | {"exclude_seen"}
+    for name in ("exclude_seen", "search"):
+        if now[name] == "auto" and name in request:
+            ignored = ignored | {name}
     request = {**BEFORE_RECORDED, **request}
     if request["split"] == "test":
         ignored = ignored | {"alpha"}
