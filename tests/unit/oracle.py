@@ -47,6 +47,16 @@ def tiny_model(kind: str = "qwen2", seed: int = 0, attention: str = "sdpa", **mo
     ).eval()
 
 
+def tiny_t5():
+    """Return a random T5 in eval mode."""
+    torch.manual_seed(0)
+    special = {"pad_token_id": EOS, "eos_token_id": EOS, "decoder_start_token_id": EOS}
+    config = transformers.T5Config(
+        vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, **special
+    )
+    return transformers.T5ForConditionalGeneration(config).eval()
+
+
 def random_items(num_items: int, seed: int = 0) -> list[tuple[int, ...]]:
     """Distinct token paths with shared prefixes and forced chains; lengths 2 to 8 with EOS."""
     random = np.random.default_rng(seed)

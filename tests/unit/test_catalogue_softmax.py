@@ -4,9 +4,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-import transformers
 from oracle import (
-    EOS,
     VOCABULARY,
     as_lists,
     assert_same_lists,
@@ -19,6 +17,7 @@ from oracle import (
     run_search,
     scoring_of,
     tiny_model,
+    tiny_t5,
     weight_by_path,
 )
 from peft import LoraConfig, get_peft_model
@@ -65,15 +64,6 @@ def logits_behind(model, prompt, path) -> torch.Tensor:
         decoder = torch.tensor([[model.config.decoder_start_token_id, *path[:-1]]])
         return model(input_ids=torch.tensor([prompt]), decoder_input_ids=decoder).logits[0]
     return model(torch.tensor([[*prompt, *path]])).logits[0, len(prompt) - 1 : -1]
-
-
-def tiny_t5():
-    torch.manual_seed(0)
-    special = {"pad_token_id": EOS, "eos_token_id": EOS, "decoder_start_token_id": EOS}
-    config = transformers.T5Config(
-        vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, **special
-    )
-    return transformers.T5ForConditionalGeneration(config).eval()
 
 
 def with_lora_head():

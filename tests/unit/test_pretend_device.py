@@ -9,7 +9,6 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-import transformers
 from label_batch import label_batch
 from oracle import (
     EOS,
@@ -21,6 +20,7 @@ from oracle import (
     run_search,
     scoring_of,
     tiny_model,
+    tiny_t5,
 )
 from pretend_device import pretend_device
 from small_catalogue import batch_of_items, context_of
@@ -118,16 +118,6 @@ def test_a_pass_reads_once_whatever_it_holds(setting, method):
     # One read more: that of the prompts' logits.
     assert reads <= READS_PER_PASS * (passes + 1)
     assert operations <= OPERATIONS_PER_PASS * (passes + 1)
-
-
-def tiny_t5():
-    """Return a random T5 in eval mode."""
-    torch.manual_seed(0)
-    special = {"pad_token_id": EOS, "eos_token_id": EOS, "decoder_start_token_id": EOS}
-    config = transformers.T5Config(
-        vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, **special
-    )
-    return transformers.T5ForConditionalGeneration(config).eval()
 
 
 @pytest.mark.parametrize(
