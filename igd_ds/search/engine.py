@@ -93,7 +93,7 @@ def search(
         any_rank: tells whether any process must go on, given whether this one must. With ZeRO-3 all
             ranks have to make the same number of forward passes: give it `distributed.any_rank`.
         targets: int (B,), a leaf per user, of which the log-probability is wanted too. That takes
-            one pass more, which does not count.
+            passes more, usually one, which do not count.
 
     Raises:
         UsageError: an unknown method, a scoring under which the method has no bounds, limits below
@@ -111,7 +111,9 @@ def search(
     check_limits(limits, num_beams, method)
     assert len(scoring.gain) == trie.num_nodes, "one gain per node of this trie"
 
-    target_logprobs = None if targets is None else leaf_logprobs(tree, trie, scoring, targets)
+    target_logprobs = None
+    if targets is not None:
+        target_logprobs = leaf_logprobs(tree, trie, scoring, targets, limits.pass_positions)
     num_users, num_alphas = len(tree.prompt_logits), len(scoring.alphas)
     frontier = Frontier(tree, trie, scoring, per_user)
     pair_user = np.repeat(np.arange(num_users), num_alphas)

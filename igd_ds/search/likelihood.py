@@ -14,42 +14,57 @@ from igd_ds.search.scoring import Scoring
 
 
 def leaf_logprobs(
-    tree: PromptTree, trie: SearchTrie, scoring: Scoring, leaves: np.ndarray
+    tree: PromptTree,
+    trie: SearchTrie,
+    scoring: Scoring,
+    leaves: np.ndarray,
+    pass_positions: int,
 ) -> torch.Tensor:
     """Return Σ_t log p(y_t) of one leaf per prompt, in nats, float32 (B,) on the CPU.
 
-    Softmax and temperature are those of `scoring`; α, length penalty and prior do not count. All
-    paths go through the model in one pass.
+    Softmax and temperature are those of `scoring`; α, length penalty and prior do not count. The
+    paths of as many users as fit go through the model in one pass.
 
     Args:
         tree: a prompt tree after `prefill` of B prompts. It may be searched afterwards.
         trie: the catalogue's trie, on the CPU.
         scoring: which softmax, at which temperature.
         leaves: int (B,), leaves of the trie.
+        pass_positions: the most tokens of a pass, which bounds its memory; one path fits always.
     """
+    depth = trie.depth.numpy().astype(np.int64)[leaves]
+    begin = depth.cumsum() - depth
+    group = begin // max(1, pass_positions - int(depth.max(initial=0)) + 1)
+    users = np.split(np.arange(len(leaves)), np.flatnonzero(np.diff(group)) + 1)
+    return torch.cat([_in_one_pass(tree, trie, scoring, some, leaves[some]) for some in users])
+
+
+def _in_one_pass(
+    tree: PromptTree, trie: SearchTrie, scoring: Scoring, users: np.ndarray, leaves: np.ndarray
+) -> torch.Tensor:
+    """Return the log-probabilities of `leaves` (G,) behind the prompts of `users` (G,)."""
     # The nodes of all paths, one path after the other, each from its first token to its leaf.
     depth = trie.depth.numpy().astype(np.int64)[leaves]
-    user = np.repeat(np.arange(len(leaves)), depth)
-    above = depth[user] - 1 - index_within(np.append(0, depth.cumsum()))
-    node = leaves.astype(np.int64)[user]
+    owner = np.repeat(np.arange(len(leaves)), depth)
+    offset = index_within(np.append(0, depth.cumsum()))
+    above = depth[owner] - 1 - offset
+    node = leaves.astype(np.int64)[owner]
     parent = trie.parent.numpy()
     for step in range(depth.max(initial=0)):
         climbing = above > step
         node[climbing] = parent[node[climbing]]
 
     # Every token but the last of a path is sent; the logits behind a prompt are known.
-    sent = above > 0
-    length = np.bincount(user[sent], minlength=len(leaves))
-    longer = np.flatnonzero(length)
+    sent, length = above > 0, depth - 1
+    longer = length > 0
     tokens = trie.token.numpy()[node[sent]].astype(np.int64)
-    logits, _ = tree.extend(*map(torch.from_numpy, (longer, length[longer], tokens)))
-    logits = torch.cat([tree.prompt_logits, logits])
-    row = np.where(index_within(np.append(0, depth.cumsum())) == 0, user, 0)
-    behind = np.flatnonzero(sent) + 1
-    row[behind] = len(leaves) + np.arange(len(behind))
+    logits, _ = tree.extend(*map(torch.from_numpy, (users[longer], length[longer], tokens)))
+    logits = torch.cat([tree.prompt_logits[users[0] : users[-1] + 1], logits])
 
+    # The row of logits before each token: its prompt's, or that of the token before it.
+    row = np.where(offset == 0, owner, len(leaves) + np.cumsum(sent) - sent - 1)
     token_logprobs = _logprobs(logits, row, node, tree, trie, scoring)
-    return torch.zeros(len(leaves)).index_add(0, torch.from_numpy(user), token_logprobs)
+    return torch.zeros(len(leaves)).index_add(0, torch.from_numpy(owner), token_logprobs)
 
 
 def _logprobs(

@@ -29,6 +29,7 @@ from igd_ds.search import best_first
 from igd_ds.search.engine import search, stream
 from igd_ds.search.filters import ItemFilter, ItemRanges
 from igd_ds.search.frontier import PerUser
+from igd_ds.search.likelihood import leaf_logprobs
 
 on_both_devices = pytest.mark.usefixtures("searched_on")
 
@@ -307,3 +308,29 @@ def test_only_the_catalogues_rows_of_the_output_layer_are_multiplied():
     rows = sum(shape[-2] for shape in widths[1:])
     assert rows < result.counts["positions"].sum()
     assert model(torch.tensor([[1, 2]])).logits.shape[-1] == VOCABULARY
+
+
+@pytest.mark.parametrize("pass_positions", [1, 20, 512])
+def test_the_likelihood_of_given_items_keeps_to_the_bound_of_a_pass(pass_positions):
+    model, items, prompts = tiny_model(), random_items(40), random_prompts(5)
+    trie = build_trie(items)
+    search_trie, targets = SearchTrie.build(trie), np.array([3, 0, 17, 39, 8])
+    sent = []
+    model.model.register_forward_pre_hook(
+        lambda _, __, given: sent.append(given["input_ids"].numel()), with_kwargs=True
+    )
+    for scoring in (masked(trie), scoring_of(np.ones(trie.num_nodes, np.float32))):
+        tree = backbone_of(model.config).prompt_tree(model, scoring.output_tokens(search_trie))
+        tree.prefill([np.array(prompt) for prompt in prompts])
+        sent.clear()
+        leaves = trie.leaf_of_item[targets]
+        found = leaf_logprobs(tree, search_trie, scoring, leaves, pass_positions)
+        assert max(sent) <= max(pass_positions, max(map(len, items)))
+        assert (len(sent) > 1) == (pass_positions < 512)
+
+        for value, prompt, target in zip(found.tolist(), prompts, targets, strict=True):
+            if scoring.masked_softmax:
+                expected = np.log(item_probabilities(model, prompt, items)[items[target]])
+            else:
+                expected = sum(oracle.token_logprobs(model, prompt, items[target]))
+            assert value == pytest.approx(expected, rel=oracle.SCORE_RTOL, abs=oracle.SCORE_ATOL)
