@@ -38,7 +38,7 @@ tools/smollm2.sh "$out/smollm2"
 igd prepare --source d3-csv --input "$data/games-2015" --protocol given --name games-2015 \
     --domain "video games" --output "$out/games-2015/data"
 python igd_ds/train.py --ds_config ds_configs/zero1-fp32.json --dataset "$out/games-2015/data" \
-    --model_name_or_path "$out/smollm2" --objective uniform --global_batch_size 8 \
+    --model_name_or_path "$out/smollm2" --objective uniform --prompt alpaca --global_batch_size 8 \
     --learning_rate 1e-4 --max_steps 300 --max_length 512 --validation_rows 32 \
     --validate_every 300 --patience 0 --seed 0 --save_every 50 --keep_checkpoints 1 \
     --output_dir "$out/games-2015/run" --resume auto

@@ -14,8 +14,15 @@ import torch
 import torch.nn.functional as F
 
 from igd_ds.backbones.output_rows import OutputRows
-from igd_ds.backbones.tree_attention import ATTENTION, TreeCache, TreePass, attention_by
+from igd_ds.backbones.tree_attention import (
+    ATTENTION,
+    SharedTokens,
+    TreeCache,
+    TreePass,
+    attention_by,
+)
 from igd_ds.errors import UsageError
+from igd_ds.items.prefix_tree import PrefixTree
 from igd_ds.items.ragged import ragged_rows
 
 if TYPE_CHECKING:
@@ -80,6 +87,9 @@ class CausalPromptTree:
     def prefill(self, prompts: Sequence[np.ndarray]) -> torch.Tensor:
         """Start new trees: read each prompt (integer token ids, (P,)) once.
 
+        Beginnings that prompts have in common, such as the frame of a template, go through the
+        model once for all of them.
+
         Returns:
             Logits of the first token behind each prompt, (B, V) in the model's dtype.
 
@@ -87,8 +97,7 @@ class CausalPromptTree:
             UsageError: a prompt has no tokens.
         """
         self._start(check_prompts(prompts))
-        tokens = torch.from_numpy(np.concatenate(prompts).astype(np.int64))
-        self.prompt_logits = self._prompt_pass(tokens)
+        self.prompt_logits = self._prompt_pass(PrefixTree.build(prompts))
         return self.prompt_logits
 
     def _start(self, lengths: list[int]) -> None:
@@ -103,18 +112,27 @@ class CausalPromptTree:
         self.run_path = torch.full((num_users, 0), -1)
         self.slot_position = None
 
-    def _prompt_pass(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Send the prompts through the model, packed: tokens (Σ P,) → logits (B, V)."""
+    def _prompt_pass(self, tree: PrefixTree) -> torch.Tensor:
+        """Send the prompts' N different tokens through the model, packed; return logits (B, V)."""
         column, place = ragged_rows(torch.zeros_like(self.prompt_length), self.prompt_length)
-        tokens, column, place = torch.stack([tokens, column, place]).to(self.device).unbind(0)
-        last = (self.prompt_length.cumsum(0) - 1).to(self.device)
-        longest = self.longest_prompt
-        step = TreePass(column, place, place, place, longest, longest, longest, mask=None)
-        logits = self._forward(tokens, step, last)
+        node = tree.node[tree.filled]  # of each place, user by user
+        first = np.unique(node, return_index=True)[1]
+        last = node[self.prompt_length.cumsum(0).numpy() - 1]
+
+        def upload(*arrays: np.ndarray) -> tuple[torch.Tensor, ...]:
+            return torch.from_numpy(np.stack(arrays)).to(self.device).unbind(0)
+
+        node, column, place = upload(node, column.numpy(), place.numpy())
+        token, position, first = upload(tree.token, tree.position, first)
+        longest, shared = self.longest_prompt, SharedTokens(node, first)
+        step = TreePass(
+            column, place, place, position, longest, longest, longest, mask=None, shared=shared
+        )
+        logits = self._forward(token, step, *upload(last))
 
         if step.windows:
-            places = torch.arange(longest, device=self.device)
-            self.slot_position = places.repeat(len(self.prompt_length), 1)
+            positions = torch.arange(longest, device=self.device)
+            self.slot_position = positions.repeat(len(self.prompt_length), 1)
         return logits
 
     @torch.no_grad()

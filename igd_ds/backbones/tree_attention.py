@@ -20,6 +20,20 @@ GROWTH = 1.5
 """Factor by which the slots of a cache grow when they run out (an assumption, not tuned)."""
 
 
+@dataclass(frozen=True)
+class SharedTokens:
+    """How N tokens of a prompt pass stand for the T tokens of all prompts.
+
+    The tokens of equal prefixes have equal keys, values and outputs. Linear layers compute them
+    once; the cache has them for each user, so that whatever follows knows nothing of this.
+    """
+
+    node: torch.Tensor
+    """int64 (T,), the computed token that stands at each place."""
+    first: torch.Tensor
+    """int64 (N,), one of the places where each computed token stands."""
+
+
 @dataclass
 class TreePass:
     """Where the T packed tokens of one model pass belong, and what each of them may see.
@@ -35,7 +49,7 @@ class TreePass:
     slot: torch.Tensor
     """int64 (T,), where its key and value are stored."""
     position: torch.Tensor
-    """int64 (T,), its position behind the beginning of the prompt."""
+    """int64 (T,), its position behind the beginning of the prompt. With `shared`: (N,)."""
     num_slots: int
     """S."""
     num_places: int
@@ -50,10 +64,22 @@ class TreePass:
     """(B, H, R, S), T5's relative position bias, −∞ where masked."""
     cross_mask: torch.Tensor | None = None
     """bool (B, 1, 1, encoder tokens), T5 only."""
+    shared: SharedTokens | None = None
+    """Given in the prompt pass, where N ≤ T tokens are computed."""
     masks: dict[tuple[int | None, int], torch.Tensor] = field(default_factory=dict)
     """The masks made so far, by window and G."""
     windows: set[int] = field(default_factory=set)
     """The windows that layers have asked for in this pass."""
+
+    def at_places(self, computed: torch.Tensor) -> torch.Tensor:
+        """Return what was computed for the tokens, (T or N, …), at each of the T places."""
+        return computed if self.shared is None else computed[self.shared.node]
+
+    def packed(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return the tokens' part of what is laid out by user, (B, R, …) → (T or N, …)."""
+        if self.shared is None:
+            return rows[self.column, self.place]
+        return rows[self.column[self.shared.first], self.place[self.shared.first]]
 
     def hides(self, window: int | None) -> bool:
         """Whether a window of this many positions hides a token that full attention would see."""
@@ -124,7 +150,7 @@ def tree_attention(
     (num_users, num_keys), heads, width = key.shape[:2], query.shape[1], query.shape[3]
     group = heads // num_keys
     rows = query.new_zeros((num_users, tree.num_places, heads, width))
-    rows[tree.column, tree.place] = query[0].transpose(0, 1)
+    rows[tree.column, tree.place] = tree.at_places(query[0].transpose(0, 1))
 
     if sliding_window is not None:
         tree.windows.add(sliding_window)
@@ -134,7 +160,7 @@ def tree_attention(
         seen = F.scaled_dot_product_attention(
             rows.transpose(1, 2), key, value, is_causal=True, scale=scaling
         )
-        return seen.transpose(1, 2)[tree.column, tree.place][None], None
+        return tree.packed(seen.transpose(1, 2))[None], None
 
     # The G query heads of a key head become rows of one attention, so that no key is copied.
     rows = (
@@ -154,7 +180,7 @@ def tree_attention(
     else:
         seen = attend_eagerly(rows, key, value, mask, scaling, softcap, s_aux)
     seen = seen.unflatten(2, (group, tree.num_places)).permute(0, 3, 1, 2, 4).flatten(2, 3)
-    return seen[tree.column, tree.place][None], None
+    return tree.packed(seen)[None], None
 
 
 def attend_eagerly(
@@ -242,7 +268,7 @@ class TreeCache(Cache):
         if step.num_slots > layer.shape[1]:
             room = max(step.num_slots, int(GROWTH * layer.shape[1])) - layer.shape[1]
             layer = all_layers[layer_idx] = F.pad(layer, (0, 0, 0, 0, 0, room))
-        layer[step.column, step.slot] = new[0].transpose(0, 1)
+        layer[step.column, step.slot] = step.at_places(new[0].transpose(0, 1))
         return layer[:, : step.num_slots].transpose(1, 2)
 
     def get_seq_length(self, *_: object) -> int:

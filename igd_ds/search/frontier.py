@@ -31,9 +31,10 @@ from igd_ds.search.filters import Guidance, ItemFilter
 from igd_ds.search.scoring import Scoring
 
 # How many forced tokens a chain may hold beyond its first token: they are sent before they are
-# needed. A larger number saves passes, and costs positions for hypotheses that are dropped before
-# they get that far (measured: docs/search.md).
-LOOKAHEAD = 12
+# needed. A larger number saves passes, which is what counts on an accelerator, and costs positions
+# for hypotheses that are dropped before they get that far, which is what counts on a CPU
+# (measured: docs/search.md).
+CPU_LOOKAHEAD, DEVICE_LOOKAHEAD = 4, 12
 
 # Logits per block of the softmax. On a CPU 4 MiB of fp32: malloc keeps such blocks for the next use
 # and gives blocks of 16 MiB back to the system (measured). An accelerator keeps freed memory
@@ -161,6 +162,8 @@ class Frontier:
         lengths = np.arange(int(self.longest[0]) + 1, dtype=np.float64)
         self.length_power = (lengths**scoring.length_penalty).astype(np.float32)
         num_users = len(tree.prompt_logits)
+        on_cpu = tree.prompt_logits.device.type == "cpu"
+        self.lookahead = CPU_LOOKAHEAD if on_cpu else DEVICE_LOOKAHEAD
         self.passes = np.zeros(num_users, np.int64)
         self.positions = np.zeros(num_users, np.int64)
 
@@ -233,10 +236,10 @@ class Frontier:
             pass_positions: the most tokens of the pass.
         """
         # A chain is a child and forced tokens below it: under the masked softmax all of them, else
-        # up to LOOKAHEAD. Take as many chains as fit.
+        # up to `lookahead` of them. Take as many chains as fit.
         length = 1 + self.forced[self.child.values[edges]].astype(np.int64)
         if not self.scoring.masked_softmax:
-            length = np.minimum(length, 1 + LOOKAHEAD)
+            length = np.minimum(length, 1 + self.lookahead)
         length = np.minimum(length, pass_positions)
         fitting = np.count_nonzero(length.cumsum() <= pass_positions)
         chains = Chains.build(self, edges[:fitting], length[:fitting])

@@ -249,6 +249,25 @@ def test_masks_are_made_once_per_kind_of_layer(name, masks, monkeypatch):
     assert len({id(step) for step in steps}) == 2
 
 
+@pytest.mark.parametrize("name", ["qwen2", "qwen2 with windows", "gemma2"])
+def test_equal_beginnings_of_prompts_are_read_once(name):
+    """The linear layers see each different prefix once; logits and later passes stay the same."""
+    model = tiny(*TREES[name])
+    prompts = [[4, 5, 6, 7], [4, 5, 9], [3, 1], [4, 5, 6, 7], [4, 5]]
+    widths: list[int] = []
+    model.model.layers[0].register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[1]))
+    tree = CausalLM().prompt_tree(model)
+    first = tree.prefill([np.array(prompt) for prompt in prompts]).log_softmax(-1)
+    assert widths == [7]  # 4 5 6 7, 9 and 3 1; tokens of all prompts: 15
+
+    one = torch.ones(len(prompts), dtype=torch.int64)
+    second, _ = tree.extend(torch.arange(len(prompts)), one, torch.full_like(one, 8))
+    for user, prompt in enumerate(prompts):
+        expected = full_pass(model, [*prompt, 8])[-2:]
+        found = torch.stack([first[user], second.log_softmax(-1)[user]])
+        torch.testing.assert_close(found, expected, rtol=RTOL, atol=ATOL)
+
+
 @pytest.mark.parametrize("name", ["llama", "mamba (recurrent)"])
 def test_a_prompt_without_tokens_is_refused(name):
     tree = CausalLM().prompt_tree(tiny(*(TREES | FALLBACKS)[name]))

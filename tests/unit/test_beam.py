@@ -233,14 +233,14 @@ def test_a_small_pass_budget_changes_no_list():
 
 
 def test_forced_chains_take_fewer_passes_than_tokens():
-    items = [(a, *range(10, 20), b, EOS) for a in (1, 2) for b in (3, 4)]
+    items = [(a, *range(10, 14), b, EOS) for a in (1, 2) for b in (3, 4)]
     result = run_search(
-        tiny_model(), random_prompts(2), build_trie(items), scoring_of(np.ones(31, np.float32)), 4
+        tiny_model(), random_prompts(2), build_trie(items), scoring_of(np.ones(19, np.float32)), 4
     )
     # First a with its forced tokens, then b. The EOS behind b needs no pass of its own.
     assert result.counts["passes"].tolist() == [2, 2]
-    assert result.counts["positions"].tolist() == [2 * 11 + 4] * 2
-    assert result.counts["token_steps"].tolist() == [12, 12]
+    assert result.counts["positions"].tolist() == [2 * 5 + 4] * 2
+    assert result.counts["token_steps"].tolist() == [6, 6]
 
 
 def test_ranks_that_have_ended_keep_making_passes_while_another_goes_on():

@@ -32,6 +32,7 @@ from igd_ds.engine.step import optimizer_step
 from igd_ds.generative_training import TokenLoss
 from igd_ds.items.search_trie import SearchTrie
 from igd_ds.objectives import OBJECTIVES
+from igd_ds.search import frontier
 from igd_ds.search.engine import search
 
 # What a pass may do beside the model. It reads the device once. Operations were counted (37; masked
@@ -92,7 +93,8 @@ def counted_search(
     """Return passes, reads and operations of a search, whose lists are those of the CPU."""
     model, prompts = model or tiny_model(), random_prompts(users)
     scoring = scoring_of(random_weights(trie), alphas=alphas, **scoring_options)
-    expected = run_search(model, prompts, trie, scoring, beams, method=method)
+    with mock.patch.object(frontier, "CPU_LOOKAHEAD", frontier.DEVICE_LOOKAHEAD):
+        expected = run_search(model, prompts, trie, scoring, beams, method=method)
 
     with pretend_device() as counts:
         model = copy.deepcopy(model).to("pretend")
