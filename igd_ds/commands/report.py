@@ -3,6 +3,7 @@
     igd report runs/demo --output runs/demo-report
     igd report runs/demo --reference SASRec --output …  # compare with SASRec instead of uniform
     igd report REPORT/data --output REPORT2             # the same report from its stored numbers
+    igd report runs/demo --published FILE --output …    # with a ledger: published numbers and ours
 
 The report is one page, and the same in Markdown, CSV, LaTeX, PNG and SVG. The main results are also
 printed. Incomplete runs are listed with the reason and are left out of every mean.
@@ -18,6 +19,7 @@ from pathlib import Path
 from igd_ds import distributed
 from igd_ds.config.options import FlagParser
 from igd_ds.errors import UsageError, did_you_mean
+from igd_ds.studies.report.ledger import check_known, read_published
 from igd_ds.studies.report.pages import check_folder, left_out, render
 from igd_ds.studies.report.runs import read_runs
 from igd_ds.studies.report.study import REFERENCE, Study, load
@@ -88,6 +90,13 @@ def parser() -> argparse.ArgumentParser:
         f"(default: {REFERENCE})",
     )
     parser.add_argument(
+        "--published",
+        type=Path,
+        metavar="FILE",
+        help="YAML with the numbers of others, which a ledger shows beside those of the runs; "
+        "igd_ds/studies/report/ledger.py describes it",
+    )
+    parser.add_argument(
         "--command",
         default="",
         help="command line that makes runs and report, shown in the report (default: this one)",
@@ -105,8 +114,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
 
     check_folder(arguments.output)
+    published = read_published(arguments.published) if arguments.published else []
     study, is_stored = read(arguments.runs, arguments.examples)
     study = compared_with(study, arguments.reference)
+    if published:
+        check_known(published, study, arguments.published)
+        study = replace(study, published=published)
     command = arguments.command or ("" if is_stored else shlex.join(["igd", "report", *argv]))
     tables, figures = render(study, arguments.output, command)
 

@@ -84,11 +84,29 @@ Row = list[Cell]
 
 
 @dataclass(frozen=True)
+class Source:
+    """Where numbers of a table come from: what they are, the source, its address, and a remark.
+
+    `url` and `remark` may be empty.
+    """
+
+    label: str
+    name: str
+    url: str = ""
+    remark: str = ""
+
+    @property
+    def text(self) -> str:
+        """The source without its address."""
+        return f"{self.label}: {self.name}." + (f" {self.remark}." if self.remark else "")
+
+
+@dataclass(frozen=True)
 class Table:
     """A table of a report.
 
-    `name` names its files, `columns` are the headings of the cells of each row, and `notes` stand
-    below the table.
+    `name` names its files and `columns` are the headings of the cells of each row. Below the table
+    stand `notes`, `sources`, and `commands`: what a command line made → the command line.
     """
 
     name: str
@@ -97,6 +115,8 @@ class Table:
     columns: list[str]
     rows: list[Row]
     notes: list[str] = field(default_factory=list)
+    sources: list[Source] = field(default_factory=list)
+    commands: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         assert all(len(row) == len(self.columns) for row in self.rows), (
@@ -104,7 +124,7 @@ class Table:
         )
 
     def markdown(self) -> str:
-        """Return the table with title, caption and notes as Markdown."""
+        """Return the table with title, caption and everything below it as Markdown."""
         wrap = {"": "{}", "best": "**{}**", "second": "<u>{}</u>"}
         lines = [[in_markdown(column) for column in self.columns], ["---"] * len(self.columns)]
         lines += [
@@ -113,8 +133,14 @@ class Table:
 
         table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
         text = f"### {in_markdown(self.title)}\n\n{in_markdown(self.caption)}\n\n{table}\n"
-        if self.notes:
-            text += "".join(f"\n* {in_markdown(note)}" for note in self.notes) + "\n"
+        below = [in_markdown(note) for note in self.notes]
+        below += [source_in_markdown(source) for source in self.sources]
+        below += [
+            f"{in_markdown(label)}: {code_in_markdown(command)}"
+            for label, command in self.commands.items()
+        ]
+        if below:
+            text += "".join(f"\n* {line}" for line in below) + "\n"
         return text
 
     def text(self) -> str:
@@ -152,7 +178,8 @@ class Table:
     def latex(self) -> str:
         """Return a table environment for the package booktabs.
 
-        Columns of text are left-aligned, columns of numbers right-aligned.
+        Columns of text are left-aligned, columns of numbers right-aligned. The caption holds the
+        notes and the sources, but no addresses and no commands, which are too long for it.
         """
         wrap = {"": "{}", "best": r"\textbf{{{}}}", "second": r"\underline{{{}}}"}
         is_text = [
@@ -165,7 +192,8 @@ class Table:
             for row in self.rows
         ]
 
-        caption = in_latex(" ".join([self.title + ".", self.caption, *self.notes]))
+        below = [*self.notes, *(source.text for source in self.sources)]
+        caption = in_latex(" ".join([self.title + ".", self.caption, *below]))
         alignment = "".join("l" if text else "r" for text in is_text)
         return "\n".join(
             [
@@ -201,6 +229,26 @@ def formatted(number: float, form: str) -> str:
 def in_markdown(text: str) -> str:
     """Return a text with Markdown's special characters escaped, on one line."""
     return MARKDOWN.sub(r"\\\1", " ".join(text.split()))
+
+
+def source_in_markdown(source: Source) -> str:
+    """Return a source as Markdown, with a link where its address is known."""
+    name = in_markdown(source.name)
+    linked = f"[{name}](<{source.url}>)" if source.url else name
+    remark = f" {in_markdown(source.remark)}." if source.remark else ""
+    return f"{in_markdown(source.label)}: {linked}.{remark}"
+
+
+def code_in_markdown(text: str) -> str:
+    """Return a text as code, between more backticks than stand in it, on one line.
+
+    Example:
+        >>> code_in_markdown("echo `date`")
+        '`` echo `date` ``'
+    """
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence, space = "`" * (longest + 1), " " * bool(longest)
+    return f"{fence}{space}{' '.join(text.split())}{space}{fence}"
 
 
 def in_latex(text: str) -> str:

@@ -17,6 +17,7 @@ from igd_ds.errors import UsageError
 from igd_ds.folders import locked, replaced_folder, write_text
 from igd_ds.studies.report.figures import Figure, all_figures
 from igd_ds.studies.report.layout import Table
+from igd_ds.studies.report.ledger import ledger
 from igd_ds.studies.report.study import MATCHES, NOT_BEGUN, Run, Study, load, save
 from igd_ds.studies.report.tables import all_tables, cost
 
@@ -53,7 +54,7 @@ def render(study: Study, folder: Path, command: str = "") -> tuple[list[Table], 
         # The study is read back, so that a report from stored data has the same bytes.
         save(study, unfinished / "data")
         study = load(unfinished / "data")
-        tables, figures = all_tables(study), all_figures(study)
+        tables, figures = [*ledger(study), *all_tables(study)], all_figures(study)
         drawings = write_files(unfinished, tables, figures)
         write_text(unfinished / "index.html", page(study, tables, figures, drawings))
         write_text(unfinished / "README.md", markdown(study, tables, figures))

@@ -6,6 +6,7 @@ A run that is unfinished, failed, damaged or written by an older version is note
 import contextlib
 import json
 import math
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,6 +30,7 @@ from igd_ds.items.store import StoredCatalogue, load_catalogue
 from igd_ds.items.trie import TokenTrie
 from igd_ds.run_folder import BEFORE_RECORDED
 from igd_ds.studies.report.study import (
+    EVALUATION,
     METRIC,
     Curves,
     Json,
@@ -281,6 +283,9 @@ def read_run(name: str, location: Location) -> Run:
         eval_seconds=sum(search.seconds for search in searched) if searched else None,
         rank_seconds=rank_seconds([training, *searched]),
         world_size=env.get("world_size"),
+        command=command_of(env),
+        protocol=dataset_info(settings).get("protocol", ""),
+        other_tests=other_tests(folder),
     )
 
 
@@ -405,11 +410,63 @@ def backbone_of(settings: Json) -> str:
 def dataset_name(settings: Json) -> str:
     """Return the name of a run's dataset or, if the dataset is gone, the name of its folder."""
     folder = Path(settings.get("dataset", "unknown"))
+    return str(dataset_info(settings).get("name", folder.name))
+
+
+def dataset_info(settings: Json) -> Json:
+    """Return the dataset.json of a run's dataset; {} if it is gone or damaged."""
     try:
-        info = read_json(folder / "dataset.json") or {}
+        return read_json(Path(settings.get("dataset", "unknown")) / "dataset.json") or {}
     except UsageError:
-        info = {}
-    return str(info.get("name", folder.name))
+        return {}
+
+
+def command_of(env: Json) -> str:
+    """Return the command line in an env.json as a user types it; "" where none is recorded.
+
+    A launcher starts the entry script, such as igd_ds/train.py, instead of `igd train`.
+
+    Example:
+        >>> command_of({"command": ["/home/me/igd_ds/train.py", "--seed", "1"]})
+        'igd train --seed 1'
+    """
+    if not (recorded := env.get("command")):
+        return ""
+    program, *arguments = recorded
+    name = f"igd {Path(program).stem}" if program.endswith(".py") else program
+    return " ".join(filter(None, [name, shlex.join(arguments)]))
+
+
+def other_tests(folder: Path) -> dict[str, Json]:
+    """Return `Run.other_tests` of a run folder: what `igd eval` wrote to eval/NAME."""
+    found: dict[str, Json] = {}
+    reported = {(folder / path) for path in EVALUATIONS.values()}
+    for path in sorted(set((folder / "eval").glob("*/metrics.json")) - reported):
+        try:
+            results = read_json(path) or {}
+            if results.get("split", "test") != "test":
+                continue
+            if problem := problem_of("test", results) or other_dataset(folder, path.parent):
+                raise UsageError(problem)
+        except UsageError as error:
+            found[path.parent.name] = {"problem": str(error).replace(f"{folder}/", "")}
+            continue
+
+        alphas = {
+            alpha: {metrics.HEADLINE: entry[metrics.HEADLINE]}
+            for alpha, entry in results["alpha"].items()
+        }
+        kept = {key: results[key] for key in EVALUATION if key in results}
+        found[path.parent.name] = kept | {"alpha": alphas}
+    return found
+
+
+def other_dataset(folder: Path, evaluation: Path) -> str:
+    """Return why an evaluation of a run folder is not of the dataset of its validation, or ""."""
+    validated = fingerprint_of((folder / EVALUATIONS["valid"]).parent)
+    evaluated = fingerprint_of(evaluation)
+    differs = None not in (validated, evaluated) and validated != evaluated
+    return "it evaluated another dataset than eval/valid" if differs else ""
 
 
 def read_curves(path: Path) -> Curves:

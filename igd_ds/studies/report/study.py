@@ -60,6 +60,12 @@ NO_METHOD = FREE_ON_RESUME | {
     "model_name_or_path",
     "tokenizer",
 }
+EVALUATION = (
+    "exclude_seen", "search", "num_beams", "rows", "num_rows", "seed", "item_filter", "softmax",
+    "temperature", "decoding_rule", "length_penalty", "popularity_prior", "guidance",
+    "guidance_weight", "renormalise", "coverage",
+)  # fmt: skip
+"""Entries of metrics.json that tell the evaluations of a run apart."""
 SELECTABLE = SYMBOLS.keys() - {"frequency_beta"}
 """The settings that the papers choose on validation."""
 IGD = ("igd", "igd-linear")
@@ -94,7 +100,10 @@ class Run:
     `state` is "finished", "no test" (a candidate that validation did not choose), "unfinished",
     "failed", or one of NOT_BEGUN. `note` says what is missing and why; it is empty where nothing is
     missing. `settings` is the config.yaml. `valid`, `test` and `exact` are the metrics.json of
-    eval/valid, eval/test and eval/test-exact, or None where the file does not exist.
+    eval/valid, eval/test and eval/test-exact, or None where the file does not exist. `other_tests`
+    has the further evaluations of the test rows, by the name of their folder below eval/: of each
+    metrics.json the entries of EVALUATION and the headline measures by α, or `problem`, the reason
+    why it cannot be used.
     """
 
     name: str
@@ -115,6 +124,9 @@ class Run:
     eval_seconds: float | None = None  # wall time of the searches of all its evaluations
     rank_seconds: float | None = None  # both, times the number of ranks; None where unknown
     world_size: int | None = None
+    command: str = ""  # that began the training
+    protocol: str = ""  # how the dataset was split
+    other_tests: dict[str, Json] = field(default_factory=dict)
     ranks: dict[str, Ranks] = field(default_factory=dict)  # by split, at `alpha`
 
     @property
@@ -161,6 +173,7 @@ class Study:
         environment: versions and hardware, and the `command` that made the report.
         reference: the method that the others are compared with, in each backbone its own, or a
             baseline. Files store it under the key `baseline`.
+        published: the numbers of others that the ledger shows, see `ledger.read_published`.
     """
 
     name: str
@@ -171,6 +184,7 @@ class Study:
     examples: list[Json] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
     reference: str = REFERENCE
+    published: list[Json] = field(default_factory=list)
 
 
 def objective_of(settings: Json) -> str | None:
@@ -266,6 +280,8 @@ def lines_by(runs: Sequence[Run], setting: str) -> dict[str, dict[float, list[Ru
 
 # What a field of `Study` is called in study.json, where that is another name.
 STORED = {"reference": "baseline"}
+NEWER = ("published", "command", "protocol", "other_tests")
+"""Fields that study.json leaves out where they are empty, as before there were such fields."""
 
 
 def save(study: Study, folder: Path) -> None:
@@ -278,10 +294,14 @@ def save(study: Study, folder: Path) -> None:
     stored = {
         STORED.get(f.name, f.name): getattr(study, f.name)
         for f in fields(Study)
-        if f.name not in ("rows", "runs")
+        if f.name not in ("rows", "runs") and is_stored(study, f.name)
     }
     stored["runs"] = [
-        {f.name: getattr(run, f.name) for f in fields(Run) if f.name != "ranks"}
+        {
+            f.name: getattr(run, f.name)
+            for f in fields(Run)
+            if f.name != "ranks" and is_stored(run, f.name)
+        }
         for run in study.runs
     ]
 
@@ -303,6 +323,11 @@ def save(study: Study, folder: Path) -> None:
     together = pa.concat_tables([empty, *tables], promote_options="default")
     write_table(folder / "ranks.parquet", together)
     write_text(folder / "study.json", json.dumps(stored, ensure_ascii=False) + "\n")
+
+
+def is_stored(thing: Study | Run, name: str) -> bool:
+    """Return whether study.json has a field of a study or a run (see NEWER)."""
+    return name not in NEWER or bool(getattr(thing, name))
 
 
 def load(folder: Path) -> Study:
