@@ -171,7 +171,7 @@ def check_known(published: Sequence[Json], study: Study, path: Path) -> None:
             raise UsageError(f"{where}: {unknown('method', method, known)}")
 
         tested = tested_runs(study, entry["dataset"])
-        meant = {title_of(run.backbone, run.method) for run in tested if method in names_of(run)}
+        meant = {names_of(run)[0] for run in tested if method in names_of(run)}
         if len(meant) > 1 and method not in meant:
             raise UsageError(
                 f"{where}: method: {method!r} may be any of {', '.join(sorted(meant))} on "
@@ -230,9 +230,10 @@ def names_of(run: Run) -> list[str]:
 
     The names are equal where there are no such settings.
     """
-    names = [title_of(run.backbone, run.method)]
+    model = "" if run.is_baseline else run.backbone
+    names = [title_of(model, run.method)]
     with contextlib.suppress(KeyError):  # a row of a sweep that was never started
-        names.append(title_of(run.backbone, method_of(run.settings)))
+        names.append(title_of(model, method_of(run.settings)))
     return names
 
 
@@ -250,8 +251,8 @@ def methods_of(study: Study, dataset: str) -> dict[str, tuple[list[Json], list[R
 
     found: dict[str, tuple[list[Json], list[Run]]] = {}
     for entry in (entry for entry in study.published if entry["dataset"] == dataset):
-        method = shown.get(entry["method"], entry["method"])
-        found.setdefault(method, ([], []))[0].append(entry)
+        named: str = entry["method"]
+        found.setdefault(shown.get(named, named), ([], []))[0].append(entry)
     for name, its in runs.items():
         found.setdefault(shown[name], ([], []))[1].extend(its)
     return found
