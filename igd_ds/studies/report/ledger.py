@@ -53,8 +53,8 @@ SEEN = {"no": "kept", "yes": "left out"}
 """What an evaluation did with items that the user had met before, by its `exclude_seen`."""
 OF_BASELINES = ("exclude_seen", "search", "num_beams", "rows", "num_rows", "seed", "item_filter")
 """Those of EVALUATION that tell the evaluations of a baseline apart; the others are of a search."""
-SHOWN = ("exclude_seen", "search", "num_beams", "rows")
-"""Those of EVALUATION that have a column."""
+SHOWN = ("exclude_seen", "search", "num_beams", "rows", "num_rows")
+"""Those of EVALUATION that the columns show."""
 COLUMNS = [
     "Dataset", "Method", "Measure", "Published", "Reproduced", "Ours", "Ours / published", "Gap",
     "Seeds", "Seen items", "Search", "Rows", "Split", "Loss", "Training (h)", "Source",
