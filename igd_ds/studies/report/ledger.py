@@ -56,8 +56,8 @@ OF_BASELINES = ("exclude_seen", "search", "num_beams", "rows", "num_rows", "seed
 SHOWN = ("exclude_seen", "search", "num_beams", "rows", "num_rows")
 """Those of EVALUATION that the columns show."""
 COLUMNS = [
-    "Dataset", "Method", "Measure", "Published", "Reproduced", "Ours", "Ours / published", "Gap",
-    "Seeds", "Seen items", "Search", "Rows", "Split", "Loss", "Training (h)", "Source",
+    "Dataset", "Method", "Measure", "Published", "Others", "Ours", "Ours / published", "Seeds",
+    "Seen items", "Search", "Rows", "Split", "Loss", "Hours", "Source",
 ]  # fmt: skip
 
 Evaluation = list[tuple[Run, Json]]
@@ -170,7 +170,7 @@ def check_known(published: Sequence[Json], study: Study, path: Path) -> None:
         if method not in known:
             raise UsageError(f"{where}: {unknown('method', method, known)}")
 
-        tested = tested_runs(study, entry["dataset"])
+        tested = runs_on_test(study, entry["dataset"])
         meant = {names_of(run)[0] for run in tested if method in names_of(run)}
         if len(meant) > 1 and method not in meant:
             raise UsageError(
@@ -201,26 +201,25 @@ def ledger(study: Study) -> list[Table]:
             tested = evaluations(runs)
             for evaluation in tested or [[]]:
                 beside = own_cells(evaluation, differing(tested), entries)
-                rows += [
-                    [*words(dataset, method, *headings([measure])), *numbers, *beside]
-                    for measure in measures
-                    if (numbers := compared(measure, entries, evaluation))
-                ]
+                for measure in measures:
+                    if numbers := compared(measure, entries, evaluation):
+                        named = words(dataset, method, *headings([measure]))
+                        rows.append([*named, *numbers, *beside])
 
     caption = (
-        "Test: published numbers, numbers that others reproduced, and ours: mean ± standard "
-        "deviation over seeds, one line per measure. Rows of a method differ in how the same runs "
-        f"were evaluated. Gap: where our mean is more than {LARGEST_GAP:.0%} below the largest "
-        "published number. Seen items: whether the lists keep items that the user had met before. "
-        "Search: the method and the number of items in a list. Rows: evaluated test rows. "
-        f"Training: hours of wall time, mean over seeds. Ours is item match. {AT_ALPHA}"
+        "Test results, one line per measure. Others: reproduced by others than the authors. Ours: "
+        "item match, mean ± standard deviation over seeds. Ours / published: our mean divided by "
+        "the largest published number, and how far it is below where that is more than "
+        f"{LARGEST_GAP:.0%}. Seen items: whether the lists keep items that the user had met "
+        "before. Search: the method and the number of items in a list. Rows: evaluated test rows. "
+        f"Hours: wall time of the training, mean over seeds. {AT_ALPHA}"
     )
     title = "Ledger: published, reproduced, ours"
     notes = [*gap_notes(rows), *notes]
     return [Table("ledger", title, caption, COLUMNS, rows, notes, sources, commands)]
 
 
-def tested_runs(study: Study, dataset: str) -> list[Run]:
+def runs_on_test(study: Study, dataset: str) -> list[Run]:
     """Return the complete runs of a dataset that were evaluated on test."""
     return [run for run in study.runs if run.dataset == dataset and run.is_complete and run.test]
 
@@ -244,7 +243,7 @@ def methods_of(study: Study, dataset: str) -> dict[str, tuple[list[Json], list[R
     end where no other one is called so.
     """
     runs: dict[str, list[Run]] = {}
-    for run in tested_runs(study, dataset):
+    for run in runs_on_test(study, dataset):
         runs.setdefault(names_of(run)[0], []).append(run)
     short = {name: names_of(its[0])[-1] for name, its in runs.items()}
     shown = {name: s if list(short.values()).count(s) == 1 else name for name, s in short.items()}
@@ -258,7 +257,7 @@ def methods_of(study: Study, dataset: str) -> dict[str, tuple[list[Json], list[R
     return found
 
 
-def tests_of(run: Run) -> Iterator[Json]:
+def usable_results(run: Run) -> Iterator[Json]:
     """Yield the usable evaluations of a run's test rows, the one of the other tables first."""
     for results in (run.test, run.exact, *run.other_tests.values()):
         if results and "problem" not in results and run.alpha in results["alpha"]:
@@ -272,7 +271,7 @@ def evaluations(runs: Sequence[Run]) -> list[Evaluation]:
     """
     found: dict[str, dict[str, tuple[Run, Json]]] = {}
     for run in runs:
-        for results in tests_of(run):
+        for results in usable_results(run):
             key = repr(settings_of(run, results))
             found.setdefault(key, {}).setdefault(run.name, (run, results))
     return [list(by_run.values()) for by_run in found.values()]
@@ -304,7 +303,7 @@ def left_out(runs: Sequence[Run]) -> list[str]:
 
 
 def compared(measure: str, entries: Sequence[Json], evaluation: Evaluation) -> Row:
-    """Return the cells Published, Reproduced, Ours, Ours / published and Gap of a line.
+    """Return the cells Published, Others, Ours and Ours / published of a line.
 
     Empty where neither others nor we have the measure.
     """
@@ -322,18 +321,25 @@ def compared(measure: str, entries: Sequence[Json], evaluation: Evaluation) -> R
     if not any(others.values()) and ours.number is None:
         return []
 
-    ratio, published = None, max(others[PUBLISHED], default=0.0)
-    if published and ours.number is not None:
-        ratio = significant(ours.number / published)
-    gap = ""
-    if ratio is not None and ratio < 1 - LARGEST_GAP:
-        gap = f"−{formatted(significant(1 - ratio), '.1%')}"
-    return [
-        *(spread(others[kind]) for kind in KINDS),
-        ours,
-        Cell(ratio, form=".3f"),
-        Cell(gap),
-    ]
+    published = max(others[PUBLISHED], default=0.0)
+    ratio = ours.number / published if published and ours.number is not None else None
+    return [*(spread(others[kind]) for kind in KINDS), ours, Cell(ratio_text(ratio))]
+
+
+def ratio_text(ratio: float | None) -> str:
+    """Return a ratio, marked with its distance from 1 where that is larger than LARGEST_GAP.
+
+    Example:
+        >>> ratio_text(0.96), ratio_text(0.93), ratio_text(None)
+        ('0.960', '0.930 (−7.0%)', '')
+    """
+    if ratio is None:
+        return ""
+    ratio = significant(ratio)
+    text = formatted(ratio, ".3f")
+    if ratio >= 1 - LARGEST_GAP:
+        return text
+    return f"{text} (−{formatted(significant(1 - ratio), '.1%')})"
 
 
 def spread(values: Sequence[float]) -> Cell:
@@ -352,7 +358,8 @@ def own_cells(evaluation: Evaluation, shown: Sequence[str], entries: Sequence[Js
         shown: settings of the evaluation that stand beside the search.
         entries: the numbers of others of the line.
     """
-    source = Cell("; ".join(dict.fromkeys(entry["source"] for entry in entries)))
+    first, *more = dict.fromkeys(entry["source"] for entry in entries) or [""]
+    source = Cell(f"{first} and {len(more)} more" if more else first)
     if not evaluation:
         return [*words(None, "", "", None, "", ""), Cell(None), source]
     run, results = evaluation[0]
@@ -383,16 +390,16 @@ def source_of(entry: Mapping[str, Any], name: str) -> Source:
 
 
 def gap_notes(rows: Sequence[Row]) -> list[str]:
-    """Return a note that lists the lines with a gap; [] if there is none."""
-    dataset, method, measure, gap, seen = (
-        COLUMNS.index(name) for name in ("Dataset", "Method", "Measure", "Gap", "Seen items")
-    )
-    lines = [
-        f"{row[dataset].text}, {row[method].text}, seen items {row[seen].text}: "
-        f"{row[measure].text} {row[gap].text}"
-        for row in rows
-        if row[gap].text
-    ]
+    """Return a note that lists the lines with a marked ratio; [] if there is none."""
+    lines = []
+    for row in rows:
+        line = {name: cell.text for name, cell in zip(COLUMNS, row, strict=True)}
+        ratio = line["Ours / published"]
+        if "−" in ratio:
+            lines.append(
+                f"{line['Dataset']}, {line['Method']}, seen items {line['Seen items']}: "
+                f"{line['Measure']} {ratio}"
+            )
     if not lines:
         return []
     return [f"More than {LARGEST_GAP:.0%} below the published number: {'; '.join(lines)}."]
