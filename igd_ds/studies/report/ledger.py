@@ -380,7 +380,7 @@ def loss_of(run: Run) -> str:
     if not run.is_baseline:
         return run.objective or ""
     is_trained = run.settings["recommender"] in SEQUENTIAL
-    return str(run.settings.get("loss", CROSS_ENTROPY)) if is_trained else "none: it counts"
+    return str(run.settings.get("loss", CROSS_ENTROPY)) if is_trained else "none"
 
 
 def source_of(entry: Mapping[str, Any], name: str) -> Source:
