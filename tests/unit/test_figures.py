@@ -105,7 +105,9 @@ def test_a_training_of_one_validation_shows_its_point(study):
 def test_datasets_whose_names_make_one_file_name_keep_their_figures(study):
     renamed = {"books-small": "книги", "instruments": "ноты"}
     runs = [dataclasses.replace(run, dataset=renamed[run.dataset]) for run in study.runs]
-    names = [figure.name for figure in all_figures(dataclasses.replace(study, runs=runs))]
+    rows = {renamed[dataset]: splits for dataset, splits in study.rows.items()}
+    found = all_figures(dataclasses.replace(study, runs=runs, rows=rows))
+    names = [figure.name for figure in found]
     assert len(set(names)) == len(names) == len(all_figures(study))
     assert {"qwen2-1m-improvements", "qwen2-1m-improvements-2"} <= set(names)
 

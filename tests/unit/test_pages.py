@@ -26,8 +26,9 @@ FAILED = "RuntimeError: <b>out of memory</b> & more"
 
 
 MEASURE = """<script>onload = () => {
-  const boxes = [...document.querySelectorAll(".box")].map(box => [box.scrollWidth - box.clientWidth,
-    box.scrollHeight - box.clientHeight, getComputedStyle(box).overflowX])
+  const measured = box => [box.scrollWidth - box.clientWidth, box.scrollHeight - box.clientHeight,
+    getComputedStyle(box).overflowX]
+  const boxes = [...document.querySelectorAll(".box")].map(measured)
   const page = document.documentElement
   document.title = JSON.stringify([page.scrollWidth - page.clientWidth, boxes])
 }</script>"""
