@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny_run
 import torch
+import transformers
 from oracle import tiny_t5
 
 from igd_ds.config.options import parse
@@ -244,6 +245,25 @@ def test_a_function_of_the_user(tmp_path, monkeypatch):
 def test_flags_that_cannot_work(tmp_path, flags, message):
     with pytest.raises(UsageError, match=message):
         training_of(tmp_path, *flags)
+
+
+def test_what_an_encoder_decoder_cannot_do_is_refused_before_its_weights_are_read(tmp_path):
+    with_t5(tmp_path)
+    (tmp_path / "run" / "model" / "model.safetensors").write_bytes(b"never read")
+    for flags, message in (
+        (["--lora_r", "4"], "--lora_r adapts causal LMs"),
+        (["--packing", "tree"], "--packing tree: models of type t5 cannot be trained on row trees"),
+        (["--reference", "adapter-off"], "there is no adapter to switch off"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            training_of(tmp_path, *flags)
+
+    config = transformers.BartConfig(vocab_size=tiny_run.EOS + 1, d_model=8)
+    config.save_pretrained(tmp_path / "run" / "model")
+    with pytest.raises(
+        UsageError, match="model of type bart: the encoder-decoder known here is t5"
+    ):
+        training_of(tmp_path)
 
 
 def test_the_log_splits_the_time_of_a_step(tmp_path):
