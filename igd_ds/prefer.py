@@ -41,7 +41,7 @@ def main() -> int:
     """Run a preference training from the command line; return the exit code."""
     config = parse(PreferConfig, description=__doc__)
     transformers.utils.logging.disable_progress_bar()
-    distributed.init(config.timeout, config.master_port)
+    distributed.init(config.timeout, config.master_port, config.quiet)
     start = load_start(config)
     ds = resolve_ds_config(config, distributed.world_size(), start.options.load_in_4bit)
 

@@ -2,7 +2,9 @@
 # Trains and evaluates the models that the catalogue's softmax is measured with: games-2015 and books-small
 # (titles), instruments (semantic IDs), in list form, each a Qwen2 of 1.5 M parameters from random weights, 2
 # epochs, on one core each. The first three models (msl, seed 0) are those of tools/bench/catalogue_softmax.py.
-# After an interruption, start it again and it goes on. Needs the virtual environment's bin folder on the PATH.
+# Then `igd prefer` goes on from the best objective's models: s-dpo with four kinds of negatives, grpo with two
+# rewards and with credit by gain, 150 steps each. After an interruption, start it again and it goes on. Needs
+# the virtual environment's bin folder on the PATH.
 #
 #   tools/catalogue_softmax.sh ../shared/data [runs/softmax]
 set -euo pipefail
@@ -34,17 +36,38 @@ train() {  # DATASET ITEM_KIND OBJECTIVE SEED
         --resume auto --output_dir "$out/$1/$3-$4" --seed "$4" "${flags[@]}"
 }
 
-evaluate() {  # DATASET OBJECTIVE SEED: the same 2,000 test rows in three ways
-    local run="$out/$1/$2-$3" temperature
-    for way in "full beam" "masked beam" "masked exact"; do
-        read -r softmax search <<< "$way"
-        # Under the full softmax a model trained by msl is searched at T = 1 too.
-        temperature=()
-        [ "$softmax" = full ] && temperature=(--temperature 1)
-        python igd_ds/eval.py --model "$run/model" --dataset "$out/$1/data" --split test --num_rows 2000 \
-            --softmax "$softmax" --search "$search" "${temperature[@]}" --exclude_seen no \
-            --output_dir "$run/eval/$softmax-$search"
-    done
+evaluate() {  # DATASET NAME SEED: validation, then the same 2,000 test rows in three ways
+    rank "$1" "$2-$3" valid valid masked exact
+    rank "$1" "$2-$3" full-beam test full beam --temperature 1  # at T = 1 also what msl has trained
+    rank "$1" "$2-$3" masked-beam test masked beam
+    rank "$1" "$2-$3" masked-exact test masked exact
+}
+
+rank() {  # DATASET RUN NAME SPLIT SOFTMAX SEARCH [options of igd eval]
+    python igd_ds/eval.py --model "$out/$1/$2/model" --dataset "$out/$1/data" --split "$4" --num_rows 2000 \
+        --softmax "$5" --search "$6" --exclude_seen no --output_dir "$out/$1/$2/eval/$3" "${@:7}"
+}
+
+best_objective() {  # DATASET: the objective with the best mean NDCG@10 on validation, over its seeds
+    python - "$out/$1" <<'PYTHON'
+import json, sys
+from pathlib import Path
+
+scores = {}
+for file in Path(sys.argv[1]).glob("*-[0-9]/eval/valid/metrics.json"):
+    objective = file.parts[-4].rpartition("-")[0]
+    scores.setdefault(objective, []).append(json.loads(file.read_text())["alpha"]["0.0"]["item_match"]["ndcg@10"])
+print(max(scores, key=lambda name: sum(scores[name]) / len(scores[name])))
+PYTHON
+}
+
+stage() {  # DATASET OBJECTIVE SEED NAME [options of igd prefer]
+    local run="$out/$1/$4-$3"
+    python igd_ds/prefer.py --ds_config ds_configs/zero1-batch64-fp32.json --dataset "$out/$1/data" \
+        --model "$out/$1/$2-$3" --softmax masked --global_batch_size 64 --learning_rate 3e-4 --max_steps 150 \
+        --validate_every 50 --validation_rows 500 --patience 0 --stop_margin 0.01 --log_every 10 \
+        --keep_checkpoints 1 --resume auto --output_dir "$run" --seed "$3" "${@:5}"
+    evaluate "$1" "$4" "$3"
 }
 
 prepare games-2015 "video games" d3-csv given
@@ -54,14 +77,30 @@ tokenizer instruments --codes_only
 prepare books-small books sequences leave-one-out --max_history 5 --num_users 5000 --seed 0
 tokenizer books-small --vocab_size 4096
 
+# The models of the benchmark.
 train games-2015 text msl 0
 train instruments semantic-id msl 0
 train books-small text msl 0
-for seed in 0 1 2; do
-    for objective in uniform msl igd msl-adaptive msl-beta; do
-        train games-2015 text "$objective" "$seed"
-        evaluate games-2015 "$objective" "$seed"
-        train instruments semantic-id "$objective" "$seed"
-        evaluate instruments "$objective" "$seed"
+
+study() {  # DATASET ITEM_KIND
+    local seed objective best negatives
+    for seed in 0 1 2; do
+        for objective in uniform msl igd msl-adaptive msl-beta; do
+            train "$1" "$2" "$objective" "$seed"
+            evaluate "$1" "$objective" "$seed"
+        done
     done
-done
+
+    best=$(best_objective "$1")
+    for seed in 0 1; do
+        for negatives in random popularity sibling beam; do
+            stage "$1" "$best" "$seed" "s-dpo-$negatives" --objective s-dpo --negatives "$negatives"
+        done
+        stage "$1" "$best" "$seed" grpo-rule --objective grpo --reward rule
+        stage "$1" "$best" "$seed" grpo-rank --objective grpo --reward rank
+        stage "$1" "$best" "$seed" grpo-gain --objective grpo --reward rule --token_credit gain
+    done
+}
+
+study games-2015 text
+study instruments semantic-id

@@ -115,20 +115,20 @@ class CausalPromptTree:
     def _prompt_pass(self, tree: PrefixTree) -> torch.Tensor:
         """Send the prompts' N different tokens through the model, packed; return logits (B, V)."""
         column, place = ragged_rows(torch.zeros_like(self.prompt_length), self.prompt_length)
-        node = tree.node[tree.filled]  # of each place, user by user
-        first = np.unique(node, return_index=True)[1]
-        last = node[self.prompt_length.cumsum(0).numpy() - 1]
+        node_at = tree.node[tree.filled]  # place by place, user by user
+        first_place = np.unique(node_at, return_index=True)[1]
+        last_node = node_at[self.prompt_length.cumsum(0).numpy() - 1]
 
         def upload(*arrays: np.ndarray) -> tuple[torch.Tensor, ...]:
             return torch.from_numpy(np.stack(arrays)).to(self.device).unbind(0)
 
-        node, column, place = upload(node, column.numpy(), place.numpy())
-        token, position, first = upload(tree.token, tree.position, first)
+        node, column, place = upload(node_at, column.numpy(), place.numpy())
+        token, position, first = upload(tree.token, tree.position, first_place)
         longest, shared = self.longest_prompt, SharedTokens(node, first)
         step = TreePass(
             column, place, place, position, longest, longest, longest, mask=None, shared=shared
         )
-        logits = self._forward(token, step, *upload(last))
+        logits = self._forward(token, step, *upload(last_node))
 
         if step.windows:
             positions = torch.arange(longest, device=self.device)

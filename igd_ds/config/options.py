@@ -21,6 +21,9 @@ from igd_ds.errors import UsageError, did_you_mean
 
 C = TypeVar("C")
 
+TUNED = Path(__file__).parent / "tuned"
+"""Settings that come with igd_ds, as YAML files; each names the command that found them."""
+
 
 def option(help: str, default: Any = MISSING, choices: Sequence[str] = (), former: str = "") -> Any:
     """Declare one setting.
@@ -104,7 +107,9 @@ def _parser(cls: type, description: str | None) -> FlagParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--config", help="YAML file with any of the settings below; flags win over it"
+        "--config",
+        help="YAML file with any of the settings below, which flags win over; or the name of one "
+        "that comes with igd_ds, see igd_ds/config/tuned",
     )
     # The deepspeed launcher passes it; rank and device come from the environment (distributed.py).
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
@@ -181,12 +186,19 @@ def current_names(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
 def read_yaml(cls: type, path: str) -> dict[str, Any]:
     """Return the settings in a YAML file, each checked against the field of its name.
 
+    Args:
+        cls: the configuration that the settings belong to.
+        path: the file, or the name of one that comes with igd_ds, such as `sasrec-beauty-2014`.
+
     Raises:
         UsageError: there is no such file, or it holds something else than settings of `cls`.
     """
-    if not Path(path).is_file():
-        raise UsageError(f"--config: no file {path}")
-    loaded = read_yaml_file(path) or {}
+    shipped = TUNED / f"{path}.yaml"
+    if not Path(path).is_file() and not shipped.is_file():
+        known = sorted(file.stem for file in TUNED.glob("*.yaml"))
+        hint = did_you_mean(path, known)
+        raise UsageError(f"--config: no file {path}{hint}; with igd_ds come {', '.join(known)}")
+    loaded = read_yaml_file(path if Path(path).is_file() else shipped) or {}
     if not isinstance(loaded, dict):
         raise UsageError(
             f"{path}: expected 'setting: value' lines, found a {type(loaded).__name__}"

@@ -3,7 +3,7 @@
 `igd_ds.contracts.Objective` says what an objective is. Its flags are the fields of its `Options`.
 
 To add one: a class in a file of this folder, a line in OBJECTIVES, a test in `tests/unit/`, a row
-in the README. Most classes derive from `TokenWeighting` and define `weights` alone.
+in docs/reference/training.md. Most classes derive from `TokenWeighting` and define `weights` alone.
 """
 
 import dataclasses

@@ -98,6 +98,7 @@ def test_the_wheel_has_every_file_of_the_package(wheel):
     assert "igd_ds/py.typed" in names and "igd_ds/data/templates/short.yaml" in names
     assert "igd_ds/ds_configs/zero2.json" in names
     assert "igd_ds/backbones/shapes/tiger.json" in names
+    assert "igd_ds/config/tuned/sasrec-beauty-2014.yaml" in names
     assert not [name for name in names if name.startswith(("tests", "tools"))]
 
 

@@ -19,7 +19,7 @@ from igd_ds.baseline_config import BaselineConfig
 from igd_ds.baselines.leaves import Leaves, build_catalogue
 from igd_ds.baselines.sequences import Chains, SequenceBatch
 from igd_ds.baselines.sequential import Negatives
-from igd_ds.config.options import parse
+from igd_ds.config.options import TUNED, parse
 from igd_ds.contracts import MASKED_ROW
 from igd_ds.data.batches import sample_rows
 from igd_ds.data.dataset import InteractionDataset, Split
@@ -453,3 +453,18 @@ def test_presets_fill_in_what_is_not_given():
         None,
     )
     assert dataclasses.replace(given, loss="bce").with_preset().num_negatives == 1
+
+
+@pytest.mark.parametrize("file", sorted(TUNED.glob("*.yaml")), ids=lambda file: file.stem)
+def test_tuned_settings_come_by_name_and_say_what_found_them(file):
+    words = ["--config", file.stem, "--dataset", "d", "--output_dir", "o", *TRAINED]
+    config = parse(BaselineConfig, [*words, "--epochs", "1"])
+    assert file.stem.startswith(config.recommender) and config.epochs == 1
+    assert config.hidden_size == 64 and config.with_preset().num_layers == 2
+    assert "igd sweep tools/sweeps/tuned-baselines.yaml" in file.read_text()
+
+
+def test_a_name_without_tuned_settings_is_refused():
+    words = ["--config", "sasrec-beauty", "--dataset", "d", "--output_dir", "o", *TRAINED]
+    with pytest.raises(UsageError, match="no file sasrec-beauty, did you mean 'sasrec-beauty-2014"):
+        parse(BaselineConfig, words)

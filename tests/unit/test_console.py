@@ -1,5 +1,6 @@
 """What a run shows: its header, durations in words, the end of its bar, and nothing if quiet."""
 
+import importlib
 import sys
 
 import pytest
@@ -62,6 +63,30 @@ def test_a_quiet_run_prints_only_warnings_and_results(capsys, monkeypatch):
         bar.update(2)
     printed = capsys.readouterr()
     assert printed.out == "warning: look\n" and printed.err == ""
+
+
+@pytest.mark.parametrize(
+    ("entry", "flags"),
+    [
+        ("train", "--ds_config c --model_name_or_path m --objective uniform"),
+        ("prefer", "--ds_config c --model m"),
+        ("baseline", "--recommender popularity"),
+        ("eval", "--model m"),
+    ],
+)
+def test_every_entry_heeds_quiet(entry, flags, monkeypatch):
+    class Started(Exception):
+        pass
+
+    def init(timeout, master_port, quiet=False):
+        assert quiet
+        raise Started
+
+    monkeypatch.setattr(distributed, "init", init)
+    words = [*flags.split(), "--dataset", "d", "--output_dir", "o", "--quiet"]
+    monkeypatch.setattr(sys, "argv", [entry, *words])
+    with pytest.raises(Started):
+        importlib.import_module(f"igd_ds.{entry}").main()
 
 
 def test_a_notebook_shows_the_bar_every_second(monkeypatch):

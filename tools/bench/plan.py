@@ -171,16 +171,16 @@ def main() -> None:
         folder = Path(name)
         with contextlib.redirect_stdout(io.StringIO()):
             in_fork(make_data, folder)
-        # A training with adapters loads more libraries.
-        tiny: dict[bool, tuple[float, float]] = {}
+        # A training with adapters loads more libraries, and ZeRO more of DeepSpeed.
+        tiny: dict[tuple[bool, bool], tuple[float, float]] = {}
         for label in QUICK if quick else CASES:
             case = CASES[label]
-            adapted = "lora_r" in case
-            if adapted not in tiny:
-                tiny[adapted] = peaks(folder, f"tiny-{label}", case, TINY)
+            loads = "lora_r" in case, case["stage"] > 0
+            if loads not in tiny:
+                tiny[loads] = peaks(folder, f"tiny-{label}", case, TINY)
             large = peaks(folder, label, case, LARGE)
             measured, expected = (
-                big - small for big, small in zip(large, tiny[adapted], strict=True)
+                big - small for big, small in zip(large, tiny[loads], strict=True)
             )
             table.append([label, measured / 2**20, expected / 2**20, expected / measured])
             figures[f"expected_over_measured_{label}"] = expected / measured
