@@ -161,10 +161,18 @@ def embed(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command on this rank and return the exit code.
 
+    Args:
+        argv: the flags, for scripts and notebooks, whose process stays as it was; None takes the
+            command line.
+
     Raises:
         UsageError: a file, a flag or an existing output folder does not fit the request.
     """
     args = parse(argv)
+    if argv is not None:
+        with distributed.called_from_python(quiet=False):
+            embed(args)
+        return 0
     distributed.init()
     embed(args)
     return 0

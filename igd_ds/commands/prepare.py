@@ -12,6 +12,7 @@ request, the command refuses. It never overwrites anything.
 
 import argparse
 import errno
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -44,6 +45,7 @@ LAST_DEFAULTS: dict[str, str | int | None] = {
     "cold_users": "keep",
     "titles": POLICIES[0],
 }
+URL = re.compile(r"https?://[^\s<>]+")
 # Errors of the operating system that the user can repair, and how.
 REMEDIES = {
     errno.ENOENT: "check the path",
@@ -118,6 +120,18 @@ def _add_input_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", help="name of the dataset (default: the name of --output)")
     parser.add_argument(
         "--domain", help="plural noun for the items in prompts, such as books (default: items)"
+    )
+    parser.add_argument(
+        "--license",
+        default="",
+        metavar="NAME",
+        help="licence of the source, such as 'CC BY 4.0': for dataset.json and the data card",
+    )
+    parser.add_argument(
+        "--source_url",
+        default="",
+        metavar="URL",
+        help="page of the source: for dataset.json and the data card (default: the preset's page)",
     )
 
 
@@ -290,6 +304,10 @@ def _check_ranges(args: argparse.Namespace) -> None:
         raise UsageError(
             "--num_items is for synthetic data; the other sources take every item of their files"
         )
+    if args.source_url and not URL.fullmatch(args.source_url):
+        raise UsageError(
+            f"--source_url {args.source_url}: need an address like https://example.org/data"
+        )
     if not 0 <= args.max_bad_lines < 1:
         raise UsageError(f"--max_bad_lines {args.max_bad_lines}: a share, from 0 to below 1")
 
@@ -331,7 +349,10 @@ def request(args: argparse.Namespace) -> DatasetRequest:
         max_bad_lines=args.max_bad_lines,
         columns=args.columns,
         time_format=args.time_format,
+        license=args.license,
+        source_url=args.source_url,
         preset=args.preset,
+        preset_url=PRESETS[args.preset].page if args.preset else "",
         expected=PRESETS[args.preset].expected if args.preset else {},
     )
 

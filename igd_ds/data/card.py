@@ -161,7 +161,8 @@ def write_card(
         folder: exists; nothing else in it is read or written.
         info: the object of dataset.json. The card quotes its name, domain, protocol, parameters,
             sources and hygiene, and if it has them `funnel` (a list of {"step": str, column:
-            number}) and `expected` ({what: [expected, found]}, from a preset).
+            number}), `expected` ({what: [expected, found]}, from a preset), `source_url` and
+            `license`.
         items: the table of items.parquet. Columns other than item_id, title, semantic_id and
             source_id count as metadata.
         splits: tables of ROW_SCHEMA, none of them empty.
@@ -187,7 +188,7 @@ def write_card(
         *(f"![{what}]({name})" for name, what in figures.items()),
         *missing,
         _order_and_loading(info["protocol"], measures.span() is not None),
-        _sources(info["sources"]),
+        _sources(info),
     ]
     text = "\n\n".join(section for section in sections if section)
     write_text(Path(folder) / "README.md", text + "\n")
@@ -223,6 +224,11 @@ def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
+def _density(share: float) -> str:
+    """Return a share that is usually far below 1 %, such as 0.027 %."""
+    return _percent(share) if share >= 0.01 else f"{100 * share:.2g} %"
+
+
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
     """Return a Markdown table; the first `left` columns are text, the others are numbers.
 
@@ -252,7 +258,7 @@ def _summary(info: Mapping[str, Any], items: pa.Table, measures: Measures) -> st
 
     sentences = [
         f"{len(items):,} items{domain} and {measures.users:,} users, in {rows[0]}, {rows[1]} and "
-        f"{rows[2]} rows. Density: {_percent(measures.pairs / (measures.users * len(items)))} of "
+        f"{rows[2]} rows. Density: {_density(measures.pairs / (measures.users * len(items)))} of "
         "the pairs of a user and an item occur as targets.",
         "A row is what a user met before, oldest first (the history), and what came next (the "
         "target).",
@@ -432,10 +438,16 @@ print(dataset.num_items, len(train), train.history(0), train.targets[0])
 ```"""
 
 
-def _sources(sources: Sequence[Mapping[str, str]]) -> str:
-    rows = [[escape(source["path"]), f"`{source['sha256']}`"] for source in sources]
+def _sources(info: Mapping[str, Any]) -> str:
+    """Return the table of the source's files and, where they are known, its page and licence."""
+    rows = [[escape(source["path"]), f"`{source['sha256']}`"] for source in info["sources"]]
     table = _table(["file", "sha256"], rows, left=2) if rows else "None: the data were generated."
-    return "## Source files\n\n" + table
+    known = []
+    if url := info.get("source_url"):
+        known.append(f"Page of the source: <{url}>.")
+    if name := info.get("license"):
+        known.append(f"Licence of the source: {escape(name)}.")
+    return "\n\n".join(filter(None, ["## Source files", " ".join(known), table]))
 
 
 # ---- the figures of the card

@@ -26,6 +26,8 @@ def prepare(
     protocol: str = "leave-one-out",
     domain: str = "items",
     titles: str = "placeholder",
+    license: str = "",
+    source_url: str = "",
     **options: Any,
 ) -> InteractionDataset:
     """Make a dataset folder from a table of interactions, and open it.
@@ -46,6 +48,8 @@ def prepare(
         protocol: how interactions become rows, a name in PROTOCOLS.
         domain: plural noun for the items in prompts.
         titles: policy for titles, see igd_ds/data/hygiene.py.
+        license: licence of the source, for dataset.json and the data card.
+        source_url: page of the source, for dataset.json and the data card.
         options: fields of ProtocolOptions, such as max_history=20 or k_core=5.
 
     Raises:
@@ -84,6 +88,8 @@ def prepare(
             titles=titles,
             columns=columns or {},
             time_format=time_format,
+            license=license,
+            source_url=source_url,
         )
         prepare_dataset(request)
     return InteractionDataset.load(output)

@@ -75,8 +75,14 @@ class DatasetRequest:
     """Source csv: field → column, where the names do not tell."""
     time_format: str = ""
     """Source csv: how times are written, as strptime spells it."""
+    license: str = ""
+    """The licence of the source, such as CC BY 4.0."""
+    source_url: str = ""
+    """The page of the source."""
     preset: str | None = None
     """The preset that the options come from."""
+    preset_url: str = ""
+    """The page of the preset's source, which stands in where `source_url` is empty."""
     expected: Mapping[str, int] = field(default_factory=dict)
     """The counts that the preset's paper prints."""
 
@@ -110,6 +116,8 @@ def prepare(wanted: DatasetRequest) -> dict[str, Any]:
             "expected": {key: [number, found[key]] for key, number in wanted.expected.items()},
             "hygiene": title_report,
         }
+        if wanted.preset_url:
+            info = {"source_url": wanted.preset_url} | info
         write_dataset(wanted.output, items, users, rows.splits, info)
     return read_info(wanted.output)
 
@@ -136,6 +144,8 @@ def _request_info(wanted: DatasetRequest) -> dict[str, Any]:
         "protocol": wanted.protocol,
         "parameters": parameters,
         "version": VERSION,
+        **({"license": wanted.license} if wanted.license else {}),
+        **({"source_url": wanted.source_url} if wanted.source_url else {}),
     }
 
 
@@ -287,7 +297,7 @@ def _finished(output: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
     asked = json.loads(json.dumps(asked))
     if different := differing(info, asked):
         detail = "; ".join(
-            f"{key}: there {json.dumps(info[key])}, asked {json.dumps(asked[key])}"
+            f"{key}: there {json.dumps(info.get(key))}, asked {json.dumps(asked[key])}"
             for key in different
         )
         raise UsageError(

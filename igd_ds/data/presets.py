@@ -24,6 +24,15 @@ LEAVE_ONE_OUT: dict[str, str | int] = {
     "max_history": 20,
 }
 
+PAGES = {
+    "amazon-2018": "https://nijianmo.github.io/amazon/",
+    "amazon-2023": "https://amazon-reviews-2023.github.io/",
+    "movielens": "https://grouplens.org/datasets/movielens/",
+    "steam": "https://cseweb.ucsd.edu/~jmcauley/datasets.html#steam_data",
+    "yelp": "https://business.yelp.com/data/resources/open-dataset/",
+}
+"""Source of a preset → the page that offers its files."""
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -37,6 +46,11 @@ class Preset:
     """Where the expected counts are printed."""
     expected: Mapping[str, int] = field(default_factory=dict)
     """The counts, by name."""
+
+    @property
+    def page(self) -> str:
+        """The page that offers the files of the source."""
+        return PAGES[self.source]
 
 
 def amazon_2018(domain: str, paper: str, expected: Mapping[str, int]) -> Preset:

@@ -15,12 +15,14 @@ import scipy.stats
 
 from igd_ds.evaluation.metrics import HEADLINE
 from igd_ds.studies.report.study import METRIC, Ranks, Run, Study
-from igd_ds.studies.rounding import mean_sd, on_grid
+from igd_ds.studies.rounding import mean_sd, on_grid, significant
 
 LEVEL = 0.05
 RESAMPLES = 9999
 PERMUTATIONS = 99_999
 """Permutations of the seeds in the U test; up to 9 against 9 seeds these are all of them."""
+NORMAL_95 = 1.96
+"""Standard errors on each side of the mean that hold 95 % of a normal distribution."""
 CUTOFF = 10
 """The k of the NDCG@k that is tested, as METRIC says."""
 
@@ -135,6 +137,28 @@ def bootstrap_over_users(difference: np.ndarray, user: np.ndarray) -> Bootstrap 
     return Bootstrap(
         float(interval.low), float(interval.high), float(min(1, 2 * other_side / (RESAMPLES + 1)))
     )
+
+
+def standard_error(values: np.ndarray, user: np.ndarray) -> float | None:
+    """Return the standard error of the mean of `values`, as an estimate for other users.
+
+    The rows of a user are not independent, so the error is that of a ratio of two sums over users:
+    the values and the number of rows. With one row per user it is s / √U. All sums are exact.
+
+    Args:
+        values: (R,) float64.
+        user: (R,) the user of each row.
+
+    Returns:
+        The standard error with six significant digits; None if all rows belong to one user.
+    """
+    users, index = np.unique(user, return_inverse=True)
+    if len(users) < 2:
+        return None
+    values = on_grid(values)
+    residual = np.bincount(index, values) - np.bincount(index) * math.fsum(values) / len(values)
+    variance = math.fsum(residual**2) * len(users) / (len(users) - 1)
+    return significant(math.sqrt(variance) / len(values))
 
 
 def holm(p: Sequence[float]) -> list[float]:

@@ -47,13 +47,12 @@ def tiny_model(kind: str = "qwen2", seed: int = 0, attention: str = "sdpa", **mo
     ).eval()
 
 
-def tiny_t5():
+def tiny_t5(vocab_size: int = VOCABULARY, eos: int = EOS, **more):
     """Return a random T5 in eval mode."""
     torch.manual_seed(0)
-    special = {"pad_token_id": EOS, "eos_token_id": EOS, "decoder_start_token_id": EOS}
-    config = transformers.T5Config(
-        vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, **special
-    )
+    special = {"pad_token_id": eos, "eos_token_id": eos, "decoder_start_token_id": eos}
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    config = transformers.T5Config(vocab_size=vocab_size, **sizes, **special, **more)
     return transformers.T5ForConditionalGeneration(config).eval()
 
 

@@ -225,6 +225,15 @@ def test_figures(rows, tmp_path):
     assert len(first) == 5 and first == second
 
 
+def test_a_small_density_is_not_rounded_to_0(tmp_path):
+    splits = {
+        name: rows_table([(user, [0], 2, None)])
+        for user, name in enumerate(("train", "valid", "test"))
+    }
+    text = make(tmp_path / "d", INFO, items_table(["t"] * 3000), splits)
+    assert "Density: 0.033 % of the pairs" in text, "3 of 3 × 3000"
+
+
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(
     "time", [None, 1_500_000_000, 10**13], ids=["no timestamps", "one second", "no date"]

@@ -87,6 +87,31 @@ def test_each_dataset_has_the_figures_it_has_data_for(study):
     assert len(books | instruments) == len(FIGURES)  # none is never drawn
 
 
+def test_a_training_of_one_validation_shows_its_point(study):
+    runs = [
+        dataclasses.replace(run, curves={tag: points[:1] for tag, points in run.curves.items()})
+        for run in study.runs
+    ]
+    drawn = {f.name: f for f in all_figures(dataclasses.replace(study, runs=runs))}
+    canvas = Canvas()
+    drawn[f"{BOOKS}validation"].draw(canvas)
+    for axes in canvas.axes:
+        assert axes.lines
+        for line in axes.lines:
+            assert len(line.get_xdata()) == 1 and line.get_marker() not in ("", "None", None)
+            assert line.get_markevery() is None, "every point has its marker"
+
+
+def test_datasets_whose_names_make_one_file_name_keep_their_figures(study):
+    renamed = {"books-small": "книги", "instruments": "ноты"}
+    runs = [dataclasses.replace(run, dataset=renamed[run.dataset]) for run in study.runs]
+    rows = {renamed[dataset]: splits for dataset, splits in study.rows.items()}
+    found = all_figures(dataclasses.replace(study, runs=runs, rows=rows))
+    names = [figure.name for figure in found]
+    assert len(set(names)) == len(names) == len(all_figures(study))
+    assert {"qwen2-1m-improvements", "qwen2-1m-improvements-2"} <= set(names)
+
+
 @pytest.mark.parametrize(
     "lost, key",
     [

@@ -1,6 +1,7 @@
 """The report as a reader gets it: page, files and bytes, also of studies with incomplete runs."""
 
 import dataclasses
+import json
 import math
 import os
 import re
@@ -22,6 +23,16 @@ from igd_ds.studies.report.study import Run, load
 from igd_ds.studies.report.tables import all_tables, cost
 
 FAILED = "RuntimeError: <b>out of memory</b> & more"
+
+
+MEASURE = """<script>onload = () => {
+  const measured = box => [box.scrollWidth - box.clientWidth, box.scrollHeight - box.clientHeight,
+    getComputedStyle(box).overflowX]
+  const boxes = [...document.querySelectorAll(".box")].map(measured)
+  const page = document.documentElement
+  document.title = JSON.stringify([page.scrollWidth - page.clientWidth, boxes])
+}</script>"""
+"""Puts into the title what sticks out of the page and of each box of a table, in pixels."""
 
 
 class Reader(HTMLParser):
@@ -135,6 +146,53 @@ def test_the_page_loads_in_a_browser(report, tmp_path, width):
     light = Image.open(page.screenshot).convert("L")
     dark = sum(light.histogram()[:128]) / (light.width * light.height)
     assert light.width >= width and 0.005 < dark < 0.5  # ink on paper
+
+
+def sticking_out(folder: Path, tmp_path: Path, width: int) -> tuple[int, list[list]]:
+    """Measure the page of a report in a window: see MEASURE."""
+    text = re.sub(r"<meta http-equiv=.*>", "", (folder / "index.html").read_text())
+    (tmp_path / "measured.html").write_text(text + MEASURE)
+    page = chromium.load((tmp_path / "measured.html").as_uri(), tmp_path, width=width)
+    [title] = re.findall(r"<title>(.*)</title>", page.dom)
+    return json.loads(title)
+
+
+def test_every_table_fits_1280_pixels_and_none_scrolls(study, tmp_path):
+    """Also with all six measures, long names and words that no browser breaks by itself."""
+    runs = []
+    for run in study.runs:
+        test = json.loads(json.dumps(run.test))
+        for entry in test["alpha"].values() if test else ():
+            entry["repeat_rate"] = {"first": 0.5, "top10": 0.25}
+            for match in ("item_match", "token_match"):
+                entry[match] |= {"ndcg@20": 0.123456, "hr@20": 0.123456}
+        backbone = "Meta-Llama-3.1-8B-Instruct" if run.backbone else ""
+        name = f"{run.name}-{'without_any_break' * 5}"
+        runs.append(dataclasses.replace(run, name=name, backbone=backbone, test=test))
+    shown = ["A title of " + "many words " * 12, "One" + "word" * 30, "Short"]
+    example = {
+        "dataset": "books-small", "backbone": runs[0].backbone, "row": 7, "history": shown,
+        "target": "Short", "lists": {"uniform": shown, "SASRec": shown[::-1]},
+    }  # fmt: skip
+    wide = dataclasses.replace(study, runs=runs, examples=[example])
+    render(wide, tmp_path / "report")
+
+    page, boxes = sticking_out(tmp_path / "report", tmp_path, 1280)
+    tables = all_tables(wide)
+    assert max(len(table.columns) for table in tables) > 15 and len(boxes) == len(tables) + 1
+    assert page == 0 and all(box == [0, 0, "visible"] for box in boxes)
+
+    # A narrow window shows the page as it is and scrolls the tables that are wider.
+    page, boxes = sticking_out(tmp_path / "report", tmp_path, 600)
+    assert page == 0 and {how for *_, how in boxes} == {"auto"} and max(boxes)[0] > 0
+
+
+def test_datasets_whose_names_make_one_file_name_keep_their_tables(study, tmp_path):
+    renamed = {"books-small": "книги", "instruments": "ноты"}
+    runs = [dataclasses.replace(run, dataset=renamed.get(run.dataset, "x")) for run in study.runs]
+    tables = all_tables(dataclasses.replace(study, runs=runs))
+    names = [table.name for table in tables]
+    assert len(set(names)) == len(names) and {"main", "main-2"} <= set(names)
 
 
 def test_the_browser_tells_what_a_page_does(tmp_path):

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import tiny_run
 import torch
+import transformers
+from oracle import tiny_t5
 
 from igd_ds.config.options import parse
 from igd_ds.contracts import MASKED_ROW
@@ -20,6 +22,7 @@ from igd_ds.preference.start import load_start
 
 DS = {"train_micro_batch_size_per_gpu": 3, "zero_optimization": {}, "bf16": {"enabled": False}}
 ROWS = np.array([0, 3, 9, MASKED_ROW])
+CREDITS = ("equal", "gain")
 
 
 class Engine:
@@ -27,6 +30,9 @@ class Engine:
 
     def __init__(self, model):
         self.module, self.eval, self.train = model, model.eval, model.train
+
+    def __getattr__(self, name: str):
+        return getattr(self.module, name)
 
     def __call__(self, *args, **inputs):
         return self.module(*args, **inputs)
@@ -46,6 +52,23 @@ def training_of(folder: Path, *flags: str) -> PolicyTraining:
     start = load_start(config)
     start.inputs.dataset.splits["train"] = start.inputs.dataset.splits["test"]
     return PolicyTraining(config, folder / "new", start, DS)
+
+
+def with_t5(folder: Path) -> None:
+    """Make the tiny run with a T5, which drops nothing, so that passes can be compared."""
+    model = tiny_run.make(folder) / "model"
+    for path in model.glob("model*"):
+        path.unlink()
+    tiny_t5(tiny_run.EOS + 1, tiny_run.EOS, dropout_rate=0.0).save_pretrained(model)
+
+
+def logits_behind(model, prompt: list[int], path: tuple[int, ...]) -> torch.Tensor:
+    """Return the logits that predict each token of a path (len(path), V), by one plain pass."""
+    if model.config.is_encoder_decoder:
+        begin = model.config.decoder_start_token_id
+        decoded = torch.tensor([[begin, *path[:-1]]])
+        return model(input_ids=torch.tensor([prompt]), decoder_input_ids=decoded).logits[0]
+    return model(torch.tensor([[*prompt, *path]])).logits[0, len(prompt) - 1 : -1]
 
 
 def begun(folder: Path, *flags: str) -> tuple[PolicyTraining, tiny_run.Plain]:
@@ -84,9 +107,14 @@ def test_rewards_and_advantages_by_hand():
     assert found[1].tolist() == [0] * 4 and has_spread(rewards).tolist() == [True, False]
 
 
+@pytest.mark.parametrize("backbone", ["decoder", "t5"])
 @pytest.mark.parametrize("softmax", ["full", "masked"])
-def test_the_search_and_the_training_pass_have_the_same_log_probabilities(tmp_path, softmax):
+def test_the_search_and_the_training_pass_have_the_same_log_probabilities(
+    tmp_path, softmax, backbone
+):
     """The groups are the model's own best lists, and their scores are log π of the update."""
+    if backbone == "t5":
+        with_t5(tmp_path)
     training, _ = begun(tmp_path, "--softmax", softmax)
     real = ROWS[:3]
     found = training.live_search.search(training.engine, real, 4)
@@ -98,9 +126,17 @@ def test_the_search_and_the_training_pass_have_the_same_log_probabilities(tmp_pa
     assert training.engine.module.training, "the search leaves the model in training mode"
 
 
-@pytest.mark.parametrize("credit", ["equal", "gain"])
-@pytest.mark.parametrize("softmax", ["full", "masked"])
-def test_loss_and_gradient_equal_the_formula(tmp_path, softmax, credit):
+@pytest.mark.parametrize(
+    ("softmax", "credit", "backbone"),
+    [
+        *((softmax, credit, "decoder") for softmax in ("full", "masked") for credit in CREDITS),
+        ("full", "equal", "t5"),
+        ("masked", "gain", "t5"),
+    ],
+)
+def test_loss_and_gradient_equal_the_formula(tmp_path, softmax, credit, backbone):
+    if backbone == "t5":
+        with_t5(tmp_path)
     flags = ["--reward", "rank", "--beta", "0.3", "--softmax", softmax, "--token_credit", credit]
     flags += ["--group_size", "7"]
     training, plain = begun(tmp_path, *flags)
@@ -126,14 +162,13 @@ def test_loss_and_gradient_equal_the_formula(tmp_path, softmax, credit):
             path = plain.paths[trie.item_order[trie.first_item[leaf]]]
             item = trie.item_order[trie.first_item[leaf]]
             begin = plain.stored.catalogue.offsets[item]
-            inputs = torch.tensor([[*prompt, *path]])
-            own, other = model(inputs).logits[0], plain.model(inputs).logits[0].detach()
+            own = logits_behind(model, prompt, path)
+            other = logits_behind(plain.model, prompt, path).detach()
             policy, kl = 0, 0
             for t, token in enumerate(path):
                 legal = plain.siblings(path, t) if softmax == "masked" else list(range(257))
-                place = len(prompt) + t - 1
-                l = own[place, legal].log_softmax(0)[legal.index(token)]  # noqa: E741
-                difference = other[place, legal].log_softmax(0)[legal.index(token)] - l
+                l = own[t, legal].log_softmax(0)[legal.index(token)]  # noqa: E741
+                difference = other[t, legal].log_softmax(0)[legal.index(token)] - l
                 share = gain[plain.stored.token_node[begin + t]] if credit == "gain" else 1.0
                 policy = policy - a * share * l
                 kl = kl + difference.exp() - difference - 1
@@ -210,6 +245,25 @@ def test_a_function_of_the_user(tmp_path, monkeypatch):
 def test_flags_that_cannot_work(tmp_path, flags, message):
     with pytest.raises(UsageError, match=message):
         training_of(tmp_path, *flags)
+
+
+def test_what_an_encoder_decoder_cannot_do_is_refused_before_its_weights_are_read(tmp_path):
+    with_t5(tmp_path)
+    (tmp_path / "run" / "model" / "model.safetensors").write_bytes(b"never read")
+    for flags, message in (
+        (["--lora_r", "4"], "--lora_r adapts causal LMs"),
+        (["--packing", "tree"], "--packing tree: models of type t5 cannot be trained on row trees"),
+        (["--reference", "adapter-off"], "there is no adapter to switch off"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            training_of(tmp_path, *flags)
+
+    config = transformers.BartConfig(vocab_size=tiny_run.EOS + 1, d_model=8)
+    config.save_pretrained(tmp_path / "run" / "model")
+    with pytest.raises(
+        UsageError, match="model of type bart: the encoder-decoder known here is t5"
+    ):
+        training_of(tmp_path)
 
 
 def test_the_log_splits_the_time_of_a_step(tmp_path):

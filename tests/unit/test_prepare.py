@@ -13,6 +13,8 @@ import pytest
 
 from igd_ds.commands import prepare as prepare_command
 from igd_ds.data.dataset import FILES, InteractionDataset
+from igd_ds.data.presets import PRESETS
+from igd_ds.data.sources import SOURCES
 from igd_ds.errors import UsageError
 
 prepare = prepare_command.main
@@ -141,6 +143,55 @@ def test_equal_bytes_no_op_and_refusal(source, tmp_path, capsys):
         prepare(arguments(source, tmp_path / "a", "--name", "same"))
 
 
+def test_licence_and_page_of_the_source(source, tmp_path, capsys):
+    page = "https://example.org/my_shop"
+    words = ["--name", "same", "--license", "CC *BY* 4.0", "--source_url", page]
+    assert prepare(arguments(source, tmp_path / "a", *words)) == 0
+    assert prepare(arguments(source, tmp_path / "b", "--name", "same")) == 0
+
+    info, bare = (InteractionDataset.load(tmp_path / name).info for name in "ab")
+    assert (info.pop("license"), info.pop("source_url")) == ("CC *BY* 4.0", page)
+    assert info == bare, "without the flags, dataset.json has no such keys"
+    card, without = ((tmp_path / name / "README.md").read_text() for name in "ab")
+    said = f"Page of the source: <{page}>. Licence of the source: CC \\*BY\\* 4.0.\n\n"
+    assert said in card and card.replace(said, "") == without
+
+    # Whoever does not repeat them finds the dataset made; whoever asks for others is refused.
+    assert prepare(arguments(source, tmp_path / "a", "--name", "same")) == 0
+    with pytest.raises(UsageError, match='license: there null, asked "MIT"'):
+        prepare(arguments(source, tmp_path / "b", "--name", "same", "--license", "MIT"))
+
+
+def test_a_preset_knows_the_page_of_its_source(tmp_path):
+    (tmp_path / "ratings.dat").write_text(
+        "".join(f"{u}::{i}::5::{100 * u + i}\n" for u in range(1, 7) for i in range(1, 7))
+    )
+    (tmp_path / "movies.dat").write_text(
+        "".join(f"{i}::Film {i} (1999)::Drama\n" for i in range(1, 7))
+    )
+    words = ["--preset", "ml-1m", "--input", str(tmp_path), "--output", str(tmp_path / "out" / "d")]
+    assert prepare(words) == 0
+    info = InteractionDataset.load(tmp_path / "out" / "d").info
+    assert info["source_url"] == "https://grouplens.org/datasets/movielens/"
+    assert f"<{info['source_url']}>" in (tmp_path / "out" / "d" / "README.md").read_text()
+
+    # A dataset that was made before presets knew pages is still this one.
+    path = tmp_path / "out" / "d" / "dataset.json"
+    path.write_text(
+        json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "source_url"})
+    )
+    assert prepare(words) == 0
+
+    for name, preset in PRESETS.items():
+        about = " ".join(SOURCES[preset.source].about.split())
+        assert preset.page in about, f"{name}: the source's help names the page"
+
+    assert (
+        prepare([*words[:-1], str(tmp_path / "out" / "own"), "--source_url", "http://a.b/c"]) == 0
+    )
+    assert InteractionDataset.load(tmp_path / "out" / "own").info["source_url"] == "http://a.b/c"
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -150,6 +201,7 @@ def test_equal_bytes_no_op_and_refusal(source, tmp_path, capsys):
         (["--num_items", "5"], "--num_items is for synthetic data"),
         (["--min_items", "5"], "--min_items 5 is for --protocol d3"),
         (["--from", "2017"], "--from 2017: need a date like 2017-10-01"),
+        (["--source_url", "my shop"], "--source_url my shop: need an address like https://"),
     ],
 )
 def test_bad_flags_are_named(source, tmp_path, flags, message):

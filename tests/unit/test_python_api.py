@@ -25,9 +25,13 @@ STEPS = '"max_steps": 200'
 AFTER_THE_QUICKSTART = """
 import json, os, signal, sys
 from igd_ds import locks
+from igd_ds.commands import embed
 
 # The process is as it was before.
-assert not {"RANK", "WORLD_SIZE", "MASTER_PORT"} & set(os.environ)
+def changed():
+    return {name for name in BEFORE.keys() | os.environ if BEFORE.get(name) != os.environ.get(name)}
+
+assert not changed(), changed()
 assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL and not locks.held()
 assert callable(igd_ds.train)
 
@@ -45,6 +49,8 @@ other = igd_ds.train(
 frame = igd_ds.evaluate(other, "valid", alpha=(0, 0.2), num_beams=5, num_rows=6, quiet=True)
 sys.modules["pandas"] = None
 lines = igd_ds.evaluate(other, "valid", alpha=(0, 0.2), num_beams=5, num_rows=6, quiet=True)
+embed.main(["--dataset", "DATASET", "--cooccurrence", "4", "--output", "VECTORS"])
+assert not changed() and not locks.held(), changed()
 result = {
     "run": str(run), "again": str(again), "refusal": refusal, "lines": lines,
     "frame": frame.to_dict("records"), "ids": [place.source_ids for place in
@@ -92,7 +98,7 @@ def test_twelve_lines_from_a_table_to_recommended_items(tmp_path):
     (tmp_path / "model.json").write_text(json.dumps(config))
 
     code = code.replace(PRETRAINED, "MODEL").replace(STEPS, '"max_steps": 2')
-    code = 'MODEL = "tiny"\n' + code + AFTER_THE_QUICKSTART
+    code = 'import os\nBEFORE, MODEL = dict(os.environ), "tiny"\n' + code + AFTER_THE_QUICKSTART
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
     done = subprocess.run(
         [sys.executable, "-c", code],

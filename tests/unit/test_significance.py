@@ -72,6 +72,25 @@ def test_mann_whitney_is_exact_with_five_seeds_and_a_tie():
     assert mann_whitney([1.0, 1.0], [1.0, 1.0]) == (1.0, pytest.approx(1 / 3))
 
 
+def test_the_standard_error_over_users():
+    """One row per user: s / √U. Rows of one user count as one: only their sum matters."""
+    values = np.array([1.0, 0.0, 0.5, 0.25])
+    by_row = significance.standard_error(values, np.arange(4))
+    assert by_row == pytest.approx(values.std(ddof=1) / 2, rel=1e-5)  # six digits are kept
+    twice = significance.standard_error(np.repeat(values, 2), np.repeat(np.arange(4), 2))
+    assert twice == pytest.approx(by_row, rel=1e-5)
+
+    # Users with different numbers of rows: as the bootstrap over users finds it.
+    random = np.random.default_rng(0)
+    user = random.integers(0, 200, 1000)
+    values = np.clip(random.random(1000) * 0.5 + 0.5 * (user % 2), 0, 1)
+    low, high, _ = bootstrap_over_users(values, user)
+    error = significance.standard_error(values, user)
+    # 9,999 resamples place the ends of the interval within some per cent.
+    assert 2 * significance.NORMAL_95 * error == pytest.approx(high - low, rel=0.05)
+    assert significance.standard_error(values, np.zeros(1000)) is None
+
+
 def test_three_seeds_cannot_reach_the_usual_level():
     assert mann_whitney([1.0, 2.0, 3.0], [4.0, 5.0, 6.0]) == pytest.approx((0.1, 0.1))
 

@@ -28,7 +28,7 @@ from igd_ds.studies.report.study import (
     objective_of,
     save,
 )
-from igd_ds.studies.report.tables import groups_of
+from igd_ds.studies.report.tables import all_tables, groups_of
 
 UNIFORM = {"objective": "uniform", "seed": 0}
 
@@ -562,7 +562,7 @@ def test_a_log_is_read_up_to_what_is_no_step_of_it(run, line):
     assert only(read_runs([folder], 0)).curves == before
 
 
-def test_baselines_alone_have_groups_and_tests_but_no_catalogue(run):
+def test_baselines_alone_have_groups_and_tests_and_the_sizes_of_their_dataset(run):
     folder = run("popularity")
     settings = yaml.safe_load((folder / "config.yaml").read_text())
     settings = {
@@ -575,7 +575,15 @@ def test_baselines_alone_have_groups_and_tests_but_no_catalogue(run):
     for place in ("catalogue", "model"):
         shutil.rmtree(folder / place, ignore_errors=True)
     study = read_runs([folder], 0)
-    assert only(study).state == "finished" and not only(study).note and not study.catalogues
+    assert only(study).state == "finished" and not only(study).note
+    sizes = {"items": 14, "train_rows": 12, "valid_rows": 11, "test_rows": 11}
+    assert study.catalogues == {"toy": {"kind": "text"} | sizes}
+    [statistics, *_] = all_tables(study)
+    shown = ["toy", "text", "14", "12", "11", "11", "–", "–", "–"]
+    assert [cell.text for cell in statistics.rows[0]] == shown
+    assert "11 of 11 test rows of toy" in next(
+        table.caption for table in all_tables(study) if table.name == "main-toy"
+    )
     assert study.rows["toy"]["test"]["row"].tolist() == ROWS["test"]
 
 
@@ -682,7 +690,7 @@ def test_a_folder_of_run_folders_is_read_and_others_are_refused(run, tmp_path):
 
     # The same run, given twice, counts once.
     twice = read_runs([tmp_path / "runs", tmp_path / "runs" / "igd"], 0)
-    assert [run.state for run in twice.runs] == ["finished", "finished", "unfinished"]
+    assert [run.state for run in twice.runs] == ["finished", "finished"]
 
 
 def test_folders_at_any_depth_make_one_report(run, tmp_path):
@@ -702,6 +710,12 @@ def test_folders_at_any_depth_make_one_report(run, tmp_path):
     assert {run.name for run in beside.runs} == {
         f"{deep / name}/{method}" for name in ("first", "second") for method in ("uniform", "igd")
     }
+
+    # The run folders themselves are called by their paths.
+    alone = read_runs([deep / "first" / "igd", deep / "second" / "igd"], 0)
+    assert [run.name for run in alone.runs] == [
+        f"{deep}/{name}/igd" for name in ("first", "second")
+    ]
 
 
 def test_a_run_that_is_there_twice_counts_once(run):

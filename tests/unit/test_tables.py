@@ -118,6 +118,7 @@ def test_main_results():
         "HR@10",
         "NDCG@10, token match",
         "HR@10, token match",
+        "NDCG@10, 95 % interval",
         "vs uniform",
     ]
 
@@ -140,18 +141,18 @@ def test_main_results():
     assert [row[5].mark for row in found.rows] == ["", "second", "", "best", "", ""]
     assert [line[8][:6] for line in lines[:5]] == ["–", "0.3800", "0.3000", "0.4000", "0.3200"]
     # 0.3 over 0.2, and as token match 0.4 over 0.3 and 0.7 over 0.5.
-    assert lines[5][4:] == ["+50.00%"] * 4 + ["+33.33%", "+40.00%", "–"]
-    assert [line[10] for line in lines[:5]] == ["–", "–", "–", "+50.00%", "+10.00%"]
+    assert lines[5][4:] == ["+50.00%"] * 4 + ["+33.33%", "+40.00%", "", "–"]
+    assert [line[11] for line in lines[:5]] == ["–", "–", "–", "+50.00%", "+10.00%"]
 
 
 def test_results_over_another_baseline():
     """SASRec's 0.28 in place of uniform's 0.2: for all that generate, uniform too."""
     found = table(replace(make_study(), reference="SASRec"), "main-toys")
-    assert found.columns[10] == "vs SASRec" and "marks a difference from SASRec" in found.caption
-    assert {row[1].text: row[10].text for row in found.rows if row[10].value is not None} == {
+    assert found.columns[11] == "vs SASRec" and "marks a difference from SASRec" in found.caption
+    assert {row[1].text: row[11].text for row in found.rows if row[11].value is not None} == {
         "uniform": "-28.57%", "igd β=0.2": "+7.14%", "igd-linear β=0.4": "-21.43%",
     }  # fmt: skip
-    last = ["improvement of igd β=0.2", "", "–", *["+7.14%"] * 4, "+5.26%", "+6.06%", "–"]
+    last = ["improvement of igd β=0.2", "", "–", *["+7.14%"] * 4, "+5.26%", "+6.06%", "", "–"]
     assert text(found)[-1][1:] == last
     tests = table(replace(make_study(), reference="SASRec"), "significance-toys")
     assert tests.columns[3] == "SASRec" and [row[1].text for row in tests.rows] == [
@@ -189,7 +190,7 @@ def test_each_dataset_has_the_cutoffs_that_its_own_lists_reach():
         for seed in (0, 1)
     ]
     study = replace(study, runs=[*study.runs, *shorter])
-    at = {name: table(study, f"main-{name}").columns[4:-3] for name in ("toys", "books")}
+    at = {name: table(study, f"main-{name}").columns[4:-4] for name in ("toys", "books")}
     assert at["toys"] == ["NDCG@5", "NDCG@10", "NDCG@20", "HR@5", "HR@10"] and at["books"] == [
         "NDCG@5",
         "NDCG@10",
@@ -234,7 +235,7 @@ def test_the_star_is_on_what_the_corrected_test_finds(monkeypatch):
     changed = [replace(compared[0], users_holm=0.04), replace(compared[1], users_holm=0.06)]
     monkeypatch.setattr(significance, "compare", lambda *_: changed)
     stars = {
-        row[1].text: [cell.star for cell in row[4:-1]] for row in table(study, "main-toys").rows
+        row[1].text: [cell.star for cell in row[4:-2]] for row in table(study, "main-toys").rows
     }
     assert stars.pop("igd β=0.2") == [False, True, *4 * [False]] and not any(
         map(any, stars.values())
@@ -284,6 +285,91 @@ def test_the_tests_say_what_so_few_seeds_can_show():
         "0.6667",
     )
     assert (line["p users"], line["95 % interval"]) == ("–", "")  # no ranks
+
+
+def with_users(study: Study, split: str, ranks: dict[str, list[int]], users: list[int]) -> Study:
+    """The study with ranks of its four rows by method, and with the user of each row."""
+    rows, credit = np.arange(4, dtype=np.int32), np.ones(4)
+    runs = [
+        replace(run, ranks=run.ranks | {split: Ranks(rows, np.array(ranks[run.method]), credit)})
+        if run.method in ranks
+        else run
+        for run in study.runs
+    ]
+    groups = {"user": np.array(users), "head": np.ones(4), "cold": rows < 0, "history": rows + 1}
+    known = study.rows.get("toys", {}) | {split: groups}
+    return replace(study, runs=runs, rows={"toys": known})
+
+
+def test_one_seed_has_an_interval_over_users_too():
+    """NDCG 1, 0, 1, 0 of four users: mean 0.5, s = 0.577, s / √4 = 0.289."""
+    runs = [
+        make_run("uniform", 0, {"0.0": 0.2}, {"0.0": 0.2}),
+        make_run("cft", 0, {"0.0": 0.2}, {"0.0": 0.2}),
+    ]
+    study = with_users(Study("s", "", runs), "test", {"uniform": [1, 0, 1, 0]}, [5, 6, 7, 8])
+    found = table(study, "main-toys")
+    assert found.columns[-2] == "NDCG@10, 95 % interval"
+    margin = 1.96 * np.std([1, 0, 1, 0], ddof=1) / 2
+    assert {row[1].text: row[-2].text for row in found.rows} == {
+        "popularity (expected)": "",
+        "uniform": f"[0.0000, {0.5 + margin:.4f}]",
+        "cft": "",
+        "improvement of cft": "",
+    }
+    assert "generalises to other users, not to other trainings" in found.caption
+
+
+def test_the_choice_of_alpha_says_how_sure_it_is():
+    runs = [
+        make_run("igd β=0.2", 0, {"0.0": 0.1, "0.1": 0.55, "0.2": 0.8, "0.3": 0.52}, {"0.2": 0.8}),
+    ]
+    certain = {"igd β=0.2": [1, 1, 2, 2]}  # a standard error of about 0.1
+    study = with_users(Study("s", "", runs), "valid", certain, [5, 6, 7, 8])
+    error = significance.standard_error(np.array([1, 1, 1 / np.log2(3), 1 / np.log2(3)]), range(4))
+    [note] = table(study, "alpha").notes
+    assert note == (
+        "toys, qwen, igd β=0.2: on 4 valid rows of toys, validation chose α = 0.2. The standard "
+        f"error of NDCG@10 is {error:.4f}; α = 0.2 is alone within one standard error of the best "
+        "mean."
+    )
+
+    study = with_users(Study("s", "", runs), "valid", {"igd β=0.2": [1, 0, 1, 0]}, [5, 6, 7, 8])
+    [note] = table(study, "alpha").notes
+    assert note.endswith(
+        "0.2887; α = 0.1, 0.2, 0.3 lie within one standard error of the best mean."
+    )
+    unknown = replace(study, rows={})
+    assert table(unknown, "alpha").notes == []
+
+
+def test_every_table_of_accuracy_says_how_many_rows_out_of_all():
+    study = make_study()
+    sizes = {"kind": "text", "items": 9, "valid_rows": 1500, "test_rows": 2000}
+    study = replace(study, catalogues={"toys": sizes})
+    for run in study.runs:
+        if run.test:
+            run.test["alpha"].setdefault("0.0", entry(0.2))["relaxed_match"] = {
+                "1": {"ndcg@5": 0.1}
+            }
+    study = with_users(
+        study, "test", {run.method: [1, 2, 0, 0] for run in study.runs}, [1, 2, 3, 4]
+    )
+    found = {made.name: made.caption for made in tables.all_tables(study)}
+    on_valid = {"selection", "beta", "alpha"}
+    on_test = found.keys() - on_valid - {"runs", "statistics"}
+    assert on_valid < found.keys() and {
+        "main-toys", "significance-toys", "ablation-igd", "linear-binary", "groups-toys",
+        "diversity-toys", "relaxed-toys",
+    } <= on_test  # fmt: skip
+    assert all("4 of 1,500 valid rows of toys" in found[name] for name in on_valid)
+    assert all("4 of 2,000 test rows of toys" in found[name] for name in on_test)
+
+
+def test_what_is_shown_as_0_is_neither_best_nor_second():
+    block = [[Cell(0.00004)], [Cell(0.0)], [Cell(0.2)]]
+    assert [row[0].mark for row in tables.marked(block, 0)] == ["", "", "best"]
+    assert [row[0].mark for row in tables.marked(block, 0, smallest=(0,))] == ["second", "best", ""]
 
 
 def test_selection_is_shown_and_checked():

@@ -140,7 +140,9 @@ class Plain:
     def __init__(self, run: Path):
         self.dataset = InteractionDataset.load(run.parent / "data")
         self.tokenizer = load_tokenizer(str(run / "model"))
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(run / "model").eval()
+        config = transformers.AutoConfig.from_pretrained(run / "model")
+        kind = getattr(transformers, config.architectures[0])
+        self.model = kind.from_pretrained(run / "model").eval()
 
         catalogue = Catalogue.build(self.dataset, self.tokenizer)
         self.stored = store(catalogue)

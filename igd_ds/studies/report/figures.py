@@ -17,12 +17,13 @@ import io
 import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from igd_ds.evaluation.metrics import HEADLINE
+from igd_ds.studies.report.layout import unique_names
 from igd_ds.studies.report.study import AT_ALPHA, REFERENCE, Json, Run, Study, lines_by
 from igd_ds.studies.rounding import DIGITS, mean_sd, significant, significant_array
 from igd_ds.studies.significance import Comparison, compare
@@ -174,8 +175,10 @@ class Block:
 
 def all_figures(study: Study) -> list[Figure]:
     """Return every figure that the study has data for, dataset by dataset."""
-    figures = [purity(study)] + [make(block) for block in blocks(study) for make in FIGURES]
-    return [figure for figure in figures if figure]
+    made = [purity(study)] + [make(block) for block in blocks(study) for make in FIGURES]
+    figures = [figure for figure in made if figure]
+    names = unique_names([figure.name for figure in figures])
+    return [replace(figure, name=name) for figure, name in zip(figures, names, strict=True)]
 
 
 def blocks(study: Study) -> list[Block]:
@@ -750,7 +753,11 @@ def head_tail(block: Block) -> Figure | None:
 
 def purity(study: Study) -> Figure | None:
     """Return MTC Figure 1 and Table 1: how decisive the tokens of each dataset are."""
-    catalogues = study.catalogues
+    catalogues = {
+        dataset: numbers
+        for dataset, numbers in study.catalogues.items()
+        if "purity_gain_by_token" in numbers
+    }
     if not catalogues:
         return None
 

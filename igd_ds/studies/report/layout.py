@@ -2,7 +2,9 @@
 
 import csv
 import io
+import itertools
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from decimal import ROUND_HALF_UP, Decimal, localcontext
 
@@ -210,6 +212,22 @@ class Table:
                 "",
             ]
         )
+
+
+def unique_names(names: Sequence[str]) -> list[str]:
+    """Return the names with a number behind a name that stands before already.
+
+    Names of datasets may differ only in characters that a file name leaves out.
+
+    Example:
+        >>> unique_names(["main", "main"])
+        ['main', 'main-2']
+    """
+    unique: dict[str, None] = {}
+    for name in names:
+        numbered = (f"{name}-{number}" for number in itertools.count(2))
+        unique[next(new for new in itertools.chain([name], numbered) if new not in unique)] = None
+    return list(unique)
 
 
 def formatted(number: float, form: str) -> str:

@@ -23,8 +23,10 @@ from igd_ds.studies.report.tables import all_tables, cost
 
 ENTRIES = {"index.html", "README.md", "tables", "figures", "data"}
 WRITERS = {"csv": Table.csv, "md": Table.markdown, "tex": Table.latex}
-LONG = 60
-"""A column of text with more characters than this is broken into lines."""
+LONG, LONG_WORD = 60, 20
+"""A column with a text or a word of more characters than this may be broken inside of words."""
+BREAKS = re.compile(r"\s|-(?!\d)")
+"""Where a browser breaks a line by itself: at white space, and after a hyphen before no digit."""
 STATES = {"no test": "validated only"}
 """State of a run → its name in the summary, where the two differ."""
 
@@ -153,8 +155,13 @@ def column_classes(table: Table) -> list[str]:
         if not any(isinstance(cell.value, str) for cell in cells):
             classes.append("number")
         else:
-            classes.append("wide" if any(len(cell.text) > LONG for cell in cells) else "")
+            classes.append("wide" if any(is_long(cell.text) for cell in cells) else "")
     return classes
+
+
+def is_long(text: str) -> bool:
+    """Return whether a text, or a word of it, is too long for a narrow column of a table."""
+    return len(text) > LONG or any(len(word) > LONG_WORD for word in BREAKS.split(text))
 
 
 def inline(figure: Figure, drawing: str) -> str:

@@ -138,7 +138,9 @@ def read_runs(roots: Sequence[Path], examples: int) -> Study:
     for path, root in zip(roots, given, strict=True):
         for name, location in root.locations.items():
             # Runs that are called alike are told apart by the folder that was given.
-            found[name if names[name] == 1 else f"{path}/{name}"] = location
+            is_root = location.folder == Path(path)
+            full = str(path) if is_root else f"{path}/{name}"
+            found[name if names[name] == 1 else full] = location
 
     folders = {name: location.folder for name, location in found.items()}
     runs = with_methods([read_run(name, location) for name, location in found.items()])
@@ -188,6 +190,7 @@ def add_details(
         # There are only baselines, so there is no tokenizer. The items that share a leaf are known
         # without one, and only they are needed here.
         stored = build_catalogue(opened, kept[0].settings.get("item_kind", "auto"))
+        details.catalogues[dataset] = sizes_of(opened, stored.catalogue.kind)
     details.rows[dataset] = row_groups(kept, opened, stored.trie)
     details.examples += examples_of(kept, folders, opened, examples)
 
@@ -669,15 +672,24 @@ def describe_catalogue(dataset: InteractionDataset, stored: StoredCatalogue) -> 
     by_token = [gain for _, gain in thinned(list(enumerate(gains)))]
     request = dataset.info.get("semantic_ids", {}).get("request", {})
 
-    # Users and interactions before rows were made; unknown for a dataset of ready-made rows.
+    described = {"purity_gain_by_token": by_token, "quantizer": request.get("quantizer")}
+    return statistics | interactions_of(dataset) | described
+
+
+def sizes_of(dataset: InteractionDataset, kind: str) -> Json:
+    """Return what `Study.catalogues` keeps of a dataset that no generative run was trained on."""
+    rows = {f"{name}_rows": len(split) for name, split in dataset.splits.items()}
+    return {"kind": kind, "items": dataset.num_items} | rows | interactions_of(dataset)
+
+
+def interactions_of(dataset: InteractionDataset) -> Json:
+    """Return the users and interactions before rows were made; {} for ready-made rows."""
     sizes = [
         step
         for step in dataset.info.get("funnel", ())
         if "users" in step and "interactions" in step
     ]
-    counted = {key: sizes[-1][key] for key in ("users", "interactions")} if sizes else {}
-    described = {"purity_gain_by_token": by_token, "quantizer": request.get("quantizer")}
-    return statistics | counted | described
+    return {key: sizes[-1][key] for key in ("users", "interactions")} if sizes else {}
 
 
 def with_ranks(run: Run, folder: Path, dataset: InteractionDataset) -> Run:

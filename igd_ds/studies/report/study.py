@@ -164,7 +164,8 @@ class Study:
         budget: free text on what was fixed before the first run.
         runs: all runs, complete or not.
         catalogues: for each dataset the statistics of `igd stats`, with `purity_gain_by_token`
-            (descending, thinned) and `quantizer` (or None).
+            (descending, thinned) and `quantizer` (or None). A dataset that only baselines were
+            trained on has its `kind`, `items` and rows alone.
         rows: for each dataset and split the properties of its rows, arrays (R,): `row` int32
             ascending, `user` int64, `head` float64 (`metrics.head_share`), `cold` bool, `history`
             int32 (number of items).

@@ -15,7 +15,7 @@ import numpy as np
 
 from igd_ds.evaluation.metrics import CALIBRATION_BINS, HEADLINE
 from igd_ds.studies import significance
-from igd_ds.studies.report.layout import Cell, Row, Table
+from igd_ds.studies.report.layout import Cell, Row, Table, formatted, unique_names
 from igd_ds.studies.report.study import (
     AT_ALPHA,
     IGD,
@@ -51,6 +51,11 @@ ABLATION = (
     "multi-target + curriculum on logits",
 )
 """The lines of MTC Table 4 in the paper's order, then the lines that we add."""
+INTERVAL = (
+    "95 % interval: ± 1.96 standard errors over users, whose rows are not independent; it "
+    "generalises to other users, not to other trainings."
+)
+"""What the intervals of the main results are."""
 REPEATS = (("repeat_rate", "top10", "Seen"), ("repeat_rate", "first", "Seen, first place"))
 """Entries of metrics.json about items that users had met before, and their column headings."""
 HISTORY = ((1, 5), (6, 10), (11, None))
@@ -75,7 +80,9 @@ def all_tables(study: Study) -> list[Table]:
         all_runs,
     ):  # fmt: skip
         made += make(study)
-    return [table for table in made if table.rows]
+    tables = [table for table in made if table.rows]
+    names = unique_names([table.name for table in tables])
+    return [replace(table, name=name) for table, name in zip(tables, names, strict=True)]
 
 
 def datasets(study: Study) -> list[str]:
@@ -184,8 +191,8 @@ def marked(rows: Sequence[Row], first: int, smallest: Sequence[int] = ()) -> lis
     """Return the rows of a block with the best and the second best value of each column marked.
 
     Columns before `first` are not marked. The best value is the largest one, except in the columns
-    of `smallest`. Values that are equal after rounding are marked alike. A 0 is marked only where
-    small is good.
+    of `smallest`. Values that are equal after rounding are marked alike. What is shown as 0 is
+    marked only where small is good.
     """
     rows = [list(row) for row in rows]
     for column in range(first, len(rows[0]) if rows else 0):
@@ -198,9 +205,14 @@ def marked(rows: Sequence[Row], first: int, smallest: Sequence[int] = ()) -> lis
         marks = {values[0]: "best", values[1]: "second"}
         for row in rows:
             number = row[column].number
-            if number in marks and (number or column in smallest):
+            if number in marks and (column in smallest or not shows_zero(number, row[column].form)):
                 row[column] = replace(row[column], mark=marks[number])
     return rows
+
+
+def shows_zero(number: float, form: str) -> bool:
+    """Return whether a number is 0, or so small that all of its digits that are shown are 0."""
+    return not any(digit in "123456789" for digit in formatted(number, form))
 
 
 def improvement(
@@ -305,8 +317,8 @@ def dataset_statistics(study: Study) -> list[Table]:
     rows = [
         [
             *words(dataset, found["kind"]),
-            *(Cell(found[key], form=",d") for key in keys),
-            Cell(found["zero_ig_share"], form=".2%"),
+            *(Cell(found.get(key), form=",d") for key in keys),
+            Cell(found.get("zero_ig_share"), form=".2%"),
         ]
         for dataset, found in study.catalogues.items()
     ]
@@ -329,7 +341,7 @@ def filtering_ratio(study: Study) -> list[Table]:
     found = {
         name: c["filtering_ratio"]
         for name, c in study.catalogues.items()
-        if c["kind"] == "semantic-id"
+        if c["kind"] == "semantic-id" and "filtering_ratio" in c
     }
     levels = max(map(len, found.values()), default=0)
     rows = [
@@ -366,6 +378,7 @@ def main_table(study: Study, dataset: str) -> Table:
         cells, index = measured(runs, measures), measures.index(METRIC)
         cells[index] = replace(cells[index], star=(backbone, method) in stars)
         cells += measured(runs, BESIDE, match="token_match")
+        cells.append(interval_over_users(study, runs))
         names = ("baseline", method, "") if is_baseline else (backbone, method, chosen_alphas(runs))
         rows.append([*words(*names, len(runs)), *cells])
         compared = not is_baseline and method != study.reference
@@ -381,19 +394,20 @@ def main_table(study: Study, dataset: str) -> Table:
         if best and reference:
             cells = improvement(found[backbone, best], reference, measures)
             cells += improvement(found[backbone, best], reference, BESIDE, "token_match")
-            rows.append([*words(backbone, f"improvement of {best}", "", None), *cells, Cell(None)])
+            cells += [Cell(""), Cell(None)]  # no interval, no further improvement
+            rows.append([*words(backbone, f"improvement of {best}", "", None), *cells])
 
     caption = (
         f"{rows_of(study, dataset, 'test')}; {ranked_items(study, dataset)}; mean ± standard "
-        "deviation over seeds. Bold: best; underlined: second. * marks a difference from "
-        f"{study.reference} in NDCG@10 (paired bootstrap over users, Holm-corrected p < "
+        f"deviation over seeds. {INTERVAL} Bold: best; underlined: second. * marks a difference "
+        f"from {study.reference} in NDCG@10 (paired bootstrap over users, Holm-corrected p < "
         f"{significance.LEVEL}). Last "
         f"column: improvement over {study.reference} in NDCG@10. Last row: improvement in every "
         f"measure, for the method with the best validation NDCG@10. {MATCHES} {AT_ALPHA}"
     )
     columns = ["Model", "Method", "α", "Seeds", *headings(measures)]
     columns += [f"{name}, token match" for name in headings(BESIDE)]
-    columns.append(f"vs {study.reference}")
+    columns += ["NDCG@10, 95 % interval", f"vs {study.reference}"]
     title = f"Main results: {dataset}"
     return Table(slug("main", dataset), title, caption, columns, rows, gaps(study, dataset, found))
 
@@ -406,9 +420,24 @@ def rows_of(study: Study, dataset: str, split: str) -> str:
         if run.dataset == dataset and (results := getattr(run, split)) and "rows" in results
     }
     count = " and ".join(f"{rows:,}" for rows in sorted(evaluated)) or "no"
-    total = study.catalogues.get(dataset, {}).get(f"{split}_rows")
+    name = "test" if split == "exact" else split
+    total = study.catalogues.get(dataset, {}).get(f"{name}_rows")
     of_all = f" of {total:,}" if total else ""
-    return f"{count}{of_all} {split} rows of {dataset}"
+    return f"{count}{of_all} {name} rows of {dataset}"
+
+
+def rows_behind(study: Study, rows: Sequence[Row], split: str) -> str:
+    """Return the evaluated rows of each dataset in the first column of `rows`, as a sentence.
+
+    A cell of this column names a dataset, or a dataset and a backbone (`title_of`).
+    """
+    named = {
+        title_of(run.dataset, *backbone): run.dataset
+        for run in study.runs
+        for backbone in ((), (run.backbone,))
+    }
+    shown = dict.fromkeys(named[str(row[0].value)] for row in rows)
+    return f"{'; '.join(rows_of(study, dataset, split) for dataset in shown)}."
 
 
 def ranked_items(study: Study, dataset: str) -> str:
@@ -426,8 +455,29 @@ def expected_popularity(run: Run, measures: Sequence[str]) -> Row:
     """
     expected = run.test["popularity_baseline"] if run.test else {}
     cells = [Cell(expected.get(measure)) for measure in measures]
-    cells += [Cell(None) for _ in BESIDE]
+    cells += [*(Cell(None) for _ in BESIDE), Cell("")]
     return [*words("baseline", "popularity (expected)", "", None), *cells]
+
+
+def interval_over_users(study: Study, runs: Sequence[Run]) -> Cell:
+    """Return the 95 % interval over users of a method's NDCG@10 on test; "" where it is unknown.
+
+    The method's figure is the mean over its runs, so one seed has an interval too.
+    """
+    users = study.rows.get(runs[0].dataset, {}).get("test", {}).get("user")
+    if users is None or not all("test" in run.ranks for run in runs):
+        return Cell("")
+    gained = significance.mean_by_row(runs)
+    error = significance.standard_error(gained, users)
+    if error is None:
+        return Cell("")
+    mean, margin = math.fsum(gained) / len(gained), significance.NORMAL_95 * error
+    return Cell(interval(max(mean - margin, 0.0), mean + margin, ".4f"))
+
+
+def interval(low: float, high: float, form: str) -> str:
+    """Return an interval as text: "[0.0100, 0.0200]"."""
+    return f"[{formatted(significant(low), form)}, {formatted(significant(high), form)}]"
 
 
 def gaps(study: Study, dataset: str, found: Methods) -> list[str]:
@@ -463,22 +513,23 @@ def significance_table(study: Study, dataset: str) -> Table:
     """Return the comparisons of a dataset's methods with the reference, with both tests."""
     compared, rows = significance.compare(study, dataset), []
     for c in compared:
-        interval = ""
+        difference = ""
         if c.low is not None and c.high is not None:
-            interval = f"[{significant(c.low):+.4f}, {significant(c.high):+.4f}]"
+            difference = interval(c.low, c.high, "+.4f")
         rows.append(
             [
                 *words(c.backbone, c.method, len(c.seeds)),
                 Cell(c.reference_mean, c.reference_sd),
                 Cell(c.mean, c.sd),
                 Cell(c.relative, form="+.2%"),
-                Cell(interval),
+                Cell(difference),
                 *map(Cell, (c.users_p, c.users_holm, c.seeds_p, c.seeds_holm)),
             ]
         )
     columns = ["Model", "Method", "Seeds", study.reference, "NDCG@10", "Improvement"]
     columns += ["95 % interval", "p users", "p users, Holm", "p seeds", "p seeds, Holm"]
     caption = (
+        f"{rows_of(study, dataset, 'test')}. "
         f"Test NDCG@10 of each method compared with {study.reference} on the same rows and seeds. "
         "Users: paired bootstrap of the difference of the means over seeds, with "
         f"{significance.RESAMPLES} resamples of the users; it generalises to other users, not to "
@@ -535,6 +586,7 @@ def selection(study: Study) -> list[Table]:
                 )
     columns = ["Data", "Candidate", "Seeds", "Tested", "NDCG@10"]
     caption = (
+        f"{rows_behind(study, rows, 'valid')} "
         "Validation NDCG@10 at α = 0. Candidates of one method differ only in the settings that "
         "validation chooses, and the best candidate is tested. IGD's α is chosen afterwards."
     )
@@ -572,6 +624,7 @@ def beta_sensitivity(study: Study) -> list[Table]:
                 notes.append(f"{data}, {name}: effective β: {', '.join(effective) or 'none'}.")
 
     caption = (
+        f"{rows_behind(study, rows, 'valid')} "
         "Validation at α = 0. A β is effective if its means of NDCG@10 and HR@10 both exceed those "
         f"of {REFERENCE}."
     )
@@ -612,6 +665,7 @@ def igd_ablation(study: Study) -> list[Table]:
             rows += marked(block, 2)
 
     caption = (
+        f"{rows_behind(study, rows, 'test')} "
         "Test. w_t: the weights of the training loss. w_d: the calibration of the decoding by α, "
         "with and without w_t at the α that was best on each run's validation rows."
     )
@@ -646,7 +700,10 @@ def linear_and_binary(study: Study) -> list[Table]:
 
     columns = ["Data", "Measure", "β linear", "β binary"]
     columns += [REFERENCE, "IGD-T linear", "IGD-T binary"]
-    caption = "Test at α = 0. Each form uses the β that validation chose."
+    caption = (
+        f"{rows_behind(study, rows, 'test')} "
+        "Test at α = 0. Each form uses the β that validation chose."
+    )
     title = "Linear and binary weights (IGD Table 8)"
     return [Table("linear-binary", title, caption, columns, rows)]
 
@@ -674,14 +731,12 @@ def alpha_grid(study: Study) -> list[Table]:
                 names = words(title_of(dataset, backbone), method)
                 block.append([*names, Cell(float(alpha), form="g"), *cells])
             rows += marked(block, 3, smallest=(3,))
-            if block and runs[0].objective in IGD and (error := standard_error(runs)):
-                notes.append(
-                    f"{title_of(dataset, backbone)}, {method}: validation chose α = "
-                    f"{chosen_alphas(runs)}; the standard error of NDCG@10 there is {error:.4f}."
-                )
+            if block and runs[0].objective in IGD:
+                notes += certainty(study, dataset, title_of(dataset, backbone), runs, grid)
 
     columns = ["Data", "Method", "α", "FWR ↓", "ISE ↑ (bits)", "NDCG@10", "HR@10"]
     caption = (
+        f"{rows_behind(study, rows, 'valid')} "
         "Validation. α > 0 is IGD's decoding, for every training. FWR: share of the most common "
         "first token among the ten items of a list. ISE: entropy of the scores of a list."
     )
@@ -689,15 +744,32 @@ def alpha_grid(study: Study) -> list[Table]:
     return [Table("alpha", title, caption, columns, rows, notes)]
 
 
-def standard_error(runs: Sequence[Run]) -> float | None:
-    """Return the standard error of the mean NDCG@10 over validation rows, for one of the seeds.
+def certainty(
+    study: Study, dataset: str, data: str, runs: Sequence[Run], grid: Sequence[str]
+) -> list[str]:
+    """Return a note on how sure the choice of α on validation is; [] where the ranks are unknown.
 
-    None where the ranks of the rows are unknown.
+    The standard error is that of one seed's NDCG@10, over the users of the validation rows. An α
+    whose mean over seeds is less than this below the best mean may be as good as the best one.
     """
-    if not runs or "valid" not in runs[0].ranks:
-        return None
-    gained = ndcg(runs[0].ranks["valid"])
-    return significant(float(np.std(gained) / math.sqrt(len(gained))))
+    users = study.rows.get(dataset, {}).get("valid", {}).get("user")
+    if users is None or "valid" not in runs[0].ranks:
+        return []
+    error = significance.standard_error(ndcg(runs[0].ranks["valid"]), users)
+    if error is None:
+        return []
+
+    means = {
+        alpha: average(runs, HEADLINE, METRIC, split="valid", alpha=alpha).number or 0.0
+        for alpha in grid
+    }
+    near = as_list(alpha for alpha in grid if means[alpha] >= max(means.values()) - error)
+    which = "is alone" if "," not in near else "lie"
+    return [
+        f"{data}, {runs[0].method}: on {rows_of(study, dataset, 'valid')}, validation chose α = "
+        f"{chosen_alphas(runs)}. The standard error of NDCG@10 is {formatted(error, '.4f')}; "
+        f"α = {near} {which} within one standard error of the best mean."
+    ]
 
 
 def mtc_ablation(study: Study) -> list[Table]:
@@ -717,6 +789,7 @@ def mtc_ablation(study: Study) -> list[Table]:
                 rows += marked(block, 3)
 
     caption = (
+        f"{rows_behind(study, rows, 'test')} "
         "Test at α = 0. The first lines are cumulative, as in the paper: front-greater on a "
         "schedule to cross-entropy; the schedule extended to frequency; learned shares; the "
         "curriculum. The further lines are front-greater and frequency alone, without a schedule, "
@@ -782,6 +855,7 @@ def gains(
             ]
             cells = improvement(found[backbone, best], reference, measures)
             rows += [*marked(block, 3), [*words(*case, "improvement"), *cells]]
+    caption = f"{rows_behind(study, rows, 'test')} {caption}"
     return Table(name, title, caption, [*columns, "Method", *headings(measures)], rows)
 
 
@@ -803,7 +877,8 @@ def relaxed_match(study: Study) -> list[Table]:
 
         columns = ["Model", "Method", *(f"top-{level}" for level in levels), "whole ID"]
         caption = (
-            f"Test NDCG@5 on {dataset} if a hit needs only the first k codes of an item; "
+            f"{rows_of(study, dataset, 'test')}. "
+            "Test NDCG@5 if a hit needs only the first k codes of an item; "
             f"token match. {AT_ALPHA}"
         )
         title = f"Relaxed match (MTC Table 6): {dataset}"
@@ -830,6 +905,7 @@ def row_groups(study: Study) -> list[Table]:
         sizes = [Cell(float(weight.sum()), form=",.0f") for weight in groups.values()]
         rows = [[*words("", "rows"), *sizes], *marked(values, 2)] if values else []
         caption = (
+            f"{rows_of(study, dataset, 'test')}. "
             "Test NDCG@10 by group of rows. Head and tail: the target belongs to the more or the "
             "less frequent half of the test targets (MTC Figure 3). Warm and cold: the target is "
             f"or is not a training target. History: number of items in it. {AT_ALPHA}"
@@ -894,6 +970,7 @@ def diversity(study: Study) -> list[Table]:
             rows.insert(0, [*words("", "targets", None, None, None), *known, *cells])
 
         caption = (
+            f"{rows_of(study, dataset, 'test')}. "
             "The first ten items of the lists on test, means over seeds. Coverage: share of the "
             "catalogue that is listed. Gini: 0 if all items are listed equally often. Cold: share "
             "of the listed items that are not a training target. D1 to D10: share of each decile "
@@ -920,6 +997,7 @@ def beam_and_exact(study: Study) -> list[Table]:
     columns = ["Data", "Method", "α", "Seeds", "Rows", "NDCG@10 beam", "NDCG@10 exact"]
     columns += ["HR@10 beam", "HR@10 exact", "Proven", "Missed of top 1", "Missed of the list"]
     caption = (
+        f"{rows_behind(study, rows, 'exact')} "
         "The same test rows, searched in both ways; hits are token match. Proven: share of the "
         "rows whose complete exact list is proven to be the best one. Missed: number of truly best "
         "items that the beam's list lacks, where these items are proven."
@@ -950,6 +1028,7 @@ def calibration(study: Study) -> list[Table]:
     columns = ["Data", "Method", "NLL per item", "Perplexity per token", "Coverage", "ECE", ""]
     columns += [f"{tenth}/10" for tenth in range(1, CALIBRATION_BINS + 1)]
     caption = (
+        f"{rows_behind(study, rows, 'test')} "
         "Runs whose scores are log-probabilities of items, test rows, means over seeds. NLL of the "
         "target in nats. Coverage: probability of a whole list. The listed items are sorted by p "
         "and cut into tenths: the mean p of each, and the share of its items that is the target. "
@@ -1004,7 +1083,8 @@ def examples(study: Study) -> list[Table]:
             rows.append([Cell(method), *cells])
 
         caption = (
-            f"Test row {e['row']}, drawn at random among the rows that the methods rank "
+            f"Test row {e['row']}, drawn at random among those of the "
+            f"{rows_of(study, e['dataset'], 'test')} that the methods rank "
             f"differently. History, oldest first: {'; '.join(e['history'])}. "
             f"Next item: {e['target']} (bold where listed). {AT_ALPHA}"
         )
