@@ -39,7 +39,8 @@ class PrefixTree:
         columns = np.arange(length.max())
         filled = columns < length[:, None]
         padded = np.zeros(filled.shape, np.int64)
-        padded[filled] = np.concatenate(rows) + 1
+        padded[filled] = np.concatenate(rows)
+        padded[filled] += 1
         order = lexicographic_order(padded)
         padded, filled, length = padded[order], filled[order], length[order]
 

@@ -60,6 +60,11 @@ ROWS = {
 }
 
 
+def test_the_largest_token_of_a_small_integer_type():
+    tree = build_row_tree([np.array([7, 65_535], np.uint16)], np.array([1]))
+    assert tree.token.tolist() == [7, 65_535]
+
+
 @pytest.mark.parametrize("name", ROWS)
 def test_nodes_are_the_different_prefixes(name):
     rows, naive = ROWS[name], Naive(ROWS[name])
