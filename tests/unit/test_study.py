@@ -17,6 +17,7 @@ from igd_ds import distributed, eval
 from igd_ds.data.batches import sample_rows
 from igd_ds.data.dataset import InteractionDataset
 from igd_ds.studies import significance
+from igd_ds.studies.report.analysis_tables import groups_of
 from igd_ds.studies.report.runs import environment_of, read_runs, thinned
 from igd_ds.studies.report.study import (
     Run,
@@ -28,7 +29,7 @@ from igd_ds.studies.report.study import (
     objective_of,
     save,
 )
-from igd_ds.studies.report.tables import all_tables, groups_of
+from igd_ds.studies.report.tables import all_tables
 
 UNIFORM = {"objective": "uniform", "seed": 0}
 

@@ -18,8 +18,9 @@ from igd_ds.folders import locked, replaced_folder, write_text
 from igd_ds.studies.report.figures import Figure, all_figures
 from igd_ds.studies.report.layout import Table
 from igd_ds.studies.report.ledger import ledger
+from igd_ds.studies.report.overview_tables import cost
 from igd_ds.studies.report.study import MATCHES, NOT_BEGUN, Run, Study, load, save
-from igd_ds.studies.report.tables import all_tables, cost
+from igd_ds.studies.report.tables import all_tables
 
 ENTRIES = {"index.html", "README.md", "tables", "figures", "data"}
 WRITERS = {"csv": Table.csv, "md": Table.markdown, "tex": Table.latex}
