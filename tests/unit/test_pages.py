@@ -16,7 +16,8 @@ import sample_study
 from PIL import Image
 
 from igd_ds.studies.report import pages
-from igd_ds.studies.report.figures import Figure, all_figures
+from igd_ds.studies.report.drawing import Figure
+from igd_ds.studies.report.figures import all_figures
 from igd_ds.studies.report.layout import Cell, Table
 from igd_ds.studies.report.overview_tables import cost
 from igd_ds.studies.report.pages import render

@@ -4,7 +4,7 @@
     data/{study.json,ranks.parquet}
 
 Equal studies give equal bytes, on every day and every CPU. The exception is the compression of the
-PNG files, see `figures`.
+PNG files, see `drawing`.
 """
 
 import re
@@ -15,7 +15,8 @@ from pathlib import Path
 from igd_ds.data.card import escape
 from igd_ds.errors import UsageError
 from igd_ds.folders import locked, replaced_folder, write_text
-from igd_ds.studies.report.figures import Figure, all_figures
+from igd_ds.studies.report.drawing import Figure
+from igd_ds.studies.report.figures import all_figures
 from igd_ds.studies.report.layout import Table
 from igd_ds.studies.report.ledger import ledger
 from igd_ds.studies.report.overview_tables import cost
