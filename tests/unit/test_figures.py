@@ -18,7 +18,7 @@ import sample_study
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Canvas
 
-from igd_ds.studies.report import figures
+from igd_ds.studies.report import drawing, figures
 from igd_ds.studies.report.figures import FIGURES, all_figures, blocks
 
 BOOKS, INSTRUMENTS = "books-small-qwen2-1m-", "instruments-qwen2-1m-"
@@ -168,10 +168,10 @@ def test_every_axis_is_labelled_and_every_line_named(study):
 
 
 def test_looks_differ_without_colour():
-    looks = [figures.look(index) for index in range(40)]
+    looks = [drawing.look(index) for index in range(40)]
     assert len({(str(look["linestyle"]), look["marker"]) for look in looks}) == 40
     light = [
-        np.dot(figures.shade(index, 8)["color"][:3], (0.299, 0.587, 0.114)) for index in range(8)
+        np.dot(drawing.shade(index, 8)["color"][:3], (0.299, 0.587, 0.114)) for index in range(8)
     ]
     assert all(b - a > 0.05 for a, b in pairwise(light)) and light[-1] < 0.85
 
@@ -219,12 +219,12 @@ def test_a_mean_curve_goes_as_far_as_every_seed(study):
         ),
     )
     first = dataclasses.replace(first, curves={"train/loss": [[0, 8.0], [20, 6.0], [40, 0.0]]})
-    steps, mean, deviation = figures.mean_curve([first, second], "train/loss")
+    steps, mean, deviation = drawing.mean_curve([first, second], "train/loss")
     assert steps.tolist() == [10, 30]
     expected = [(7.0, 4.0), (3.0, 2.0)]  # the first seed's values lie between its points
     assert np.allclose(mean, [statistics.mean(pair) for pair in expected])
     assert np.allclose(deviation, [statistics.stdev(pair) for pair in expected])
-    assert figures.mean_curve([first, dataclasses.replace(second, curves={})], "train/loss") is None
+    assert drawing.mean_curve([first, dataclasses.replace(second, curves={})], "train/loss") is None
 
 
 def test_beta_is_drawn_and_judged_as_averaged_by_hand(study):

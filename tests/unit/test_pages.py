@@ -16,11 +16,13 @@ import sample_study
 from PIL import Image
 
 from igd_ds.studies.report import pages
-from igd_ds.studies.report.figures import Figure, all_figures
+from igd_ds.studies.report.drawing import Figure
+from igd_ds.studies.report.figures import all_figures
 from igd_ds.studies.report.layout import Cell, Table
+from igd_ds.studies.report.overview_tables import cost
 from igd_ds.studies.report.pages import render
 from igd_ds.studies.report.study import Run, load
-from igd_ds.studies.report.tables import all_tables, cost
+from igd_ds.studies.report.tables import all_tables
 
 FAILED = "RuntimeError: <b>out of memory</b> & more"
 

@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 
-from igd_ds.studies.report.figures import stable_svg
+from igd_ds.studies.report.cells import marked
+from igd_ds.studies.report.drawing import stable_svg
 from igd_ds.studies.report.layout import Cell, formatted
-from igd_ds.studies.report.tables import marked
 from igd_ds.studies.rounding import mean_sd, on_grid, significant, significant_array
 
 

@@ -17,7 +17,9 @@ from igd_ds import distributed, eval
 from igd_ds.data.batches import sample_rows
 from igd_ds.data.dataset import InteractionDataset
 from igd_ds.studies import significance
-from igd_ds.studies.report.runs import environment_of, read_runs, thinned
+from igd_ds.studies.report.analysis_tables import groups_of
+from igd_ds.studies.report.run_files import thinned
+from igd_ds.studies.report.runs import environment_of, read_runs
 from igd_ds.studies.report.study import (
     Run,
     family_of,
@@ -28,7 +30,7 @@ from igd_ds.studies.report.study import (
     objective_of,
     save,
 )
-from igd_ds.studies.report.tables import all_tables, groups_of
+from igd_ds.studies.report.tables import all_tables
 
 UNIFORM = {"objective": "uniform", "seed": 0}
 

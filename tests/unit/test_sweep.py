@@ -27,7 +27,7 @@ from igd_ds.errors import UsageError
 from igd_ds.eval_config import EvalConfig
 from igd_ds.studies import sweep
 from igd_ds.studies import sweep_table as _sweep_table
-from igd_ds.studies.report.runs import ALIKE
+from igd_ds.studies.report.dataset_details import ALIKE
 from igd_ds.train_config import TrainConfig
 
 ROOT = Path(__file__).parents[2]

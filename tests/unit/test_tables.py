@@ -9,9 +9,10 @@ import pytest
 
 from igd_ds.evaluation import metrics
 from igd_ds.studies import significance
-from igd_ds.studies.report import tables
+from igd_ds.studies.report.cells import marked
 from igd_ds.studies.report.layout import Cell, Table
 from igd_ds.studies.report.study import AT_ALPHA, Ranks, Run, Study, method_names
+from igd_ds.studies.report.tables import all_tables
 from igd_ds.studies.rounding import significant
 
 DECILES = [0.1] * 10
@@ -97,7 +98,7 @@ def make_study() -> Study:
 
 
 def table(study: Study, name: str) -> Table:
-    (found,) = [table for table in tables.all_tables(study) if table.name == name]
+    (found,) = [table for table in all_tables(study) if table.name == name]
     return found
 
 
@@ -355,7 +356,7 @@ def test_every_table_of_accuracy_says_how_many_rows_out_of_all():
     study = with_users(
         study, "test", {run.method: [1, 2, 0, 0] for run in study.runs}, [1, 2, 3, 4]
     )
-    found = {made.name: made.caption for made in tables.all_tables(study)}
+    found = {made.name: made.caption for made in all_tables(study)}
     on_valid = {"selection", "beta", "alpha"}
     on_test = found.keys() - on_valid - {"runs", "statistics"}
     assert on_valid < found.keys() and {
@@ -368,8 +369,8 @@ def test_every_table_of_accuracy_says_how_many_rows_out_of_all():
 
 def test_what_is_shown_as_0_is_neither_best_nor_second():
     block = [[Cell(0.00004)], [Cell(0.0)], [Cell(0.2)]]
-    assert [row[0].mark for row in tables.marked(block, 0)] == ["", "", "best"]
-    assert [row[0].mark for row in tables.marked(block, 0, smallest=(0,))] == ["second", "best", ""]
+    assert [row[0].mark for row in marked(block, 0)] == ["", "", "best"]
+    assert [row[0].mark for row in marked(block, 0, smallest=(0,))] == ["second", "best", ""]
 
 
 def test_selection_is_shown_and_checked():
@@ -708,7 +709,7 @@ def test_an_older_version_without_a_figure_leaves_its_cell_empty():
 
 def test_item_probabilities_and_their_calibration():
     study = make_study()
-    assert "calibration" not in [made.name for made in tables.all_tables(study)]
+    assert "calibration" not in [made.name for made in all_tables(study)]
     probability, hit = np.linspace(0.01, 0.1, 20), np.arange(20) % 4 == 3
     for run in study.runs:
         if run.method == "uniform" and run.test:
@@ -745,8 +746,8 @@ def test_how_often_lists_repeat_a_history():
 
 def test_an_empty_study_has_its_list_of_runs_alone():
     waiting = replace(make_run("uniform", 0, {"0.0": 0.1}, None), state="unfinished", valid=None)
-    assert [found.name for found in tables.all_tables(Study("s", "", [waiting]))] == ["runs"]
-    assert tables.all_tables(Study("s", "", [])) == []
+    assert [found.name for found in all_tables(Study("s", "", [waiting]))] == ["runs"]
+    assert all_tables(Study("s", "", [])) == []
 
 
 SMALL = Table(

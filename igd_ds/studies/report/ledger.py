@@ -27,6 +27,7 @@ from igd_ds.config.yaml_files import read_yaml_file
 from igd_ds.errors import UsageError, did_you_mean
 from igd_ds.evaluation.metrics import CUTOFFS, HEADLINE
 from igd_ds.run_folder import BEFORE_RECORDED
+from igd_ds.studies.report.cells import headings, over_seeds, title_of, words
 from igd_ds.studies.report.layout import Cell, Row, Source, Table, formatted
 from igd_ds.studies.report.study import (
     AT_ALPHA,
@@ -38,7 +39,6 @@ from igd_ds.studies.report.study import (
     Study,
     method_of,
 )
-from igd_ds.studies.report.tables import headings, over_seeds, title_of, words
 from igd_ds.studies.rounding import significant
 
 REQUIRED = ("dataset", "method", "kind", "metrics", "source")

@@ -4,7 +4,7 @@
     data/{study.json,ranks.parquet}
 
 Equal studies give equal bytes, on every day and every CPU. The exception is the compression of the
-PNG files, see `figures`.
+PNG files, see `drawing`.
 """
 
 import re
@@ -15,11 +15,13 @@ from pathlib import Path
 from igd_ds.data.card import escape
 from igd_ds.errors import UsageError
 from igd_ds.folders import locked, replaced_folder, write_text
-from igd_ds.studies.report.figures import Figure, all_figures
+from igd_ds.studies.report.drawing import Figure
+from igd_ds.studies.report.figures import all_figures
 from igd_ds.studies.report.layout import Table
 from igd_ds.studies.report.ledger import ledger
+from igd_ds.studies.report.overview_tables import cost
 from igd_ds.studies.report.study import MATCHES, NOT_BEGUN, Run, Study, load, save
-from igd_ds.studies.report.tables import all_tables, cost
+from igd_ds.studies.report.tables import all_tables
 
 ENTRIES = {"index.html", "README.md", "tables", "figures", "data"}
 WRITERS = {"csv": Table.csv, "md": Table.markdown, "tex": Table.latex}
