@@ -1036,6 +1036,7 @@ COUNTS = {
     + 3 * FIVE * (1 + 5),
     "decisiveness": 5,
     "batching": 2 * 2 * 3,
+    "tuned-baselines": 2 * 2 + 1 + 3,
     "demo": 6,
     "cpu": 3 * (1 + 1 + 1 + 6 + 1) + 3 * (1 + 1 + 1 + 2) + 3 * (1 + 2 + 1 + 2) + 3 * (2 + 3 * 3),
 }
