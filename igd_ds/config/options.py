@@ -193,12 +193,12 @@ def read_yaml(cls: type, path: str) -> dict[str, Any]:
     Raises:
         UsageError: there is no such file, or it holds something else than settings of `cls`.
     """
-    shipped = TUNED / f"{path}.yaml"
-    if not Path(path).is_file() and not shipped.is_file():
+    file = Path(path) if Path(path).is_file() else TUNED / f"{path}.yaml"
+    if not file.is_file():
         known = sorted(file.stem for file in TUNED.glob("*.yaml"))
         hint = did_you_mean(path, known)
         raise UsageError(f"--config: no file {path}{hint}; with igd_ds come {', '.join(known)}")
-    loaded = read_yaml_file(path if Path(path).is_file() else shipped) or {}
+    loaded = read_yaml_file(file) or {}
     if not isinstance(loaded, dict):
         raise UsageError(
             f"{path}: expected 'setting: value' lines, found a {type(loaded).__name__}"
