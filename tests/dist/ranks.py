@@ -7,9 +7,12 @@ import multiprocessing
 import os
 import socket
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+
+from tqdm import tqdm
 
 FORK = multiprocessing.get_context("fork")
 
@@ -43,6 +46,10 @@ def _child(
         "LOCAL_SIZE": str(world),
     }
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": ""}
+    # Forked processes share tqdm's lock. A rank that is killed while it holds the lock would stop
+    # all later ranks, and this test run, at their next progress bar.
+    tqdm.set_lock(threading.RLock())
+
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
