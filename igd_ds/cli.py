@@ -26,6 +26,7 @@ COMMANDS = {
     "prefer": ("igd_ds.prefer", "train a trained model on preferences between items"),
     "baseline": ("igd_ds.baseline", "train and evaluate a sequential baseline"),
     "eval": ("igd_ds.eval", "rank the whole catalogue and measure the lists"),
+    "compare": ("igd_ds.commands.compare", "two evaluations of the same rows, and how sure"),
     "sweep": ("igd_ds.commands.sweep", "a table of trainings and evaluations"),
     "report": ("igd_ds.commands.report", "tables and figures of finished runs"),
     "export": ("igd_ds.commands.export", "weights and catalogue for vLLM, SGLang or FlashRec"),

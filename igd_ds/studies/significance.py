@@ -183,11 +183,14 @@ def holm_of_known(p: Sequence[float | None]) -> list[float | None]:
     return [None if value is None else next(corrected) for value in p]
 
 
+def hit(ranks: Ranks) -> np.ndarray:
+    """Return the HR@10 (item match) of each row (R,), float64; 0 where no hit is listed."""
+    return np.where((ranks.rank > 0) & (ranks.rank <= CUTOFF), ranks.credit, 0.0)
+
+
 def ndcg(ranks: Ranks) -> np.ndarray:
     """Return the NDCG@10 (item match) of each row (R,), float64; 0 where no hit is listed."""
-    rank = ranks.rank
-    listed = (rank > 0) & (rank <= CUTOFF)
-    return np.where(listed, ranks.credit / np.log2(np.where(listed, rank, 1) + 1), 0.0)
+    return hit(ranks) / np.log2(np.maximum(ranks.rank, 1) + 1)
 
 
 @functools.lru_cache(maxsize=64)  # tables and figures ask for the same ones

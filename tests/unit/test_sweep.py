@@ -1037,6 +1037,7 @@ COUNTS = {
     "decisiveness": 5,
     "batching": 2 * 2 * 3,
     "tuned-baselines": 2 * 2 + 1 + 3,
+    "ledger": 3 * (2 + 4 * 3 + 3),
     "demo": 6,
     "cpu": 3 * (1 + 1 + 1 + 6 + 1) + 3 * (1 + 1 + 1 + 2) + 3 * (1 + 2 + 1 + 2) + 3 * (2 + 3 * 3),
 }

@@ -1,0 +1,208 @@
+"""Compare two ways of ranking on the same rows: the difference and how sure it is.
+
+    igd compare RUN/eval/A [RUN/eval/A ...] --against RUN/eval/B [RUN/eval/B ...] --dataset DATASET
+        [--alpha ALPHA] [--json]
+
+Each folder is one evaluation (igd eval). Several on a side are seeds: the first of one side belongs
+to the first of the other. For HR@10 and NDCG@10 (item match) it prints the mean of both sides ±
+their standard deviation over seeds, the difference of the means, its 95 % interval from a paired
+bootstrap over users, and p. With several seeds the values of a row are averaged over them first, so
+the interval speaks of other users and of these trainings.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from igd_ds import distributed
+from igd_ds.config.options import FlagParser
+from igd_ds.data.dataset import InteractionDataset
+from igd_ds.errors import UsageError
+from igd_ds.studies.report.dataset_details import target_ranks
+from igd_ds.studies.report.study import Ranks
+from igd_ds.studies.rounding import mean_sd
+from igd_ds.studies.significance import bootstrap_over_users, hit, ndcg
+
+MEASURES = {"hr@10": hit, "ndcg@10": ndcg}
+
+Json = dict[str, Any]
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = FlagParser(
+        prog="igd compare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "first", nargs="+", type=Path, metavar="EVALUATION", help="RUN/eval/NAME, one per seed"
+    )
+    parser.add_argument(
+        "--against", nargs="+", type=Path, metavar="EVALUATION", required=True,
+        help="what it is compared with, in the same order of seeds",
+    )  # fmt: skip
+    parser.add_argument("--dataset", required=True, help="the dataset folder of the evaluations")
+    parser.add_argument("--alpha", type=float, help="needed where an evaluation has several α")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, not a table")
+    args = parser.parse_args(argv)
+    if len(args.first) != len(args.against):
+        raise UsageError(
+            f"{len(args.first)} evaluations are compared with {len(args.against)} (--against): "
+            "give as many, in the same order of seeds"
+        )
+    return args
+
+
+def read_metrics(folder: Path) -> Json:
+    """Return the metrics.json of an evaluation; raise UsageError if there is none."""
+    path = folder / "metrics.json"
+    try:
+        metrics: Json = json.loads(path.read_text())
+        if "split" in metrics and metrics["alpha"]:
+            return metrics
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path}: no metrics of a finished evaluation ({error})") from error
+    raise UsageError(f"{path}: no metrics of a finished evaluation (no split, or no α)")
+
+
+def chosen_alpha(folder: Path, metrics: Json, alpha: float | None) -> str:
+    """Return an α of an evaluation as its files name it.
+
+    Raises:
+        UsageError: it has no such α, or several and none is chosen.
+    """
+    known = ", ".join(metrics["alpha"])
+    if alpha is None:
+        if len(metrics["alpha"]) > 1:
+            raise UsageError(f"{folder} has the α {known}: choose one with --alpha")
+        return str(next(iter(metrics["alpha"])))
+    found = [name for name in metrics["alpha"] if float(name) == alpha]
+    if not found:
+        raise UsageError(f"--alpha {alpha:g}: {folder} has the α {known}")
+    return str(found[0])
+
+
+def read_ranks(folder: Path, dataset: InteractionDataset, alpha: float | None) -> tuple[str, Ranks]:
+    """Return the split of an evaluation and where the targets stand in its lists.
+
+    Raises:
+        UsageError: it is unfinished, damaged, or not of this dataset.
+    """
+    metrics, name = read_metrics(folder), dataset.info["name"]
+    split = str(metrics["split"])
+    if metrics.get("dataset") != name:
+        raise UsageError(
+            f"{folder} is an evaluation on {metrics.get('dataset')!r}, --dataset is {name!r}"
+        )
+    path = folder / f"predictions-alpha{chosen_alpha(folder, metrics, alpha)}.parquet"
+    try:
+        return split, target_ranks(path, dataset.splits[split].targets)
+    except (ValueError, KeyError, IndexError, OSError) as error:  # pyarrow raises any of them
+        raise UsageError(f"{path}: cannot be read ({' '.join(str(error).split())})") from error
+
+
+def compare(
+    first: Sequence[Path], against: Sequence[Path], dataset: InteractionDataset, alpha: float | None
+) -> Json:
+    """Compare evaluations of the same rows.
+
+    Args:
+        first: folders of one side, one per seed.
+        against: folders of the other side, as many.
+        dataset: the dataset that both sides ranked.
+        alpha: the α to compare at; None: the only one that each evaluation has.
+
+    Returns:
+        The number of `rows` and of `seeds`, and by name in MEASURES a dictionary with `first`,
+        `against` (means over seeds), `first_sd`, `against_sd` (None for one seed), `difference`,
+        `low`, `high` (95 % interval) and `p`; the last three are None if all rows are of one user.
+
+    Raises:
+        UsageError: an evaluation is unfinished, or two are of different rows.
+    """
+    folders = [*first, *against]
+    found = [read_ranks(folder, dataset, alpha) for folder in folders]
+    split, ranks = found[0]
+    for folder, (its_split, its_ranks) in zip(folders, found, strict=True):
+        if its_split != split or not np.array_equal(its_ranks.row, ranks.row):
+            raise UsageError(
+                f"{folders[0]} ({split}, {len(ranks.row)} rows) and {folder} ({its_split}, "
+                f"{len(its_ranks.row)} rows) ranked different rows: evaluate both with the same "
+                "--split, --num_rows and --seed"
+            )
+
+    users = dataset.splits[split].user_ids[ranks.row]
+    result: Json = {"rows": len(ranks.row), "seeds": len(first)}
+    for name, measure in MEASURES.items():
+        values = np.stack([measure(its_ranks) for _, its_ranks in found])
+        result[name] = difference(values[: len(first)], values[len(first) :], users)
+    return result
+
+
+def difference(first: np.ndarray, against: np.ndarray, users: np.ndarray) -> Json:
+    """Return the entry of one measure.
+
+    Args:
+        first: (S, R) float64, a value for each seed and row.
+        against: (S, R), the other side's.
+        users: (R,) the user of each row.
+    """
+    (mean, sd), (other_mean, other_sd) = (
+        mean_sd(values.mean(1).tolist()) for values in (first, against)
+    )
+    bootstrap = bootstrap_over_users(first.mean(0) - against.mean(0), users)
+    return {
+        "first": mean,
+        "first_sd": sd,
+        "against": other_mean,
+        "against_sd": other_sd,
+        "difference": mean - other_mean,
+        "low": bootstrap.low if bootstrap else None,
+        "high": bootstrap.high if bootstrap else None,
+        "p": bootstrap.p if bootstrap else None,
+    }
+
+
+def print_table(result: Json) -> None:
+    """Print the comparison, one line per measure."""
+    seeds = result["seeds"]
+    plural = "" if seeds == 1 else "s"
+    print(f"{result['rows']:,} rows, {seeds} evaluation{plural} on each side")
+    print(f"{'':<9}{'first':>15}{'against':>17}{'difference':>13}   95 % interval           p")
+    for name in MEASURES:
+        entry = result[name]
+        sides = (with_sd(entry[side], entry[f"{side}_sd"]) for side in ("first", "against"))
+        line = f"{name:<9}{next(sides):>15}{next(sides):>17}{entry['difference']:>+13.4f}"
+        if entry["p"] is not None:
+            line += f"   {entry['low']:+.4f} to {entry['high']:+.4f}   {entry['p']:7.4f}"
+        print(line)
+
+
+def with_sd(mean: float, sd: float | None) -> str:
+    """Return a mean with its standard deviation, if there is one."""
+    return f"{mean:.4f}" if sd is None else f"{mean:.4f} ± {sd:.4f}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return the exit code.
+
+    Raises:
+        UsageError: see `compare`.
+    """
+    args = parse(argv)
+    dataset = InteractionDataset.load(args.dataset)
+    result = compare(args.first, args.against, dataset, args.alpha)
+    if args.json:
+        print(json.dumps(result))
+    else:
+        print_table(result)
+    return 0
+
+
+if __name__ == "__main__":
+    distributed.run(main)
