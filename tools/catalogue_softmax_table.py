@@ -1,9 +1,9 @@
-"""Print the tables of docs/results/catalogue-softmax.md from the runs of tools/catalogue_softmax.sh.
+"""Print the tables of docs/results/catalogue-softmax.md, from what tools/catalogue_softmax.sh made.
 
-python tools/catalogue_softmax_table.py runs/softmax
+    python tools/catalogue_softmax_table.py runs/softmax
 
-A run counts once all three ways of ranking the test rows are there. Differences are NDCG@10, with the
-95 % interval of a paired bootstrap over users (igd compare).
+A run counts once all three ways of ranking the test rows are there. Differences are NDCG@10, with
+the 95 % interval of a paired bootstrap over users (igd compare).
 """
 
 import json
@@ -34,6 +34,7 @@ def runs_by_method(folder: Path) -> dict[str, dict[int, Path]]:
 
 
 def ranked(runs: list[Path], way: str) -> list[Path]:
+    """Return the evaluations of some runs in one of WAYS."""
     return [run / "eval" / way for run in runs]
 
 
@@ -43,6 +44,7 @@ def interval(entry: Json) -> str:
 
 
 def metrics_of(folder: Path) -> Json:
+    """Return the metrics.json of an evaluation."""
     metrics: Json = json.loads((folder / "metrics.json").read_text())
     return metrics
 

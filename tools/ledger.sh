@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the ledger: our numbers beside published ones (docs/results/ledger). Datasets, then every row of
+# Makes the ledger: our numbers beside published ones (runs/baselines/report). Datasets, then every row of
 # tools/sweeps/ledger.yaml, then each run's test rows with and without the items that the user has met
 # before, then the report. CPU is enough: about 9 CPU-hours. A second start resumes an interrupted one. JOBS
 # is the number of cores (default 2).
@@ -32,6 +32,6 @@ for name in beauty-2014 sports-2014 instruments; do
         [ ! -d "$run/eval/test" ] || seen_items "$name" "$run"
     done
 done
-igd report "$out/ledger" --published tools/published.yaml --output docs/results/ledger --examples 0 \
+igd report "$out/ledger" --published tools/published.yaml --output "$out/report" --examples 0 \
     --command "bash tools/ledger.sh ../shared/data"
 exit "$code"
