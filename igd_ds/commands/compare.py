@@ -22,6 +22,7 @@ from igd_ds import distributed
 from igd_ds.config.options import FlagParser
 from igd_ds.data.dataset import InteractionDataset
 from igd_ds.errors import UsageError
+from igd_ds.folders import read_json_object
 from igd_ds.studies.report.dataset_details import target_ranks
 from igd_ds.studies.report.study import Ranks
 from igd_ds.studies.rounding import mean_sd
@@ -61,13 +62,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def read_metrics(folder: Path) -> Json:
     """Return the metrics.json of an evaluation; raise UsageError if there is none."""
     path = folder / "metrics.json"
-    try:
-        metrics: Json = json.loads(path.read_text())
-        if "split" in metrics and metrics["alpha"]:
-            return metrics
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{path}: no metrics of a finished evaluation ({error})") from error
-    raise UsageError(f"{path}: no metrics of a finished evaluation (no split, or no α)")
+    metrics = read_json_object(path, "give the folder of a finished evaluation, RUN/eval/NAME")
+    if not metrics.get("alpha") or "split" not in metrics:
+        raise UsageError(f"{path} lacks the split or the α of an evaluation: evaluate again")
+    return metrics
 
 
 def chosen_alpha(folder: Path, metrics: Json, alpha: float | None) -> str:

@@ -118,7 +118,7 @@ def test_bad_input_is_named(evaluate, data, tmp_path):
 
     cases = {
         "cannot be read": damaged,
-        "no metrics of a finished evaluation": unfinished,
+        "give the folder of a finished evaluation": unfinished,
         "ranked different rows": evaluate("valid", 0, split="valid"),
         r"choose one with --alpha": evaluate("two", 0, alphas=("0.0", "0.2")),
         "is an evaluation on 'other'": evaluate("other", 0, dataset="other"),
