@@ -6,6 +6,7 @@ It needs no torch, so that commands which need none start at once.
 import contextlib
 import logging
 import os
+import select
 import sys
 import time
 import traceback
@@ -15,6 +16,7 @@ from igd_ds import locks
 from igd_ds.errors import (
     EXIT_FAILURE,
     EXIT_INTERRUPTED,
+    EXIT_NO_READER,
     EXIT_REQUEUE,
     EXIT_USAGE,
     UsageError,
@@ -29,6 +31,13 @@ LOST_PEER = ("Connection closed", "Connection reset", "rank 0 failed", "NCCL")
 def _is_main() -> bool:
     """Return whether this process is rank 0; launchers and `distributed.init` set RANK."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def _reader_has_gone() -> bool:
+    """Return whether stdout is a pipe that nobody reads any longer."""
+    stdout = select.poll()
+    stdout.register(sys.__stdout__.fileno(), select.POLLOUT)
+    return any(event & select.POLLERR for _, event in stdout.poll(0))
 
 
 def _explain_requeue() -> None:
@@ -60,8 +69,9 @@ def run(main: Callable[[], int]) -> None:
     """Run an entry point and end the process with its exit code.
 
     Bad input (UsageError) is printed in one line, by rank 0 if it sees the error too, with code 2.
-    So is what the operating system refuses to write (`refused_by_system`). Any other exception ends
-    with code 1 and its traceback as last words. A rank whose collective broke because another rank
+    So is what the operating system refuses to write (`refused_by_system`). A command whose output
+    nobody reads any longer ends without a word, as `cat` does. Any other exception ends with code 1
+    and its traceback as last words. A rank whose collective broke because another rank
     ended waits for the launcher to stop it before it prints, so that the traceback of the rank that
     failed first stays last.
     """
@@ -75,6 +85,8 @@ def run(main: Callable[[], int]) -> None:
         print(f"error: {error}", file=sys.stderr)
         code = EXIT_USAGE
     except BaseException as error:
+        if isinstance(error, BrokenPipeError) and _reader_has_gone():
+            exit_process(EXIT_NO_READER)
         if any(words in str(error) for words in LOST_PEER):
             time.sleep(5)
         with contextlib.suppress(OSError):

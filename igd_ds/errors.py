@@ -15,6 +15,8 @@ EXIT_REQUEUE = 85
 """A signal asked to stop and everything is saved; the job files in slurm/ requeue on this code."""
 EXIT_INTERRUPTED = 130
 """Ctrl-C."""
+EXIT_NO_READER = 141
+"""Nobody reads the output any longer, as in `igd show … | head`."""
 
 
 class UsageError(ValueError):

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Trains and evaluates the models that the catalogue's softmax is measured with: games-2015 and books-small
-# (titles), instruments (semantic IDs), in list form, each a Qwen2 of 1.5 M parameters from random weights, 2
-# epochs, on one core each. The first three models (msl, seed 0) are those of tools/bench/catalogue_softmax.py.
-# Then `igd prefer` goes on from the best objective's models: s-dpo with four kinds of negatives, grpo with two
-# rewards and with credit by gain, 150 steps each. After an interruption, start it again and it goes on. Needs
-# the virtual environment's bin folder on the PATH.
+# (titles), instruments (semantic IDs), in list form, each a Qwen2 of 1.5 M parameters from random weights, on
+# one core each. The first three models (msl, seed 0, 2 epochs) are those of tools/bench/catalogue_softmax.py.
+# The study trains games-2015 for 2 epochs and instruments for 1. Then `igd prefer` goes on from the best
+# objective's models: s-dpo with four kinds of negatives, 150 steps each, and grpo with two rewards and with
+# credit by gain, 100 steps each. After an interruption, start it again and it goes on. Needs the virtual
+# environment's bin folder on the PATH.
 #
 #   tools/catalogue_softmax.sh ../shared/data [runs/softmax]
 set -euo pipefail
@@ -21,7 +22,7 @@ tokenizer() {  # NAME [options of igd tokenizer]
     [ -d "$out/$1/tokenizer" ] || igd tokenizer --dataset "$out/$1/data" --output "$out/$1/tokenizer" "${@:2}"
 }
 
-train() {  # DATASET ITEM_KIND OBJECTIVE SEED
+train() {  # DATASET ITEM_KIND OBJECTIVE SEED EPOCHS
     local flags=(--objective msl --msl_tau 1)
     case "$3" in
         uniform) flags=(--objective uniform) ;;
@@ -31,7 +32,7 @@ train() {  # DATASET ITEM_KIND OBJECTIVE SEED
     esac
     python igd_ds/train.py --ds_config ds_configs/zero1-batch64-fp32.json --dataset "$out/$1/data" \
         --tokenizer "$out/$1/tokenizer" --model_config tools/models/qwen2-list.json --item_kind "$2" \
-        --prompt list --max_length 512 --global_batch_size 64 --learning_rate 3e-3 --epochs 2 \
+        --prompt list --max_length 512 --global_batch_size 64 --learning_rate 3e-3 --epochs "$5" \
         --patience 0 --validation_rows 500 --log_every 50 --save_every 100 --keep_checkpoints 1 \
         --resume auto --output_dir "$out/$1/$3-$4" --seed "$4" "${flags[@]}"
 }
@@ -61,13 +62,13 @@ print(max(scores, key=lambda name: sum(scores[name]) / len(scores[name])))
 PYTHON
 }
 
-stage() {  # DATASET OBJECTIVE SEED NAME [options of igd prefer]
+stage() {  # DATASET OBJECTIVE SEED NAME MAX_STEPS [options of igd prefer]: ranks test rows if validation improved
     local run="$out/$1/$4-$3"
     python igd_ds/prefer.py --ds_config ds_configs/zero1-batch64-fp32.json --dataset "$out/$1/data" \
-        --model "$out/$1/$2-$3" --softmax masked --global_batch_size 64 --learning_rate 3e-4 --max_steps 150 \
+        --model "$out/$1/$2-$3" --softmax masked --global_batch_size 64 --learning_rate 3e-4 --max_steps "$5" \
         --validate_every 50 --validation_rows 500 --patience 0 --stop_margin 0.01 --log_every 10 \
-        --keep_checkpoints 1 --resume auto --output_dir "$run" --seed "$3" "${@:5}"
-    evaluate "$1" "$4" "$3"
+        --keep_checkpoints 1 --resume auto --output_dir "$run" --seed "$3" "${@:6}"
+    grep -q '"best_step": 0,' "$run/summary.json" || evaluate "$1" "$4" "$3"
 }
 
 prepare games-2015 "video games" d3-csv given
@@ -78,15 +79,15 @@ prepare books-small books sequences leave-one-out --max_history 5 --num_users 50
 tokenizer books-small --vocab_size 4096
 
 # The models of the benchmark.
-train games-2015 text msl 0
-train instruments semantic-id msl 0
-train books-small text msl 0
+train games-2015 text msl 0 2
+train instruments semantic-id msl 0 2
+train books-small text msl 0 2
 
-study() {  # DATASET ITEM_KIND
+study() {  # DATASET ITEM_KIND EPOCHS
     local seed objective best negatives
     for seed in 0 1 2; do
         for objective in uniform msl igd msl-adaptive msl-beta; do
-            train "$1" "$2" "$objective" "$seed"
+            train "$1" "$2" "$objective" "$seed" "$3"
             evaluate "$1" "$objective" "$seed"
         done
     done
@@ -94,13 +95,17 @@ study() {  # DATASET ITEM_KIND
     best=$(best_objective "$1")
     for seed in 0 1; do
         for negatives in random popularity sibling beam; do
-            stage "$1" "$best" "$seed" "s-dpo-$negatives" --objective s-dpo --negatives "$negatives"
+            stage "$1" "$best" "$seed" "s-dpo-$negatives" 150 --objective s-dpo --negatives "$negatives"
         done
-        stage "$1" "$best" "$seed" grpo-rule --objective grpo --reward rule
-        stage "$1" "$best" "$seed" grpo-rank --objective grpo --reward rank
-        stage "$1" "$best" "$seed" grpo-gain --objective grpo --reward rule --token_credit gain
+        stage "$1" "$best" "$seed" grpo-rule 100 --objective grpo --reward rule
+        stage "$1" "$best" "$seed" grpo-rank 100 --objective grpo --reward rank
+        stage "$1" "$best" "$seed" grpo-gain 100 --objective grpo --reward rule --token_credit gain
     done
 }
 
-study games-2015 text
-study instruments semantic-id
+study games-2015 text 2
+
+# The same data with one epoch: 15 trainings of two epochs do not fit into the budget.
+mkdir -p "$out/instruments-1-epoch"
+for part in data tokenizer; do ln -sfn "../instruments/$part" "$out/instruments-1-epoch/$part"; done
+study instruments-1-epoch semantic-id 1

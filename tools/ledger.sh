@@ -1,17 +1,29 @@
 #!/usr/bin/env bash
-# Makes the ledger: our numbers beside published ones (runs/baselines/report). Datasets, then every row of
-# tools/sweeps/ledger.yaml, then each run's test rows with and without the items that the user has met
-# before, then the report. CPU is enough: about 9 CPU-hours. A second start resumes an interrupted one. JOBS
-# is the number of cores (default 2).
+# Makes the ledger: our numbers beside published ones (runs/baselines/report). Datasets and semantic IDs, then
+# every row of tools/sweeps/ledger.yaml, then each baseline's test rows once more with the items that the user
+# has met before, then the report. CPU is enough: about 20 CPU-hours. A second start resumes an interrupted
+# one. JOBS is the number of cores (default 2).
 #   make setup && source .venv/bin/activate && bash tools/ledger.sh ../shared/data [JOBS]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source="$1" jobs="${2:-2}" out=runs/baselines
 export OMP_NUM_THREADS=1
+python -m pip install -q -c constraints.txt -e '.[embed]'  # MiniLM
 
 for name in beauty-2014 sports-2014 instruments; do
     [ -f "$out/$name/data/dataset.json" ] || igd prepare --source sequences --input "$source/$name" \
         --protocol leave-one-out --max_history 50 --name "$name" --domain products --output "$out/$name/data"
+done
+
+# Semantic IDs of sports-2014 by two quantizers (instruments comes with its own), and their vocabularies.
+sports="$out/sports-2014"
+[ -f "$sports/minilm/embeddings.npy" ] || igd embed --dataset "$sports/data" --model minilm --output "$sports/minilm"
+[ -f "$sports/ids/dataset.json" ] || igd ids --dataset "$sports/data" --embeddings "$sports/minilm" --output "$sports/ids"
+[ -f "$sports-rqvae/ids/dataset.json" ] || igd ids --dataset "$sports/data" --embeddings "$sports/minilm" \
+    --quantizer rq-vae --epochs 200 --batch_size 1024 --hidden 512 256 128 64 --output "$sports-rqvae/ids"
+for data in "$sports/ids" "$sports-rqvae/ids" "$out/instruments/data"; do
+    tokenizer="$(dirname "$data")/tokenizer"
+    [ -f "$tokenizer/tokenizer.json" ] || igd tokenizer --dataset "$data" --codes_only --output "$tokenizer"
 done
 
 code=0
@@ -20,12 +32,11 @@ igd sweep tools/sweeps/ledger.yaml --output "$out/ledger" --jobs "$jobs" || code
 [ "$code" -le 1 ] || exit "$code"
 
 # The sweep's test lists leave out what the user has met before (`--exclude_seen auto` decides so on these
-# datasets). This ranks the test rows once more, with such items.
-for name in beauty-2014 sports-2014 instruments; do
-    for run in "$out/ledger/$name"-*; do
-        [ ! -d "$run/eval/test" ] || [ -f "$run/eval/seen-no/metrics.json" ] || igd eval --model "$run" \
-            --dataset "$out/$name/data" --split test --exclude_seen no --output_dir "$run/eval/seen-no"
-    done
+# datasets). This ranks the baselines' test rows once more, with such items.
+for run in "$out/ledger"/*; do
+    [ -d "$run/eval/test" ] && grep -q '^recommender:' "$run/config.yaml" || continue
+    [ -f "$run/eval/seen-no/metrics.json" ] || igd eval --model "$run" --split test --exclude_seen no \
+        --dataset "$(sed -n 's/^dataset: //p' "$run/config.yaml")" --output_dir "$run/eval/seen-no"
 done
 
 igd report "$out/ledger" --published tools/published.yaml --output "$out/report" --examples 0 \

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import igd_ds
-from igd_ds.errors import EXIT_FAILURE, EXIT_USAGE, refused_by_system
+from igd_ds.errors import EXIT_FAILURE, EXIT_NO_READER, EXIT_USAGE, refused_by_system
 from igd_ds.folders import reserve
 
 RUN = Path("RUN")
@@ -83,6 +83,36 @@ def test_a_refusal_is_one_line(error, line, code):
 )
 def test_a_defect_keeps_its_traceback(error):
     assert refused_by_system(error, [RUN]) is None
+
+
+PIPE = """
+import os, sys
+from igd_ds.ending import run
+
+def main():
+    if sys.argv[1] == "stdout":
+        while True:
+            print("a long output")
+    readable, writable = os.pipe()
+    os.close(readable)
+    os.write(writable, b"x")
+
+run(main)
+"""
+
+
+@pytest.mark.parametrize(("pipe", "code"), [("stdout", EXIT_NO_READER), ("own", EXIT_FAILURE)])
+def test_an_output_that_nobody_reads_ends_a_command_quietly(pipe, code):
+    """Only where it is the output: a broken pipe within the command is a defect."""
+    command = [sys.executable, "-c", PIPE, pipe]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        if pipe == "stdout":
+            process.stdout.readline()
+            process.stdout.close()
+        said = process.stderr.read().decode()
+        assert process.wait(60) == code
+    assert bool(said) == (pipe == "own")
+    assert pipe == "stdout" or said.splitlines()[-1].startswith("BrokenPipeError")
 
 
 FILL = """

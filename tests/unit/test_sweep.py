@@ -1037,7 +1037,9 @@ COUNTS = {
     "decisiveness": 5,
     "batching": 2 * 2 * 3,
     "tuned-baselines": 2 * 2 + 1 + 3,
-    "ledger": 3 * (2 + 4 * 3 + 3),
+    "ledger": 3 * (2 + 4 * 3 + 3) + 2 * (3 + 1) + 1,
+    "titles": 2 + 2 * 3 + 3 * 5,
+    "pretrained": 2 + 2,
     "demo": 6,
     "cpu": 3 * (1 + 1 + 1 + 6 + 1) + 3 * (1 + 1 + 1 + 2) + 3 * (1 + 2 + 1 + 2) + 3 * (2 + 3 * 3),
 }
