@@ -5,7 +5,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from igd_ds.baselines.sequential import COUNTED, LOSSES, SEQUENTIAL
+from igd_ds.baselines.counted import COUNTED
+from igd_ds.baselines.losses import LOSSES
+from igd_ds.baselines.sequential import SEQUENTIAL
 from igd_ds.config.items import ItemOptions, RankingOptions
 from igd_ds.config.options import option, require, with_default
 from igd_ds.config.training import LoopOptions

@@ -1,7 +1,8 @@
 """The command `igd`: one entry for everything a user runs. `igd SUB --help` explains a subcommand.
 
-The launchers start the same mains: `deepspeed igd_ds/train.py …`, `deepspeed --module igd_ds.train …`,
-`torchrun -m igd_ds.train …`, `srun python -m igd_ds.train …`, `mpirun python -m igd_ds.train …`.
+The launchers start the same mains: `deepspeed igd_ds/train.py …`, `torchrun -m igd_ds.train …`,
+`deepspeed --module igd_ds.train …`, `srun python -m igd_ds.train …` and
+`mpirun python -m igd_ds.train …`.
 """
 
 import importlib

@@ -15,9 +15,12 @@ import torch
 
 from igd_ds import distributed
 from igd_ds.baseline_config import BaselineConfig
+from igd_ds.baselines.counted import COUNTED
 from igd_ds.baselines.leaves import Leaves, build_catalogue
+from igd_ds.baselines.losses import LOSSES, Negatives
+from igd_ds.baselines.saved import CONFIG_FILE
 from igd_ds.baselines.sequences import Chains, SequenceBatch
-from igd_ds.baselines.sequential import CONFIG_FILE, COUNTED, LOSSES, SEQUENTIAL, Negatives
+from igd_ds.baselines.sequential import SEQUENTIAL
 from igd_ds.contracts import LossTerms, StepTotals
 from igd_ds.data.batches import (
     deal,

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from igd_ds.baselines.leaves import Leaves, build_catalogue
-from igd_ds.baselines.sequential import is_baseline, load_model, read_description
+from igd_ds.baselines.saved import is_baseline, read_description
+from igd_ds.baselines.sequential import load_model
 from igd_ds.config.model import ModelSource
 from igd_ds.config.search import Limits
 from igd_ds.config.yaml_files import read_yaml_settings

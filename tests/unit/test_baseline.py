@@ -17,8 +17,8 @@ from tiny_run import NUM_TEST, TITLES, TRAIN_TARGETS
 from igd_ds import baseline, distributed, eval
 from igd_ds.baseline_config import BaselineConfig
 from igd_ds.baselines.leaves import Leaves, build_catalogue
+from igd_ds.baselines.losses import Negatives
 from igd_ds.baselines.sequences import Chains, SequenceBatch
-from igd_ds.baselines.sequential import Negatives
 from igd_ds.config.options import TUNED, parse
 from igd_ds.contracts import MASKED_ROW
 from igd_ds.data.batches import sample_rows

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from igd_ds.baselines.sequential import CONFIG_FILE, Popularity, SASRec
+from igd_ds.baselines.counted import Popularity
+from igd_ds.baselines.models import SASRec
+from igd_ds.baselines.saved import CONFIG_FILE
 from igd_ds.errors import UsageError
 from igd_ds.folders import write_json
 from igd_ds.semantic_ids import letter

@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModel, BertConfig, LlamaConfig, PreTrainedTokenizerFast, T5Config
 
-from igd_ds.baselines.sequential import SASRec
+from igd_ds.baselines.models import SASRec
 from igd_ds.commands import embed as embed_command
 from igd_ds.commands import ids as ids_command
 from igd_ds.commands import prepare as prepare_command

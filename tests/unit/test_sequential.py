@@ -9,17 +9,11 @@ import torch
 import torch.nn.functional as F
 
 from igd_ds.baselines import sequential
-from igd_ds.baselines.sequential import (
-    COUNTED,
-    HSTU,
-    LOSSES,
-    SEQUENTIAL,
-    GRU4Rec,
-    LRURec,
-    Negatives,
-    SASRec,
-    linear_scan,
-)
+from igd_ds.baselines.counted import COUNTED
+from igd_ds.baselines.linear_scan import linear_scan
+from igd_ds.baselines.losses import LOSSES, Negatives
+from igd_ds.baselines.models import HSTU, GRU4Rec, LRURec, SASRec
+from igd_ds.baselines.sequential import SEQUENTIAL
 from igd_ds.errors import UsageError
 
 NUM_ITEMS, WIDTH, LONGEST = 11, 6, 9

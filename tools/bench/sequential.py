@@ -37,8 +37,10 @@ import torch.nn.functional as F
 from _common import finish, print_table
 from _engine import loop_options, make_engine
 
+from igd_ds.baselines.linear_scan import linear_scan
+from igd_ds.baselines.losses import Negatives
 from igd_ds.baselines.sequences import Chains
-from igd_ds.baselines.sequential import SEQUENTIAL, Negatives, linear_scan
+from igd_ds.baselines.sequential import SEQUENTIAL
 from igd_ds.data.batches import epoch_batches
 from igd_ds.data.dataset import Split
 from igd_ds.engine.step import optimizer_step

@@ -22,7 +22,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from igd_ds.baselines.sequential import COUNTED, LOSSES, SEQUENTIAL
+from igd_ds.baselines.counted import COUNTED
+from igd_ds.baselines.losses import LOSSES
+from igd_ds.baselines.sequential import SEQUENTIAL
 from igd_ds.config.yaml_files import read_yaml_file
 from igd_ds.errors import UsageError, did_you_mean
 from igd_ds.evaluation.metrics import CUTOFFS, HEADLINE
