@@ -36,7 +36,7 @@ def _is_main() -> bool:
 def _reader_has_gone() -> bool:
     """Return whether stdout is a pipe that nobody reads any longer."""
     stdout = select.poll()
-    stdout.register(sys.__stdout__.fileno(), select.POLLOUT)
+    stdout.register(1, select.POLLOUT)
     return any(event & select.POLLERR for _, event in stdout.poll(0))
 
 
