@@ -5,7 +5,7 @@ That is the predictions, metrics.json, timing.json and TensorBoard's views.
 Letters in shapes: R rows, K length of a list.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,16 +91,9 @@ def write_results(
         timing: content of timing.json.
         chosen_alpha: the α to report, if another split chose it. None: the best α here.
     """
-    trie = ranked.stored.trie
-    num_leaves = int(trie.is_leaf.sum())
+    num_leaves = int(ranked.stored.trie.is_leaf.sum())
     cutoffs = metrics.usable_cutoffs(min(ranked.length, num_leaves))
-    targets = metrics.Targets(
-        trie=trie,
-        entropy=decisiveness.entropy(trie, ranked.stored.entropy),
-        frequency=np.bincount(trie.leaf_of_item[ranked.split.targets], minlength=trie.num_nodes),
-        leaf=trie.leaf_of_item[ranked.targets],
-        cutoffs=cutoffs,
-    )
+    targets = _targets_of(ranked, cutoffs)
     seen = ranked.dataset.seen_items(ranked.split.name)
     repeats = seen.is_repeat()[ranked.rows]
     results: dict[str, Any] = {
@@ -113,25 +106,20 @@ def write_results(
         **metrics.describe_targets(targets),
     }
 
-    source_ids = ItemIds.read(ranked.dataset.folder)
-
     # The log starts from scratch: an earlier attempt may have been killed here.
     log = RunLog(output, enabled=True, resume_step=-1)
+    source_ids = ItemIds.read(ranked.dataset.folder)
     for alpha, lists, by_beam in lists_by_alpha:
         leaves, scores, certified = lists_by_row(lists, ranked.rows, ranked.length)
         values = metrics.describe_lists(targets, leaves, scores, item_credit(ranked, lists))
         values["repeat_rate"] = repeat_rate(ranked, lists, seen)
         if ranked.stored.catalogue.kind == "semantic-id":
             # A title's first tokens say little about the item; a semantic ID's first codes do.
-            values["relaxed_match"] = metrics.relaxed_match(trie, targets.leaf, leaves, cutoffs)
+            values["relaxed_match"] = metrics.relaxed_match(
+                targets.trie, targets.leaf, leaves, cutoffs
+            )
         if settings.get("search") == "exact":
-            proven = metrics.proven_places(leaves, certified)
-            values["proof_share"] = float(proven[:, -1].mean())
-            if by_beam is not None:
-                beam, _, _ = lists_by_row(by_beam, ranked.rows, ranked.length)
-                values["beam"] = metrics.compare_with_beam(
-                    leaves, proven, beam, targets.leaf, cutoffs
-                )
+            values |= _describe_proofs(ranked, targets, leaves, certified, by_beam)
         if settings.get("scores") == PROBABILITY:
             values |= _describe_probabilities(leaves, scores, targets.leaf)
         results["alpha"][str(alpha)] = values
@@ -141,35 +129,51 @@ def write_results(
         write_table(output / f"predictions-alpha{alpha}.parquet", predictions)
         _log_alpha(log, alpha, values, some_lists(ranked, leaves))
 
-    best = max(k for k in cutoffs if k <= metrics.TOP)
-    log.show(0, figures_of(results, best))
-    if ranked.run:
-        if chosen_alpha is None:
-            chosen = metrics.best_alpha(results, f"ndcg@{best}")
-        else:
-            chosen = str(chosen_alpha)
-        run_settings = read_yaml_settings(ranked.run / "config.yaml")
-        log.hparams(run_settings, final_metrics(output.name, results, chosen, best))
+    _log_study(log, output.name, ranked, results, cutoffs, chosen_alpha)
     log.close()
 
-    if (short := results["short_lists"]) and ranked.length <= num_leaves:
-        print(
-            f"warning: {short} lists are shorter than --num_beams, because the item filter, the "
-            "guidance or --exclude_seen leaves those rows fewer items"
-        )
-    if (missed := results["seen_targets"]) and settings["exclude_seen"] == "yes":
-        print(
-            f"warning: {missed} of {len(repeats)} targets are seen items, which --exclude_seen "
-            "leaves out of the lists: they count as misses"
-        )
-    shared = SharedPaths.find(
-        trie.leaf_of_item, item_texts(ranked.dataset, ranked.stored.catalogue.kind)
-    )
-    if warning := shared.warning():
+    for warning in _warnings(ranked, results, num_leaves):
         print(warning)
     write_json(output / "timing.json", timing)
     write_json(output / "metrics.json", results)
     print(f"{len(ranked.rows)} rows of {ranked.split.name}: {output / 'metrics.json'}", flush=True)
+
+
+def _targets_of(ranked: Ranked, cutoffs: Sequence[int]) -> metrics.Targets:
+    """Return what the metrics need to know about the rows' targets."""
+    trie = ranked.stored.trie
+    return metrics.Targets(
+        trie=trie,
+        entropy=decisiveness.entropy(trie, ranked.stored.entropy),
+        frequency=np.bincount(trie.leaf_of_item[ranked.split.targets], minlength=trie.num_nodes),
+        leaf=trie.leaf_of_item[ranked.targets],
+        cutoffs=cutoffs,
+    )
+
+
+def _describe_proofs(
+    ranked: Ranked,
+    targets: metrics.Targets,
+    leaves: np.ndarray,
+    certified: np.ndarray,
+    by_beam: pa.Table | None,
+) -> dict[str, Any]:
+    """Return the share of rows with a proven list and, if a beam search came first, its loss.
+
+    Args:
+        ranked: what was ranked.
+        targets: of the rows.
+        leaves, certified: of the exact lists, (R, K).
+        by_beam: the beam's lists in LIST_SCHEMA.
+    """
+    proven = metrics.proven_places(leaves, certified)
+    values: dict[str, Any] = {"proof_share": float(proven[:, -1].mean())}
+    if by_beam is not None:
+        beam, _, _ = lists_by_row(by_beam, ranked.rows, ranked.length)
+        values["beam"] = metrics.compare_with_beam(
+            leaves, proven, beam, targets.leaf, targets.cutoffs
+        )
+    return values
 
 
 def _describe_probabilities(
@@ -228,6 +232,48 @@ def _log_alpha(log: RunLog, alpha: float, values: Mapping[str, Any], examples: s
         line += f"; a list holds {values['mean_coverage']:.1%} of the probability"
         line += f", calibration error {error:.4f}"
     print(f"alpha {alpha}: {line}", flush=True)
+
+
+def _log_study(
+    log: RunLog,
+    name: str,
+    ranked: Ranked,
+    results: Mapping[str, Any],
+    cutoffs: Sequence[int],
+    chosen_alpha: float | None,
+) -> None:
+    """Show TensorBoard's figures, and the run's line in its HParams table."""
+    best = max(k for k in cutoffs if k <= metrics.TOP)
+    log.show(0, figures_of(results, best))
+    if ranked.run is None:
+        return
+
+    if chosen_alpha is None:
+        chosen = metrics.best_alpha(results, f"ndcg@{best}")
+    else:
+        chosen = str(chosen_alpha)
+    run_settings = read_yaml_settings(ranked.run / "config.yaml")
+    log.hparams(run_settings, final_metrics(name, results, chosen, best))
+
+
+def _warnings(ranked: Ranked, results: Mapping[str, Any], num_leaves: int) -> Iterator[str]:
+    """Yield what a reader of the metrics should know: what lists, targets and paths lack."""
+    if (short := results["short_lists"]) and ranked.length <= num_leaves:
+        yield (
+            f"warning: {short} lists are shorter than --num_beams, because the item filter, the "
+            "guidance or --exclude_seen leaves those rows fewer items"
+        )
+    if (missed := results["seen_targets"]) and results["exclude_seen"] == "yes":
+        yield (
+            f"warning: {missed} of {len(ranked.rows)} targets are seen items, which --exclude_seen "
+            "leaves out of the lists: they count as misses"
+        )
+    shared = SharedPaths.find(
+        ranked.stored.trie.leaf_of_item,
+        item_texts(ranked.dataset, ranked.stored.catalogue.kind),
+    )
+    if warning := shared.warning():
+        yield warning
 
 
 def final_metrics(name: str, results: Mapping[str, Any], chosen: str, k: int) -> dict[str, float]:
