@@ -1,20 +1,29 @@
 """Print the tables of docs/results/catalogue-softmax.md, from what tools/catalogue_softmax.sh made.
 
-    python tools/catalogue_softmax_table.py runs/softmax
+    python tools/catalogue_softmax_table.py runs/softmax [FIGURE.svg]
 
-A run counts once all three ways of ranking the test rows are there. Differences are NDCG@10, with
-the 95 % interval of a paired bootstrap over users (igd compare).
+FIGURE.svg is the page's figure: NDCG@10 of each objective and way of ranking. A run counts once all
+three ways of ranking the test rows are there, and a stage of `igd prefer` once it has improved the
+model that it began with. Differences are NDCG@10, with the 95 % interval of a paired bootstrap over
+users (igd compare).
 """
 
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from igd_ds.commands.compare import Json, compare, with_sd
 from igd_ds.data.dataset import InteractionDataset
+from igd_ds.studies.report.drawing import WIDTH, Figure, look
+from igd_ds.studies.rounding import mean_sd
 
+DATASETS = {
+    "games-2015": "titles (games-2015, 2 epochs)",
+    "instruments-1-epoch": "semantic IDs (instruments, 1 epoch)",
+}
 WAYS = {
     "full-beam": "beam, full softmax",
     "masked-beam": "beam, masked",
@@ -27,7 +36,9 @@ def runs_by_method(folder: Path) -> dict[str, dict[int, Path]]:
     """Return the finished runs of a dataset by method and seed, the reference first."""
     found: dict[str, dict[int, Path]] = {}
     for run in sorted(folder.glob("*-[0-9]")):
-        if all((run / "eval" / way / "metrics.json").exists() for way in WAYS):
+        summary = run / "summary.json"
+        improved = summary.exists() and json.loads(summary.read_text())["best_step"] > 0
+        if improved and all((run / "eval" / way / "metrics.json").exists() for way in WAYS):
             method, _, seed = run.name.rpartition("-")
             found.setdefault(method, {})[int(seed)] = run
     return dict(sorted(found.items(), key=lambda entry: (entry[0] != REFERENCE, entry[0])))
@@ -88,15 +99,52 @@ def print_methods(methods: dict[str, dict[int, Path]], dataset: InteractionDatas
         )
 
 
+def draw(canvas: Any, ndcg: dict[str, dict[str, dict[str, list[float]]]]) -> None:
+    """Draw a panel per dataset with a line per method and a mark per way, mean ± sd over seeds.
+
+    Args:
+        canvas: an empty matplotlib figure.
+        ndcg: dataset → method → way → NDCG@10 of its seeds.
+    """
+    panels = canvas.subplots(1, len(ndcg), sharey=True)
+    for axes, (title, methods) in zip(panels, ndcg.items(), strict=True):
+        for index, (way, label) in enumerate(WAYS.items()):
+            points = [mean_sd(by_way[way]) for by_way in methods.values()]
+            height = np.arange(len(points)) + 0.18 * (index - 1)
+            means = [mean for mean, _ in points]
+            deviations = [deviation or 0.0 for _, deviation in points]
+            style = look(index) | {"linestyle": "none", "capsize": 2}
+            axes.errorbar(means, height, xerr=deviations, label=label.strip("*"), **style)
+        axes.set(title=title, xlabel="NDCG@10")
+        axes.set_yticks(range(len(methods)), list(methods))
+    panels[0].invert_yaxis()
+    canvas.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+
+
 def main() -> None:
-    """Print both tables for each dataset."""
-    for folder in (Path(sys.argv[1]) / name for name in ("games-2015", "instruments")):
-        methods = runs_by_method(folder)
-        dataset = InteractionDataset.load(folder / "data")
-        print(f"\n{folder.name}\n")
+    """Print both tables for each dataset; draw the figure where a file for it is given."""
+    runs, *figure = map(Path, sys.argv[1:])
+    drawn: dict[str, dict[str, dict[str, list[float]]]] = {}
+    for name, title in DATASETS.items():
+        methods = runs_by_method(runs / name)
+        dataset = InteractionDataset.load(runs / name / "data")
+        print(f"\n{title}\n")
         print_ways(methods, dataset)
         print()
         print_methods(methods, dataset)
+        drawn[title] = {
+            method: {
+                way: [
+                    metrics_of(folder)["alpha"]["0.0"]["item_match"]["ndcg@10"]
+                    for folder in ranked(list(by_seed.values()), way)
+                ]
+                for way in WAYS
+            }
+            for method, by_seed in methods.items()
+        }
+    for file in figure:
+        picture = Figure("", "", "", lambda canvas: draw(canvas, drawn), (WIDTH, 3.0))
+        file.write_bytes(picture.render("svg"))
 
 
 if __name__ == "__main__":
