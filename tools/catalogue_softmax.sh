@@ -3,9 +3,9 @@
 # (titles), instruments (semantic IDs), in list form, each a Qwen2 of 1.5 M parameters from random weights, on
 # one core each. The first three models (msl, seed 0, 2 epochs) are those of tools/bench/catalogue_softmax.py.
 # The study trains games-2015 for 2 epochs and instruments for 1. Then `igd prefer` goes on from the best
-# objective's models: s-dpo with four kinds of negatives, 150 steps each, and grpo with two rewards and with
-# credit by gain, 100 steps each. After an interruption, start it again and it goes on. Needs the virtual
-# environment's bin folder on the PATH.
+# objective's models: s-dpo with four kinds of negatives and, for random ones, with the target's likelihood
+# (--sft_weight), 150 steps each; grpo with two rewards and with credit by gain, 100 steps each. After an
+# interruption, start it again and it goes on. Needs the virtual environment's bin folder on the PATH.
 #
 #   tools/catalogue_softmax.sh ../shared/data [runs/softmax]
 set -euo pipefail
@@ -97,6 +97,7 @@ study() {  # DATASET ITEM_KIND EPOCHS
         for negatives in random popularity sibling beam; do
             stage "$1" "$best" "$seed" "s-dpo-$negatives" 150 --objective s-dpo --negatives "$negatives"
         done
+        stage "$1" "$best" "$seed" s-dpo-sft 150 --objective s-dpo --negatives random --sft_weight 1
         stage "$1" "$best" "$seed" grpo-rule 100 --objective grpo --reward rule
         stage "$1" "$best" "$seed" grpo-rank 100 --objective grpo --reward rank
         stage "$1" "$best" "$seed" grpo-gain 100 --objective grpo --reward rule --token_credit gain
