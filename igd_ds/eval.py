@@ -206,6 +206,16 @@ def chosen_search(config: EvalConfig, recommender: Recommender) -> tuple[str, st
     method = scoring.method(config.search, guided=bool(config.guidance))
     if method == "exact":
         scoring.refuse_exact()
+    if config.coverage < 1 and not (method == "exact" and is_probability):
+        raise UsageError(
+            "--coverage has no effect: only an exact search whose scores are item probabilities "
+            "(--search exact --softmax masked, α = 0) stops by it; leave it out"
+        )
+    if config.renormalise and not (scoring.masked_softmax and filters_items(config, recommender)):
+        raise UsageError(
+            "--renormalise has no effect without --softmax masked and a filter of items "
+            "(--item_filter, --exclude_seen yes): leave it out"
+        )
     check_limits(config, config.num_beams, method)
     check_memory(config, len(recommender.tokenizer))
     if scoring.masked_softmax and recommender.likelihood.softmax == "full":
@@ -216,6 +226,11 @@ def chosen_search(config: EvalConfig, recommender: Recommender) -> tuple[str, st
     meaning = PROBABILITY if is_probability else SCORE
     say(f"search: {method}; a list's scores: {meaning} of the item")
     return method, meaning
+
+
+def filters_items(config: EvalConfig, recommender: Recommender) -> bool:
+    """Return whether some items are left out of the lists."""
+    return bool(config.item_filter) or recommender.dataset.excludes_seen(config.exclude_seen)
 
 
 def check_every_row(config: EvalConfig, task: RankingTask) -> None:

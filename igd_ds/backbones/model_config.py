@@ -32,9 +32,14 @@ def read_model_config(
     Raises:
         UsageError: there is no model configuration at `name`.
     """
-    shape = SHAPES / f"{name}.json"
-    path = str(shape) if shape.is_file() and not Path(name).exists() else name
+    path = str(shape_file(name))
     return text_config_of(auto_config(path, name, trust_remote_code, revision))
+
+
+def shape_file(name: str) -> Path:
+    """Return the file of a shape that comes with igd_ds; for another name, the name as a path."""
+    shape = SHAPES / f"{name}.json"
+    return shape if shape.is_file() and not Path(name).exists() else Path(name)
 
 
 def auto_config(

@@ -38,6 +38,9 @@ ADAPTER_FILE = "adapter_config.json"
 BASE_FILE = "base.json"
 """In RUN: the pretrained weights that the training began with, see `base_record`."""
 
+ALWAYS_DESCRIBED = ("prompt", "max_length", "load_in_4bit")
+"""What every saved model's description has, whichever version wrote it."""
+
 WEIGHTS = (
     ("model.safetensors", "model.safetensors.index.json"),
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
@@ -57,7 +60,11 @@ def describe(folder: str | Path) -> dict[str, Any]:
             f"--model {folder}: no {DESCRIPTION_FILE} there; give the model/ folder of a run of "
             "train.py"
         )
-    return read_json_object(path, "it is damaged; train again, or restore it")
+    repair = "it is damaged; train again, or restore it"
+    description = read_json_object(path, repair)
+    if missing := [name for name in ALWAYS_DESCRIBED if name not in description]:
+        raise UsageError(f"{path} lacks {', '.join(missing)}: {repair}")
+    return description
 
 
 def likelihood_of(description: Mapping[str, Any]) -> Likelihood:

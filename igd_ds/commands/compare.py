@@ -1,7 +1,7 @@
 """Compare two ways of ranking on the same rows: the difference and how sure it is.
 
     igd compare RUN/eval/A [RUN/eval/A ...] --against RUN/eval/B [RUN/eval/B ...] --dataset DATASET
-        [--alpha ALPHA] [--json]
+        [--alpha ALPHA] [--against_alpha ALPHA] [--json]
 
 Each folder is one evaluation (igd eval). Several on a side are seeds: the first of one side belongs
 to the first of the other. For HR@10 and NDCG@10 (item match) it prints the mean of both sides ±
@@ -12,18 +12,21 @@ the interval speaks of other users and of these trainings.
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from igd_ds import distributed
 from igd_ds.config.options import FlagParser
-from igd_ds.data.dataset import InteractionDataset
+from igd_ds.data.dataset import SPLITS, InteractionDataset
 from igd_ds.errors import UsageError
+from igd_ds.evaluation.metrics import HEADLINE
 from igd_ds.folders import read_json_object
 from igd_ds.studies.report.dataset_details import target_ranks
+from igd_ds.studies.report.run_files import fingerprint_of
 from igd_ds.studies.report.study import Ranks
 from igd_ds.studies.rounding import mean_sd
 from igd_ds.studies.significance import bootstrap_over_users, hit, ndcg
@@ -31,6 +34,13 @@ from igd_ds.studies.significance import bootstrap_over_users, hit, ndcg
 MEASURES = {"hr@10": hit, "ndcg@10": ndcg}
 
 Json = dict[str, Any]
+
+
+class Side(NamedTuple):
+    """What is compared of one evaluation."""
+
+    split: str
+    ranks: Ranks
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -49,6 +59,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--dataset", required=True, help="the dataset folder of the evaluations")
     parser.add_argument("--alpha", type=float, help="needed where an evaluation has several α")
+    parser.add_argument(
+        "--against_alpha", type=float, help="the α of --against, if it is another one"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object, not a table")
     args = parser.parse_args(argv)
     if len(args.first) != len(args.against):
@@ -63,13 +76,20 @@ def read_metrics(folder: Path) -> Json:
     """Return the metrics.json of an evaluation; raise UsageError if there is none."""
     path = folder / "metrics.json"
     metrics = read_json_object(path, "give the folder of a finished evaluation, RUN/eval/NAME")
-    if not metrics.get("alpha") or "split" not in metrics:
+    alphas, split = metrics.get("alpha"), metrics.get("split")
+    if not isinstance(alphas, dict) or not alphas or split not in SPLITS:
         raise UsageError(f"{path} lacks the split or the α of an evaluation: evaluate again")
     return metrics
 
 
-def chosen_alpha(folder: Path, metrics: Json, alpha: float | None) -> str:
+def chosen_alpha(folder: Path, metrics: Json, flag: str, alpha: float | None) -> str:
     """Return an α of an evaluation as its files name it.
+
+    Args:
+        folder: of the evaluation.
+        metrics: its metrics.json.
+        flag: what chooses the α.
+        alpha: its value; None if it is not given.
 
     Raises:
         UsageError: it has no such α, or several and none is chosen.
@@ -77,35 +97,66 @@ def chosen_alpha(folder: Path, metrics: Json, alpha: float | None) -> str:
     known = ", ".join(metrics["alpha"])
     if alpha is None:
         if len(metrics["alpha"]) > 1:
-            raise UsageError(f"{folder} has the α {known}: choose one with --alpha")
+            raise UsageError(f"{folder} has the α {known}: choose one with {flag}")
         return str(next(iter(metrics["alpha"])))
-    found = [name for name in metrics["alpha"] if float(name) == alpha]
+    found = [name for name in metrics["alpha"] if name == str(alpha)]
     if not found:
-        raise UsageError(f"--alpha {alpha:g}: {folder} has the α {known}")
+        raise UsageError(f"{flag} {alpha:g}: {folder} has the α {known}")
     return str(found[0])
 
 
-def read_ranks(folder: Path, dataset: InteractionDataset, alpha: float | None) -> tuple[str, Ranks]:
-    """Return the split of an evaluation and where the targets stand in its lists.
-
-    Raises:
-        UsageError: it is unfinished, damaged, or not of this dataset.
-    """
-    metrics, name = read_metrics(folder), dataset.info["name"]
-    split = str(metrics["split"])
+def check_dataset(folder: Path, metrics: Json, dataset: InteractionDataset) -> None:
+    """Raise UsageError unless an evaluation ranked the rows of this dataset."""
+    name = dataset.info["name"]
     if metrics.get("dataset") != name:
         raise UsageError(
             f"{folder} is an evaluation on {metrics.get('dataset')!r}, --dataset is {name!r}"
         )
-    path = folder / f"predictions-alpha{chosen_alpha(folder, metrics, alpha)}.parquet"
+    if fingerprint_of(folder) not in (None, dataset.fingerprint):
+        raise UsageError(
+            f"{folder} is an evaluation on another dataset that is called {name!r} too: give its "
+            f"folder with --dataset, not {dataset.folder}"
+        )
+
+
+def read_ranks(folder: Path, dataset: InteractionDataset, flag: str, alpha: float | None) -> Side:
+    """Return the split of an evaluation and where the targets stand in its lists.
+
+    Raises:
+        UsageError: it is unfinished, damaged, not of this dataset, or its lists are too short.
+    """
+    metrics = read_metrics(folder)
+    check_dataset(folder, metrics, dataset)
+    chosen = chosen_alpha(folder, metrics, flag, alpha)
+    path = folder / f"predictions-alpha{chosen}.parquet"
+    if not path.is_file():
+        raise UsageError(f"{path} is missing: evaluate again")
     try:
-        return split, target_ranks(path, dataset.splits[split].targets)
+        ranks = target_ranks(path, dataset.splits[metrics["split"]].targets)
     except (ValueError, KeyError, IndexError, OSError) as error:  # pyarrow raises any of them
-        raise UsageError(f"{path}: cannot be read ({' '.join(str(error).split())})") from error
+        why = " ".join(str(error).split())
+        raise UsageError(f"{path}: cannot be read ({why}): evaluate again") from error
+
+    # The measures must be those that metrics.json has of these lists.
+    recorded = metrics["alpha"][chosen].get(HEADLINE, {})
+    for name, measure in MEASURES.items():
+        if name not in recorded:
+            raise UsageError(
+                f"{folder} has no {name}, because its lists are shorter: evaluate with "
+                "--num_beams 10 or more"
+            )
+        is_whole = len(ranks.row) == metrics.get("rows")
+        if not is_whole or not math.isclose(measure(ranks).mean(), recorded[name], abs_tol=1e-6):
+            raise UsageError(f"{path} does not hold the lists of metrics.json: evaluate again")
+    return Side(str(metrics["split"]), ranks)
 
 
 def compare(
-    first: Sequence[Path], against: Sequence[Path], dataset: InteractionDataset, alpha: float | None
+    first: Sequence[Path],
+    against: Sequence[Path],
+    dataset: InteractionDataset,
+    alpha: float | None = None,
+    against_alpha: float | None = None,
 ) -> Json:
     """Compare evaluations of the same rows.
 
@@ -114,6 +165,7 @@ def compare(
         against: folders of the other side, as many.
         dataset: the dataset that both sides ranked.
         alpha: the α to compare at; None: the only one that each evaluation has.
+        against_alpha: that of the other side; None: `alpha`.
 
     Returns:
         The number of `rows` and of `seeds`, and by name in MEASURES a dictionary with `first`,
@@ -124,7 +176,10 @@ def compare(
         UsageError: an evaluation is unfinished, or two are of different rows.
     """
     folders = [*first, *against]
-    found = [read_ranks(folder, dataset, alpha) for folder in folders]
+    found = [read_ranks(folder, dataset, "--alpha", alpha) for folder in first]
+    flag = "--alpha" if against_alpha is None else "--against_alpha"
+    other = alpha if against_alpha is None else against_alpha
+    found += [read_ranks(folder, dataset, flag, other) for folder in against]
     split, ranks = found[0]
     for folder, (its_split, its_ranks) in zip(folders, found, strict=True):
         if its_split != split or not np.array_equal(its_ranks.row, ranks.row):
@@ -194,7 +249,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = parse(argv)
     dataset = InteractionDataset.load(args.dataset)
-    result = compare(args.first, args.against, dataset, args.alpha)
+    result = compare(args.first, args.against, dataset, args.alpha, args.against_alpha)
     if args.json:
         print(json.dumps(result))
     else:

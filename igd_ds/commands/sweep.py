@@ -123,7 +123,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     runner = Runner(table, runs, launcher, devices(arguments.jobs, arguments.gpus), say)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, runner.handle)
-    (runs / "logs").mkdir(parents=True, exist_ok=True)
 
     if arguments.row is not None:
         done = run_one(runner, arguments.retry, arguments.row, 1)

@@ -33,7 +33,7 @@ from igd_ds.search.scoring import Scoring
 
 USED = {
     "model", "dataset", "output_dir", "split", "num_beams", "num_rows", "batch_size", "seed",
-    "item_filter", "ids", "exclude_seen", "timeout", "master_port",
+    "item_filter", "ids", "exclude_seen", "timeout", "master_port", "quiet",
 }  # fmt: skip
 """Settings of `igd eval` that mean something for a baseline; the others are about a search."""
 

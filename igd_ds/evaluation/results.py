@@ -259,10 +259,12 @@ def _log_study(
 def _warnings(ranked: Ranked, results: Mapping[str, Any], num_leaves: int) -> Iterator[str]:
     """Yield what a reader of the metrics should know: what lists, targets and paths lack."""
     if (short := results["short_lists"]) and ranked.length <= num_leaves:
-        yield (
-            f"warning: {short} lists are shorter than --num_beams, because the item filter, the "
-            "guidance or --exclude_seen leaves those rows fewer items"
+        reason = (
+            f"they hold --coverage {results['coverage']:g} of the probability already"
+            if results.get("coverage", 1) < 1
+            else "the item filter, the guidance or --exclude_seen leaves those rows fewer items"
         )
+        yield f"warning: {short} lists are shorter than --num_beams, because {reason}"
     if (missed := results["seen_targets"]) and results["exclude_seen"] == "yes":
         yield (
             f"warning: {missed} of {len(ranked.rows)} targets are seen items, which --exclude_seen "

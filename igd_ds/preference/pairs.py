@@ -21,7 +21,6 @@ import pyarrow as pa
 import torch
 
 from igd_ds import distributed
-from igd_ds.backbones.saved import hashes_of
 from igd_ds.contracts import MASKED_ROW
 from igd_ds.data.negatives import BEAM, NEGATIVES
 from igd_ds.errors import UsageError
@@ -89,14 +88,16 @@ class PairMaker:
 
     def _request(self) -> dict[str, Any]:
         """Return everything that the pairs depend on, as JSON values."""
-        reference = self.start.reference
-        return {name: getattr(self.config, name) for name in REQUEST} | {
-            "model": hashes_of(self.start.folder),
-            "reference": "adapter off" if reference is None else hashes_of(reference),
-            "dataset": self.start.inputs.dataset.fingerprint,
-            "likelihood": dataclasses.asdict(self.start.likelihood),
-            "dtype": str(self.dtype),
-        }
+        values = {name: getattr(self.config, name) for name in REQUEST}
+        return (
+            values
+            | self.start.identity()
+            | {
+                "dataset": self.start.inputs.dataset.fingerprint,
+                "likelihood": dataclasses.asdict(self.start.likelihood),
+                "dtype": str(self.dtype),
+            }
+        )
 
     def make(self, engine: Any, epoch: int, rows: np.ndarray) -> Pairs:
         """Return the pairs of `rows`; parts that are stored already are read. All ranks call it.

@@ -18,17 +18,21 @@ from igd_ds import distributed
 from igd_ds.contracts import MASKED_ROW, Batch, LossTerms, StepTotals
 from igd_ds.engine.ds_config import DsConfig
 from igd_ds.engine.step import StepSums
+from igd_ds.errors import UsageError
+from igd_ds.folders import differing, read_json_object, write_json
 from igd_ds.generative_training import ratio
 from igd_ds.items.decisiveness import normalised_gain
 from igd_ds.objectives.policy import advantages, has_spread, k3, policy_loss
 from igd_ds.objectives.preference import per_item
 from igd_ds.prefer_config import PreferConfig
 from igd_ds.preference.continued import ContinuedTraining
-from igd_ds.preference.rewards import Reward
 from igd_ds.preference.scorer import ItemScorer
 from igd_ds.preference.start import Start
 
 TARGETS = ("policy", "kl")
+
+START_FILE = "start.json"
+"""In RUN: the sha256 of the weights that the training began with, and of the reference's."""
 
 
 @dataclass(frozen=True)
@@ -123,13 +127,29 @@ class PolicyTraining(ContinuedTraining):
 
     def __init__(self, config: PreferConfig, run: Path, start: Start, ds: DsConfig):
         super().__init__(config, run, start, ds)
-        self.reward = Reward.load(config.reward, config.dataset, self.collator.split)
+        assert start.reward is not None, "load_start finds the reward of a policy training"
+        self.reward = start.reward
         self.rollout_seconds = 0.0
         self.engine: Any = None
         self.loss: PolicyLoss
 
     def claim(self, is_begun: bool) -> None:
-        """Do nothing: all that this training keeps is in its checkpoints."""
+        """Check that model and reference are those that the run began with. Rank 0.
+
+        Args:
+            is_begun: whether the run has a checkpoint.
+
+        Raises:
+            UsageError: they have other weights now.
+        """
+        record, identity = self.run / START_FILE, self.start.identity()
+        before = read_json_object(record, "start a new run") if record.is_file() else identity
+        if is_begun and (changed := differing(before, identity)):
+            raise UsageError(
+                f"{self.run} began with other weights; these differ: {', '.join(changed)}. Restore "
+                "them, or start a new run"
+            )
+        write_json(record, identity)
 
     def begin(self, engine: Any, step: int) -> None:
         """Take note of the engine and load the reference; all ranks call it."""

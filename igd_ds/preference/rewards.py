@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import math
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -16,6 +16,9 @@ from igd_ds.data.dataset import Split
 from igd_ds.errors import UsageError, did_you_mean
 from igd_ds.items.ids import ItemIds
 from igd_ds.objectives.policy import REWARDS
+
+MOST = 1e6
+"""The largest reward, in size: its square is far from the largest float32."""
 
 RewardFunction = Callable[[Sequence[str], str, str], float]
 
@@ -39,7 +42,8 @@ class Reward:
         """Find a reward, and try a user's function on the first row of a split.
 
         Raises:
-            UsageError: there is no such reward, or the function does not return a finite number.
+            UsageError: there is no such reward, or the function fails or does not return a finite
+                number.
         """
         if name in REWARDS:
             return cls(name, None, ())
@@ -53,7 +57,7 @@ class Reward:
         """Return the rewards of items (B, G) in the order of the search, float64 (B, G).
 
         Raises:
-            UsageError: the function does not return a finite number.
+            UsageError: the function fails or does not return a finite number.
         """
         targets = split.targets[rows]
         if self.function is None:
@@ -67,19 +71,30 @@ class Reward:
         """Return the user's reward of one item, all by dense ids.
 
         Raises:
-            UsageError: it is no finite number.
+            UsageError: it is no number between −MOST and MOST, or the function raises an error.
         """
         assert self.function is not None, "REWARDS look at whole groups"
         names = self.source_ids
         arguments = [names[i] for i in history], names[target], names[item]
-        value = self.function(*arguments)
+        asked = f"for the target {arguments[1]!r} and the item {arguments[2]!r}"
+        try:
+            value = self.function(*arguments)
+        except (Exception, SystemExit) as error:
+            raise UsageError(f"--reward {self.name} fails {asked}: {_told(error)}") from error
         is_number = isinstance(value, (Real, np.number)) and not isinstance(value, bool)
-        if not is_number or not math.isfinite(value):
+        if not is_number or not abs(value) <= MOST:
             raise UsageError(
-                f"--reward {self.name} returned {value!r} ({type(value).__name__}) for the target "
-                f"{arguments[1]!r} and the item {arguments[2]!r}: it must return one finite number"
+                f"--reward {self.name} returned {value!r} ({type(value).__name__}) {asked}: it "
+                f"must return one number between −{MOST:,.0f} and {MOST:,.0f}"
             )
         return float(value)
+
+
+def _told(error: BaseException) -> str:
+    """Return an error of the user's code in one line, with the place where it was raised."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    what = " ".join(f"{type(error).__name__}: {error}".split())
+    return f"{what} ({place.filename}, line {place.lineno})"
 
 
 def _imported(name: str) -> RewardFunction:
@@ -88,8 +103,8 @@ def _imported(name: str) -> RewardFunction:
     Raises:
         UsageError: there is no such function.
     """
-    module, colon, function = name.partition(":")
-    if not colon:
+    module, _, function = name.partition(":")
+    if not module or not function:
         raise UsageError(
             f"--reward {name}: unknown{did_you_mean(name, REWARDS)} (known: {', '.join(REWARDS)}, "
             "or module:function)"
@@ -98,8 +113,8 @@ def _imported(name: str) -> RewardFunction:
         sys.path.append(os.getcwd())
     try:
         found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise UsageError(f"--reward {name}: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise UsageError(f"--reward {name} cannot be imported: {_told(error)}") from error
     if not callable(found):
         raise UsageError(f"--reward {name}: it is a {type(found).__name__}, not a function")
     return found

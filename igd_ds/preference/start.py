@@ -17,6 +17,7 @@ from igd_ds.backbones.saved import (
     Origin,
     check_model,
     describe,
+    hashes_of,
     likelihood_of,
     origin_of,
 )
@@ -32,6 +33,7 @@ from igd_ds.errors import UsageError
 from igd_ds.folders import read_json_object
 from igd_ds.items.store import StoredCatalogue, load_catalogue
 from igd_ds.prefer_config import ADAPTER_OFF, AUTO, GRPO, PreferConfig, model_folder
+from igd_ds.preference.rewards import Reward
 from igd_ds.training_inputs import Inputs, packing_of
 
 AS_TRAINED = ("prompt", "max_length", "max_title_tokens", "item_kind")
@@ -55,6 +57,16 @@ class Start:
     """The softmax of the item probabilities, in training, validation and search."""
     reference: Path | None
     """RUN/model of the reference; None: the model with its adapter switched off."""
+    reward: Reward | None = None
+    """The reward of `grpo`; None for preferences."""
+
+    def identity(self) -> dict[str, Any]:
+        """Return which weights the training depends on, as JSON values: sha256 by file."""
+        reference = self.reference
+        return {
+            "model": hashes_of(self.folder),
+            "reference": "adapter off" if reference is None else hashes_of(reference),
+        }
 
     def load_reference(self, config: PreferConfig, dtype: torch.dtype) -> torch.nn.Module | None:
         """Load the reference, whole on every rank; None if the adapter is switched off instead.
@@ -80,7 +92,8 @@ def load_start(config: PreferConfig) -> Start:
 
     Raises:
         UsageError: there is no trained model; model, dataset and reference do not belong together;
-            the options do not suit the model; or the catalogue has too few items.
+            the options do not suit the model; the catalogue has too few items; or there is no such
+            reward.
     """
     folder = model_folder(config.model, "model")
     description, origin = describe(folder), origin_of(str(folder))
@@ -120,7 +133,10 @@ def load_start(config: PreferConfig) -> Start:
     reference = _reference(config, start)
     name = reference or "the model with its adapter switched off"
     say(f"packing: {packing}, softmax: {likelihood.softmax}, reference: {name}")
-    return dataclasses.replace(start, reference=reference)
+    reward = None
+    if config.objective == GRPO:
+        reward = Reward.load(config.reward, config.dataset, dataset.splits["train"])
+    return dataclasses.replace(start, reference=reference, reward=reward)
 
 
 def _options(

@@ -114,8 +114,9 @@ class ItemFilter:
             is_allow.append(only is not None)
             if len(items) == (num_items if only is None else 0):
                 raise UsageError(
-                    f"{_name(user, names)}: the item filter leaves nothing of the {num_items} "
-                    "items; loosen it"
+                    f"{_name(user, names)}: nothing is left of the {num_items} items, because the "
+                    "item filter, or what the user has met before, leaves all of them out: loosen "
+                    "the filter"
                 )
 
         counts = [len(items) for items in listed]

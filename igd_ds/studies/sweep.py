@@ -292,6 +292,8 @@ def check_folder(table: Table, runs: Path) -> None:
     """
     # List the folder before looking for the snapshot: another task of an array may be writing the
     # snapshot now, before any row has a folder.
+    if runs.exists() and not runs.is_dir():
+        raise UsageError(f"--output {runs} is a file: give a folder")
     present = [path for path in runs.iterdir()] if runs.exists() else []
     snapshot = runs / "sweep.json"
     if snapshot.is_file():
@@ -402,7 +404,8 @@ def as_stored(value: Any) -> Any:
 
 
 def write_snapshot(table: Table, runs: Path) -> None:
-    """Write RUNS/sweep.json: every row with its state, for the report."""
+    """Write RUNS/sweep.json: every row with its state, for the report; make RUNS/logs."""
+    (runs / "logs").mkdir(parents=True, exist_ok=True)
     statuses = survey(table, runs)
     methods: dict[str, str] = {}
     for block in {(row.dataset, row.backbone) for row in table.rows}:

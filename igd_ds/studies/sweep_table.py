@@ -45,12 +45,14 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeVar
 
+from igd_ds.backbones.model_config import shape_file
 from igd_ds.baseline_config import BaselineConfig
 from igd_ds.baselines.sequential import SEQUENTIAL
 from igd_ds.config.model import ModelOptions
 from igd_ds.config.options import checked, current_names
 from igd_ds.config.training import LoopOptions
 from igd_ds.config.yaml_files import read_yaml_file
+from igd_ds.engine.ds_config import find_ds_config
 from igd_ds.errors import UsageError, did_you_mean
 from igd_ds.eval_config import EvalConfig
 from igd_ds.objectives import OBJECTIVES, ObjectiveOptions, options_of
@@ -88,6 +90,8 @@ ALIKE = {
     "exclude_seen": "exclude_seen",
 }
 """Settings of eval.py that the rows of a dataset must share → their names in baseline.py."""
+PLACEHOLDER = re.compile(r"\{(\w+)\}")
+"""What is replaced in texts, see `filled`."""
 OBJECTIVE_SETTINGS = {field.name for field in dataclasses.fields(ObjectiveOptions)}
 
 
@@ -149,10 +153,13 @@ class Row:
             raise UsageError(
                 f"{self.name}: no dataset at {self.settings['dataset']}; igd prepare makes one"
             )
-        for name in ("ds_config", "model_config"):
-            if (path := self.settings.get(name)) and not Path(path).exists():
-                raise UsageError(f"{self.name}: {name}: no file {path}")
         try:
+            if ds_config := self.settings.get("ds_config"):
+                find_ds_config(ds_config)
+            if (shape := self.settings.get("model_config")) and not shape_file(shape).exists():
+                raise UsageError(f"--model_config: no file {shape}")
+            for evaluation in filter(None, (self.evaluation, self.exact)):
+                check_files(evaluation)
             self.config.check()
         except UsageError as error:
             raise UsageError(f"{self.name}: {error}") from None
@@ -438,6 +445,8 @@ def _training_row(
     evaluation, exact = _evaluation(levels, where)
     evaluation = filled(evaluation, "dataset", dataset)
     exact = None if exact is None else filled(exact, "dataset", dataset)
+    refuse_placeholders(settings, (), where)
+    refuse_placeholders(evaluation | (exact or {}), ("split",), where)
     words = [dataset, backbone, objective, *_words(own, "objective")]
     family = _family(dataset, backbone, config, evaluation, file.select)
     return _named_row(words, family, dataset, backbone, settings, config, evaluation, exact, run)
@@ -452,6 +461,7 @@ def _baseline_row(
     shared = _evaluated_like(like, file) | file.baseline
     shared = {name: value for name, value in shared.items() if name not in foreign}
     settings = filled(shared | own | {"dataset": file.datasets[dataset]}, "dataset", dataset)
+    refuse_placeholders(settings, (), where)
     config = _build(BaselineConfig, settings | {"output_dir": ""}, where).with_preset()
 
     words = [dataset, own["recommender"], *_words(own, "recommender")]
@@ -527,6 +537,28 @@ def resolved(evaluation: Settings) -> Settings:
     """
     own: Settings = dict.fromkeys(EVALUATIONS_OWN, "")
     return dataclasses.asdict(EvalConfig(**own | evaluation))
+
+
+def refuse_placeholders(settings: Settings, known: Sequence[str], where: str) -> None:
+    """Raise UsageError for a {name} that is left in a text, other than those that are known."""
+    for key, text in settings.items():
+        for name in PLACEHOLDER.findall(text) if isinstance(text, str) else ():
+            if name not in known:
+                names = ("dataset", *known)
+                near = did_you_mean(name, names)
+                raise UsageError(
+                    f"{where}: {key}: {text!r}: nothing replaces {{{name}}}{near} (known: "
+                    f"{', '.join(names)})"
+                )
+
+
+def check_files(evaluation: Settings) -> None:
+    """Raise UsageError for a file of an evaluation that is missing, on either split."""
+    for name in ("item_filter", "guidance", "guidance_ids"):
+        for split in ("valid", "test"):
+            file = evaluation.get(name, "").replace("{split}", split)
+            if file and not Path(file).is_file():
+                raise UsageError(f"evaluation: {name}: no file {file}")
 
 
 def filled(settings: Settings, name: str, value: str) -> Settings:

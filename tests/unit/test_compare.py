@@ -108,6 +108,13 @@ def test_the_measures_are_those_of_the_evaluator():
     )
 
 
+def test_each_side_may_have_its_own_alpha(evaluate, data, capsys):
+    folder, other = evaluate("a", 0, alphas=("0.0", "0.2")), evaluate("b", 1)
+    found = compared(capsys, data, [folder], [other], "--alpha", "0.2", "--against_alpha", "0")
+    stored = json.loads((other / "metrics.json").read_text())["alpha"]["0.0"]["item_match"]
+    assert found["hr@10"]["against"] == pytest.approx(stored["hr@10"])
+
+
 def test_bad_input_is_named(evaluate, data, tmp_path):
     folder = evaluate("a", 0)
     damaged = evaluate("damaged", 1)
@@ -122,7 +129,17 @@ def test_bad_input_is_named(evaluate, data, tmp_path):
         "ranked different rows": evaluate("valid", 0, split="valid"),
         r"choose one with --alpha": evaluate("two", 0, alphas=("0.0", "0.2")),
         "is an evaluation on 'other'": evaluate("other", 0, dataset="other"),
+        "does not hold the lists of metrics.json": evaluate("rows", 0, rows=7),
+        "another dataset that is called": evaluate("foreign", 0),
+        "has no hr@10, because its lists are shorter": evaluate("short", 0),
+        "lacks the split or the α": evaluate("list", 0, alpha=[0.0]),
+        "0.0.parquet is missing": evaluate("gone", 0),
     }
+    (tmp_path / "foreign" / "request.json").write_text('{"dataset": "of another fingerprint"}')
+    (tmp_path / "gone" / "predictions-alpha0.0.parquet").unlink()
+    short = json.loads((tmp_path / "short" / "metrics.json").read_text())
+    del short["alpha"]["0.0"]["item_match"]["hr@10"]
+    (tmp_path / "short" / "metrics.json").write_text(json.dumps(short))
     for message, other in cases.items():
         words = [str(folder), "--against", str(other), "--dataset", str(data)]
         with pytest.raises(UsageError, match=message):

@@ -320,6 +320,16 @@ def test_a_masked_softmax_gives_probabilities(evaluate, plain, trained_masked, c
     evaluate("--num_beams", 2, "--num_rows", 1, "--softmax", "masked", output="renormalised")
     assert "its probabilities are renormalised" in capsys.readouterr().out
 
+    # What would have no effect is refused.
+    for flags, message in (
+        (("--coverage", 0.5), "--coverage has no effect"),
+        (("--coverage", 0.5, "--softmax", "masked", "--alpha", 0.2), "--coverage has no effect"),
+        (("--renormalise",), "--renormalise has no effect"),
+        (("--renormalise", "--softmax", "masked"), "--renormalise has no effect"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            evaluate(*flags, output="refused")
+
     # Coverage and calibration, from the lists.
     lists = predictions(output)
     probability = np.exp([line["score"] for mine in lists for line in mine])
@@ -616,7 +626,7 @@ def test_bad_input_is_refused_before_the_weights_are_loaded(evaluate, no_weights
     [
         (
             {"row_id": [0], "deny": [list(range(10))]},
-            r"\(row 0 of test\): the item filter leaves nothing",
+            r"\(row 0 of test\): nothing is left",
         ),
         (
             {"row_id": [0, 3], "allow": [[1], [10]]},

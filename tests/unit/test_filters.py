@@ -151,9 +151,9 @@ def test_thousands_of_ids_on_a_large_trie():
         ),
         ([[0, -1], None], None, r"user 0 of the batch \(bob\): item -1 of the allow list"),
         (None, [None, [3, 99]], r"\(ann\): item 99 of the deny list"),
-        ([None, []], None, r"\(ann\): the item filter leaves nothing of the 60 items"),
-        (None, [range(60), None], r"\(bob\): the item filter leaves nothing"),
-        ([None, [4, 4]], [None, [4]], r"\(ann\): the item filter leaves nothing"),
+        ([None, []], None, r"\(ann\): nothing is left of the 60 items"),
+        (None, [range(60), None], r"\(bob\): nothing is left"),
+        ([None, [4, 4]], [None, [4]], r"\(ann\): nothing is left"),
         ([None, [0.5]], None, r"\(ann\): the allow list must be a flat list of item ids"),
         # A mask, not ids.
         (None, [np.zeros(60, bool), None], r"\(bob\): the deny list must be a flat list"),

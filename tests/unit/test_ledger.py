@@ -230,7 +230,7 @@ def refusal(path: Path, content) -> str:
     ("changes", "message"),
     [
         ({"dataset": "toy"}, "unknown dataset 'toy', did you mean 'toys'?; known: toys"),
-        ({"method": "SASrec"}, "unknown method 'SASrec', did you mean 'SASRec'?; known: SASRec, "),
+        ({"method": "SASrec"}, "unknown method 'SASrec', did you mean 'SASRec'?; known: SASRec; "),
         ({"kind": "publish"}, "unknown kind 'publish', did you mean 'published'?"),
         ({"metrics": {"ndgc@10": 0.1}}, "unknown metric 'ndgc@10', did you mean 'ndcg@10'?"),
         ({"metrics": {"ndcg@10": 7.4}}, "ndcg@10: expected a number from 0 to 1, found 7.4"),
@@ -239,7 +239,7 @@ def refusal(path: Path, content) -> str:
         ({"metrics": {"ndcg@10": True}}, "ndcg@10: expected a number from 0 to 1, found True"),
         ({"metrics": {"ndcg@10": "0,1"}}, "ndcg@10: expected a number from 0 to 1, found '0,1'"),
         ({"metrics": {}}, "metrics: expected values such as {hr@10: 0.06}, found {}"),
-        ({"sources": "x"}, "unknown key 'sources', did you mean 'source'?; known: dataset, "),
+        ({"sources": "x"}, "unknown key 'sources', did you mean 'source'?; known: dataset; "),
         ({"source": 1}, "source: expected a text, found 1"),
         ({"note": ""}, "note: expected a text, found ''"),
         ({"url": "javascript:x"}, "url: expected an address that begins with https://"),

@@ -200,6 +200,10 @@ def by_name(history, target, item):
 def nan(history, target, item): return math.nan
 def text(history, target, item): return "1.0"
 def several(history, target, item): return [1.0, 2.0]
+def fails(history, target, item): raise RuntimeError("boom")
+def ends(history, target, item): raise SystemExit(3)
+def few(history, item): return 1
+def huge(history, target, item): return 1e300
 def late(history, target, item): return None if item == "5" else 1
 number = 3
 """
@@ -207,6 +211,7 @@ number = 3
 
 def test_a_function_of_the_user(tmp_path, monkeypatch):
     (tmp_path / "my_rewards.py").write_text(REWARDS)
+    (tmp_path / "broken.py").write_text("def f(:")
     monkeypatch.chdir(tmp_path)
     training, _ = begun(tmp_path, "--reward", "my_rewards:by_name")
     split, items = training.collator.split, np.array([[8, 5], [3, 4]])
@@ -222,6 +227,13 @@ def test_a_function_of_the_user(tmp_path, monkeypatch):
         "my_rewards:nan": "returned nan",
         "my_rewards:text": r"returned '1.0' \(str\)",
         "my_rewards:several": r"returned \[1.0, 2.0\] \(list\)",
+        "my_rewards:huge": r"returned 1e\+300 .* between −1,000,000 and 1,000,000",
+        "my_rewards:fails": r"fails for the target '.*' and the item '.*': RuntimeError: boom \(.*"
+        r"my_rewards.py, line 9\)",
+        "my_rewards:ends": "SystemExit: 3",
+        "my_rewards:few": "TypeError: few() takes 2".replace("(", r"\(").replace(")", r"\)"),
+        "broken:f": "cannot be imported: SyntaxError",
+        ":f": "unknown",
         "my_rewards:number": "it is a int, not a function",
         "my_rewards:nothing": "no attribute 'nothing'",
         "no_such_module:f": "No module named",
@@ -234,6 +246,21 @@ def test_a_function_of_the_user(tmp_path, monkeypatch):
     late = training_of(tmp_path, "--reward", "my_rewards:late")
     with pytest.raises(UsageError, match="returned None .* and the item '5'"):
         late.reward(split, np.array([0]), np.array([[4, 5]]))
+
+
+def test_a_run_that_goes_on_has_the_model_and_the_reference_that_it_began_with(tmp_path):
+    training = training_of(tmp_path)
+    (tmp_path / "new").mkdir()
+    training.claim(is_begun=False)
+    training.claim(is_begun=True)
+    weights = tmp_path / "run" / "model" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(UsageError, match=r"began with other weights; .*: model, reference"):
+        training.claim(is_begun=True)
+    training.claim(is_begun=False)  # nothing was trained yet
+    training.claim(is_begun=True)
 
 
 @pytest.mark.parametrize(("flags", "message"), [

@@ -410,6 +410,11 @@ def test_rows_of_a_dataset_are_evaluated_alike(tmp_path, evaluated, message):
         ({"evaluation": {"alpha": [0.1]}}, "alpha \\[0.1\\] lacks 0"),
         ({"evaluation": {"num_beams": 5}}, "lists of num_beams 5 have no ndcg@10"),
         ({"evaluation": {"split": "test"}}, "evaluation: 'split' is set by the sweep"),
+        (
+            {"backbones": {"tiny": {"model_name_or_path": "m", "tokenizer": "{datset}/tok"}}},
+            "run 1: tokenizer: .* nothing replaces {datset}, did you mean 'dataset'",
+        ),
+        ({"evaluation": {"item_filter": "{spilt}"}}, "nothing replaces {spilt}, did you mean 'spl"),
     ],
 )
 def test_bad_tables_are_named(tmp_path, change, message):
@@ -817,7 +822,15 @@ def test_rows_one_by_one_as_in_an_array(world, capsys):
 def test_missing_files_are_refused_before_anything_starts(world, capsys):
     for change, message in [
         ({"datasets": {"toys": "nowhere"}}, f"{U0}: no dataset at nowhere"),
-        ({"defaults": {"ds_config": "no.json"}}, f"{U0}: ds_config: no file no.json"),
+        ({"defaults": {"ds_config": "no.json"}}, f"{U0}: --ds_config: no file no.json"),
+        (
+            {"backbones": {"tiny": {"model_config": "qwen3-1m", "tokenizer": "tok"}}},
+            f"{U0}: --model_config: no file qwen3-1m",
+        ),
+        (
+            {"evaluation": {"item_filter": "{split}.parquet"}},
+            f"{U0}: evaluation: item_filter: no file valid.parquet",
+        ),
         (
             {"runs": [ENTRY, ENTRY | {"objective": "rank"}]},
             "igd_beta 0.1 has no effect with --objective rank",
@@ -825,10 +838,20 @@ def test_missing_files_are_refused_before_anything_starts(world, capsys):
     ]:
         world.write(**change)
         assert world.run() == 2 and message in capsys.readouterr().err
-    assert world.calls() == []
+    assert world.calls() == [] and not world.runs.exists()
+
+
+def test_names_that_come_with_igd_ds_are_taken_as_train_takes_them(world):
+    """The table of docs/guides/sweeps.md has them."""
+    shape = {"model_config": "tiger", "tokenizer": "tok"}
+    world.write(defaults={"ds_config": "zero1-fp32"}, backbones={"tiny": shape})
+    assert world.run() == 0
 
 
 def test_a_folder_of_another_sweep_is_refused(world, capsys):
+    world.runs.touch()
+    assert world.run() == 2 and "is a file: give a folder" in capsys.readouterr().err
+    world.runs.unlink()
     world.runs.mkdir()
     (world.runs / "something").touch()
     assert world.run() == 2 and "is not empty and holds no sweep" in capsys.readouterr().err
@@ -904,7 +927,9 @@ def test_what_a_model_was_trained_with_is_no_other_setting(world, capsys):
     """The table leaves softmax and temperature to the model; the request says what they were."""
     model = world.runs / U1 / "model/igd_ds.json"
     model.parent.mkdir(parents=True)
-    model.write_text(json.dumps({"likelihood": {"softmax": "masked", "temperature": 4.5}}))
+    description = {"prompt": {}, "max_length": 0, "load_in_4bit": False}
+    likelihood = {"softmax": "masked", "temperature": 4.5}
+    model.write_text(json.dumps(description | {"likelihood": likelihood}))
     (world.runs / "sweep.json").write_text(json.dumps({"name": "test"}))
     assert world.run() == 0
     request = json.loads((world.runs / U1 / "eval/valid/request.json").read_text())

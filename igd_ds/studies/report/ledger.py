@@ -142,7 +142,7 @@ def checked_metrics(values: Any, where: str) -> dict[str, float]:
 def unknown(what: str, name: Any, known: Iterable[str]) -> str:
     """Return a message about a name that is not one of `known`."""
     known = list(known)
-    return f"unknown {what} {name!r}{did_you_mean(str(name), known)}; known: {', '.join(known)}"
+    return f"unknown {what} {name!r}{did_you_mean(str(name), known)}; known: {'; '.join(known)}"
 
 
 def check_known(published: Sequence[Json], study: Study, path: Path) -> None:
@@ -369,7 +369,7 @@ def own_cells(evaluation: Evaluation, shown: Sequence[str], entries: Sequence[Js
     search = ", ".join([search, *(f"{name}={results.get(name)}" for name in shown)])
     trained = [None if r.seconds is None else r.seconds / 3600 for r, _ in evaluation]
     return [
-        *words(len(evaluation), SEEN[results["exclude_seen"]], search),
+        *words(len(evaluation), SEEN.get(results["exclude_seen"], ""), search),
         Cell(results["rows"], form=",d"),
         *words(run.protocol, loss_of(run)),
         Cell(over_seeds(trained).value, form=".2f"),
