@@ -30,6 +30,8 @@ WAYS = {
     "masked-exact": "**exact, masked**",
 }
 EXACT, REFERENCE = "masked-exact", "uniform"
+STAGES = ("s-dpo", "grpo")
+"""Beginnings of the names of what `igd prefer` made, which the figure leaves out."""
 
 
 def runs_by_method(folder: Path) -> dict[str, dict[int, Path]]:
@@ -141,6 +143,7 @@ def main() -> None:
                 for way in WAYS
             }
             for method, by_seed in methods.items()
+            if not method.startswith(STAGES)
         }
     for file in figure:
         picture = Figure("", "", "", lambda canvas: draw(canvas, drawn), (WIDTH, 3.0))
