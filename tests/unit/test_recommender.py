@@ -321,7 +321,7 @@ def test_an_eos_that_tokenizer_and_catalogue_disagree_on(run, tmp_path):
         ),
         (
             {"histories": [[1]] * 20, "deny": [None] * 18 + [list(range(10)), None]},
-            r"\(histories\[18\]\): the item filter leaves",
+            r"\(histories\[18\]\): nothing is left",
         ),
         (
             {"histories": [[1], [2]], "deny": [None, [11]]},
@@ -447,7 +447,7 @@ def test_a_filtered_stream_ends_with_the_last_allowed_item(recommender):
         ({"positions": 0}, "positions must be at least 1"),
         ({"history": []}, "the history is empty"),
         ({"history": [99]}, "histories\\[0\\]"),
-        ({"deny": list(range(10))}, "the item filter leaves nothing"),
+        ({"deny": list(range(10))}, "nothing is left"),
         ({"allow": [99]}, "allow\\[0\\]"),
         ({"alpha": 2.0}, "--alpha must lie"),
         ({"ids": "number"}, "ids is one of"),
