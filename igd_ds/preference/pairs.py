@@ -88,16 +88,13 @@ class PairMaker:
 
     def _request(self) -> dict[str, Any]:
         """Return everything that the pairs depend on, as JSON values."""
-        values = {name: getattr(self.config, name) for name in REQUEST}
-        return (
-            values
-            | self.start.identity()
-            | {
-                "dataset": self.start.inputs.dataset.fingerprint,
-                "likelihood": dataclasses.asdict(self.start.likelihood),
-                "dtype": str(self.dtype),
-            }
-        )
+        return {
+            **{name: getattr(self.config, name) for name in REQUEST},
+            **self.start.identity(),
+            "dataset": self.start.inputs.dataset.fingerprint,
+            "likelihood": dataclasses.asdict(self.start.likelihood),
+            "dtype": str(self.dtype),
+        }
 
     def make(self, engine: Any, epoch: int, rows: np.ndarray) -> Pairs:
         """Return the pairs of `rows`; parts that are stored already are read. All ranks call it.

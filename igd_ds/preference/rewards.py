@@ -113,6 +113,8 @@ def _imported(name: str) -> RewardFunction:
         sys.path.append(os.getcwd())
     try:
         found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise UsageError(f"--reward {name}: {error}") from error
     except (Exception, SystemExit) as error:
         raise UsageError(f"--reward {name} cannot be imported: {_told(error)}") from error
     if not callable(found):
