@@ -4,8 +4,9 @@
 # one core each. The first three models (msl, seed 0, 2 epochs) are those of tools/bench/catalogue_softmax.py.
 # The study trains games-2015 for 2 epochs and instruments for 1. Then `igd prefer` goes on from the best
 # objective's models: s-dpo with four kinds of negatives and, for random ones, with the target's likelihood
-# (--sft_weight), 150 steps each; grpo with two rewards and with credit by gain, 100 steps each. After an
-# interruption, start it again and it goes on. Needs the virtual environment's bin folder on the PATH.
+# (--sft_weight) and with a tenth of the learning rate, 150 steps each; grpo with two rewards and with credit by
+# gain, 100 steps each. After an interruption, start it again and it goes on. Needs the virtual environment's
+# bin folder on the PATH.
 #
 #   tools/catalogue_softmax.sh ../shared/data [runs/softmax]
 set -euo pipefail
@@ -98,6 +99,7 @@ study() {  # DATASET ITEM_KIND EPOCHS
             stage "$1" "$best" "$seed" "s-dpo-$negatives" 150 --objective s-dpo --negatives "$negatives"
         done
         stage "$1" "$best" "$seed" s-dpo-sft 150 --objective s-dpo --negatives random --sft_weight 1
+        stage "$1" "$best" "$seed" s-dpo-slow 150 --objective s-dpo --negatives random --learning_rate 3e-5
         stage "$1" "$best" "$seed" grpo-rule 100 --objective grpo --reward rule
         stage "$1" "$best" "$seed" grpo-rank 100 --objective grpo --reward rank
         stage "$1" "$best" "$seed" grpo-gain 100 --objective grpo --reward rule --token_credit gain

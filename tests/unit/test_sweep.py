@@ -411,8 +411,8 @@ def test_rows_of_a_dataset_are_evaluated_alike(tmp_path, evaluated, message):
         ({"evaluation": {"num_beams": 5}}, "lists of num_beams 5 have no ndcg@10"),
         ({"evaluation": {"split": "test"}}, "evaluation: 'split' is set by the sweep"),
         (
-            {"backbones": {"tiny": {"model_name_or_path": "m", "tokenizer": "{datset}/tok"}}},
-            "run 1: tokenizer: .* nothing replaces {datset}, did you mean 'dataset'",
+            {"backbones": {"tiny": {"model_name_or_path": "m", "tokenizer": "{data_set}/tok"}}},
+            "run 1: tokenizer: .* nothing replaces {data_set}, did you mean 'dataset'",
         ),
         ({"evaluation": {"item_filter": "{spilt}"}}, "nothing replaces {spilt}, did you mean 'spl"),
     ],
