@@ -184,20 +184,20 @@ class SequentialTraining:
     def micro_batches(self, first: int) -> Iterator[list[SequenceBatch]]:
         """Yield this rank's micro-batches of steps `first`, `first` + 1, …
 
-        They follow from the step's number alone.
+        They follow from the step's number alone. Within a step, sequences of similar length share a
+        micro-batch, which saves padding. Sequences of similar length in one *step* would save more.
+        But a step takes the mean over its targets, so targets of short sequences would weigh more.
         """
         config, chains = self.config, self.data.train
         rank, world = distributed.rank(), distributed.world_size()
+        lengths = np.append(chains.lengths, 0)  # of MASKED_ROW: the last place
         for step in count(first):
-            if step == first or step % self.steps_per_epoch == 0:
+            epoch, place = divmod(step, self.steps_per_epoch)
+            if step == first or place == 0:
                 order = epoch_batches(
-                    chains.lengths,
-                    config.global_batch_size,
-                    config.seed,
-                    step // self.steps_per_epoch,
-                    group=True,
+                    chains.lengths, config.global_batch_size, config.seed, epoch, group=False
                 )
-            sequences = order[step % self.steps_per_epoch]
+            sequences = order[place][np.argsort(-lengths[order[place]], kind="stable")]
             yield [chains.collate(part) for part in deal(sequences, rank, world, self.micro_batch)]
 
     def values(self, sums: StepSums, seconds: float) -> dict[str, float]:

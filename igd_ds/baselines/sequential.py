@@ -9,9 +9,11 @@ from typing import Any
 
 from safetensors.torch import load_file
 
+from igd_ds.backbones.saved import reading_weights
 from igd_ds.baselines.counted import COUNTED, Popularity
 from igd_ds.baselines.models import HSTU, GRU4Rec, LRURec, SASRec, SequentialModel
 from igd_ds.baselines.saved import WEIGHTS_FILE, read_description
+from igd_ds.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -57,13 +59,22 @@ def load_model(folder: str | Path) -> SequentialModel | Popularity:
     """Load a model that `igd baseline` saved, for inference with `log_probabilities`.
 
     Raises:
-        UsageError: there is no such model in the folder.
+        UsageError: there is no such model in the folder, its weights are damaged, or they are those
+            of an earlier form of the recommender.
     """
     description = read_description(folder)
-    tensors = load_file(Path(folder) / WEIGHTS_FILE)
+    with reading_weights(str(folder)):
+        tensors = load_file(Path(folder) / WEIGHTS_FILE)
 
-    if description["recommender"] in COUNTED:
-        return COUNTED[description["recommender"]](**tensors)
-    model = SEQUENTIAL[description["recommender"]].model(**description["form"])
-    model.load_state_dict(tensors)
+    name = description["recommender"]
+    if name in COUNTED:
+        return COUNTED[name](**tensors)
+    model = SEQUENTIAL[name].model(**description["form"])
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:  # names or shapes differ
+        raise UsageError(
+            f"{folder}: its weights do not fit {name} as this version of igd_ds builds it; train it "
+            "again, or rank with the version that trained it"
+        ) from error
     return model.eval()

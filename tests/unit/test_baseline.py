@@ -4,8 +4,11 @@ How they train is tested in tests/dist.
 """
 
 import dataclasses
+import itertools
 import json
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -25,7 +28,7 @@ from igd_ds.data.batches import sample_rows
 from igd_ds.data.dataset import InteractionDataset, Split
 from igd_ds.engine.step import optimizer_step
 from igd_ds.errors import UsageError
-from igd_ds.sequential_training import SequenceLoss
+from igd_ds.sequential_training import SequenceLoss, SequentialTraining
 
 NUM_ITEMS = len(TITLES)
 # The sample of validation rows leaves out the row that has no history.
@@ -61,6 +64,29 @@ def random_rows(longest, seed):
         if user % 5 == 0:
             rows += [(user, random.integers(4, size=3), 0), rows[-1]]
     return [rows[i] for i in random.permutation(len(rows))]
+
+
+def test_sequences_of_a_step_are_drawn_at_random_and_sorted_by_length():
+    """A step is a mean over its targets: steps of short sequences would give these more weight."""
+    rows = random_rows(20, seed=0)
+    config = BaselineConfig(
+        dataset="", output_dir="", recommender="sasrec", global_batch_size=16, epochs=1, seed=0
+    )
+    data = SimpleNamespace(
+        train=Chains.build(make_split(rows)), negatives=None, seen_filter=lambda *split: None
+    )
+    training = SequentialTraining(config, Path(), data, micro_batch=4)
+    steps = list(itertools.islice(training.micro_batches(0), training.steps_per_epoch))
+
+    targets = Counter(target for step in steps for part in step for target in part.targets.tolist())
+    assert targets == Counter(int(target) for _, _, target in rows)
+    widths = [[part.histories.shape[1] for part in step] for step in steps]
+    assert all(step == sorted(step, reverse=True) for step in widths)
+    assert len(steps) > 1 and all(step[0] >= 2 * step[-1] for step in widths)
+
+    resumed = next(training.micro_batches(1))
+    for part, same in zip(resumed, steps[1], strict=True):
+        assert torch.equal(part.histories, same.histories)
 
 
 @pytest.mark.parametrize("longest", [3, 20])

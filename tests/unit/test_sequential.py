@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 
 from igd_ds.baselines import sequential
 from igd_ds.baselines.counted import COUNTED
@@ -61,22 +62,24 @@ def looped_sasrec(model: SASRec, history):
     ]
 
     for block in model.blocks:
-        parts = [block.inputs(norm(block.norms[0], x)).split(WIDTH) for x in states]
+        normalised = [norm(block.norms[0], x) for x in states]
+        queries = [block.query(x) for x in normalised]
+        keys, values = zip(*(block.key_value(x).split(WIDTH) for x in states), strict=True)
         size, after = WIDTH // block.num_heads, []
-        for place, x in enumerate(states):
+        for place, x in enumerate(normalised):
             heads = []
             for h in range(block.num_heads):
                 mine = slice(h * size, (h + 1) * size)
                 match = torch.stack(
                     [
-                        parts[place][0][mine] @ parts[s][1][mine] / math.sqrt(size)
+                        queries[place][mine] @ keys[s][mine] / math.sqrt(size)
                         for s in range(place + 1)
                     ]
                 )
-                heads.append(sum(w * parts[s][2][mine] for s, w in enumerate(match.softmax(0))))
-            x = x + block.output(torch.cat(heads))
+                heads.append(sum(w * values[s][mine] for s, w in enumerate(match.softmax(0))))
+            x = norm(block.norms[1], x + block.output(torch.cat(heads)))
             first, last = block.feed_forward[0], block.feed_forward[3]
-            after.append(x + last(torch.relu(first(norm(block.norms[1], x)))))
+            after.append(x + last(torch.relu(first(x))))
         states = after
     return [norm(model.norm, x) for x in states]
 
@@ -340,6 +343,16 @@ def test_a_saved_model_reads_back(tmp_path, name):
     assert torch.equal(
         loaded.log_probabilities(histories, places), model.log_probabilities(histories, places)
     )
+
+    weights = tmp_path / "model" / "model.safetensors"
+    if name in SEQUENTIAL:  # an earlier version's layers had other names
+        tensors = {f"old.{key}": tensor for key, tensor in model.state_dict().items()}
+        save_file(tensors, weights)
+        with pytest.raises(UsageError, match=f"model: its weights do not fit {name} as this vers"):
+            sequential.load_model(tmp_path / "model")
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(UsageError, match="model: its weights are missing, cut off or damaged"):
+        sequential.load_model(tmp_path / "model")
 
 
 @pytest.mark.parametrize("name", ["sasrec", "hstu"])
