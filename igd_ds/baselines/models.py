@@ -3,7 +3,7 @@
 Letters in shapes: B sequences, T items of a sequence, D width, H recurrent width, N items, n
 positions to predict from, C candidate items.
 
-Histories are right-padded with PADDING. All models here are causal, so no position sees a later
+Histories are right-padded with any item. All models here are causal, so no position sees a later
 one.
 """
 
@@ -19,7 +19,6 @@ from torch import nn
 
 from igd_ds.baselines.linear_scan import linear_scan
 from igd_ds.baselines.saved import save_tensors
-from igd_ds.baselines.sequences import PADDING
 from igd_ds.errors import UsageError
 
 
@@ -33,11 +32,6 @@ class SequentialModel(nn.Module, ABC):
         super().__init__()
         self.items = nn.Embedding(num_items, hidden_size)
         self.bias = nn.Parameter(torch.zeros(num_items)) if bias else None
-
-    def embed(self, histories: torch.Tensor) -> torch.Tensor:
-        """Return the embeddings of the items of histories (B, T), (B, T, D); of item 0 for PADDING."""
-        embeddings: torch.Tensor = self.items(histories.clamp(min=0))
-        return embeddings
 
     @abstractmethod
     def encode(self, histories: torch.Tensor) -> torch.Tensor:
@@ -109,15 +103,15 @@ class GRU4Rec(SequentialModel):
 
     def encode(self, histories: torch.Tensor) -> torch.Tensor:
         """See `SequentialModel.encode`."""
-        states: torch.Tensor = self.gru(self.dropout(self.embed(histories)))[0]
+        states: torch.Tensor = self.gru(self.dropout(self.items(histories)))[0]
         return self.dropout(states)
 
 
 class SASRec(SequentialModel):
     """SASRec: blocks of causal self-attention and a point-wise feed-forward net.
 
-    The last item of a sequence has the last position, as in the published code, which pads on the
-    left. So a position tells how recent an item is.
+    The input of each sub-layer is normalised. Positions count from the oldest item of a history on,
+    so that a row's scores do not depend on the rows that it is trained with.
     """
 
     def __init__(
@@ -143,13 +137,9 @@ class SASRec(SequentialModel):
 
     def encode(self, histories: torch.Tensor) -> torch.Tensor:
         """See `SequentialModel.encode`."""
-        place = torch.arange(histories.shape[1], device=histories.device)
-        length = (histories != PADDING).sum(1, keepdim=True)
-        last = self.positions.num_embeddings - 1
-        positions = self.positions((last - length + 1 + place).clamp(max=last))
-
-        items = self.embed(histories) * self.items.embedding_dim**0.5
-        states: torch.Tensor = self.dropout(items + positions)
+        positions = torch.arange(histories.shape[1], device=histories.device)
+        items = self.items(histories) * self.items.embedding_dim**0.5
+        states: torch.Tensor = self.dropout(items + self.positions(positions))
         for block in self.blocks:
             states = block(states)
         normalised: torch.Tensor = self.norm(states)
@@ -198,11 +188,11 @@ class AttentionBlock(nn.Module):
 class HSTU(SequentialModel):
     """HSTU: blocks of pointwise attention, whose output is gated and takes no feed-forward net.
 
-    The actions of a user are one sequence, and here each action is an item. Embeddings are those of
-    SASRec, and positions count from the oldest item on, as in the published code. The attention's
-    bias depends on the distance of two actions. The paper adds one for the time between them, but
-    histories have no times. As with all models here, a score is an inner product; the published
-    code divides a cosine by 0.05.
+    The actions of a user are one sequence, and here each action is an item. Embeddings and
+    positions are those of SASRec, as in the published code. The attention's bias depends on the
+    distance of two actions. The paper adds one for the time between them, but histories have no
+    times. As with all models here, a score is an inner product; the published code divides a
+    cosine by 0.05.
     """
 
     def __init__(
@@ -230,7 +220,7 @@ class HSTU(SequentialModel):
     def encode(self, histories: torch.Tensor) -> torch.Tensor:
         """See `SequentialModel.encode`."""
         positions = torch.arange(histories.shape[1], device=histories.device)
-        items = self.embed(histories) * self.items.embedding_dim**0.5
+        items = self.items(histories) * self.items.embedding_dim**0.5
         states: torch.Tensor = self.dropout(items + self.positions(positions))
         for block in self.blocks:
             states = block(states)
@@ -300,7 +290,7 @@ class LRURec(SequentialModel):
 
     def encode(self, histories: torch.Tensor) -> torch.Tensor:
         """See `SequentialModel.encode`."""
-        states: torch.Tensor = self.norm(self.dropout(self.embed(histories)))
+        states: torch.Tensor = self.norm(self.dropout(self.items(histories)))
         for block in self.blocks:
             states = block(states)
         return states

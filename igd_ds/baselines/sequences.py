@@ -19,17 +19,14 @@ from igd_ds.data.chains import linked_rows
 from igd_ds.data.dataset import Split
 from igd_ds.items.ragged import ragged_arange
 
-PADDING = -1
-"""Stands behind the last item of a history that is shorter than others of its batch."""
-
 
 @dataclass(frozen=True)
 class SequenceBatch:
     """Right-padded histories, and which targets are predicted from which of their positions."""
 
     histories: torch.Tensor
-    """int64 (B, T), oldest item first, with PADDING behind the history; a causal model never sees
-    it."""
+    """int64 (B, T), oldest item first. The padding behind a history is item 0; a causal model never
+    sees it."""
     positions: torch.Tensor
     """int64 (n,), the position in the flattened (B·T) histories that predicts each row."""
     targets: torch.Tensor
@@ -109,7 +106,7 @@ class Chains:
         begins = self.split.history_offsets[last]
         length = self.split.history_offsets[last + 1] - begins
         width = int(length.max())
-        histories = np.full((len(real), width), PADDING, np.int64)
+        histories = np.zeros((len(real), width), np.int64)
         items = self.split.history_items[ragged_arange(begins, length)]
         histories[np.arange(width) < length[:, None]] = items
 

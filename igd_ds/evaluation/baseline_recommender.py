@@ -17,7 +17,6 @@ import torch
 
 from igd_ds.baselines.leaves import Leaves, build_catalogue
 from igd_ds.baselines.saved import is_baseline, read_description
-from igd_ds.baselines.sequences import PADDING
 from igd_ds.baselines.sequential import load_model
 from igd_ds.config.model import ModelSource
 from igd_ds.config.search import Limits
@@ -107,7 +106,7 @@ class BaselineRecommender(Recommender):
         if self.max_history is not None:
             histories = [history[-self.max_history :] for history in histories]
         lengths = [len(history) for history in histories]
-        padded = torch.full((len(histories), max(lengths)), PADDING)
+        padded = torch.zeros((len(histories), max(lengths)), dtype=torch.int64)
         for row, (history, length) in enumerate(zip(histories, lengths, strict=True)):
             padded[row, :length] = torch.from_numpy(history.astype(np.int64))
         last = torch.arange(len(histories)) * max(lengths) + torch.tensor(lengths) - 1

@@ -14,7 +14,6 @@ from igd_ds.baselines.counted import COUNTED
 from igd_ds.baselines.linear_scan import linear_scan
 from igd_ds.baselines.losses import LOSSES, Negatives
 from igd_ds.baselines.models import HSTU, GRU4Rec, LRURec, SASRec
-from igd_ds.baselines.sequences import PADDING
 from igd_ds.baselines.sequential import SEQUENTIAL
 from igd_ds.errors import UsageError
 
@@ -59,7 +58,7 @@ def looped_sasrec(model: SASRec, history):
     """Each position attends to itself and to the positions before it, head by head."""
     states = [
         model.items.weight[item] * math.sqrt(WIDTH) + model.positions.weight[place]
-        for place, item in enumerate(history, LONGEST - len(history))
+        for place, item in enumerate(history)
     ]
 
     for block in model.blocks:
@@ -151,12 +150,12 @@ def looped_hstu(model: HSTU, history):
     ],
 )
 def test_states_and_scores_equal_a_loop_over_items(name, plain, settings):
-    """Histories of several lengths are padded on the right."""
+    """Histories of several lengths are padded on the right with arbitrary items."""
     model, random = make(name, **settings), np.random.default_rng(0)
     histories = [random.integers(NUM_ITEMS, size=length) for length in (1, 4, LONGEST, 2)]
     padded = torch.from_numpy(
         np.stack(
-            [np.append(h, np.full(LONGEST - len(h), PADDING)) for h in histories]
+            [np.append(h, random.integers(NUM_ITEMS, size=LONGEST - len(h))) for h in histories]
         )
     )
     tolerance = (
