@@ -15,12 +15,18 @@ for name in beauty-2014 sports-2014 instruments; do
         --protocol leave-one-out --max_history 50 --name "$name" --domain products --output "$out/$name/data"
 done
 
-# Semantic IDs of sports-2014 by two quantizers (instruments comes with its own), and their vocabularies.
+# Semantic IDs, one for each item: some items share a title, and published baselines rank items. Instruments
+# comes with its own. Sports also gets those of another quantizer.
+for name in beauty-2014 sports-2014; do
+    made="$out/$name"
+    [ -f "$made/minilm/embeddings.npy" ] || igd embed --dataset "$made/data" --model minilm --output "$made/minilm"
+    [ -f "$made/ids/dataset.json" ] || igd ids --dataset "$made/data" --embeddings "$made/minilm" --output "$made/ids"
+done
 sports="$out/sports-2014"
-[ -f "$sports/minilm/embeddings.npy" ] || igd embed --dataset "$sports/data" --model minilm --output "$sports/minilm"
-[ -f "$sports/ids/dataset.json" ] || igd ids --dataset "$sports/data" --embeddings "$sports/minilm" --output "$sports/ids"
 [ -f "$sports-rqvae/ids/dataset.json" ] || igd ids --dataset "$sports/data" --embeddings "$sports/minilm" \
     --quantizer rq-vae --epochs 200 --batch_size 1024 --hidden 512 256 128 64 --output "$sports-rqvae/ids"
+
+# The vocabularies of generative models.
 for data in "$sports/ids" "$sports-rqvae/ids" "$out/instruments/data"; do
     tokenizer="$(dirname "$data")/tokenizer"
     [ -f "$tokenizer/tokenizer.json" ] || igd tokenizer --dataset "$data" --codes_only --output "$tokenizer"
