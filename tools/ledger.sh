@@ -15,8 +15,8 @@ for name in beauty-2014 sports-2014 instruments; do
         --protocol leave-one-out --max_history 50 --name "$name" --domain products --output "$out/$name/data"
 done
 
-# Semantic IDs, one for each item: some items share a title, and published baselines rank items. Instruments
-# comes with its own. Sports also gets those of another quantizer.
+# Items may share a title, but no semantic ID. So baselines rank single items, as published ones do.
+# Instruments has its own semantic IDs. Sports also gets those of RQ-VAE.
 for name in beauty-2014 sports-2014; do
     made="$out/$name"
     [ -f "$made/minilm/embeddings.npy" ] || igd embed --dataset "$made/data" --model minilm --output "$made/minilm"

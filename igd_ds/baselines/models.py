@@ -151,8 +151,8 @@ class AttentionBlock(nn.Module):
 
     So a sub-layer's normalised input is added to its output, as in the published code,
     kang205/SASRec. The paper adds the input itself (Section III-E), which is far smaller than the
-    output while embeddings are small. On Amazon Beauty that costs a sixth of NDCG@10
-    (docs/guides/baselines.md).
+    output while embeddings are small, and learns more slowly: on Amazon Beauty, NDCG@10 on
+    validation after nine epochs was .046 against .056.
 
     Shape: (B, T, D) → (B, T, D).
     """
