@@ -184,13 +184,14 @@ class SequentialTraining:
     def micro_batches(self, first: int) -> Iterator[list[SequenceBatch]]:
         """Yield this rank's micro-batches of steps `first`, `first` + 1, …
 
-        They follow from the step's number alone. Within a step, sequences of similar length share a
-        micro-batch, which saves padding. Sequences of similar length in one *step* would save more.
-        But a step takes the mean over its targets, so targets of short sequences would weigh more.
+        They follow from the step's number alone. The sequences of a step are drawn at random: its
+        loss is a mean over its targets, so a step of short sequences would give their targets more
+        weight. Within the step, sequences of similar length share a micro-batch, which saves
+        padding.
         """
         config, chains = self.config, self.data.train
         rank, world = distributed.rank(), distributed.world_size()
-        lengths = np.append(chains.lengths, 0)  # of MASKED_ROW: the last place
+        lengths = np.append(chains.lengths, 0)  # MASKED_ROW reads this last 0, and comes last
         for step in count(first):
             epoch, place = divmod(step, self.steps_per_epoch)
             if step == first or place == 0:

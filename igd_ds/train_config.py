@@ -58,8 +58,8 @@ class TrainConfig(ObjectiveOptions, ItemOptions, ModelOptions, LoopOptions):
         ("auto", "chains", "rows"),
     )
     length_grouping: bool = option(
-        "with --batching rows: batch rows of similar length (less padding; batch composition "
-        "differs)",
+        "with --batching rows: rows of similar length share a step, which saves padding; the loss "
+        "is a mean over the step's target tokens, so those of short titles weigh a little more",
         True,
     )
     validation_metric: str = option(

@@ -110,7 +110,7 @@ class GRU4Rec(SequentialModel):
 class SASRec(SequentialModel):
     """SASRec: blocks of causal self-attention and a point-wise feed-forward net.
 
-    The input of each sub-layer is normalised. Positions count from the oldest item of a history on,
+    Positions count from the oldest item of a history on,
     so that a row's scores do not depend on the rows that it is trained with.
     """
 
@@ -147,12 +147,14 @@ class SASRec(SequentialModel):
 
 
 class AttentionBlock(nn.Module):
-    """q + attention(q, x, x) with q = norm(x), then n + feed-forward(n) with n = norm of that.
+    """Self-attention, then a point-wise feed-forward net, each with a residual connection.
 
-    So a sub-layer's normalised input is added to its output, as in the published code,
-    kang205/SASRec. The paper adds the input itself (Section III-E), which is far smaller than the
-    output while embeddings are small, and learns more slowly: on Amazon Beauty, NDCG@10 on
-    validation after nine epochs was .046 against .056.
+    With q = norm(x): y = q + attention(query q, keys and values x); n = norm(y); the result is
+    n + feed-forward(n). So a residual connection adds the *normalised* input, as in the published
+    code, kang205/SASRec. The paper adds the input itself (Section III-C), which is far smaller than
+    the output while embeddings are small, and learns more slowly: on Amazon Beauty, NDCG@10 on
+    validation after nine epochs was .046 against .056. Unlike in both, the heads pass through a
+    linear layer.
 
     Shape: (B, T, D) → (B, T, D).
     """

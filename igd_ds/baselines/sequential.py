@@ -67,14 +67,14 @@ def load_model(folder: str | Path) -> SequentialModel | Popularity:
         tensors = load_file(Path(folder) / WEIGHTS_FILE)
 
     name = description["recommender"]
-    if name in COUNTED:
-        return COUNTED[name](**tensors)
-    model = SEQUENTIAL[name].model(**description["form"])
     try:
+        if name in COUNTED:
+            return COUNTED[name](**tensors)
+        model = SEQUENTIAL[name].model(**description["form"])
         model.load_state_dict(tensors)
-    except RuntimeError as error:  # names or shapes differ
+    except (KeyError, TypeError, RuntimeError) as error:  # other names, or other shapes
         raise UsageError(
-            f"{folder}: its weights do not fit {name} as this version of igd_ds builds it; train it "
-            "again, or rank with the version that trained it"
+            f"{folder} does not fit {name} as this version of igd_ds builds it ({error}); train it "
+            "again"
         ) from error
     return model.eval()

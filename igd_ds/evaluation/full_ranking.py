@@ -115,23 +115,21 @@ class Ranker:
         num_batches = -(-len(rows) // self.batch_size)
         rank, world = distributed.rank(), distributed.world_size()
         was_training = self.model.training
-        by_length = np.argsort(np.diff(split.history_offsets)[rows], kind="stable")
+        order = np.argsort(-np.diff(split.history_offsets)[rows], kind="stable")
 
         self.model.eval()
         for number in range(rank, -(-num_batches // world) * world, world):
             # A rank without a batch of its own repeats the last one, and drops the result.
             begin = min(number, num_batches - 1) * self.batch_size
-            place = by_length[begin : begin + self.batch_size]
-            chains = Chains.of_rows(split, rows[place])
-            batch = chains.collate(np.arange(len(rows[place]))).to(device)
+            at = order[begin : begin + self.batch_size]
+            chains = Chains.of_rows(split, rows[at])
+            batch = chains.collate(np.arange(len(at))).to(device)
             of_items = self.model.log_probabilities(batch.histories, batch.positions)
             if number < num_batches:
-                item_filter = seen.of(rows[place]) if seen else None
-                log_p[place], leaves[place] = best_leaves(
-                    self.leaves, of_items, length, item_filter
-                )
+                item_filter = seen.of(rows[at]) if seen else None
+                log_p[at], leaves[at] = best_leaves(self.leaves, of_items, length, item_filter)
                 if scores is not None:
-                    scores[rows[place]] = of_items.exp().float().cpu().numpy()
+                    scores[rows[at]] = of_items.exp().float().cpu().numpy()
         self.model.train(was_training)
 
         # Each row was ranked on one rank and is 0 on the others.

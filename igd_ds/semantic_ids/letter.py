@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional
 
+from igd_ds.backbones.saved import reading_weights
 from igd_ds.errors import UsageError
 from igd_ds.folders import read_json_object
 from igd_ds.semantic_ids.balanced import balanced_kmeans
@@ -105,7 +106,8 @@ def load_collaborative(run: Path, dataset: str, latent: int) -> torch.Tensor:
             "its embeddings may be of other items; run igd baseline on this dataset"
         )
 
-    tensors = load_file(weights)
+    with reading_weights(f"--cf_run {run}"):
+        tensors = load_file(weights)
     if "items.weight" not in tensors:
         raise UsageError(
             f"--cf_run {run}: {trained.get('recommender')} has no item embeddings; give a run of "

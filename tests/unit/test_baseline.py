@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import tiny_run
 import torch
+import yaml
 from tiny_run import NUM_TEST, TITLES, TRAIN_TARGETS
 
 from igd_ds import baseline, distributed, eval
@@ -28,6 +29,8 @@ from igd_ds.data.batches import sample_rows
 from igd_ds.data.dataset import InteractionDataset, Split
 from igd_ds.engine.step import optimizer_step
 from igd_ds.errors import UsageError
+from igd_ds.evaluation.full_ranking import Ranker
+from igd_ds.evaluation.results import Ranked
 from igd_ds.sequential_training import SequenceLoss, SequentialTraining
 
 NUM_ITEMS = len(TITLES)
@@ -87,6 +90,41 @@ def test_sequences_of_a_step_are_drawn_at_random_and_sorted_by_length():
     resumed = next(training.micro_batches(1))
     for part, same in zip(resumed, steps[1], strict=True):
         assert torch.equal(part.histories, same.histories)
+
+
+class LastItem(torch.nn.Module):
+    """Scores items by their distance to a history's last item, and keeps how wide batches were."""
+
+    def __init__(self, num_items):
+        super().__init__()
+        self.num_items, self.widths = num_items, []
+
+    def log_probabilities(self, histories, positions):
+        self.widths.append(histories.shape[1])
+        last = histories.flatten()[positions]
+        return -(torch.arange(self.num_items) - last[:, None]).abs().float()
+
+
+def test_batches_of_a_ranking_hold_histories_of_similar_length(made, monkeypatch):
+    monkeypatch.setattr(distributed, "device", lambda: torch.device("cpu"))
+    dataset = InteractionDataset.load(made.parent / "data")
+    stored = build_catalogue(dataset, "auto")
+    split = dataset.splits["test"]
+    lengths = np.diff(split.history_offsets)
+    rows = np.flatnonzero(lengths)
+
+    def ranked(chosen, model, batch_size):
+        leaves = Leaves.build(stored.trie, torch.device("cpu"))
+        table = Ranked(stored, dataset, split, chosen, 3, run=None)
+        return Ranker(model, leaves, batch_size).rank(table, None)[0]
+
+    model = LastItem(dataset.num_items)
+    lists = ranked(rows, model, 2)
+    longest_first = sorted(lengths[rows], reverse=True)
+    assert model.widths == longest_first[::2] and len(set(model.widths)) > 1
+    for row, found in zip(rows, lists, strict=True):
+        alone = ranked(np.array([row]), LastItem(dataset.num_items), 1)
+        assert found.tolist() == alone[0].tolist()
 
 
 @pytest.mark.parametrize("longest", [3, 20])
@@ -486,8 +524,15 @@ def test_tuned_settings_come_by_name_and_say_what_found_them(file):
     words = ["--config", file.stem, "--dataset", "d", "--output_dir", "o", *TRAINED]
     config = parse(BaselineConfig, [*words, "--epochs", "1"])
     assert file.stem.startswith(config.recommender) and config.epochs == 1
-    assert config.hidden_size == 64 and config.with_preset().num_layers == 2
-    assert "igd sweep tools/sweeps/tuned-baselines.yaml" in file.read_text()
+    assert config.with_preset().num_layers == 2
+
+    sweep = Path(__file__).parents[2] / "tools/sweeps/tuned-baselines.yaml"
+    assert f"igd sweep {sweep.relative_to(sweep.parents[2])}" in file.read_text()
+    tried = yaml.safe_load(sweep.read_text())
+    settings = yaml.safe_load(file.read_text())
+    assert settings["dropout"] in tried["runs"][0]["dropout"]
+    for name in ("hidden_size", "num_heads", "learning_rate", "global_batch_size", "patience"):
+        assert settings[name] == tried["baseline"][name]
 
 
 def test_a_name_without_tuned_settings_is_refused():

@@ -29,8 +29,8 @@ from igd_ds.config.yaml_files import read_yaml_file
 from igd_ds.errors import UsageError, did_you_mean
 from igd_ds.evaluation.metrics import CUTOFFS, HEADLINE
 from igd_ds.run_folder import BEFORE_RECORDED
-from igd_ds.studies.report.cells import headings, over_seeds, title_of, words
-from igd_ds.studies.report.layout import Cell, Row, Source, Table, formatted
+from igd_ds.studies.report.cells import headings, over_seeds, title_of
+from igd_ds.studies.report.layout import Cell, Source, Table, formatted
 from igd_ds.studies.report.study import (
     AT_ALPHA,
     CROSS_ENTROPY,
@@ -48,9 +48,9 @@ OPTIONAL = ("url", "protocol", "note")
 KEYS = (*REQUIRED, *OPTIONAL)
 PUBLISHED, REPRODUCED = KINDS = ("published", "reproduced")
 MEASURES = [f"{name}@{k}" for name in ("ndcg", "hr") for k in CUTOFFS]
-"""The measures that metrics.json may have, in the order of the ledger's lines."""
+"""The measures that metrics.json may have, in the order of the ledger's columns."""
 LARGEST_GAP = 0.05
-"""A mean that is further below the published number, relatively, is marked."""
+"""A note names each of our means that is further below the published number than this share."""
 SEEN = {"no": "kept", "yes": "left out"}
 """What an evaluation did with items that the user had met before, by its `exclude_seen`."""
 OF_BASELINES = ("exclude_seen", "search", "num_beams", "rows", "num_rows", "seed", "item_filter")
@@ -59,11 +59,14 @@ SHOWN = ("exclude_seen", "search", "num_beams", "rows", "num_rows")
 """Those of EVALUATION that the columns show."""
 OURS = "ours"
 FIRST_COLUMNS = ["Dataset", "Method", "Numbers of"]
+"""The columns before those of the measures."""
 LAST_COLUMNS = [
     "Ours / published", "Seeds", "Seen items", "Search", "Rows", "Split", "Loss", "Hours",
 ]  # fmt: skip
-"""The columns before and behind those of the measures."""
+"""The columns after those of the measures."""
 
+Line = dict[str, Cell]
+"""A line of the ledger: cells by column. The columns that are left out are empty."""
 Evaluation = list[tuple[Run, Json]]
 """The runs of a method's seeds that were evaluated alike, each with that evaluation."""
 
@@ -187,12 +190,12 @@ def ledger(study: Study) -> list[Table]:
     """Return the ledger; [] without published numbers.
 
     For each dataset and method it has a line per entry of the file, then a line per way in which
-    our runs were evaluated. A column for each measure of the file.
+    our runs were evaluated. Each measure of the file has a column.
     """
     if not study.published:
         return []
     measures = [m for m in MEASURES if any(m in entry["metrics"] for entry in study.published)]
-    rows: list[Row] = []
+    lines: list[Line] = []
     sources: list[Source] = []
     commands: dict[str, str] = {}
     gaps: list[str] = []
@@ -205,29 +208,30 @@ def ledger(study: Study) -> list[Table]:
                 commands[name] = runs[0].command
             notes += left_out(runs)
 
-            rows += [[*words(dataset, method), *others_cells(entry, measures)] for entry in entries]
+            named = {"Dataset": Cell(dataset), "Method": Cell(method)}
+            lines += [named | line_of_others(entry) for entry in entries]
             tested = evaluations(runs)
             for evaluation in tested:
-                ours = {measure: mean_of(evaluation, measure) for measure in measures}
-                ratios = ratios_of(ours, entries)
-                beside = own_cells(evaluation, differing(tested))
-                cells = [*words(OURS), *ours.values(), Cell(lowest(ratios)), *beside]
-                rows.append([*words(dataset, method), *cells])
-                gaps += gaps_of(ratios, f"{name}, seen items {beside[1].text}")
+                line = named | our_line(evaluation, measures, differing(tested))
+                ratios = ratios_of(line, entries)
+                lines.append(line | {"Ours / published": Cell(lowest(ratios))})
+                gaps += gap_of(ratios, line)
 
     if gaps:
         far = f"More than {LARGEST_GAP:.0%} below the published number"
         notes = [f"{far}: {'; '.join(gaps)}.", *notes]
     caption = (
-        "Test results. Numbers of: published, that is by a method's authors; reproduced, that is by "
-        "others; or ours, item match, mean ± standard deviation over seeds. Ours / published: our "
-        "mean divided by the largest published number, for the measure where that is lowest. Seen "
-        "items: whether the lists keep items that the user had met before. Search: the method and "
-        "the number of items in a list. Rows: evaluated test rows. Hours: wall time of the "
-        f"training, mean over seeds. {AT_ALPHA}"
+        "Test results. Numbers of: published numbers, numbers that others than the authors "
+        "reproduced, or ours: item match, mean ± standard deviation over seeds. Ours / published: "
+        "our mean divided by the largest published number, for the measure where that is lowest. "
+        "Seen items: whether our lists keep items that the user had met before. Search: the method "
+        "and the number of items in a list. Rows: evaluated test rows. Split: for numbers of "
+        "others, the protocol as their source states it. Hours: wall time of the training, mean "
+        f"over seeds. {AT_ALPHA}"
     )
     title = "Ledger: published, reproduced, ours"
     columns = [*FIRST_COLUMNS, *headings(measures), *LAST_COLUMNS]
+    rows = [[line.get(column, Cell("")) for column in columns] for line in lines]
     return [Table("ledger", title, caption, columns, rows, notes, sources, commands)]
 
 
@@ -314,83 +318,93 @@ def left_out(runs: Sequence[Run]) -> list[str]:
     return notes
 
 
-def others_cells(entry: Json, measures: Sequence[str]) -> Row:
-    """Return the cells behind the method of a line with the numbers of others."""
-    numbers = [Cell(entry["metrics"].get(measure)) for measure in measures]
-    split = entry.get("protocol", "")
-    return [
-        *words(f"{entry['kind']}: {entry['source']}"),
-        *numbers,
-        *words("", None, "", "", None, split, ""),
-        Cell(None),
-    ]
+def line_of_others(entry: Json) -> Line:
+    """Return the cells of an entry's line behind its method."""
+    return {
+        "Numbers of": Cell(f"{entry['kind']}: {entry['source']}"),
+        **{heading(measure): Cell(value) for measure, value in entry["metrics"].items()},
+        "Split": Cell(entry.get("protocol", "")),
+    }
 
 
-def mean_of(evaluation: Evaluation, measure: str) -> Cell:
-    """Return the mean of a measure over the runs of an evaluation, in item match."""
-    return over_seeds(
-        [results["alpha"][run.alpha][HEADLINE].get(measure) for run, results in evaluation]
-    )
-
-
-def ratios_of(ours: Mapping[str, Cell], entries: Sequence[Json]) -> dict[str, float]:
-    """Return our mean divided by the largest published number, by measure that has both."""
-    ratios = {}
-    for measure, cell in ours.items():
-        published = [
-            entry["metrics"][measure]
-            for entry in entries
-            if entry["kind"] == PUBLISHED and entry["metrics"].get(measure)
-        ]
-        if published and cell.number is not None:
-            ratios[measure] = significant(cell.number / max(published))
-    return ratios
-
-
-def lowest(ratios: Mapping[str, float]) -> str:
-    """Return the lowest ratio with its measure as text, or no text.
-
-    Example:
-        >>> lowest({"hr@10": 0.96, "ndcg@10": 1.2}), lowest({})
-        ('0.960 (HR@10)', '')
-    """
-    if not ratios:
-        return ""
-    measure = min(ratios, key=lambda measure: ratios[measure])
-    return f"{formatted(ratios[measure], '.3f')} ({headings([measure])[0]})"
-
-
-def gaps_of(ratios: Mapping[str, float], name: str) -> list[str]:
-    """Return how far each ratio is below 1, where that is more than LARGEST_GAP.
-
-    Example:
-        >>> gaps_of({"hr@10": 0.96, "ndcg@10": 0.9}, "toys, SASRec")
-        ['toys, SASRec: NDCG@10 −10.0%']
-    """
-    return [
-        f"{name}: {headings([measure])[0]} −{formatted(significant(1 - ratio), '.1%')}"
-        for measure, ratio in ratios.items()
-        if ratio < 1 - LARGEST_GAP
-    ]
-
-
-def own_cells(evaluation: Evaluation, shown: Sequence[str]) -> Row:
-    """Return the cells from Seeds on of a line of ours.
+def our_line(evaluation: Evaluation, measures: Sequence[str], shown: Sequence[str]) -> Line:
+    """Return the cells of a line of ours behind its method, without the ratio.
 
     Args:
         evaluation: our runs of the line.
+        measures: the measures that have a column.
         shown: settings of the evaluation that stand beside the search.
     """
     run, results = evaluation[0]
     search = f"{results.get('search', 'beam')}, {results.get('num_beams', 'unknown')}"
     search = ", ".join([search, *(f"{name}={results.get(name)}" for name in shown)])
     trained = [None if r.seconds is None else r.seconds / 3600 for r, _ in evaluation]
-    return [
-        *words(len(evaluation), SEEN.get(results["exclude_seen"], ""), search),
-        Cell(results["rows"], form=",d"),
-        *words(run.protocol, loss_of(run)),
-        Cell(over_seeds(trained).value, form=".2f"),
+    means = {
+        measure: over_seeds(
+            [found["alpha"][r.alpha][HEADLINE].get(measure) for r, found in evaluation]
+        )
+        for measure in measures
+    }
+    return {
+        "Numbers of": Cell(OURS),
+        **{heading(measure): mean for measure, mean in means.items()},
+        "Seeds": Cell(len(evaluation), form="d"),
+        "Seen items": Cell(SEEN.get(results["exclude_seen"], "")),
+        "Search": Cell(search),
+        "Rows": Cell(results["rows"], form=",d"),
+        "Split": Cell(run.protocol),
+        "Loss": Cell(loss_of(run)),
+        "Hours": Cell(over_seeds(trained).value, form=".2f"),
+    }
+
+
+def heading(measure: str) -> str:
+    """Return the heading of a measure's column."""
+    return headings([measure])[0]
+
+
+def ratios_of(line: Line, entries: Sequence[Json]) -> dict[str, float]:
+    """Return our mean divided by the largest published number, by heading of a measure."""
+    largest: dict[str, float] = {}
+    for entry in entries:
+        if entry["kind"] == PUBLISHED:
+            for measure, value in entry["metrics"].items():
+                largest[heading(measure)] = max(value, largest.get(heading(measure), 0.0))
+    ours = {name: line[name].number for name in largest}
+    return {
+        name: significant(mean / largest[name])
+        for name, mean in ours.items()
+        if mean is not None and largest[name]
+    }
+
+
+def lowest(ratios: Mapping[str, float]) -> str:
+    """Return the lowest ratio with its measure as text, or no text.
+
+    Example:
+        >>> lowest({"HR@10": 0.96, "NDCG@10": 1.2}), lowest({})
+        ('0.960 (HR@10)', '')
+    """
+    if not ratios:
+        return ""
+    name = min(ratios, key=lambda name: ratios[name])
+    return f"{formatted(ratios[name], '.3f')} ({name})"
+
+
+def gap_of(ratios: Mapping[str, float], line: Line) -> list[str]:
+    """Return the measures of a line of ours whose ratio is more than LARGEST_GAP below 1.
+
+    Returns:
+        One text, or none.
+    """
+    far = [
+        f"{name} −{formatted(significant(1 - ratio), '.1%')}"
+        for name, ratio in ratios.items()
+        if ratio < 1 - LARGEST_GAP
     ]
+    place = ("Dataset", "Method", "Search")
+    where = [*(line[name].text for name in place), f"seen items {line['Seen items'].text}"]
+    return [f"{', '.join(where)}, {line['Rows'].text} rows: {', '.join(far)}"] if far else []
 
 
 def loss_of(run: Run) -> str:
