@@ -41,7 +41,7 @@ igd sweep tools/sweeps/ledger.yaml --output "$out/ledger" --jobs "$jobs" || code
 # datasets). This ranks the baselines' test rows once more, with such items.
 for run in "$out/ledger"/*; do
     [ -d "$run/eval/test" ] && grep -q '^recommender:' "$run/config.yaml" || continue
-    [ -f "$run/eval/seen-no/metrics.json" ] || igd eval --model "$run" --split test --exclude_seen no \
+    [ -f "$run/eval/seen-no/metrics.json" ] || igd eval --model "$run/model" --split test --exclude_seen no \
         --dataset "$(sed -n 's/^dataset: //p' "$run/config.yaml")" --output_dir "$run/eval/seen-no"
 done
 
