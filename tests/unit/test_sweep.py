@@ -1136,24 +1136,47 @@ def test_every_checked_in_table_is_expanded_here():
     assert {path.stem for path in (ROOT / "tools/sweeps").glob("*.yaml")} == set(COUNTS)
 
 
-@pytest.mark.parametrize("code", [0, 1, 2, 85])
-def test_the_study_is_reported_though_a_row_failed(tmp_path, code):
-    """tools/cpu_study.sh with a command `igd` whose sweep ends with `code`."""
-    (tmp_path / "tools").mkdir()
-    shutil.copy(ROOT / "tools/cpu_study.sh", tmp_path / "tools")
-    for ids in ("industrial-rq", "industrial-pq"):
-        (tmp_path / "runs/cpu" / ids).mkdir(parents=True)
-    programs = tmp_path / "bin"
+def run_script(folder, name, cases):
+    """Run a script of tools/ in a folder, with a command `igd` of these cases; return its code."""
+    (folder / "tools").mkdir()
+    shutil.copy(ROOT / "tools" / name, folder / "tools")
+    programs = folder / "bin"
     programs.mkdir()
     (programs / "python").write_text("#!/bin/sh\n")
-    (programs / "igd").write_text(
-        f"#!/bin/sh\ncase $1 in sweep) exit {code};; report) touch reported;; esac\n"
-    )
+    (programs / "igd").write_text(f"#!/bin/sh\ncase $1 in {cases} esac\n")
     for program in programs.iterdir():
         program.chmod(0o755)
     environment = os.environ | {"PATH": f"{programs}:{os.environ['PATH']}"}
-    done = subprocess.run(["bash", str(tmp_path / "tools/cpu_study.sh"), "data"], env=environment)
-    assert done.returncode == code and (tmp_path / "reported").exists() == (code < 2)
+    return subprocess.run(
+        ["bash", str(folder / "tools" / name), "data"], env=environment
+    ).returncode
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, 85])
+def test_the_study_is_reported_though_a_row_failed(tmp_path, code):
+    for ids in ("industrial-rq", "industrial-pq"):
+        (tmp_path / "runs/cpu" / ids).mkdir(parents=True)
+    cases = f"sweep) exit {code};; report) touch reported;;"
+    assert run_script(tmp_path, "cpu_study.sh", cases) == code
+    assert (tmp_path / "reported").exists() == (code < 2)
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, 85])
+def test_the_ledger_ranks_baselines_with_seen_items_too(tmp_path, code):
+    runs = tmp_path / "runs/baselines/ledger"
+    for name, settings in (("sasrec", "recommender: sasrec\n"), ("tiger", "objective: igd\n")):
+        (runs / name / "model").mkdir(parents=True)
+        (runs / name / "eval/test").mkdir(parents=True)
+        (runs / name / "config.yaml").write_text(f"{settings}dataset: runs/d\n")
+    cases = f"sweep) exit {code};; eval) echo $* >> ranked;; report) touch reported;;"
+    assert run_script(tmp_path, "ledger.sh", cases) == code
+
+    assert (tmp_path / "reported").exists() == (tmp_path / "ranked").exists() == (code < 2)
+    if code < 2:
+        (words,) = [line.split() for line in (tmp_path / "ranked").read_text().splitlines()]
+        given = dict(zip(words[1::2], words[2::2], strict=True))
+        assert given["--model"] == "runs/baselines/ledger/sasrec/model"  # what igd eval takes
+        assert (given["--exclude_seen"], given["--dataset"]) == ("no", "runs/d")
 
 
 # The real train.py and eval.py
