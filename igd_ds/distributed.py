@@ -26,7 +26,7 @@ from igd_ds import locks
 from igd_ds.ending import exit_process as exit_process
 from igd_ds.ending import run as run
 from igd_ds.errors import UsageError
-from igd_ds.heartbeat import Heartbeat
+from igd_ds.heartbeat import Heartbeat, patience
 from igd_ds.memory import keep_freed_memory
 from igd_ds.process import Process, end_with_parent, is_started_by_deepspeed
 
@@ -274,7 +274,7 @@ def set_timeout(minutes: float) -> None:
     They wait a little longer, so that the message of the heartbeat comes first: it names the rank.
     """
     global _timeout
-    _timeout = timedelta(minutes=1.25 * minutes)
+    _timeout = timedelta(seconds=patience(60 * minutes))
     if not dist.is_initialized():
         return
     _give_new_groups_our_timeout()

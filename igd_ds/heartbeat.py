@@ -22,6 +22,24 @@ INTERVAL = 10.0
 """Seconds between two beats at most."""
 
 
+def interval(limit: float) -> float:
+    """Return the seconds between two beats, if a rank may be silent for `limit` seconds."""
+    return min(INTERVAL, limit / 5)
+
+
+def patience(limit: float) -> float:
+    """Return the seconds that a collective has to wait so that the heartbeat names a rank before.
+
+    A beat is heard of up to an interval late, the silence is judged once per interval, and a busy
+    machine takes longer for both.
+
+    Example:
+        >>> patience(3.0), patience(600.0)
+        (6.0, 650.0)
+    """
+    return limit + 5 * interval(limit)
+
+
 class Heartbeat:
     """Beats for this rank, watches the next one, and ends this process if that one is silent.
 
@@ -51,11 +69,6 @@ class Heartbeat:
         for work in (self._beat, self._judge):
             threading.Thread(target=work, name=work.__name__, daemon=True).start()
 
-    @property
-    def interval(self) -> float:
-        """Seconds between two beats."""
-        return min(INTERVAL, self.limit / 5)
-
     def _beat(self) -> None:
         """Count up, and see whether the watched rank has counted. A silent store blocks this."""
         count, seen = 0, b""
@@ -69,15 +82,15 @@ class Heartbeat:
                 self.store_answers = True
                 if found != seen:
                     seen, self.news = found, time.monotonic()
-            time.sleep(self.interval)
+            time.sleep(interval(self.limit))
 
     def _judge(self) -> None:
         """End this process when the watched rank has been silent for too long."""
         before = time.monotonic()
         while True:
-            time.sleep(self.interval)
+            time.sleep(interval(self.limit))
             now = time.monotonic()
-            if now - before > 3 * self.interval:
+            if now - before > 3 * interval(self.limit):
                 self.news = now  # this process itself was stopped, and with it perhaps the others
             before = now
             if now - self.news > self.limit:

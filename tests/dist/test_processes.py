@@ -68,6 +68,7 @@ import sys
 from datetime import timedelta
 import torch.distributed as dist
 from igd_ds import distributed
+from igd_ds.heartbeat import patience
 
 distributed.init(timeout=7)
 
@@ -76,7 +77,7 @@ def timeouts():
     return {group._get_backend(distributed.device()).options._timeout for group in groups}
 
 dist.new_group([0])
-assert timeouts() == {timedelta(minutes=1.25 * distributed.LOADING)}, timeouts()
+assert timeouts() == {timedelta(seconds=patience(60 * distributed.LOADING))}, timeouts()
 distributed.set_timeout(7)
 dist.new_group([0])
 assert len(distributed._groups) == 2
@@ -199,7 +200,7 @@ def test_ranks_that_do_not_start_are_missed():
 def test_every_group_gets_the_timeout():
     done = rank_0(GROUPS, WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "{datetime.timedelta(seconds=525)}"
+    assert done.stdout.strip() == "{datetime.timedelta(seconds=470)}"
 
 
 # ---- what launchers say ----
