@@ -110,8 +110,8 @@ class GRU4Rec(SequentialModel):
 class SASRec(SequentialModel):
     """SASRec: blocks of causal self-attention and a point-wise feed-forward net.
 
-    Positions count from the oldest item of a history on, so that a row's scores do not depend on the
-    rows that it is trained with.
+    Positions count from the oldest item of a history on, so that a row's scores do not depend on
+    the rows that it is trained with.
     """
 
     def __init__(
