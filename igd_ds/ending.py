@@ -58,6 +58,8 @@ def exit_process(code: int) -> None:
     locks.release_all()
     if code == EXIT_REQUEUE and _is_main():
         _explain_requeue()
+    elif code == EXIT_REQUEUE:
+        time.sleep(2)  # a launcher ends all ranks when the first has ended, and rank 0 has to speak
     logging.shutdown()
     with contextlib.suppress(OSError):  # nobody reads on, or the disk is full
         sys.stdout.flush()
