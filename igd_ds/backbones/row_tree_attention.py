@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from igd_ds.backbones.tree_attention import attend_eagerly
 from igd_ds.contracts import RowTree
@@ -160,15 +159,15 @@ def row_tree_attention(
     query = query.unflatten(1, blocks.query.shape).transpose(0, 1)
     key, value = blocks.gather(key), blocks.gather(value)
 
+    # The G query heads that share a key head are rows of one attention.
+    group, size = query.shape[1] // num_keys, query.shape[2]
+    rows = query.unflatten(1, (num_keys, group)).flatten(2, 3)
+    seen = seen.repeat(1, 1, group, 1)
     if softcap is None and s_aux is None:
-        result, _ = sdpa_attention_forward(module, query, key, value, seen, dropout, scaling)
+        result = F.scaled_dot_product_attention(rows, key, value, seen, dropout, scale=scaling)
     else:
-        # The G query heads that share a key head are rows of one attention.
-        group, size = query.shape[1] // num_keys, query.shape[2]
-        rows = query.unflatten(1, (num_keys, group)).flatten(2, 3)
-        mask = seen.repeat(1, 1, group, 1)
-        result = attend_eagerly(rows, key, value, mask, scaling, softcap, s_aux, dropout)
-        result = result.unflatten(2, (group, size)).flatten(1, 2).transpose(1, 2)
+        result = attend_eagerly(rows, key, value, seen, scaling, softcap, s_aux, dropout)
+    result = result.unflatten(2, (group, size)).flatten(1, 2).transpose(1, 2)
     return result.flatten(0, 1)[None, :num_nodes], None
 
 
