@@ -16,7 +16,13 @@ import torch
 
 from igd_ds.backbones import lora, vocabulary
 from igd_ds.backbones.model_config import read_model_config, text_config_of
-from igd_ds.backbones.saved import Origin, base_of, origin_of, reading_weights
+from igd_ds.backbones.saved import (
+    Origin,
+    base_of,
+    origin_of,
+    reading_weights,
+    refuse_random_weights,
+)
 from igd_ds.contracts import IGNORED, Batch, Capabilities, PromptTree, RowTree
 from igd_ds.errors import UsageError
 
@@ -313,8 +319,8 @@ def load_weights(
     Quantised weights are placed on `device` at once, as bitsandbytes requires.
 
     Raises:
-        UsageError: the checkpoint is multimodal and lacks weights of the text model, or its files
-            are missing or damaged.
+        UsageError: the checkpoint lacks weights of the (text) model, or its files are missing or
+            damaged.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -335,12 +341,7 @@ def load_weights(
         model, report = AutoModelForCausalLM.from_pretrained(
             name, output_loading_info=True, **settings
         )
-    if text is not whole and report["missing_keys"]:
-        raise UsageError(
-            f"'{name}' is a multimodal checkpoint without weights for "
-            f"{min(report['missing_keys'])} of its text model: save the text model alone and name "
-            "that"
-        )
+    refuse_random_weights(name, report["missing_keys"])
     if load_in_4bit:
         lora.keep_4bit_trainable(model)
     return model

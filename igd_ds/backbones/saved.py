@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -411,3 +411,23 @@ def reading_weights(name: str) -> Iterator[None]:
             f"{name}: its weights are missing, cut off or damaged ({why}); copy or download them "
             "again"
         ) from error
+
+
+def refuse_random_weights(name: str, missing: Collection[str]) -> None:
+    """Refuse weights that are not those of the whole model.
+
+    transformers fills what it does not find with random numbers and goes on.
+
+    Args:
+        name: the folder of the weights, or their name on the hub.
+        missing: the tensors that it did not find.
+
+    Raises:
+        UsageError: there are such tensors.
+    """
+    if missing:
+        raise UsageError(
+            f"{name}: its weights lack {min(missing)} ({len(missing)} tensors in all), which would "
+            "be random: name a checkpoint of the whole model; of a multimodal one, save the text "
+            "model alone"
+        )

