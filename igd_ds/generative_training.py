@@ -320,8 +320,9 @@ def validated(
     world, micro = distributed.world_size(), engine.train_micro_batch_size_per_gpu()
     split = task.rows.split
     rows = sample_rows(len(split), options.validation_rows, options.seed)
-    # Rows of similar length share a batch, which saves padding.
-    rows = rows[np.argsort(-np.diff(split.history_offsets)[rows], kind="stable")]
+    if not task.rows.as_tree:
+        # Rows of similar length share a batch, which saves padding.
+        rows = rows[np.argsort(-task.rows.prompts.lengths(split)[rows], kind="stable")]
     rows = np.concatenate([rows, np.full(-len(rows) % (micro * world), MASKED_ROW)])
     batches = deal(rows, distributed.rank(), world, micro)
 

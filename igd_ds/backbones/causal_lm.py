@@ -341,7 +341,7 @@ def load_weights(
         model, report = AutoModelForCausalLM.from_pretrained(
             name, output_loading_info=True, **settings
         )
-    refuse_random_weights(name, report["missing_keys"])
+    refuse_random_weights(name, model, report["missing_keys"])
     if load_in_4bit:
         lora.keep_4bit_trainable(model)
     return model

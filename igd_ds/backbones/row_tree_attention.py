@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 ROW_TREE_ATTENTION = "igd_row_tree"
 BLOCK = 64
-"""Nodes of a block on a CPU. Measured there (665 nodes, 9 heads of width 64, forward and backward):
-29 ms with 64, 39 with 128, 41 with 256, 69 without blocks."""
+"""Nodes of a block on a CPU. Measured there (665 nodes, 9 query and 3 key heads of width 64,
+float32, forward and backward): 29 ms with 64, 39 with 128, 41 with 256, 69 without blocks."""
 
 FLEX_BLOCK = 128
 """Nodes of a block of FlexAttention, its own default."""
@@ -87,8 +87,8 @@ class RowTreePass:
 
     tree: RowTree
     blocks: NodeBlocks | None = None
-    masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
-    """Masks of the blocks by window."""
+    masks: dict[tuple[int | None, int], torch.Tensor] = field(default_factory=dict)
+    """Masks of the blocks by window and by query heads of a key head."""
     block_masks: dict[int | None, BlockMask] = field(default_factory=dict)
     """FlexAttention's masks by window."""
 
@@ -98,11 +98,15 @@ class RowTreePass:
             self.blocks = NodeBlocks.build(self.tree, BLOCK)
         return self.blocks
 
-    def mask_of(self, window: int | None) -> torch.Tensor:
-        """Return the mask of the blocks for layers with this window, bool (C, 1, Q, P + Q)."""
-        if window not in self.masks:
-            self.masks[window] = self.node_blocks().mask(self.tree, window)
-        return self.masks[window]
+    def mask_of(self, window: int | None, group: int) -> torch.Tensor:
+        """Return the mask of the blocks for layers with this window, bool (C, 1, G·Q, P + Q).
+
+        The G query heads that share a key head are rows of one attention: row g·Q + q is node q.
+        """
+        if (window, group) not in self.masks:
+            mask = self.node_blocks().mask(self.tree, window)
+            self.masks[window, group] = mask.repeat(1, 1, group, 1)
+        return self.masks[window, group]
 
     def block_mask_of(self, window: int | None) -> BlockMask:
         """Return FlexAttention's mask for layers with this window."""
@@ -153,19 +157,20 @@ def row_tree_attention(
         settings = {"scaling": scaling, "softcap": softcap, "s_aux": s_aux}
         return flex_attention_forward(module, query, key, value, block_mask, **settings)[0], None
 
-    blocks, seen = tree.node_blocks(), tree.mask_of(sliding_window)
     num_nodes, num_keys, dtype = query.shape[2], key.shape[1], query.dtype
-    if query.device.type == "cpu":
-        # torch's CPU kernel takes more than twice as long in bfloat16 (forward and backward).
+    blocks, group = tree.node_blocks(), query.shape[1] // num_keys
+    seen = tree.mask_of(sliding_window, group)
+    if query.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
+        # In half precision, torch's CPU kernel takes longer: with its backward pass more than twice
+        # as long in bfloat16 (torch 2.13, a Xeon with AMX).
         query, key, value = query.float(), key.float(), value.float()
     query = query[0].index_select(1, blocks.query.flatten())
     query = query.unflatten(1, blocks.query.shape).transpose(0, 1)
     key, value = blocks.gather(key), blocks.gather(value)
 
     # The G query heads that share a key head are rows of one attention.
-    group, size = query.shape[1] // num_keys, query.shape[2]
+    size = query.shape[2]
     rows = query.unflatten(1, (num_keys, group)).flatten(2, 3)
-    seen = seen.repeat(1, 1, group, 1)
     if softcap is None and s_aux is None:
         result = F.scaled_dot_product_attention(rows, key, value, seen, dropout, scale=scaling)
     else:

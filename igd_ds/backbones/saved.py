@@ -21,6 +21,7 @@ from igd_ds.errors import UsageError
 from igd_ds.folders import read_json_object, sha256_of, write_json
 
 if TYPE_CHECKING:
+    import torch
     from igd_ds.config.model import ModelOptions, ModelSource
 
 DESCRIPTION_FILE = "igd_ds.json"
@@ -413,21 +414,24 @@ def reading_weights(name: str) -> Iterator[None]:
         ) from error
 
 
-def refuse_random_weights(name: str, missing: Collection[str]) -> None:
+def refuse_random_weights(name: str, model: torch.nn.Module, missing: Collection[str]) -> None:
     """Refuse weights that are not those of the whole model.
 
     transformers fills what it does not find with random numbers and goes on.
 
     Args:
         name: the folder of the weights, or their name on the hub.
-        missing: the tensors that it did not find.
+        model: the loaded model.
+        missing: what transformers did not find in the folder, and the model needs. Buffers are
+            ignored: they have fixed values, not random ones.
 
     Raises:
-        UsageError: there are such tensors.
+        UsageError: weights are missing.
     """
-    if missing:
+    weights = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    if lacking := weights & set(missing):
         raise UsageError(
-            f"{name}: its weights lack {min(missing)} ({len(missing)} tensors in all), which would "
+            f"{name}: its weights lack {min(lacking)} ({len(lacking)} missing in all), which would "
             "be random: name a checkpoint of the whole model; of a multimodal one, save the text "
             "model alone"
         )

@@ -114,7 +114,7 @@ class T5:
                     output_loading_info=True,
                     **settings,
                 )
-            refuse_random_weights(name, report["missing_keys"])
+            refuse_random_weights(name, model, report["missing_keys"])
         if options.gradient_checkpointing:
             model.gradient_checkpointing_enable(
                 gradient_checkpointing_kwargs={"use_reentrant": False}
@@ -135,7 +135,7 @@ class T5:
                 attn_implementation="sdpa",
                 output_loading_info=True,
             )
-        refuse_random_weights(source.model, report["missing_keys"])
+        refuse_random_weights(source.model, model, report["missing_keys"])
         return model.to(device).eval()
 
     def label_logits(self, model: Any, batch: Batch) -> torch.Tensor:

