@@ -22,6 +22,7 @@ from igd_ds.folders import read_json_object, sha256_of, write_json
 
 if TYPE_CHECKING:
     import torch
+
     from igd_ds.config.model import ModelOptions, ModelSource
 
 DESCRIPTION_FILE = "igd_ds.json"

@@ -369,11 +369,8 @@ def test_half_precision_attends_as_float32_does(sinks):
     query, key, value = (torch.randn(1, heads, num_nodes, 8).bfloat16() for heads in (4, 2, 2))
     more = {"s_aux": torch.randn(4)} if sinks else {}
 
-    found, _ = row_tree_attention.row_tree_attention(
-        None, query, key, value, None, tree=tree, **more
-    )
-    exact, _ = row_tree_attention.row_tree_attention(
-        None, query.float(), key.float(), value.float(), None, tree=tree, **more
-    )
+    attend = functools.partial(row_tree_attention.row_tree_attention, None, tree=tree, **more)
+    found, _ = attend(query, key, value, None)
+    exact, _ = attend(query.float(), key.float(), value.float(), None)
     assert found.dtype == torch.bfloat16
     assert torch.equal(found, exact.bfloat16())

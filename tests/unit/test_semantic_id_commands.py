@@ -154,18 +154,14 @@ def without_weights(source, destination, of: str):
 def test_an_encoder_without_all_its_weights_is_refused(folder, tmp_path):
     """Else the vectors would be those of a partly random model."""
     lacking = without_weights(folder / "encoder", tmp_path / "lacking", "layer.0.output")
-    with pytest.raises(
-        UsageError, match=r"^--model \S+: its weights lack encoder\.layer\.0\.output"
-    ):
+    with pytest.raises(UsageError, match=r"^--model \S+: its weights lack encoder\.layer\.0"):
         encode.load_encoder(lacking, torch.float32)
 
     unpooled = without_weights(folder / "encoder", tmp_path / "unpooled", "pooler.")
     encode.load_encoder(unpooled, torch.float32)  # mean pooling does not use it
 
     (lacking / "model.safetensors").write_bytes(b"no weights")
-    with pytest.raises(
-        UsageError, match=r"^--model \S+: its weights are missing, cut off or damaged"
-    ):
+    with pytest.raises(UsageError, match=r"^--model \S+: its weights are .* damaged"):
         encode.load_encoder(lacking, torch.float32)
 
 
