@@ -31,6 +31,7 @@ from igd_ds.engine.ds_config import DsConfig, dtype_of, zero_stage
 from igd_ds.engine.step import StepSums, optimizer_step
 from igd_ds.errors import EXIT_REQUEUE
 from igd_ds.folders import write_json
+from igd_ds.memory import return_freed_memory
 from igd_ds.runlog import RunLog, peak_memory_gib
 
 # Large primes: seeds of neighbouring steps and ranks do not meet.
@@ -219,6 +220,7 @@ def fit(
         state.step += 1
         state.seconds = time.perf_counter() - started
         progress.update(state.step, state.best_step, time.perf_counter() - began)
+        return_freed_memory(state.step)
 
         # Log.
         if is_due(options.log_every):

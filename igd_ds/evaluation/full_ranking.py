@@ -30,6 +30,7 @@ from igd_ds.evaluation import metrics
 from igd_ds.evaluation.results import LIST_SCHEMA, Ranked, item_credit, write_results
 from igd_ds.folders import remove_temporaries, write_json
 from igd_ds.items.trie import TokenTrie
+from igd_ds.memory import return_freed_memory
 from igd_ds.search.filters import ItemFilter, ItemRanges, items_under
 
 METHOD = "full ranking"
@@ -130,6 +131,7 @@ class Ranker:
                 log_p[at], leaves[at] = best_leaves(self.leaves, of_items, length, item_filter)
                 if scores is not None:
                     scores[rows[at]] = of_items.exp().float().cpu().numpy()
+            return_freed_memory(number // world + 1)
         self.model.train(was_training)
 
         # Each row was ranked on one rank and is 0 on the others.

@@ -23,6 +23,7 @@ from igd_ds.backbones.saved import reading_weights, refuse_random_weights
 from igd_ds.errors import UsageError
 from igd_ds.folders import sha256_of
 from igd_ds.items.embeddings import write_embeddings
+from igd_ds.memory import return_freed_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -307,3 +308,4 @@ def embed_texts(
                 ).last_hidden_state
                 vectors[index] = mean_pool(hidden, batch["attention_mask"]).cpu().numpy()
             bar.update(len(index))
+            return_freed_memory(start // batch_size + 1)

@@ -34,7 +34,7 @@ import torch
 from _common import REPOSITORY, finish, in_fork, peak_bytes, print_table
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from igd_ds import distributed, train
+from igd_ds import distributed, loop, train
 from igd_ds.commands import prepare, tokenizer
 from igd_ds.memory import keep_freed_memory
 
@@ -77,9 +77,10 @@ def write_large_model(path: Path, num_layers: int) -> None:
 
 def measure(side: str, folder: Path, model: Path, batch_size: int, num_steps: int) -> Measured:
     """Train for some steps in this process and measure each of them."""
-    # `distributed.init` makes the call. The replacement takes it away from the "default" side.
+    # The "default" side goes without the calls of `distributed.init` and of the training loop.
     if side == "default":
         distributed.keep_freed_memory = lambda: False
+        loop.return_freed_memory = lambda turn: None
     else:
         assert keep_freed_memory(), "this machine has a GPU or no glibc: nothing to measure"
 
