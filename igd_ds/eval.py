@@ -283,7 +283,7 @@ def search_rows(config: EvalConfig, task: RankingTask, parts: Path) -> tuple[int
     scoring = recommender.scoring(config.scoring_options())
     count, began = sum(len(batches[path]) for path in mine), time.perf_counter()
     with progress_bar(total=count, unit="row", desc="rows of rank 0") as bar:
-        for number, path in enumerate(mine, 1):
+        for path in mine:
             rows = batches[path]
             histories, per_user = [task.split.history(row) for row in rows], task.per_user(rows)
             found = recommender.search(
@@ -297,7 +297,7 @@ def search_rows(config: EvalConfig, task: RankingTask, parts: Path) -> tuple[int
             )
             write_part(path, part_table(task, rows, config.alpha, found, per_user.item_filter))
             bar.update(len(rows))
-            return_freed_memory(number)
+            return_freed_memory()
     return count, time.perf_counter() - began
 
 

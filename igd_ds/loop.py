@@ -220,7 +220,7 @@ def fit(
         state.step += 1
         state.seconds = time.perf_counter() - started
         progress.update(state.step, state.best_step, time.perf_counter() - began)
-        return_freed_memory(state.step)
+        return_freed_memory()
 
         # Log.
         if is_due(options.log_every):

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import ctypes
 
+import psutil
 import torch
 
 # Parameter numbers of mallopt(3), from glibc's <malloc.h>.
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_MAX = -4
 
-RETURN_EVERY = 4
-"""Optimizer steps, or batches, after which freed memory is returned."""
+MOST_GROWTH = 1.25
+"""How many times as large as needed the process may become."""
+
+_needed: int | None = None
+"""Resident bytes after a first whole step, or after the first one since memory was returned."""
 
 
 def keep_freed_memory() -> bool:
@@ -36,19 +40,25 @@ def keep_freed_memory() -> bool:
     return bool(no_mapped_blocks and never_trim)
 
 
-def return_freed_memory(turn: int) -> None:
-    """Return the pages of the heap that no block uses to the operating system, now and then.
+def return_freed_memory() -> None:
+    """Return what no block uses to the operating system, if the process has grown by MOST_GROWTH.
 
-    glibc (seen with 2.36) seldom finds a freed block for an aligned one of the same size, and all
-    of torch's blocks are aligned. Where the sizes change from step to step, holes remain, and a
-    heap that never shrinks grows with every step: SmolLM2-135M by 0.12 GB a step. To do this
-    in one of RETURN_EVERY steps bounds that growth and takes little of the gain.
-
-    Args:
-        turn: the step or batch that has ended, counted from 1.
+    To be called after each step or batch. glibc (seen with 2.36) seldom finds a freed block for an
+    aligned one of the same size, and all of torch's blocks are aligned. Where the sizes change from
+    step to step, holes remain, and a heap that never shrinks grows: with SmolLM2-135M by 0.12 GB a
+    step. Where they do not, the process keeps its size, and nothing is done.
     """
-    if turn % RETURN_EVERY == 0 and (library := _glibc()):
+    global _needed
+    library = _glibc()
+    if library is None:
+        return
+
+    resident = psutil.Process().memory_info().rss
+    if _needed is None:
+        _needed = resident
+    elif resident > MOST_GROWTH * _needed:
         library.malloc_trim(0)
+        _needed = None
 
 
 def _glibc() -> ctypes.CDLL | None:

@@ -131,7 +131,7 @@ class Ranker:
                 log_p[at], leaves[at] = best_leaves(self.leaves, of_items, length, item_filter)
                 if scores is not None:
                     scores[rows[at]] = of_items.exp().float().cpu().numpy()
-            return_freed_memory(number // world + 1)
+            return_freed_memory()
         self.model.train(was_training)
 
         # Each row was ranked on one rank and is 0 on the others.

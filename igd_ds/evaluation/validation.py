@@ -64,7 +64,7 @@ def validation_nll(
     nll_by_group, tokens_by_group = torch.zeros(2, num_groups, dtype=torch.float64, device=device)
     items = torch.zeros((), dtype=torch.float64, device=device)
 
-    for number, rows in enumerate(batches, 1):
+    for rows in batches:
         batch = task.rows(rows)
         member = F.one_hot(gain_group(batch, task.context.stored), num_groups).double().to(device)
         batch = batch.to(device)
@@ -73,7 +73,7 @@ def validation_nll(
         nll_by_group += nll @ member
         tokens_by_group += member.sum(0)
         items += (batch.row_ids != MASKED_ROW).sum()
-        return_freed_memory(number)
+        return_freed_memory()
 
     sums = distributed.all_reduce_sum(torch.cat([nll_by_group, tokens_by_group, items[None]]))
     nll, tokens, (num_items,) = (part.tolist() for part in sums.split([num_groups, num_groups, 1]))
@@ -109,7 +109,7 @@ def validation_ndcg(
     any_rank = distributed.any_rank if engine.zero_optimization_stage() == 3 else bool
 
     sums = torch.zeros(2, dtype=torch.float64, device=device)
-    for number, rows in enumerate(batches, 1):
+    for rows in batches:
         tree = task.backbone.prompt_tree(engine.module, scoring.output_tokens(trie))
         tree.prefill([task.rows.prompts.encode(split.history(max(row, 0))) for row in rows])
         found = search(tree, trie, scoring, NUM_BEAMS, scoring.method("auto"), any_rank=any_rank)
@@ -121,7 +121,7 @@ def validation_ndcg(
         credit = 1 / stored.trie.num_items[targets]
         ndcg = metrics.ranking_sums(ahead, [10], credit=credit)["ndcg@10"]
         sums += torch.tensor([ndcg, real.sum()], dtype=torch.float64, device=device)
-        return_freed_memory(number)
+        return_freed_memory()
 
     total, count = distributed.all_reduce_sum(sums).tolist()
     return {"valid/ndcg@10": total / count}

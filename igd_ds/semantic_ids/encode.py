@@ -308,4 +308,4 @@ def embed_texts(
                 ).last_hidden_state
                 vectors[index] = mean_pool(hidden, batch["attention_mask"]).cpu().numpy()
             bar.update(len(index))
-            return_freed_memory(start // batch_size + 1)
+            return_freed_memory()

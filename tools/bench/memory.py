@@ -80,7 +80,7 @@ def measure(side: str, folder: Path, model: Path, batch_size: int, num_steps: in
     # The "default" side goes without the calls of `distributed.init` and of the training loop.
     if side == "default":
         distributed.keep_freed_memory = lambda: False
-        loop.return_freed_memory = lambda turn: None
+        loop.return_freed_memory = lambda: None
     else:
         assert keep_freed_memory(), "this machine has a GPU or no glibc: nothing to measure"
 
