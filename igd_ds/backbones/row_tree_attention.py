@@ -161,9 +161,11 @@ def row_tree_attention(
     blocks, group = tree.node_blocks(), query.shape[1] // num_keys
     seen = tree.mask_of(sliding_window, group)
     if query.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
-        # In half precision, torch's CPU kernel takes longer: with its backward pass more than twice
-        # as long in bfloat16 (torch 2.13, a Xeon with AMX).
+        # torch's CPU kernel is slower in half precision, above all backwards (torch 2.13, a Xeon
+        # with AMX).
         query, key, value = query.float(), key.float(), value.float()
+
+    # Each block of queries, and what it looks at.
     query = query[0].index_select(1, blocks.query.flatten())
     query = query.unflatten(1, blocks.query.shape).transpose(0, 1)
     key, value = blocks.gather(key), blocks.gather(value)
