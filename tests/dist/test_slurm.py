@@ -30,6 +30,22 @@ def is_up() -> bool:
     )
 
 
+def end_all_jobs() -> None:
+    """End every job of a SLURM that was started here, and wait until its node is free.
+
+    A test run that is killed leaves jobs in SLURM's saved state. The next start takes them up
+    again as running, and they hold the node although their processes are gone.
+    """
+    command("scancel", "--user", "root")
+    queue = ["squeue", "--noheader"]
+    nodes = ["sinfo", "--noheader", "--format", "%t"]
+    wait_for(
+        lambda: command(*queue) == "" and command(*nodes) == "idle",
+        60,
+        lambda: command("scontrol", "show", "node"),
+    )
+
+
 @pytest.fixture(scope="module")
 def slurm(shared):
     """Provide a SLURM that runs: the machine's own, or one that is started here and stopped again.
@@ -53,6 +69,8 @@ def slurm(shared):
             )
             if done.returncode or not is_up():
                 problem = f"{script} could not start a SLURM: {(done.stdout + done.stderr)[-800:]}"
+            else:
+                end_all_jobs()
     try:
         if problem and os.environ.get("CI"):
             pytest.fail(problem)
@@ -61,6 +79,8 @@ def slurm(shared):
         yield
     finally:
         if started:
+            if is_up():
+                end_all_jobs()
             subprocess.run(["bash", str(script), "stop"], capture_output=True, timeout=60)
 
 
@@ -101,7 +121,8 @@ def submit(slurm, tmp_path):
 def wait_for(condition, seconds: float, explain) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, f"waited {seconds} s\n{explain()}"
+        if time.monotonic() > deadline:
+            pytest.fail(f"waited {seconds} s\n{explain()}\n{command('squeue')}")
         time.sleep(0.2)
 
 
