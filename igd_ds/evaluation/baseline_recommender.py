@@ -161,7 +161,7 @@ class BaselineRecommender(Recommender):
         options["guidance_ids"] = guidance_ids
         self._refuse({name: value is not None for name, value in options.items()})
         return super().recommend(
-            histories, k, alpha=0.0, allow=allow, deny=deny, ids=ids, exclude_seen=exclude_seen
+            histories, k, allow=allow, deny=deny, ids=ids, exclude_seen=exclude_seen
         )
 
     def stream(

@@ -310,7 +310,7 @@ class Recommender:
         self,
         histories: Sequence[Ids],
         k: int = 10,
-        alpha: float = 0.2,
+        alpha: float = 0.0,
         search: str = "auto",
         allow: Sequence[Ids | None] | None = None,
         deny: Sequence[Ids | None] | None = None,
@@ -394,7 +394,7 @@ class Recommender:
     def stream(
         self,
         history: Ids,
-        alpha: float = 0.2,
+        alpha: float = 0.0,
         allow: Ids | None = None,
         deny: Ids | None = None,
         positions: int | None = None,
