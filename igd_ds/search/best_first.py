@@ -42,8 +42,9 @@ class BestFirst:
             where there is none. Their K-th score is the first bound.
         limits: `row_positions` is the most tokens per user, in this search and before it. When a
             user has sent that many, the search sends no more for the user and returns the ranks
-            proven so far. (The last batch of expansions may exceed the limit.) The same happens
-            when the list's probabilities add up to `coverage`.
+            proven so far. (The last batch of expansions may exceed the limit.) A list that has free
+            places is filled first, from the K best prefixes. The search also ends when the list's
+            probabilities add up to `coverage`.
 
     Attributes:
         leaves, scores: int64 and float32 (A, K), the best items found so far; −1 and −inf where
@@ -92,8 +93,7 @@ class BestFirst:
         PREFIXES_PER_BATCH best-bounded ones. The best edge of each pair comes first, then the
         second best of each, and so on.
         """
-        sent = self.frontier.positions[self.pair_user[self.pair]]
-        self._give_up(sent >= self.limits.row_positions)
+        self._narrow_at_limit()
         by_mass = self.frontier.is_probability
         if by_mass and self.limits.coverage < 1:
             covered = np.exp(self.scores.astype(np.float64)).sum(1) >= self.limits.coverage
@@ -139,6 +139,27 @@ class BestFirst:
         possible = np.concatenate([parts.reshape(len(mass), -1), self.scores[:, :places]], axis=1)
         highest: np.ndarray = -np.partition(-possible, places - 1, axis=1)[:, places - 1]
         return highest
+
+    def _narrow_at_limit(self) -> None:
+        """Drop open edges of users at the limit: all of them, or all but K if a list has free places.
+
+        Each prefix leads to an item, so K of them fill the list.
+        """
+        at_limit = self.frontier.positions[self.pair_user[self.pair]] >= self.limits.row_positions
+        if not at_limit.any():
+            return
+        order = self.pair.argsort(kind="stable")
+        best = best_per_group(
+            self.pair[order], self.bound[order], len(self.pair_user), self.leaves.shape[1]
+        )
+        best = best[self._has_free_places()]
+        at_limit[order[best[best >= 0]]] = False
+        self._give_up(at_limit)
+
+    def _has_free_places(self) -> np.ndarray:
+        """Return whether a pair has no list from another search and none that is full, bool (A,)."""
+        free: np.ndarray = (self.known_leaves[:, 0] < 0) & (self.leaves[:, -1] < 0)
+        return free
 
     def _give_up(self, lost: np.ndarray) -> None:
         """Drop open edges, bool (E,), of users at the limit; keep the best bound of each pair."""
@@ -240,6 +261,10 @@ class BestFirstStream(BestFirst):
         """
         proven = int(np.count_nonzero(self.scores[0] >= self.bound.max(initial=-np.inf)))
         return proven + self.taken + 1
+
+    def _has_free_places(self) -> np.ndarray:
+        """Return False: at the limit the stream ends."""
+        return np.zeros(1, bool)
 
     def _finish(self, pair: np.ndarray, leaf: np.ndarray, score: np.ndarray) -> None:
         """Merge finished items (E,) into the list; at least its last place stays free."""

@@ -5,6 +5,7 @@ import oracle
 import pytest
 import torch
 from oracle import (
+    EOS,
     VOCABULARY,
     as_lists,
     assert_same_lists,
@@ -227,6 +228,26 @@ def test_a_filter_keeps_probabilities_or_renormalises_on_request():
         assert_same_lists(listed, ranked(allowed))
     total = renormalised.scores[0].double().exp().sum(1)
     torch.testing.assert_close(total, torch.ones_like(total), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("row_positions", [10, 20, 60])
+def test_a_list_is_full_also_where_the_limit_comes_before_the_tenth_item(row_positions):
+    # Every path has choices to its end, and all items are about equally probable.
+    items = [(*(1 + token for token in path), EOS) for path in np.ndindex(5, 5, 5, 5)]
+    model, prompts, trie = tiny_model(), random_prompts(2), build_trie(items)
+    limits = Limits(row_positions=row_positions, pass_positions=64)
+    scoring = masked(trie, temperature=50.0)
+    result = run_search(model, prompts, trie, scoring, 10, method="exact", limits=limits)
+
+    assert (result.leaves >= 0).all() and (result.certified < 10).any()
+    found = as_lists(trie, result.leaves[0], result.scores[0])
+    for user, prompt in enumerate(prompts):
+        truth = ranked(item_probabilities(model, prompt, items, temperature=50.0))
+        certified, bound = result.certified[0, user].item(), result.missing_bound[0, user].item()
+        assert_same_lists(found[user][:certified], truth[:certified])
+        listed = {path for _, path in found[user]}
+        assert len(listed) == 10
+        assert max(score for score, path in truth if path not in listed) <= bound + 1e-5
 
 
 def test_a_search_stops_at_the_wanted_coverage():
