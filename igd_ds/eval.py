@@ -48,7 +48,7 @@ from igd_ds.evaluation.recommender import Recommender, dataset_of
 from igd_ds.evaluation.results import PROBABILITY, SCORE
 from igd_ds.folders import read_json_object
 from igd_ds.memory import return_freed_memory
-from igd_ds.search.engine import check_limits
+from igd_ds.search.engine import METHODS, check_limits
 
 
 def main() -> int:
@@ -140,7 +140,10 @@ def run_evaluation(config: EvalConfig) -> None:
 
 
 def with_chosen_alpha(config: EvalConfig) -> EvalConfig:
-    """Return the configuration with --alpha_from resolved: α = 0 and the α that was best there."""
+    """Return the configuration with --alpha_from resolved: α = 0 and the α that was best there.
+
+    `--search auto` becomes the search by which that α was chosen. It depends on the values of α.
+    """
     if not config.alpha_from:
         return config
     finished = Path(config.alpha_from) / "metrics.json"
@@ -163,7 +166,10 @@ def with_chosen_alpha(config: EvalConfig) -> EvalConfig:
             f"--alpha_from: {finished} is damaged or not of an evaluation (it has no figures by α "
             "to choose from): evaluate that split again, or give --alpha"
         ) from error
-    return dataclasses.replace(config, alpha=tuple(chosen))
+    search = config.search
+    if search == "auto" and results.get("search") in METHODS:  # full rankings have no α
+        search = results["search"]
+    return dataclasses.replace(config, alpha=tuple(chosen), search=search)
 
 
 def build_task(config: EvalConfig) -> RankingTask:

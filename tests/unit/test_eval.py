@@ -557,6 +557,10 @@ def test_alpha_from_takes_the_best_alpha_of_another_split(evaluate, tmp_path, mo
 
     _, output = evaluate("--alpha_from", valid, "--num_beams", 2, output="chosen")
     assert set(read_metrics(output)["alpha"]) == {"0.0", "0.3"}
+    assert read_metrics(output)["search"] == "beam"
+    (valid / "metrics.json").write_text(json.dumps(results | {"search": "exact"}))
+    _, output = evaluate("--alpha_from", valid, "--num_beams", 2, output="as chosen")
+    assert read_metrics(output)["search"] == "exact"
     with pytest.raises(UsageError, match="evaluated test itself"):
         evaluate("--alpha_from", source, output="same-split")
     with pytest.raises(UsageError, match="no finished evaluation"):

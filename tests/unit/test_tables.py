@@ -741,7 +741,9 @@ def test_how_often_lists_repeat_a_history():
     assert "the whole catalogue is ranked" in table(study, "main-toys").caption
     for run in study.runs:
         (run.test or {}).update(exclude_seen="yes")
-    assert "but the items that the user had met before" in table(study, "main-toys").caption
+    main = table(study, "main-toys")
+    assert "but the items that the user had met before" in main.caption
+    assert text(main)[0][1] == "popularity (expected, seen items kept)"
 
 
 def test_an_empty_study_has_its_list_of_runs_alone():

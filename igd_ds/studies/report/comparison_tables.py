@@ -104,12 +104,14 @@ def main_table(study: Study, dataset: str) -> Table:
 def expected_popularity(run: Run, measures: Sequence[str]) -> Row:
     """Return the row of a ranking by popularity, which every evaluation computes.
 
-    It ranks items, not token paths, so that it has no token match.
+    It ranks items, not token paths, so that it has no token match, and it keeps seen items.
     """
-    expected = run.test["popularity_baseline"] if run.test else {}
+    test = run.test or {}
+    expected = test.get("popularity_baseline", {})
+    kept = ", seen items kept" if test.get("exclude_seen") == "yes" else ""
     cells = [Cell(expected.get(measure)) for measure in measures]
     cells += [*(Cell(None) for _ in BESIDE), Cell("")]
-    return [*words("baseline", "popularity (expected)", "", None), *cells]
+    return [*words("baseline", f"popularity (expected{kept})", "", None), *cells]
 
 
 def ranked_items(study: Study, dataset: str) -> str:
