@@ -42,11 +42,16 @@ class Process:
         """Return whether the process still runs; None if it ran where we cannot see it."""
         if (self.host, self.namespace) != (socket.gethostname(), _namespace()):
             return None
-        try:
-            process = psutil.Process(self.pid)
-            return abs(process.create_time() - self.started) < SAME_START and _runs(process)
-        except psutil.NoSuchProcess:
-            return False
+        return still_runs(self.pid, self.started)
+
+
+def still_runs(pid: int, started: float) -> bool:
+    """Return whether the process of this host that had an id and a start time still runs."""
+    try:
+        process = psutil.Process(pid)
+        return abs(process.create_time() - started) < SAME_START and _runs(process)
+    except psutil.NoSuchProcess:
+        return False
 
 
 @functools.cache  # later readings may differ a little

@@ -73,6 +73,22 @@ def claim_run_folder(run: Path, options: LoopOptions, ds: dict[str, Any], world_
     write_json(run / "env.json", environment(world_size))
 
 
+def with_defaults(cls: type, recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a config.yaml, with those that are newer than its run.
+
+    An earlier version behaved as most defaults do; BEFORE_RECORDED has the exceptions. Lists stand
+    for tuples, as in files.
+
+    Args:
+        cls: the configuration that the settings belong to.
+        recorded: the content of the config.yaml; it may use former names.
+    """
+    entries = [e for e in dataclasses.fields(cls) if e.default is not dataclasses.MISSING]
+    defaults = json.loads(json.dumps({entry.name: entry.default for entry in entries}))
+    before = {name: value for name, value in BEFORE_RECORDED.items() if name in defaults}
+    return defaults | before | current_names(cls, recorded)
+
+
 def _is_begun(run: Path) -> bool:
     """Whether a run came to its first step: each of these files alone says so, should one be lost.
 
@@ -95,12 +111,7 @@ def _check_same_run(
             f"--output_dir {run} holds a run already; give another folder, or --resume auto to go "
             "on with it"
         )
-    # A run of an earlier version lacks the settings that are new since; most defaults change
-    # nothing.
-    entries = [e for e in dataclasses.fields(options) if e.default is not dataclasses.MISSING]
-    defaults = json.loads(json.dumps({entry.name: entry.default for entry in entries}))
-    defaults |= {name: value for name, value in BEFORE_RECORDED.items() if name in defaults}
-    old = defaults | current_names(type(options), _read_record(run / "config.yaml", yaml.safe_load))
+    old = with_defaults(type(options), _read_record(run / "config.yaml", yaml.safe_load))
     old_ds = _read_record(run / "ds_config.json", json.loads)
     begun_by = _read_record(run / "env.json", json.loads).get("world_size")
 

@@ -74,6 +74,16 @@ def likelihood_of(description: Mapping[str, Any]) -> Likelihood:
     return Likelihood(**description.get("likelihood", {}))
 
 
+def trained_likelihood(model: Path) -> Likelihood | None:
+    """Return how the model in a folder was trained; None if there is no description of it.
+
+    Raises:
+        UsageError: the description is damaged.
+    """
+    is_described = (model / DESCRIPTION_FILE).is_file()
+    return likelihood_of(describe(model)) if is_described else None
+
+
 # ---- the files of a saved model
 
 

@@ -35,16 +35,15 @@ from typing import Any
 
 import psutil
 
-from igd_ds.backbones.saved import DESCRIPTION_FILE, describe, likelihood_of
-from igd_ds.config.options import current_names
+from igd_ds.backbones.saved import trained_likelihood
 from igd_ds.config.yaml_files import read_yaml_settings
 from igd_ds.contracts import Likelihood
 from igd_ds.errors import EXIT_REQUEUE, UsageError
 from igd_ds.evaluation.metrics import HEADLINE
 from igd_ds.evaluation.parts import REQUEST_FILES
 from igd_ds.folders import is_temporary, read_json_object, write_json
-from igd_ds.process import descendants, have_ended
-from igd_ds.run_folder import BEFORE_RECORDED, FREE_ON_RESUME
+from igd_ds.process import descendants, have_ended, still_runs
+from igd_ds.run_folder import BEFORE_RECORDED, FREE_ON_RESUME, with_defaults
 from igd_ds.studies.report.study import METRIC, method_names
 from igd_ds.studies.sweep_table import (
     EVALUATIONS_OWN,
@@ -64,6 +63,8 @@ ENTRIES = Path(__file__).resolve().parents[1]
 STOPPED = (EXIT_REQUEUE, -signal.SIGUSR1, 128 + signal.SIGUSR1)
 """Exit codes of a stopped row: saved; ended by USR1 while loading; the same as srun reports it."""
 ERROR_LINE = re.compile(r"(\[rank\d+\]: )?(error: |[\w.]*(Error|Exception): )")
+ATTEMPTS = ("running", "failed", "idle")
+"""The states of an attempt."""
 LAUNCHER_ERROR = ("ChildFailedError", "CalledProcessError")
 
 
@@ -88,8 +89,8 @@ class Status:
 class Attempt:
     """The last attempt to run a row.
 
-    `state` is running (with host, pid and start time of its process), failed (with its error), or
-    idle.
+    `state` is one of ATTEMPTS: running (with host, pid and start time of its process), failed (with
+    its error), or idle.
     """
 
     state: str = "idle"
@@ -158,9 +159,9 @@ def validation_score(run: Path) -> float | None:
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
         value: float = results["alpha"]["0.0"][HEADLINE][METRIC]
+        return value if math.isfinite(value) else None
     except (ValueError, KeyError, TypeError):  # damaged, or written by an older version
         return None
-    return value if math.isfinite(value) else None
 
 
 def attempt_file(runs: Path, row: Row) -> Path:
@@ -169,9 +170,31 @@ def attempt_file(runs: Path, row: Row) -> Path:
 
 
 def last_attempt(runs: Path, row: Row) -> Attempt:
-    """Return the last attempt of a row; idle if there was none."""
+    """Return the last attempt of a row; idle if there was none, or its file is damaged."""
     path = attempt_file(runs, row)
-    return Attempt(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else Attempt()
+    try:
+        return read_attempt(path) if path.is_file() else Attempt()
+    except UsageError:  # `check_folder` warns of it
+        return Attempt()
+
+
+def read_attempt(path: Path) -> Attempt:
+    """Read the file of a row's last attempt.
+
+    Raises:
+        UsageError: it is damaged.
+    """
+    without = "the row counts as not tried yet"
+    values = read_json_object(path, without)
+    try:
+        attempt = Attempt(**values)
+    except TypeError:
+        attempt = Attempt("unknown")
+    has_process = type(attempt.pid) is int and attempt.pid >= 0
+    has_start = isinstance(attempt.started, int | float)
+    if attempt.state not in ATTEMPTS or not has_process or not has_start:
+        raise UsageError(f"{path} is damaged (it holds no attempt): {without}")
+    return attempt
 
 
 def is_alive(attempt: Attempt, path: Path) -> bool:
@@ -181,12 +204,7 @@ def is_alive(attempt: Attempt, path: Path) -> bool:
     """
     if attempt.host != socket.gethostname():
         return time.time() - path.stat().st_mtime < SILENCE
-    try:
-        process = psutil.Process(attempt.pid)
-        is_same = process.create_time() == attempt.started
-        return is_same and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+    return still_runs(attempt.pid, attempt.started)
 
 
 def runs_here(runs: Path, row: Row) -> int | None:
@@ -307,12 +325,22 @@ def check_folder(table: Table, runs: Path) -> None:
         raise UsageError(f"--output {runs} is not empty and holds no sweep; give a new folder")
 
     for row in table.to_run:
+        _warn_of_damage(attempt_file(runs, row))
         if changed := changed_settings(row, runs / row.name):
             raise UsageError(
                 f"{row.name} was run with other settings, these differ: {', '.join(changed)}; "
                 f"undo it, or remove {runs / row.name}"
             )
     _check_tested(table, runs)
+
+
+def _warn_of_damage(path: Path) -> None:
+    """Print a warning if the file of a row's last attempt is damaged."""
+    try:
+        if path.is_file():
+            read_attempt(path)
+    except UsageError as error:
+        print(f"warning: {error}", flush=True)
 
 
 def _check_tested(table: Table, runs: Path) -> None:
@@ -335,12 +363,9 @@ def changed_settings(row: Row, run: Path) -> list[str]:
     """Return the names of settings that differ between a run folder and the table."""
     changed: set[str] = set()
     if (path := run / "config.yaml").is_file():
-        cls = type(row.config)
-        saved = BEFORE_RECORDED | current_names(cls, read_yaml_settings(path))
+        saved = with_defaults(type(row.config), read_yaml_settings(path))
         for name, value in asdict(row.config).items():
-            # A setting that is newer than the run had its default.
-            before = saved.get(name, getattr(cls, name, None))
-            if name not in FREE_ON_RESUME and as_stored(before) != as_stored(value):
+            if name not in FREE_ON_RESUME and saved.get(name) != as_stored(value):
                 changed.add(name)
 
     if row.is_baseline:  # the settings of its evaluations are in its config.yaml
@@ -352,16 +377,23 @@ def changed_settings(row: Row, run: Path) -> list[str]:
     ):
         path = run / "eval" / folder / "request.json"
         if evaluation is not None and path.is_file():
-            request = json.loads(path.read_text(encoding="utf-8"))
-            now = in_request(row, evaluation, trained_likelihood(run))
+            request = read_request(path)
+            now = in_request(row, evaluation, trained_likelihood(run / "model") or Likelihood())
             changed |= {f"{block}.{name}" for name in changed_request(now, request)}
     return sorted(changed)
 
 
-def trained_likelihood(run: Path) -> Likelihood:
-    """Return how the run's model was trained; the default where it does not say so."""
-    model = run / "model"
-    return likelihood_of(describe(model) if (model / DESCRIPTION_FILE).is_file() else {})
+def read_request(path: Path) -> dict[str, Any]:
+    """Return the request.json of an evaluation.
+
+    Raises:
+        UsageError: it is damaged.
+    """
+    remedy = f"remove {path.parent}, and the next start evaluates again"
+    request = read_json_object(path, remedy)
+    if "split" not in request:
+        raise UsageError(f"{path} is damaged (it names no split): {remedy}")
+    return request
 
 
 def in_request(row: Row, evaluation: Settings, likelihood: Likelihood) -> Settings:

@@ -16,6 +16,7 @@ from study_runs import ROWS, TITLES, draw, ndcg, sweep_row, write_run, write_swe
 from igd_ds import distributed, eval
 from igd_ds.data.batches import sample_rows
 from igd_ds.data.dataset import InteractionDataset
+from igd_ds.errors import UsageError
 from igd_ds.studies import significance
 from igd_ds.studies.report.analysis_tables import groups_of
 from igd_ds.studies.report.run_files import thinned
@@ -98,6 +99,22 @@ def test_labels_name_what_differs_within_a_method():
     assert method_names(many) == ["cft λ=0.5", "cft λ=0.5", "cft λ=1", "uniform"]
 
 
+def test_settings_that_are_newer_than_a_run_have_their_defaults():
+    """Runs from before and after a `git pull` are seeds of one method and of one choice."""
+    before = {"objective": "cft", "cft_lambda": 0.5, "seed": 0}
+    after = before | {"seed": 1, "stop_margin": 0.0, "max_title_tokens": 0, "packing": "auto"}
+    other = before | {"seed": 2, "max_title_tokens": 5}
+    assert method_names([before, after]) == ["cft", "cft"]
+    assert method_names([before, after, other]) == [
+        "cft max_title_tokens=0",
+        "cft max_title_tokens=0",
+        "cft max_title_tokens=5",
+    ]
+    assert family_of(before) == family_of(after) != family_of(other)
+    older = {"recommender": "sasrec", "dropout": 0.2, "seed": 0}
+    assert method_names([older, older | {"loss": "cross-entropy", "patience": 3}]) == ["SASRec"] * 2
+
+
 def test_a_baseline_is_called_by_its_loss_unless_it_is_cross_entropy():
     base = {"recommender": "sasrec", "loss": "cross-entropy", "seed": 0, "output_dir": "a"}
     many = [
@@ -157,10 +174,13 @@ def test_a_line_differs_in_one_setting_and_the_seed_alone():
         line: {c: [run.name for run in its] for c, its in by_value.items()}
         for line, by_value in found.items()
     } == {
-        "multi-target + curriculum mixing_form=logits": {1e-5: ["6", "7"], 2e-5: ["4", "5"]},
-        "multi-target + curriculum mixing_form=loss": {1e-5: ["2", "3"], 2e-5: ["0", "1"]},
+        "multi-target + curriculum epochs=3 mixing_form=logits": {
+            1e-5: ["6", "7"],
+            2e-5: ["4", "5"],
+        },
+        "multi-target + curriculum epochs=3 mixing_form=loss": {1e-5: ["2", "3"], 2e-5: ["0", "1"]},
     }
-    assert list(found["multi-target + curriculum mixing_form=loss"]) == [1e-5, 2e-5]
+    assert list(found["multi-target + curriculum epochs=3 mixing_form=loss"]) == [1e-5, 2e-5]
 
 
 def test_the_environment_says_what_is_not_recorded(tmp_path):
@@ -515,6 +535,102 @@ def test_a_run_that_is_not_whole_is_noted(run, damage, state, note):
     assert "\n" not in found.note
 
 
+def put(name, *keys, value):
+    """Return a function that sets an entry of a JSON file of a run folder."""
+
+    def change(run):
+        content = json.loads((run / name).read_text())
+        inner = content
+        for key in keys[:-1]:
+            inner = inner[key]
+        inner[keys[-1]] = value
+        (run / name).write_text(json.dumps(content))
+
+    return change
+
+
+def cut(name):
+    """Return a function that leaves the beginning of a file of a run folder."""
+    return lambda run: (run / name).write_text((run / name).read_text()[:9])
+
+
+VALID, TEST = "eval/valid/metrics.json", "eval/test/metrics.json"
+
+
+@pytest.mark.parametrize(
+    ("damage", "state", "note"),
+    [
+        (cut("eval/valid/request.json"), "unfinished", "eval/valid/request.json is not JSON"),
+        (cut("eval/test/request.json"), "unfinished", "eval/test/request.json is not JSON"),
+        (put(VALID, "alpha", "0.0", value=[]), "unfinished", f"{VALID} is damaged: alpha.0.0 is"),
+        (put(TEST, "alpha", "0.0", "item_match", value=None), "unfinished", f"{TEST}: no ndcg@10"),
+        (
+            put(TEST, "alpha", "0.2", "item_match", "hr@10", value="x"),
+            "unfinished",
+            f"{TEST} is damaged: alpha.0.2.item_match.hr@10 is",
+        ),
+        (put(VALID, "dataset", value=None), "unfinished", f"{VALID}: written by an older version"),
+        (put(TEST, "target_popularity_deciles", value=None), "finished", ""),
+        (put(TEST, "popularity_baseline", value="x"), "unfinished", f"{TEST} is damaged"),
+        (put(TEST, "alpha", "much", value={}), "unfinished", f"{TEST}: damaged: 'much' is no α"),
+        (
+            put(TEST, "alpha", "0.0", "popularity_deciles", value=[None]),
+            "unfinished",
+            f"{TEST} is damaged: alpha.0.0.popularity_deciles is",
+        ),
+        (put("summary.json", "seconds", value="x"), "unfinished", "summary.json is damaged"),
+        (put("env.json", "versions", value=[]), "finished", "env.json is damaged: versions is"),
+        (cut("eval/test/timing.json"), "finished", "eval/test/timing.json is not JSON"),
+        (
+            put("eval/test/timing.json", "rows_searched", value="x"),
+            "finished",
+            "eval/test/timing.json is damaged: rows_searched is",
+        ),
+        (
+            lambda run: (run / "config.yaml").write_text("{objective: igd, igd_beta: x, seed: 0}"),
+            "unfinished",
+            "config.yaml is no configuration of a run",
+        ),
+        (
+            lambda run: (run / "config.yaml").write_text(
+                "{objective: uniform, seed: 0, dataset: d, model_config: 5}"
+            ),
+            "unfinished",
+            "config.yaml is damaged: model_config is",
+        ),
+    ],
+)
+def test_a_damaged_run_is_named_and_the_report_is_made_of_the_others(run, damage, state, note):
+    folders = [run("uniform"), run("igd", objective="igd", igd_beta=0.1)]
+    damage(folders[0])
+    study = read_runs(folders, 1)
+    assert study.runs[0].state == state and note in study.runs[0].note
+    assert study.runs[1].state == "finished" and not study.runs[1].note
+    assert any(table.name == "main-toy" for table in all_tables(study))
+
+
+def test_a_damaged_catalogue_costs_no_other_run_its_groups(run):
+    folders = [run("uniform"), run("igd", objective="igd", igd_beta=0.1)]
+    catalogue = folders[0] / "model" / "catalogue"
+    whole = catalogue.resolve()
+    catalogue.unlink()
+    shutil.copytree(whole, catalogue)
+    (catalogue / "gain.npy").write_bytes(b"")
+    study = read_runs(folders, 0)
+    assert "model/catalogue/gain.npy has 0 bytes" in study.runs[0].note
+    assert not study.runs[1].note and "test" in study.rows["toy"]
+
+
+@pytest.mark.parametrize("rows", [None, [], [{"name": "uniform"}], ["uniform"]])
+def test_a_damaged_list_of_a_sweep_is_refused_by_name(tmp_path, rows):
+    sweep = {"version": 1, "name": "a", "budget": "", "rows": rows}
+    if rows == []:
+        del sweep["budget"]
+    (tmp_path / "sweep.json").write_text(json.dumps(sweep))
+    with pytest.raises(UsageError, match=r"sweep.json is damaged: `igd sweep TABLE --output .*"):
+        read_runs([tmp_path], 0)
+
+
 @pytest.mark.parametrize("split", ["valid", "test"])
 def test_a_metric_that_is_not_a_number_leaves_the_run_out(run, split):
     folder = run("uniform")
@@ -555,7 +671,16 @@ def test_damaged_predictions_cost_a_run_its_groups_alone(run, split, damage, why
     )
 
 
-@pytest.mark.parametrize("line", ['{"train/loss": 1.0}', "[1]", '{"step": 9, "train'])
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"train/loss": 1.0}',
+        "[1]",
+        '{"step": 9, "train',
+        '{"step": "a", "train/loss": 1.0}',
+        '{"step": 9, "train/loss": null}',
+    ],
+)
 def test_a_log_is_read_up_to_what_is_no_step_of_it(run, line):
     folder = run("uniform")
     before = only(read_runs([folder], 0)).curves
@@ -633,6 +758,73 @@ def test_ways_to_decode_are_compared_within_a_backbone(run):
             ],
             0,
         )
+
+
+BEAM = {"search": "beam", "softmax": "full", "temperature": 1.0}
+EXACT = {"search": "exact", "softmax": "masked", "temperature": 1.0}
+
+
+def test_msl_is_reported_beside_other_objectives(run):
+    """`igd eval` ranks each model as it was trained, and the tables tell."""
+    folders = [
+        run("uniform", changes=BEAM),
+        run("igd", objective="igd", igd_beta=0.1, changes=BEAM),
+        run("msl", objective="msl", msl_tau="1", changes=EXACT),
+    ]
+    study = read_runs(folders, 0)
+    assert [found.state for found in study.runs] == ["finished"] * 3
+    note = (
+        "Lists come from different searches: beam search under the full softmax for q, uniform, q, "
+        "igd β=0.1; exact search under the masked softmax for q, msl. A difference between these "
+        "methods is one of training and search together."
+    )
+    tables = {table.name: table for table in all_tables(study)}
+    assert note in tables["main-toy"].notes and note in tables["significance-toy"].notes
+    alike = read_runs(folders[:2], 0)
+    assert not any("searches" in note for table in all_tables(alike) for note in table.notes)
+
+
+def test_a_temperature_that_was_learned_is_as_trained(run):
+    """Each training of the adaptive τ ends at another one; one that was asked for is refused."""
+    folders = []
+    for seed, temperature in enumerate((3.1, 3.4)):
+        changes = EXACT | {"temperature": temperature}
+        folder = run(f"msl{seed}", seed, objective="msl", msl_tau="adaptive", changes=changes)
+        described = {"prompt": {}, "max_length": 0, "load_in_4bit": False}
+        likelihood = {"softmax": "masked", "temperature": temperature}
+        (folder / "model/igd_ds.json").write_text(
+            json.dumps(described | {"likelihood": likelihood})
+        )
+        folders.append(folder)
+    assert [found.state for found in read_runs(folders, 0).runs] == ["finished"] * 2
+
+    likelihood["temperature"] = 2.0
+    (folder / "model/igd_ds.json").write_text(json.dumps(described | {"likelihood": likelihood}))
+    with pytest.raises(UsageError, match=r"not alike \(temperature \(3.4 and 3.1\) differ\)"):
+        read_runs(folders, 0)
+
+
+@pytest.mark.parametrize(
+    ("objective", "changes", "differ"),
+    [
+        ("cft", EXACT, r"search \(exact and beam\), softmax \(masked and full\)"),
+        ("cft", BEAM | {"search": "exact"}, r"search \(exact and beam\)"),
+        ("cft", BEAM | {"temperature": 2.0}, r"temperature \(2.0 and 1.0\)"),
+        ("msl", EXACT | {"search": "beam"}, r"search \(beam and exact\)"),
+        ("msl", BEAM, r"search \(beam and exact\), softmax \(full and masked\)"),
+        ("msl", EXACT | {"num_beams": 20}, r"num_beams \(20 and 10\)"),
+    ],
+)
+def test_a_search_that_does_not_follow_from_the_objective_is_refused(
+    run, objective, changes, differ
+):
+    folders = [
+        run("uniform", changes=BEAM),
+        run("msl", objective="msl", changes=EXACT),
+        run("other", 1, objective=objective, changes=changes),
+    ]
+    with pytest.raises(UsageError, match=rf"other/eval/valid and .* not alike \({differ} differ\)"):
+        read_runs(folders, 0)
 
 
 def test_the_interactions_of_a_dataset_are_those_that_its_rows_were_made_of(

@@ -668,6 +668,7 @@ def test_a_row_that_a_killed_sweep_left_is_told_from_one_that_runs(world):
     }
     for change, state in [
         ({}, "running"),
+        ({"started": process.create_time() + 0.5}, "running"),  # the clock was adjusted
         ({"started": 1.0}, "waiting"),
         ({"pid": 2**22 - 1}, "waiting"),
         ({"host": "x"}, "running"),
@@ -923,6 +924,35 @@ def test_other_settings_than_a_row_was_run_with_are_refused(world, capsys):
     )
 
 
+@pytest.mark.parametrize("content", ["", '{"split": "va', "[]", "{}"])
+@pytest.mark.parametrize("words", [(), ("--list",)])
+def test_a_damaged_request_is_refused_by_name(world, capsys, content, words):
+    path = world.runs / U0 / "eval/valid/request.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+    (world.runs / "sweep.json").write_text(json.dumps({"name": "test"}))
+    assert world.run(*words) == 2 and world.calls() == []
+    message = capsys.readouterr().err
+    assert message.startswith(f"error: {path} ")
+    assert f"remove {path.parent}, and the next start evaluates again" in message
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", '{"state": "fai', "[]", '{"state": "failed", "when": 3}', '{"state": "over"}',
+     '{"state": "running", "pid": "x"}', '{"state": "running", "pid": 1, "started": "x"}'],
+)  # fmt: skip
+def test_a_damaged_file_of_an_attempt_counts_as_none(world, capsys, content):
+    path = world.runs / "logs" / f"{U0}.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+    assert world.run("--list") == 0 and world.states()[U0] == "waiting"
+    told = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert len(told) == 1 and told[0].startswith(f"warning: {path} ")
+    assert told[0].endswith("the row counts as not tried yet")
+    assert world.run("--row", "0") == 0 and (U0, "train") in world.calls()
+
+
 def test_what_a_model_was_trained_with_is_no_other_setting(world, capsys):
     """The table leaves softmax and temperature to the model; the request says what they were."""
     model = world.runs / U1 / "model/igd_ds.json"
@@ -1007,7 +1037,10 @@ def test_a_metric_that_is_no_number_fails_the_row(world):
     ]
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"alpha": {"0.2": {}}}', '{"ndcg@10": 0.3}'])
+@pytest.mark.parametrize("text", [
+    "{", "[]", '{"alpha": {"0.2": {}}}', '{"ndcg@10": 0.3}',
+    '{"alpha": {"0.0": {"item_match": {"ndcg@10": "x"}}}}',
+])  # fmt: skip
 def test_a_torn_or_older_validation_fails_the_row_and_names_the_file(world, text):
     assert world.run() == 0
     path = world.runs / A1 / "eval" / "valid" / "metrics.json"

@@ -163,6 +163,20 @@ def test_results_over_another_baseline():
     ]
 
 
+def test_the_beta_of_a_form_is_its_own_setting():
+    """The method's name may go on with the settings in which it differs from another one."""
+    study = make_study()
+    runs = [
+        replace(run, method=f"{run.method} learning_rate=0.001") if run.objective == "igd" else run
+        for run in study.runs
+    ]
+    lines = text(table(replace(study, runs=runs), "linear-binary"))
+    assert [line[:4] for line in lines] == [
+        ["toys, qwen", "HR@10", "0.4", "0.2"],
+        ["toys, qwen", "NDCG@10", "0.4", "0.2"],
+    ]
+
+
 def test_what_was_not_measured_is_no_figure_of_the_ablation():
     """If uniform was validated only at α = 0, its calibrated form is unknown."""
     runs = [

@@ -173,7 +173,7 @@ def linear_and_binary(study: Study) -> list[Table]:
             forms = [form for form in best if form is not None]
             if len(forms) < len(best):
                 continue
-            betas = [form.split("=")[1] for form in forms[1:]]
+            betas = [f"{found[backbone, form][0].settings['igd_beta']:g}" for form in forms[1:]]
             for measure in ("hr@10", METRIC):
                 cells = [
                     average(found[backbone, form], HEADLINE, measure, alpha="0.0") for form in forms

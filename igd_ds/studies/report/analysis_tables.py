@@ -140,7 +140,7 @@ def diversity(study: Study) -> list[Table]:
             model = "baseline" if runs[0].is_baseline else backbone
             rows.append([*words(model, method), *shares, *(Cell(m, form=".3f") for m in means)])
         if shown and (results := shown[-1].test):
-            targets = results.get("target_popularity_deciles", [None] * 10)
+            targets = results.get("target_popularity_deciles") or [None] * 10
             cells = [Cell(share, form=".3f") for share in targets]
             known = [Cell(results.get("target_repeat_rate"))] * len(repeats)
             rows.insert(0, [*words("", "targets", None, None, None), *known, *cells])

@@ -179,6 +179,26 @@ def as_list(alphas: Iterable[str]) -> str:
     return ", ".join(sorted({f"{float(alpha):g}" for alpha in alphas}, key=float))
 
 
+def searches_of(study: Study, dataset: str) -> list[str]:
+    """Return a note if the test lists of a dataset's methods come from different searches.
+
+    They do where `msl` stands beside other objectives: `igd eval` ranks each as it was trained.
+    """
+    by_search: dict[str, dict[str, None]] = {}
+    for (backbone, method), runs in methods(study, dataset).items():
+        for test in (run.test for run in runs if run.test):
+            search, softmax = test.get("search", "beam"), test.get("softmax", "full")
+            lists = by_search.setdefault(f"{search} search under the {softmax} softmax", {})
+            lists[title_of(backbone, method)] = None
+    if len(by_search) < 2:
+        return []
+    ways = "; ".join(f"{search} for {', '.join(lists)}" for search, lists in by_search.items())
+    return [
+        f"Lists come from different searches: {ways}. A difference between these methods is one of "
+        "training and search together."
+    ]
+
+
 def rows_of(study: Study, dataset: str, split: str) -> str:
     """Return how many rows of a split were evaluated, out of how many, as text."""
     evaluated = {

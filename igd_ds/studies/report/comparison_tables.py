@@ -25,6 +25,7 @@ from igd_ds.studies.report.cells import (
     metric_of,
     rows_behind,
     rows_of,
+    searches_of,
     slug,
     title_of,
     words,
@@ -98,7 +99,8 @@ def main_table(study: Study, dataset: str) -> Table:
     columns += [f"{name}, token match" for name in headings(BESIDE)]
     columns += ["NDCG@10, 95 % interval", f"vs {study.reference}"]
     title = f"Main results: {dataset}"
-    return Table(slug("main", dataset), title, caption, columns, rows, gaps(study, dataset, found))
+    notes = searches_of(study, dataset) + gaps(study, dataset, found)
+    return Table(slug("main", dataset), title, caption, columns, rows, notes)
 
 
 def expected_popularity(run: Run, measures: Sequence[str]) -> Row:
@@ -107,7 +109,7 @@ def expected_popularity(run: Run, measures: Sequence[str]) -> Row:
     It ranks items, not token paths, so that it has no token match, and it keeps seen items.
     """
     test = run.test or {}
-    expected = test.get("popularity_baseline", {})
+    expected = test.get("popularity_baseline") or {}
     kept = ", seen items kept" if test.get("exclude_seen") == "yes" else ""
     cells = [Cell(expected.get(measure)) for measure in measures]
     cells += [*(Cell(None) for _ in BESIDE), Cell("")]
@@ -205,7 +207,8 @@ def significance_table(study: Study, dataset: str) -> Table:
         for c in compared
         if c.seeds_smallest_p is not None
     }
-    notes = [
+    notes = searches_of(study, dataset)
+    notes += [
         f"With {n} seeds per method, the p of the Mann–Whitney U test is at least {p:g} before "
         "correction."
         for n, p in sorted(smallest)
@@ -263,6 +266,7 @@ def gains(
 ) -> Table:
     """Return a table of the reference, the best method and its improvement for each of `cases`."""
     rows, measures = [], measures_of(study.runs)
+    notes: dict[str, None] = {}
     for (dataset, backbone), case in cases.items():
         found = methods(study, dataset, baselines=True)
         best = best_on_valid(found, backbone, other_than(study.reference))
@@ -274,8 +278,10 @@ def gains(
             ]
             cells = improvement(found[backbone, best], reference, measures)
             rows += [*marked(block, 3), [*words(*case, "improvement"), *cells]]
+            notes |= dict.fromkeys(f"{dataset}: {note}" for note in searches_of(study, dataset))
     caption = f"{rows_behind(study, rows, 'test')} {caption}"
-    return Table(name, title, caption, [*columns, "Method", *headings(measures)], rows)
+    columns = [*columns, "Method", *headings(measures)]
+    return Table(name, title, caption, columns, rows, list(notes))
 
 
 def improvement(

@@ -1,20 +1,22 @@
 """Adds to the runs of a study what their datasets tell: ranks, groups of rows, and examples.
 
-The runs of a dataset must have been evaluated alike (ALIKE, ALIKE_IN_BACKBONE).
+The runs of a dataset must have been evaluated alike (ALIKE, ALIKE_IN_BACKBONE, AS_TRAINED).
 """
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from igd_ds.backbones.saved import trained_likelihood
 from igd_ds.baselines.leaves import build_catalogue
+from igd_ds.contracts import Likelihood
 from igd_ds.data.dataset import InteractionDataset
 from igd_ds.data.statistics import catalogue_statistics
 from igd_ds.errors import UsageError
@@ -36,12 +38,45 @@ ALIKE = (
     "exclude_seen",
 )  # fmt: skip
 ALIKE_IN_BACKBONE = (
-    "search", "decoding_rule", "length_penalty", "softmax", "temperature", "popularity_prior",
-    "guidance", "guidance_weight", "item_filter",
+    "decoding_rule", "length_penalty", "popularity_prior", "guidance", "guidance_weight",
+    "item_filter",
 )  # fmt: skip
+AS_TRAINED = ("search", "softmax", "temperature")
+"""Entries that must be equal within one backbone too, unless they follow from the training: `auto`,
+the default of `igd eval`, takes them from the objective (see `Ranking`)."""
 
 EXAMPLE_LENGTH = 3
 """Items of a list that an example shows, as in MTC Table 7."""
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """How an evaluation ranked, and what its settings follow from if they are `auto`.
+
+    A model of `msl` is ranked under the masked softmax with the temperature of its training, and by
+    an exact search where α = 0 alone. Other models are ranked by a beam search under the full
+    softmax. So evaluations of one table may differ in these settings.
+    """
+
+    values: tuple[Any, ...]  # of AS_TRAINED; None where an older version did not record one
+    trained: Likelihood
+    is_plain: bool  # whether α = 0 is the only one
+
+    @property
+    def is_as_trained(self) -> bool:
+        """Whether the settings may be those that follow from the training."""
+        search, *scores = self.values
+        follows = (self.trained.softmax, self.trained.temperature)
+        fits = all(found in (None, own) for found, own in zip(scores, follows, strict=True))
+        return fits and (self.trained.softmax == "masked" or search in (None, "beam"))
+
+    def unlike(self, other: "Ranking") -> Json:
+        """Return those values of the other one that differ, but not for its training or its α."""
+        both_follow = self.is_as_trained and other.is_as_trained
+        if both_follow and (self.trained, self.is_plain) != (other.trained, other.is_plain):
+            return {}
+        pairs = zip(AS_TRAINED, self.values, other.values, strict=True)
+        return {name: its for name, own, its in pairs if None not in (own, its) and own != its}
 
 
 @dataclass
@@ -69,12 +104,13 @@ def add_details(
     kept, twice = once(runs)
     details.runs |= {run.name: run for run in twice}
     try:
-        opened, stored = open_dataset(kept, folders)
+        opened, stored, damaged = open_dataset(kept, folders)
     except (ValueError, OSError) as error:
         why = f"no groups of rows and no tests by user: {error}"
         details.runs |= {run.name: with_note(run, why) for run in kept}
         return
 
+    kept = [with_note(run, damaged.get(run.name, "")) for run in kept]
     kept = [with_ranks(run, folders[run.name], opened) for run in kept]
     details.runs |= {run.name: run for run in kept}
     if stored:
@@ -106,59 +142,100 @@ def with_note(run: Run, note: str) -> Run:
 
 
 def refuse_unlike(runs: Sequence[Run], folders: Mapping[str, Path]) -> None:
-    """Check that runs of one dataset were evaluated alike (ALIKE, ALIKE_IN_BACKBONE).
+    """Check that runs of one dataset were evaluated alike.
+
+    All of them in ALIKE, and those of a backbone in ALIKE_IN_BACKBONE and AS_TRAINED.
 
     Raises:
         UsageError: names two evaluations and what differs.
     """
     for split, path in EVALUATIONS.items():
         seen: dict[tuple[str, str], tuple[Any, Path]] = {}
+        rankings: dict[str, dict[Ranking, Path]] = {}
         for run in (run for run in runs if getattr(run, split)):
             evaluation = (folders[run.name] / path).parent
             values = describe_evaluation(evaluation, run)
-            first = {
-                key: seen.setdefault(
-                    (key, run.backbone if key in ALIKE_IN_BACKBONE else ""), (value, evaluation)
-                )
-                for key, value in values.items()
-            }
+            different = {}
+            for key in values.keys() - AS_TRAINED:
+                place = key, run.backbone if key in ALIKE_IN_BACKBONE else ""
+                first = seen.setdefault(place, (values[key], evaluation))
+                if first[0] != values[key]:
+                    different[key] = first
 
-            different = [key for key in values if first[key][0] != values[key]]
+            ranking = ranking_of(folders[run.name], run, values, getattr(run, split)["alpha"])
+            others = rankings.setdefault(run.backbone, {})
+            for other, folder in others.items():
+                if unlike := ranking.unlike(other):
+                    different |= {key: (value, folder) for key, value in unlike.items()}
+                    break
+            others.setdefault(ranking, evaluation)
             if different:
-                shown = [
-                    key
-                    if isinstance(values[key], dict)
-                    else f"{key} ({values[key]} and {first[key][0]})"
-                    for key in different
-                ]
-                raise UsageError(
-                    f"{evaluation} and {first[different[0]][1]} are evaluations of {run.dataset} "
-                    f"that are not alike ({', '.join(shown)} differ): make separate reports, or "
-                    "evaluate one of them again"
-                )
+                refuse(run.dataset, evaluation, values, different)
+
+
+def refuse(
+    dataset: str, evaluation: Path, values: Json, different: Mapping[str, tuple[Any, Path]]
+) -> NoReturn:
+    """Raise UsageError for an evaluation that differs from earlier ones.
+
+    Args:
+        dataset: its name.
+        evaluation: the folder.
+        values: what `describe_evaluation` returns of it.
+        different: by entry that differs, the earlier value and its folder.
+    """
+    keys = [key for key in (*ALIKE, *AS_TRAINED, *ALIKE_IN_BACKBONE) if key in different]
+    shown = [
+        key if isinstance(values[key], dict) else f"{key} ({values[key]} and {different[key][0]})"
+        for key in keys
+    ]
+    raise UsageError(
+        f"{evaluation} and {different[keys[0]][1]} are evaluations of {dataset} that are not alike "
+        f"({', '.join(shown)} differ): make separate reports, or evaluate one of them again"
+    )
+
+
+def ranking_of(folder: Path, run: Run, values: Json, alphas: Collection[str]) -> Ranking:
+    """Return how one of a run's evaluations ranked.
+
+    Args:
+        folder: the run folder.
+        run: the run.
+        values: what `describe_evaluation` returns of the evaluation.
+        alphas: the values of α.
+    """
+    trained = None
+    with contextlib.suppress(UsageError, TypeError):  # a damaged description
+        trained = trained_likelihood(folder / "model")
+    if trained is None:  # as where the weights were removed
+        is_msl = run.objective == "msl"
+        trained = Likelihood("masked", values.get("temperature", 1.0)) if is_msl else Likelihood()
+    return Ranking(tuple(map(values.get, AS_TRAINED)), trained, list(alphas) == ["0.0"])
 
 
 def describe_evaluation(folder: Path, run: Run) -> Json:
-    """Return those values of ALIKE and ALIKE_IN_BACKBONE that evaluation or dataset record."""
+    """Return those values of ALIKE, ALIKE_IN_BACKBONE and AS_TRAINED that are recorded."""
     results = BEFORE_RECORDED | (read_json(folder / "metrics.json") or {})
     dataset: Json = {"fingerprint": fingerprint_of(folder)}
     with contextlib.suppress(KeyError, ValueError):
         info = read_json(Path(run.settings["dataset"]) / "dataset.json") or {}
         dataset["protocol"] = info.get("protocol")
     results |= {key: value for key, value in dataset.items() if value is not None}
-    return {key: results[key] for key in (*ALIKE, *ALIKE_IN_BACKBONE) if key in results}
+    keys = (*ALIKE, *ALIKE_IN_BACKBONE, *AS_TRAINED)
+    return {key: results[key] for key in keys if key in results}
 
 
 def open_dataset(
     runs: Sequence[Run], folders: Mapping[str, Path]
-) -> tuple[InteractionDataset, StoredCatalogue | None]:
+) -> tuple[InteractionDataset, StoredCatalogue | None, dict[str, str]]:
     """Open the dataset of some runs.
 
     Returns:
-        The dataset, and the catalogue that a generative run stored; None if there is none.
+        The dataset, the first whole catalogue that a generative run stored (None if there is none),
+        and by run what is wrong with a catalogue that was found before.
 
     Raises:
-        UsageError: the dataset is gone, or is another one now.
+        UsageError: the dataset is gone or is another one now, or all catalogues are damaged.
     """
     candidates = list(dict.fromkeys(Path(run.settings["dataset"]) for run in runs))
     there = [folder for folder in candidates if (folder / "dataset.json").is_file()]
@@ -170,11 +247,17 @@ def open_dataset(
         if evaluated not in (None, dataset.fingerprint):
             raise UsageError(f"{there[0]} is not the dataset that was evaluated")
 
+    damaged: dict[str, str] = {}
     for run in runs:
         for folder in (folders[run.name] / "model" / "catalogue", folders[run.name] / "catalogue"):
             if folder.is_dir():
-                return dataset, load_catalogue(folder, dataset=dataset)
-    return dataset, None
+                try:
+                    return dataset, load_catalogue(folder, dataset=dataset), damaged
+                except UsageError as error:
+                    damaged[run.name] = str(error).replace(f"{folders[run.name]}/", "")
+    if damaged:
+        raise UsageError(next(iter(damaged.values())))
+    return dataset, None, damaged
 
 
 def describe_catalogue(dataset: InteractionDataset, stored: StoredCatalogue) -> Json:

@@ -3,12 +3,12 @@
 A run that is unfinished, failed, damaged or written by an older version is noted, not an error.
 """
 
-import contextlib
 import json
 import math
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from igd_ds.evaluation import metrics
 from igd_ds.studies.report.study import (
     EVALUATION,
     METRIC,
+    SYMBOLS,
     Curves,
     Json,
     Run,
@@ -41,6 +42,53 @@ EVALUATIONS = {
     "exact": "eval/test-exact/metrics.json",
 }
 FILES = {"config": "config.yaml", "summary": "summary.json", "env": "env.json"} | EVALUATIONS
+
+# What the report reads of each file. A shape is a type, [shape] for a list, or {pattern: shape} for
+# an object, of which an entry may be missing or null, as where there was nothing to count.
+NUMBER = int | float
+NUMBERS: Json = {"*": NUMBER}
+BY_STEP: Json = {"nats": [NUMBER], "items": [NUMBER]}
+BIN: Json = {"probability": NUMBER, "hit_rate": NUMBER}
+AT_ONE_ALPHA: Json = {
+    "item_match": NUMBERS,
+    "token_match*": NUMBERS,
+    "relaxed_match": {"[0-9]*": NUMBERS},
+    "beam": {"token_match": NUMBERS, "missed_of_true_top": {"[0-9]*": NUMBER}},
+    "calibration": {"expected_calibration_error": NUMBER, "bins": [BIN]},
+    "repeat_rate": NUMBERS,
+    "prefix_entropy": BY_STEP,
+    "popularity_deciles": [NUMBER],
+    **dict.fromkeys(
+        ("first_token_repetition", "score_entropy_bits", "coverage", "gini_index",
+         "cold_share_of_listed", "mean_coverage", "proof_share"), NUMBER,
+    ),
+}  # fmt: skip
+METRICS: Json = {
+    "dataset": str,
+    "rows": int,
+    **dict.fromkeys(("search", "softmax"), str),
+    "temperature": NUMBER,
+    "alpha": {"*": AT_ONE_ALPHA},
+    "popularity_baseline": NUMBERS,
+    "target_popularity_deciles": [NUMBER],
+    "target_prefix_entropy": BY_STEP,
+    **dict.fromkeys(("target_repeat_rate", "target_nll", "target_perplexity_per_token"), NUMBER),
+}
+SHAPES: dict[str, Json] = {
+    "config": {
+        **dict.fromkeys(("objective", "recommender", "loss", "item_kind"), str),
+        **dict.fromkeys(("model_config", "model_name_or_path"), str),
+        **dict.fromkeys(SYMBOLS, NUMBER),
+    },
+    "summary": {"seconds": NUMBER},
+    "env": {
+        "world_size": int,
+        "command": [str],
+        **dict.fromkeys(("igd_ds", "versions", "hardware"), {}),
+    },
+    "timing": {"rows_*": NUMBER, "world_size": int},
+    **dict.fromkeys(EVALUATIONS, METRICS),
+}
 FIGURES = (
     "item_match",
     "first_token_repetition",
@@ -90,6 +138,47 @@ def read_json(path: Path) -> Json | None:
     return value
 
 
+def misfit(value: Any, shape: Any, path: str = "") -> str:
+    """Return the path of the first entry of a JSON value that has another shape; "" if it fits.
+
+    Example:
+        >>> misfit({"seconds": "1"}, {"seconds": int | float})
+        'seconds'
+    """
+    if value is None:
+        return ""
+    inner: Iterator[tuple[str, Any, Any]] = iter(())
+    if isinstance(shape, dict) and isinstance(value, dict):
+        inner = (
+            (key, entry, expected)
+            for key, entry in value.items()
+            for pattern, expected in shape.items()
+            if fnmatchcase(key, pattern)
+        )
+    elif isinstance(shape, list) and isinstance(value, list) and None not in value:
+        inner = ((str(place), entry, shape[0]) for place, entry in enumerate(value))
+    elif isinstance(shape, dict | list) or not isinstance(value, shape):
+        return path
+    found = (misfit(entry, expected, f"{path}.{key}".strip(".")) for key, entry, expected in inner)
+    return next(filter(None, found), "")
+
+
+def read_record(path: Path, key: str) -> Json | None:
+    """Return a file of a run, checked against its shape; None if there is no such file.
+
+    Args:
+        path: the file.
+        key: of SHAPES.
+
+    Raises:
+        UsageError: names a file that is damaged.
+    """
+    found = read_settings(path) if key == "config" else read_json(path)
+    if broken := misfit(found, SHAPES[key]):
+        raise UsageError(f"{path} is damaged: {broken} is not what `igd` writes there")
+    return found
+
+
 def read_run(name: str, location: Location) -> Run:
     """Read one run folder. A missing or damaged file becomes a note of the run, not an error."""
     folder, row = location.folder, location.row
@@ -103,7 +192,8 @@ def read_run(name: str, location: Location) -> Run:
     settings, summary, env = (files[key] or {} for key in ("config", "summary", "env"))
     row = row or NO_ROW | {"backbone": backbone_of(settings), "seed": settings.get("seed", 0)}
     evaluated = [results["dataset"] for split in EVALUATIONS if (results := files[split])]
-    searched = searches(folder / "eval")
+    searched, damaged = searches(folder)
+    notes += damaged
     training = Search(summary.get("seconds") or 0.0, env.get("world_size"))
     return Run(
         name=name,
@@ -136,9 +226,11 @@ def read_contents(folder: Path) -> Contents:
     for key, name in FILES.items():
         path = folder / name
         try:
-            found = read_settings(path) if key == "config" else read_json(path)
-            if key in EVALUATIONS and found and (problem := problem_of(key, found)):
-                raise UsageError(f"{name}: {problem}")
+            found = read_record(path, key)
+            if key in EVALUATIONS and found:
+                fingerprint_of(path.parent)  # its request.json must be whole too
+                if problem := problem_of(key, found):
+                    raise UsageError(f"{name}: {problem}")
             contents.files[key] = found
         except ValueError as error:
             contents.problems[key] = str(error).replace(f"{folder}/", "")
@@ -154,11 +246,11 @@ def read_settings(path: Path) -> Json | None:
     """
     if not path.is_file():
         return None
+    settings = current_names(TrainConfig, read_yaml_settings(path))
     try:
-        settings = current_names(TrainConfig, read_yaml_settings(path))
         method_of(settings)
         return settings | {"seed": int(settings["seed"]), "dataset": str(settings["dataset"])}
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise UsageError(
             f"{path} is no configuration of a run ({type(error).__name__}: {error})"
         ) from None
@@ -167,16 +259,26 @@ def read_settings(path: Path) -> Json | None:
 def problem_of(split: str, results: Json) -> str:
     """Return why a metrics.json cannot be used; empty if it can."""
     alphas = results.get("alpha")
-    if not isinstance(alphas, dict) or not alphas or "dataset" not in results:
+    if not isinstance(alphas, dict) or not alphas or not results.get("dataset"):
         return "written by an older version: it has no dataset or no figures by α"
     if split == "valid" and "0.0" not in alphas:
         return "no α = 0, at which validation chooses; evaluate with it too"
     for alpha, entry in alphas.items():
-        if METRIC not in entry.get(metrics.HEADLINE, {}):
+        if not is_number(alpha):
+            return f"damaged: {alpha!r} is no α"
+        if ((entry or {}).get(metrics.HEADLINE) or {}).get(METRIC) is None:
             length = results.get("num_beams", "too few")
             return f"no {METRIC} at α = {alpha}, which chooses α; its lists hold {length} items"
     broken = next((path for path, number in numbers_in(results) if not math.isfinite(number)), None)
     return f"{broken} is not finite" if broken else ""
+
+
+def is_number(text: str) -> bool:
+    """Return whether a text is a finite number."""
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def numbers_in(value: Any, path: str = "") -> Iterator[tuple[str, float]]:
@@ -284,7 +386,7 @@ def other_tests(folder: Path) -> dict[str, Json]:
     reported = {(folder / path) for path in EVALUATIONS.values()}
     for path in sorted(set((folder / "eval").glob("*/metrics.json")) - reported):
         try:
-            results = read_json(path) or {}
+            results = read_record(path, "test") or {}
             if results.get("split", "test") != "test":
                 continue
             if problem := problem_of("test", results) or other_dataset(folder, path.parent):
@@ -320,7 +422,7 @@ def read_curves(path: Path) -> Curves:
         except (ValueError, KeyError, TypeError):
             continue  # damaged, or cut off by a kill
         for tag, value in entry.items():
-            if tag.startswith(CURVES):
+            if tag.startswith(CURVES) and isinstance(step, NUMBER) and isinstance(value, NUMBER):
                 curves.setdefault(tag, []).append([step, value])
     return {tag: thinned(points) for tag, points in curves.items()}
 
@@ -333,19 +435,25 @@ class Search:
     world_size: int | None
 
 
-def searches(folder: Path) -> list[Search]:
+def searches(run: Path) -> tuple[list[Search], list[str]]:
     """Return the searches of a run's evaluations, as if each had run without interruption.
 
     Evaluations without a usable timing.json are left out.
+
+    Returns:
+        The searches, and a note for each damaged timing.json.
     """
-    found = []
-    for path in sorted(folder.glob("*/timing.json")):
-        # The file may be damaged or of an older version, or there was nothing left to search.
-        with contextlib.suppress(ValueError, KeyError, ZeroDivisionError):
-            timing = read_json(path) or {}
+    found, damaged = [], []
+    for path in sorted(run.glob("eval/*/timing.json")):
+        try:
+            timing = read_record(path, "timing") or {}
             rows = timing["rows_searched"] + timing["rows_already_there"]
             found.append(Search(rows / timing["rows_per_second"], timing.get("world_size")))
-    return found
+        except UsageError as error:
+            damaged.append(str(error).replace(f"{run}/", ""))
+        except (KeyError, TypeError, ZeroDivisionError):
+            continue  # of an older version, or there was nothing left to search
+    return found, damaged
 
 
 def rank_seconds(spent: Sequence[Search]) -> float | None:

@@ -10,8 +10,14 @@ from pathlib import Path
 
 from igd_ds.errors import UsageError
 from igd_ds.studies.report.dataset_details import Details, add_details
-from igd_ds.studies.report.run_files import Location, read_json, read_run
-from igd_ds.studies.report.study import Run, Study, method_names
+from igd_ds.studies.report.run_files import Location, read_json, read_record, read_run
+from igd_ds.studies.report.study import Json, Run, Study, method_names
+
+OF_A_ROW = {
+    "name", "dataset", "backbone", "method", "group", "seed", "state", "error", "chosen",
+    "settings",
+}  # fmt: skip
+"""The entries of sweep.json's rows that a report needs."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,11 @@ def read_root(root: Path) -> Root:
                 f"{root / 'sweep.json'} has version {sweep.get('version')}, but this program reads "
                 "version 1: start the sweep anew"
             )
+        if not is_sweep(sweep):
+            raise UsageError(
+                f"{root / 'sweep.json'} is damaged: "
+                f"`igd sweep TABLE --output {root} --list` writes it again"
+            )
         rows = {row["name"]: Location(root / row["name"], row) for row in sweep["rows"]}
         return Root(sweep["name"], sweep["budget"], rows)
 
@@ -100,6 +111,17 @@ def read_root(root: Path) -> Root:
             f"{root} is no sweep (sweep.json), no run folder (config.yaml) and holds none"
         )
     return Root(root.name, "\n".join(filter(None, budgets)), locations)
+
+
+def is_sweep(sweep: Json) -> bool:
+    """Return whether the content of a sweep.json has all entries that a report reads."""
+    rows = sweep.get("rows")
+    return (
+        isinstance(sweep.get("name"), str)
+        and isinstance(sweep.get("budget"), str)
+        and isinstance(rows, list)
+        and all(isinstance(row, dict) and row.keys() >= OF_A_ROW for row in rows)
+    )
 
 
 def with_methods(runs: Sequence[Run]) -> list[Run]:
@@ -128,16 +150,16 @@ def environment_of(paths: Sequence[Path]) -> dict[str, str]:
     values: dict[str, dict[str, None]] = {}
     for path in paths:
         try:
-            env = read_json(path)
+            env = read_record(path, "env")
         except UsageError:
             continue
         if env is None:  # of a row that was never started
             continue
-        program = env.get("igd_ds", {})
+        program = env.get("igd_ds") or {}
         own = {
             "igd_ds": program.get("version"),
             "commit": program.get("commit") or "not recorded",
         }
-        for key, value in (own | env.get("versions", {}) | env.get("hardware", {})).items():
+        for key, value in (own | (env.get("versions") or {}) | (env.get("hardware") or {})).items():
             values.setdefault(key, {})[str(value)] = None
     return {key: ", ".join(different) for key, different in values.items()}

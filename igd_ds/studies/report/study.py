@@ -17,11 +17,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from igd_ds.baseline_config import BaselineConfig
 from igd_ds.config.options import current_names
 from igd_ds.errors import UsageError
 from igd_ds.evaluation import metrics
 from igd_ds.folders import write_table, write_text
-from igd_ds.run_folder import FREE_ON_RESUME
+from igd_ds.run_folder import FREE_ON_RESUME, with_defaults
 from igd_ds.train_config import TrainConfig
 
 Json = dict[str, Any]
@@ -76,7 +77,7 @@ MATCHES = (
 )
 AT_ALPHA = (
     "IGD is reported at the α that was best on each run's validation rows, every other method at "
-    "α = 0 (plain beam search)."
+    "α = 0 (plain search)."
 )
 
 
@@ -236,6 +237,7 @@ def method_names(many: Sequence[Json]) -> list[str]:
     differ follow as name=value.
     """
     methods = [method_of(settings) for settings in many]
+    many = [complete(settings) for settings in many]
     for method in set(methods):
         indices = [i for i, other in enumerate(methods) if other == method]
         keys = sorted({key for i in indices for key in many[i]} - NO_METHOD)
@@ -255,11 +257,16 @@ def method_names(many: Sequence[Json]) -> list[str]:
     return methods
 
 
+def complete(settings: Json) -> Json:
+    """Return a config.yaml in which settings that are newer than its run have their defaults."""
+    return with_defaults(BaselineConfig if "recommender" in settings else TrainConfig, settings)
+
+
 def family_of(settings: Json) -> str:
     """Return a key that is equal for the candidates of one choice on validation (no sweep)."""
     kept = {
         key: value
-        for key, value in settings.items()
+        for key, value in complete(settings).items()
         if key not in NO_METHOD | SELECTABLE and value is not None
     }
     return json.dumps(kept | {"curriculum": has_curriculum(settings)}, sort_keys=True)
