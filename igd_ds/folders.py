@@ -2,7 +2,8 @@
 
 Text, JSON and tables are written to a temporary file beside the target and then renamed. Folders
 are filled under a temporary name and then renamed. What a killed process leaves is recognisable by
-its name: TARGET.tmp-PID. The next process that claims the folder removes it.
+its name: TARGET.tmp-PID is unfinished, and the next process that claims the folder removes it;
+.TARGET.replaced-by-igd is the old content, which gets its name back if no new one is there.
 """
 
 import contextlib
@@ -24,8 +25,9 @@ import pyarrow.parquet as pq
 from igd_ds.errors import UsageError
 from igd_ds.locks import LOCK, acquire, holding
 
-OLD = ".old"
-"""Ends the name of a folder while `replaced_folder` puts the new one in its place."""
+OLD = ".replaced-by-igd"
+"""Ends the hidden name of a folder while `replaced_folder` puts the new one in its place. Nobody
+gives a folder of his own such a name, so what has it may be removed."""
 
 
 def temporary_name(path: Path) -> Path:
@@ -228,7 +230,7 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
     The old content stays until the new one is complete. If the block raises, the old one stays.
     Only for folders inside a claimed one, whose lock keeps other processes off.
     """
-    old = folder.with_name(f"{folder.name}{OLD}")
+    old = folder.with_name(f".{folder.name}{OLD}")
     temporary = temporary_name(folder)
     put_back(old)
     remove_temporaries(folder.parent, glob.escape(folder.name))
@@ -247,8 +249,8 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
 
 
 def put_back(old: Path) -> None:
-    """Give FOLDER.old its name back if `replaced_folder` was killed between its two renames."""
-    folder = old.with_name(old.name.removesuffix(OLD))
+    """Give a folder its name back if `replaced_folder` was killed between its two renames."""
+    folder = old.with_name(old.name.removeprefix(".").removesuffix(OLD))
     if old.is_dir() and not folder.exists():
         old.rename(folder)
 
@@ -311,7 +313,7 @@ def claim(folder: Path, record: str, flag: str, what: str) -> bool:
     make_folder(folder)
     acquire(folder / LOCK, f"{flag} {folder}")
     remove_temporaries(folder)
-    for old in folder.glob(f"*{OLD}"):
+    for old in folder.glob(f".*{OLD}"):
         put_back(old)
     return (folder / record).is_file()
 
