@@ -267,7 +267,7 @@ def is_made(folder: Path, record: str, request: Mapping[str, Any], flag: str = "
 
     Args:
         folder: a folder that `new_folder` wrote: it is complete if it exists.
-        record: name of the JSON file in it that holds the request.
+        record: name of the JSON file in it that holds the request and nothing else.
         request: what the folder shall be made from; compared after a round trip through JSON.
         flag: the option that names the folder, for the error message.
 
@@ -285,12 +285,31 @@ def is_made(folder: Path, record: str, request: Mapping[str, Any], flag: str = "
             f"{flag} {folder} exists and holds no {record}: delete it or choose another"
         )
     there = read_json_object(path, f"delete {folder} or choose another")
-    if changed := differing(there, asked):
+    refuse_other_request(folder, there, asked, flag)
+    return True
+
+
+def refuse_other_request(
+    folder: Path, there: Mapping[str, Any], asked: Mapping[str, Any], flag: str
+) -> None:
+    """Check that a folder was made from the request that is asked for now.
+
+    Either may have a setting that the other lacks, such as that of an option that was left out.
+
+    Args:
+        folder: for the error message.
+        there: the request that the folder was made from, as JSON values.
+        asked: the request now, as JSON values.
+        flag: the option that names the folder, for the error message.
+
+    Raises:
+        UsageError: they differ.
+    """
+    if changed := sorted({*differing(there, asked), *differing(asked, there)}):
         raise UsageError(
             f"{flag} {folder} exists and was made from another request (these differ: "
             f"{', '.join(changed)}): delete it or choose another"
         )
-    return True
 
 
 def claim(folder: Path, record: str, flag: str, what: str) -> bool:

@@ -161,7 +161,7 @@ def test_a_folder_is_made_once_from_one_request(tmp_path):
     folder, request = tmp_path / "data", {"k_core": 5, "splits": ("a", "b"), "rate": 0.1}
     assert not is_made(folder, "dataset.json", request)
     with new_folder(folder) as unfinished:
-        write_json(unfinished / "dataset.json", request | {"made": "today"})
+        write_json(unfinished / "dataset.json", request)
 
     assert is_made(folder, "dataset.json", request), "a tuple is a list in JSON"
     with pytest.raises(UsageError) as caught:
@@ -170,6 +170,9 @@ def test_a_folder_is_made_once_from_one_request(tmp_path):
         f"--to {folder} exists and was made from another request (these differ: k_core, rate): "
         "delete it or choose another"
     )
+
+    with pytest.raises(UsageError, match=r"\(these differ: splits\)"):
+        is_made(folder, "dataset.json", {"k_core": 5, "rate": 0.1})
 
     (folder / "dataset.json").unlink()
     message = f"--output {folder} exists and holds no dataset.json: delete it or choose another"
