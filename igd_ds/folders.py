@@ -2,7 +2,8 @@
 
 Text, JSON and tables are written to a temporary file beside the target and then renamed. Folders
 are filled under a temporary name and then renamed. What a killed process leaves is recognisable by
-its name: TARGET.tmp-PID. The next process that claims the folder removes it.
+its name: TARGET.tmp-PID is unfinished, and the next process that claims the folder removes it;
+.TARGET.replaced-by-igd is the old content, which gets its name back if no new one is there.
 """
 
 import contextlib
@@ -24,8 +25,9 @@ import pyarrow.parquet as pq
 from igd_ds.errors import UsageError
 from igd_ds.locks import LOCK, acquire, holding
 
-OLD = ".old"
-"""Ends the name of a folder while `replaced_folder` puts the new one in its place."""
+OLD = ".replaced-by-igd"
+"""Ends the hidden name of a folder while `replaced_folder` puts the new one in its place. Nobody
+gives a folder of his own such a name, so what has it may be removed."""
 
 
 def temporary_name(path: Path) -> Path:
@@ -228,7 +230,7 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
     The old content stays until the new one is complete. If the block raises, the old one stays.
     Only for folders inside a claimed one, whose lock keeps other processes off.
     """
-    old = folder.with_name(f"{folder.name}{OLD}")
+    old = folder.with_name(f".{folder.name}{OLD}")
     temporary = temporary_name(folder)
     put_back(old)
     remove_temporaries(folder.parent, glob.escape(folder.name))
@@ -247,8 +249,8 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
 
 
 def put_back(old: Path) -> None:
-    """Give FOLDER.old its name back if `replaced_folder` was killed between its two renames."""
-    folder = old.with_name(old.name.removesuffix(OLD))
+    """Give a folder its name back if `replaced_folder` was killed between its two renames."""
+    folder = old.with_name(old.name.removeprefix(".").removesuffix(OLD))
     if old.is_dir() and not folder.exists():
         old.rename(folder)
 
@@ -265,7 +267,7 @@ def is_made(folder: Path, record: str, request: Mapping[str, Any], flag: str = "
 
     Args:
         folder: a folder that `new_folder` wrote: it is complete if it exists.
-        record: name of the JSON file in it that holds the request.
+        record: name of the JSON file in it that holds the request and nothing else.
         request: what the folder shall be made from; compared after a round trip through JSON.
         flag: the option that names the folder, for the error message.
 
@@ -283,12 +285,31 @@ def is_made(folder: Path, record: str, request: Mapping[str, Any], flag: str = "
             f"{flag} {folder} exists and holds no {record}: delete it or choose another"
         )
     there = read_json_object(path, f"delete {folder} or choose another")
-    if changed := differing(there, asked):
+    refuse_other_request(folder, there, asked, flag)
+    return True
+
+
+def refuse_other_request(
+    folder: Path, there: Mapping[str, Any], asked: Mapping[str, Any], flag: str
+) -> None:
+    """Check that a folder was made from the request that is asked for now.
+
+    Either may have a setting that the other lacks, such as that of an option that was left out.
+
+    Args:
+        folder: for the error message.
+        there: the request that the folder was made from, as JSON values.
+        asked: the request now, as JSON values.
+        flag: the option that names the folder, for the error message.
+
+    Raises:
+        UsageError: they differ.
+    """
+    if changed := sorted({*differing(there, asked), *differing(asked, there)}):
         raise UsageError(
             f"{flag} {folder} exists and was made from another request (these differ: "
             f"{', '.join(changed)}): delete it or choose another"
         )
-    return True
 
 
 def claim(folder: Path, record: str, flag: str, what: str) -> bool:
@@ -311,7 +332,7 @@ def claim(folder: Path, record: str, flag: str, what: str) -> bool:
     make_folder(folder)
     acquire(folder / LOCK, f"{flag} {folder}")
     remove_temporaries(folder)
-    for old in folder.glob(f"*{OLD}"):
+    for old in folder.glob(f".*{OLD}"):
         put_back(old)
     return (folder / record).is_file()
 

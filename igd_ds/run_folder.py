@@ -64,6 +64,8 @@ def claim_run_folder(run: Path, options: LoopOptions, ds: dict[str, Any], world_
     if is_claimed and _is_begun(run):
         _check_same_run(run, options, settings, ds, world_size)
         return
+    if is_claimed:
+        _refuse_foreign_config(run, settings)
 
     # config.yaml comes first: from here on the folder is claimed.
     write_text(run / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
@@ -96,6 +98,16 @@ def _is_begun(run: Path) -> bool:
     """
     traces = [run / "metrics.jsonl", run / "summary.json", *run.glob("checkpoints/step-*")]
     return any(path.exists() for path in traces)
+
+
+def _refuse_foreign_config(run: Path, settings: dict[str, Any]) -> None:
+    """Raise UsageError if config.yaml is not a run's: those have every setting, others' do not."""
+    there = _read_record(run / "config.yaml", yaml.safe_load)
+    if missing := [name for name in settings if name not in there]:
+        raise UsageError(
+            f"--output_dir {run} is not empty, and its config.yaml is not that of such a run (it "
+            f"lacks {missing[0]}): give a new folder"
+        )
 
 
 def _check_same_run(

@@ -11,8 +11,8 @@ collisions and measures them. DATASET2.quantizer/, or --log_dir, holds tensorboa
 quantizer.safetensors (codebooks and networks) and semantic_ids.json (the report, and the purity
 gain by token of MTC Figure 1).
 
-If DATASET2 is complete and was made from the same request, the command does nothing. If it was made
-from another request, the command refuses.
+If DATASET2 is complete and was made from the same request, the command does nothing. If DATASET2 or
+the log folder was made from another request, the command refuses.
 """
 
 import argparse

@@ -1,7 +1,8 @@
 """Give a dataset's items semantic IDs: fit a quantizer, resolve collisions, write the new dataset.
 
 The log folder holds tensorboard/, quantizer.safetensors (codebooks and networks) and
-semantic_ids.json (the report, and the purity gain by token of MTC Figure 1).
+semantic_ids.json (the report, and the purity gain by token of MTC Figure 1). semantic_ids.json is
+written first, with the request alone: it says whose folder this is.
 
 Letters in shapes: N items, L levels.
 """
@@ -26,10 +27,11 @@ from igd_ds.data.card import write_card
 from igd_ds.data.dataset import SPLITS, fingerprint, read_info
 from igd_ds.errors import UsageError
 from igd_ds.folders import (
-    differing,
+    claim,
     forget_lock,
-    is_temporary,
     new_folder,
+    read_json_object,
+    refuse_other_request,
     sha256_of,
     write_json,
     write_text,
@@ -47,8 +49,8 @@ ONLY_RQ_VAE = tuple(
 """Fields of QuantizerOptions that only RQ-VAE uses."""
 LETTER = ("cf_weight", "cf_temperature", "diversity_weight")
 """Those of them that belong to LETTER's losses."""
-LOGS = ("tensorboard", "quantizer.safetensors", "semantic_ids.json")
-"""The names of all entries of a log folder."""
+TENSORBOARD, QUANTIZER, REPORT = "tensorboard", "quantizer.safetensors", "semantic_ids.json"
+"""The entries of a log folder."""
 
 
 @dataclass(frozen=True)
@@ -101,19 +103,15 @@ def assign_ids(request: IDRequest) -> dict[str, Any] | None:
     if request.output.exists():
         forget_lock(request.output)
         made = read_info(request.output).get("semantic_ids", {}).get("request", {})
-        if changed := differing(made, record):
-            raise UsageError(
-                f"--output {request.output} exists and was made from another request (these "
-                f"differ: {', '.join(changed)}): delete it or choose another"
-            )
+        refuse_other_request(request.output, made, record, "--output")
         return None
 
     # Codes, and the same codes without collisions.
     items = pq.read_table(request.dataset / "items.parquet")
     if request.quantizer == EXISTING:
-        assigned = existing_ids(request, items)
+        assigned = existing_ids(request, items, record)
     else:
-        assigned = fit_ids(request, items)
+        assigned = fit_ids(request, items, record)
     codes, names = assigned.codes, list(assigned.names)
     sizes = [len(level) for level in names]
     unique = collisions.resolve_collisions(
@@ -137,7 +135,7 @@ def assign_ids(request: IDRequest) -> dict[str, Any] | None:
         for name, gain in zip(level, gains, strict=True)
     }
     log = report | {"purity_gain_by_token": figure}
-    write_json(request.log_dir / "semantic_ids.json", log)
+    write_json(request.log_dir / REPORT, log)
     ids = [
         [level[code] for level, code in zip(names, path, strict=True)] for path in unique.tolist()
     ]
@@ -172,8 +170,13 @@ def _record(request: IDRequest, info: Mapping[str, Any]) -> dict[str, Any]:
     return record
 
 
-def fit_ids(request: IDRequest, items: pa.Table) -> Assigned:
+def fit_ids(request: IDRequest, items: pa.Table, record: Mapping[str, Any]) -> Assigned:
     """Learn a quantizer from the items' embeddings and return its codes.
+
+    Args:
+        request: names embeddings, options and log folder.
+        items: the table of items.parquet.
+        record: the request as JSON values, which claims the log folder.
 
     Raises:
         UsageError: the embeddings or the options do not fit the items, or the log folder holds
@@ -189,11 +192,11 @@ def fit_ids(request: IDRequest, items: pa.Table) -> Assigned:
     if request.cf_run is not None:
         trained_on = fingerprint(read_info(request.dataset))
         collaborative = load_collaborative(request.cf_run, trained_on, options.latent)
-    claim_log_dir(request.log_dir)
+    claim_log_dir(request.log_dir, record)
 
     # A step is an epoch of RQ-VAE, or a level of k-means.
     print_every = max(options.epochs // 20, 1) if request.quantizer == "rq-vae" else 1
-    with SummaryWriter(str(request.log_dir / "tensorboard")) as writer:
+    with SummaryWriter(str(request.log_dir / TENSORBOARD)) as writer:
 
         def log(step: int, values: dict[str, float]) -> None:
             for tag, value in values.items():
@@ -212,15 +215,20 @@ def fit_ids(request: IDRequest, items: pa.Table) -> Assigned:
         name: tensor.detach().cpu().contiguous()
         for name, tensor in result.quantizer.state_dict().items()
     }
-    save_file(tensors, request.log_dir / "quantizer.safetensors")
+    save_file(tensors, request.log_dir / QUANTIZER)
 
     names = [collisions.code_names(level, size) for level, size in enumerate(sizes)]
     report = {"reconstruction_error": result.reconstruction_error, "warnings": result.warnings}
     return Assigned(result.codes, separated, names, report)
 
 
-def existing_ids(request: IDRequest, items: pa.Table) -> Assigned:
+def existing_ids(request: IDRequest, items: pa.Table, record: Mapping[str, Any]) -> Assigned:
     """Return the codes of the dataset's own semantic IDs.
+
+    Args:
+        request: names the log folder and what happens to equal IDs.
+        items: the table of items.parquet.
+        record: the request as JSON values, which claims the log folder.
 
     Raises:
         UsageError: an item has no ID, the IDs have different lengths, collisions cannot be resolved
@@ -255,24 +263,24 @@ def existing_ids(request: IDRequest, items: pa.Table) -> Assigned:
                 f"{request.dataset}: the codes of the extra level are called <{letter}_0> …, but "
                 f"{clashes[0]} exists already; give --collisions reassign"
             )
-    claim_log_dir(request.log_dir)
+    claim_log_dir(request.log_dir, record)
     return Assigned(codes, codes, names, {"warnings": []})
 
 
-def claim_log_dir(folder: Path) -> None:
-    """Make the log folder anew; what an unfinished fit left in it is deleted.
+def claim_log_dir(folder: Path, record: Mapping[str, Any]) -> None:
+    """Make the log folder; what an earlier start of the same request left in it is deleted.
 
     Raises:
-        UsageError: the folder holds anything else.
+        UsageError: the folder holds the logs of another request or anything else, or another
+            process uses it.
     """
-    if folder.exists():
-        own = {path.name for path in folder.iterdir() if not is_temporary(path)}
-        if foreign := sorted(own - set(LOGS)):
-            raise UsageError(
-                f"--log_dir {folder} holds other files ({foreign[0]}); choose a new folder"
-            )
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
+    report = folder / REPORT
+    if claim(folder, REPORT, "--log_dir", f"{REPORT} of igd ids"):
+        there = read_json_object(report, f"delete {folder} or choose another --log_dir")
+        refuse_other_request(folder, there.get("request", {}), record, "--log_dir")
+    write_json(report, {"request": record})
+    shutil.rmtree(folder / TENSORBOARD, ignore_errors=True)
+    (folder / QUANTIZER).unlink(missing_ok=True)
 
 
 def measures_of(

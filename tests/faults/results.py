@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-TEMPORARY = re.compile(r"\.tmp-\d+$|\.old$|\.lock$")
+TEMPORARY = re.compile(r"\.tmp-\d+$|\.replaced-by-igd$|\.lock$")
 # Files that hold times, places or process numbers.
 VARYING = ("tensorboard", "timing.json", "env.json", "lock.json")
 EVALUATION = ("metrics.json", "predictions-*.parquet")

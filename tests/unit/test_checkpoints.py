@@ -251,6 +251,16 @@ def test_a_run_that_never_came_to_a_step_is_free(tmp_path):
     assert "learning_rate: 2.0" in (run / "config.yaml").read_text()
 
 
+def test_a_folder_with_a_config_yaml_of_the_users_is_not_claimed(tmp_path):
+    """Its config.yaml would be replaced, and its catalogue/ deleted."""
+    (tmp_path / "config.yaml").write_text("learning_rate: 1.0  # mine\n")
+    (tmp_path / "catalogue").mkdir()
+    with pytest.raises(UsageError, match="is not empty, and its config.yaml is not that of such"):
+        claim_run_folder(tmp_path, options(tmp_path), DS, world_size=2)
+    assert (tmp_path / "config.yaml").read_text() == "learning_rate: 1.0  # mine\n"
+    assert (tmp_path / "catalogue").is_dir()
+
+
 @pytest.mark.parametrize("name", ["config.yaml", "ds_config.json", "env.json"])
 @pytest.mark.parametrize("content", [b"", b"[1]", b"\xff\xfe{", b"{a: [", None])
 def test_damaged_records_of_a_run_are_named(run, name, content):

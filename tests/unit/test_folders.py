@@ -161,7 +161,7 @@ def test_a_folder_is_made_once_from_one_request(tmp_path):
     folder, request = tmp_path / "data", {"k_core": 5, "splits": ("a", "b"), "rate": 0.1}
     assert not is_made(folder, "dataset.json", request)
     with new_folder(folder) as unfinished:
-        write_json(unfinished / "dataset.json", request | {"made": "today"})
+        write_json(unfinished / "dataset.json", request)
 
     assert is_made(folder, "dataset.json", request), "a tuple is a list in JSON"
     with pytest.raises(UsageError) as caught:
@@ -170,6 +170,9 @@ def test_a_folder_is_made_once_from_one_request(tmp_path):
         f"--to {folder} exists and was made from another request (these differ: k_core, rate): "
         "delete it or choose another"
     )
+
+    with pytest.raises(UsageError, match=r"\(these differ: splits\)"):
+        is_made(folder, "dataset.json", {"k_core": 5, "rate": 0.1})
 
     (folder / "dataset.json").unlink()
     message = f"--output {folder} exists and holds no dataset.json: delete it or choose another"
@@ -214,28 +217,48 @@ def test_a_folder_of_others_is_not_claimed(tmp_path):
 
 def test_a_folder_that_was_killed_between_its_two_renames_is_put_back(tmp_path):
     run = tmp_path / "run"
+    model, old = run / "model", run / ".model.replaced-by-igd"
     claim(run, "config.yaml", "--output_dir", "run")
     (run / "config.yaml").touch()
-    (run / "model.old").mkdir()
-    (run / "model.old" / "first").touch()
+    old.mkdir()
+    (old / "first").touch()
 
     assert claim(run, "config.yaml", "--output_dir", "run")
-    assert names(run / "model") == ["first"] and not (run / "model.old").exists()
+    assert names(model) == ["first"] and not old.exists()
 
     # The next one who replaces the folder finds it too, and keeps it if he fails.
-    (run / "model").rename(run / "model.old")
-    with pytest.raises(ZeroDivisionError), replaced_folder(run / "model"):
+    model.rename(old)
+    with pytest.raises(ZeroDivisionError), replaced_folder(model):
         1 / 0  # noqa: B018
-    assert names(run / "model") == ["first"] and not (run / "model.old").exists()
+    assert names(model) == ["first"] and not old.exists()
 
 
 def test_a_half_deleted_old_folder_takes_nobodys_place(tmp_path):
     """Killed after both renames: the new folder stands, and the old one is removed later."""
-    for name in ("model", "model.old"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "model" / "new").touch()
-    folders.put_back(tmp_path / "model.old")
-    assert names(tmp_path / "model") == ["new"]
+    model, old = tmp_path / "model", tmp_path / ".model.replaced-by-igd"
+    for folder in (model, old):
+        folder.mkdir()
+    (model / "new").touch()
+    folders.put_back(old)
+    assert names(model) == ["new"]
+
+    with replaced_folder(model) as unfinished:
+        (unfinished / "newer").touch()
+    assert names(model) == ["newer"] and not old.exists()
+
+
+def test_a_folder_of_the_users_beside_a_replaced_one_stays(tmp_path):
+    """Earlier versions took model.old for their own, put it back and removed it."""
+    run = tmp_path / "run"
+    (run / "model.old").mkdir(parents=True)
+    (run / "model.old" / "mine").touch()
+    (run / "config.yaml").touch()
+
+    claim(run, "config.yaml", "--output_dir", "run")
+    for name in ("first", "second"):
+        with replaced_folder(run / "model") as unfinished:
+            (unfinished / name).touch()
+    assert names(run / "model") == ["second"] and names(run / "model.old") == ["mine"]
 
 
 @pytest.mark.parametrize("place", ["/proc/igd_ds/run", "FILE/run"])

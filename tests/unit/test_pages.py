@@ -293,7 +293,21 @@ def test_the_old_report_is_whole_until_the_new_one_is_in_its_place(small, tmp_pa
     with pytest.raises(OSError, match="killed"):
         render(dataclasses.replace(small, name="other"), folder)
     [old] = tmp_path.iterdir()
-    assert old.name == "report.old" and bytes_of(old) == before
+    assert old.name == ".report.replaced-by-igd" and bytes_of(old) == before
+
+    monkeypatch.undo()
+    render(small, folder)
+    assert list(tmp_path.iterdir()) == [folder] and bytes_of(folder) == before
+
+
+def test_an_old_report_that_the_user_keeps_is_not_touched(small, tmp_path):
+    folder, kept = tmp_path / "report", tmp_path / "report.old"
+    render(small, folder)
+    folder.rename(kept)
+    before = bytes_of(kept)
+    for _ in range(2):  # where no report is, and where one is replaced
+        render(small, folder)
+        assert bytes_of(kept) == before and sorted(tmp_path.iterdir()) == [folder, kept]
 
 
 @pytest.mark.parametrize("other", ["notes.txt", "data/items.parquet", "index.html"])

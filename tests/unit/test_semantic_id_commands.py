@@ -538,13 +538,53 @@ def test_same_seed_same_bytes_no_op_and_refusal(folder, tmp_path, capsys):
     assert "nothing to do" in capsys.readouterr().out
     with pytest.raises(UsageError, match=r"made from another request \(these differ: seed\)"):
         train(folder, tmp_path / "a", *flags, "--seed", 1)
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "notes.txt").write_text("")
-    with pytest.raises(UsageError, match="--log_dir"):
-        train(folder, tmp_path / "c", *flags, "--log_dir", tmp_path / "mine")
-    assert (tmp_path / "mine" / "notes.txt").exists()
-    # A folder that holds logs alone is made anew.
-    assert train(folder, tmp_path / "c", *flags, "--log_dir", tmp_path / "b.quantizer") == 0
+
+
+def test_a_log_folder_belongs_to_one_request(folder, tmp_path):
+    """No folder of the user's and no finished quantizer is deleted."""
+    (tmp_path / "mine" / "tensorboard").mkdir(parents=True)
+    (tmp_path / "mine" / "tensorboard" / "events.out").write_text("mine")
+    plain = quantizer_flags(folder, "rq-vae", "--codes", 20)
+    letter = [*plain, "--diversity_weight", 1e-4]
+    assert train(folder, tmp_path / "a", *letter) == 0
+    weights = tmp_path / "a.quantizer" / "quantizer.safetensors"
+    before = weights.read_bytes()
+
+    foreign = "mine is not empty and holds no semantic_ids.json of igd ids: give a new folder"
+    other = r"a.quantizer exists and was made from another request \(these differ: {}\)"
+    for log_dir, flags, message in [
+        ("mine", plain, foreign),
+        ("a.quantizer", quantizer_flags(folder, "pq"), other.format(".*quantizer.*")),
+        ("a.quantizer", [*letter, "--seed", 1], other.format("seed")),
+        ("a.quantizer", plain, other.format("diversity_weight")),
+    ]:
+        with pytest.raises(UsageError, match=f"--log_dir {tmp_path}/{message}"):
+            train(folder, tmp_path / "b", *flags, "--log_dir", tmp_path / log_dir)
+        assert not (tmp_path / "b").exists()
+    assert (tmp_path / "mine" / "tensorboard" / "events.out").read_text() == "mine"
+    assert weights.read_bytes() == before
+
+    # The output's request is compared in the same way.
+    with pytest.raises(UsageError, match=r"a exists .* \(these differ: diversity_weight\)"):
+        train(folder, tmp_path / "a", *plain)
+
+
+def test_ids_that_were_stopped_are_made_with_the_same_log_folder(folder, tmp_path, monkeypatch):
+    flags = quantizer_flags(folder, "rq-vae")
+    logs = tmp_path / "a.quantizer"
+    with monkeypatch.context() as stopped:
+        stopped.setattr(assign, "save_file", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(folder, tmp_path / "a", *flags)
+    assert set(json.loads((logs / "semantic_ids.json").read_text())) == {"request"}
+    assert any((logs / "tensorboard").iterdir())
+
+    assert train(folder, tmp_path / "a", *flags) == 0
+    assert len(list((logs / "tensorboard").iterdir())) == 1
+    assert (logs / "quantizer.safetensors").exists()
+
+    # The same IDs for another output take the log folder too.
+    assert train(folder, tmp_path / "b", *flags, "--log_dir", logs) == 0
 
 
 def test_codes_aligned_with_a_recommender(folder, tmp_path, capsys):
@@ -633,7 +673,7 @@ def test_uneven_existing_ids(folder):
     ]:
         column = pa.array([*ids[:4], wrong, *ids[5:]], pa.list_(pa.string()))
         with pytest.raises(UsageError, match=message):
-            assign.existing_ids(request, items.set_column(2, "semantic_id", column))
+            assign.existing_ids(request, items.set_column(2, "semantic_id", column), {})
 
 
 def test_a_collapsed_codebook_is_on_screen(folder, tmp_path, capsys):

@@ -38,7 +38,7 @@ def render(study: Study, folder: Path, command: str = "") -> tuple[list[Table], 
 
     The report is made in a temporary folder. Then the old content of `folder` is renamed, the new
     report takes its place, and the old content is deleted. If the process is killed between the two
-    renames, the old report is left as FOLDER.old until the next start.
+    renames, the old report is left as .FOLDER.replaced-by-igd until the next start.
 
     Args:
         study: what to report.
