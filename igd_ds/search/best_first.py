@@ -141,7 +141,7 @@ class BestFirst:
         return highest
 
     def _narrow_at_limit(self) -> None:
-        """Drop open edges of users at the limit: all of them, or all but K if a list has free places.
+        """Drop the open edges of users at the limit, but for the K best if a list has free places.
 
         Each prefix leads to an item, so K of them fill the list.
         """
@@ -157,7 +157,7 @@ class BestFirst:
         self._give_up(at_limit)
 
     def _has_free_places(self) -> np.ndarray:
-        """Return whether a pair has no list from another search and none that is full, bool (A,)."""
+        """Return whether neither another search nor this one has a full list, bool (A,)."""
         free: np.ndarray = (self.known_leaves[:, 0] < 0) & (self.leaves[:, -1] < 0)
         return free
 
