@@ -157,7 +157,7 @@ class BestFirst:
         self._give_up(at_limit)
 
     def _has_free_places(self) -> np.ndarray:
-        """Return whether neither another search nor this one has a full list, bool (A,)."""
+        """Return whether no other search has a list and this one's is not full, bool (A,)."""
         free: np.ndarray = (self.known_leaves[:, 0] < 0) & (self.leaves[:, -1] < 0)
         return free
 
