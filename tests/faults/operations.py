@@ -10,6 +10,7 @@ that a library writes is cut in the middle.
 
 import errno
 import functools
+import itertools
 import os
 import signal
 import sys
@@ -50,7 +51,8 @@ class Hook:
 
     def __init__(self, fault: Fault):
         self.fault = fault
-        self.count = 0
+        # Threads count too, TensorBoard's for example, so each operation takes its number at once.
+        self.numbers = itertools.count(1)
         self.busy = False
         self.folder = str(fault.folder.resolve())
         self.journal = os.open(fault.journal, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -76,15 +78,15 @@ class Hook:
         name = os.path.realpath(os.fsdecode(path))
         if name != self.folder and not name.startswith(self.folder + os.sep):
             return
-        self.count += 1
+        number = next(self.numbers)
         os.write(self.journal, f"{what} {os.path.relpath(name, self.folder)}\n".encode())
-        if not self.fault.at or self.count < self.fault.at:
+        if not self.fault.at or number < self.fault.at:
             return
 
         if self.fault.kind == "full":
             if what not in ("os.remove", "os.rmdir", "os.rename", "os.truncate"):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
-        elif self.count == self.fault.at:
+        elif number == self.fault.at:
             self.go_wrong(tear)
 
     def go_wrong(self, tear: Callable[[], None] | None) -> None:
@@ -92,10 +94,12 @@ class Hook:
         if self.fault.kind != "kill":
             os.kill(os.getpid(), getattr(signal, f"SIG{self.fault.kind}"))
             return
-        if self.fault.torn and tear:
-            self.busy = True
-            tear()
-        os.kill(os.getpid(), signal.SIGKILL)
+        try:
+            if self.fault.torn and tear:
+                self.busy = True
+                tear()
+        finally:
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def wrap(self, module: Any, name: str, place: int) -> None:
         """Count the calls of a function that writes the file at this place of its arguments."""

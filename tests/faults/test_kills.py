@@ -6,18 +6,21 @@ temporary file left. By default a few dozen of the places are tried, with `make 
 
 import contextlib
 import math
+import os
 import re
 import shutil
 import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import ranks
 import results
 from faults_world import ALL
-from operations import Fault
+from operations import Fault, install
 
 # Command: at how many places, spread over its file operations, it is killed by default.
 KILLS = {
@@ -92,6 +95,27 @@ def test_a_killed_command_gives_the_same_when_it_is_run_again(campaign, folder, 
     codes, text = disturbed(campaign, name, share, folder, "kill")
     assert codes[0] == -9, f"{codes}\n{text[-2000:]}"
     check_second_run(campaign, name, folder)
+
+
+def test_a_death_does_not_get_lost_among_threads(campaign, folder):
+    """TensorBoard writes from a thread of its own, at the same time as the command."""
+    fault = Fault(folder, folder.with_name("place.journal"), at=5)
+    codes = ranks.wait(ranks.start(1, folder.with_name("log"), write_from_threads, fault), 60)
+    assert codes == [-9]
+
+
+def write_from_threads(fault: Fault) -> None:
+    """Let eight threads write files at once, with a journal so slow that they overtake each other."""
+    write = os.write
+
+    def slow(descriptor: int, text: bytes) -> int:
+        time.sleep(0.02)
+        return write(descriptor, text)
+
+    os.write = slow
+    install(fault)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda name: (fault.folder / str(name)).write_text("text"), range(16)))
 
 
 @pytest.mark.parametrize("kind", ["USR1", "TERM"])
