@@ -164,11 +164,18 @@ def make_folder(folder: Path) -> None:
         ) from error
 
 
+def is_free(path: Path) -> bool:
+    """Whether `new_folder` can make this folder: nothing is there, or an empty folder."""
+    if path.is_symlink() or path.is_mount():
+        return False
+    return not path.exists() or (path.is_dir() and not any(path.iterdir()))
+
+
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """Yield an empty folder to fill; when the block ends, it is renamed to `folder`.
 
-    If the block raises, the unfinished folder is removed and `folder` does not appear. The parents
+    `folder` is missing or empty before. If the block raises, it stays so. The parents
     of `folder` are made where they are missing. Until the block ends, FOLDER.lock keeps other
     processes off.
 
@@ -182,7 +189,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     temporary = temporary_name(folder)
     make_folder(folder.parent)
     with locked(folder):
-        if folder.exists():
+        if not is_free(folder):
             raise UsageError(f"{folder} exists already; delete it or choose another output")
         remove_temporaries(folder.parent, glob.escape(folder.name))
         shutil.rmtree(temporary, ignore_errors=True)  # of a process that had our number
@@ -274,7 +281,7 @@ def is_made(folder: Path, record: str, request: Mapping[str, Any], flag: str = "
     Raises:
         UsageError: the folder exists and was made from another request, or holds something else.
     """
-    if not folder.exists():
+    if is_free(folder):
         return False
     forget_lock(folder)
 

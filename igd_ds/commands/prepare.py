@@ -308,8 +308,6 @@ def _check_ranges(args: argparse.Namespace) -> None:
         raise UsageError(
             f"--source_url {args.source_url}: need an address like https://example.org/data"
         )
-    if not 0 <= args.max_bad_lines < 1:
-        raise UsageError(f"--max_bad_lines {args.max_bad_lines}: a share, from 0 to below 1")
 
 
 def seconds(day: str | None, flag: str) -> int | None:

@@ -35,7 +35,7 @@ from huggingface_hub.constants import HF_HOME
 from igd_ds.data.card import write_card
 from igd_ds.data.seen_items import MOST_REPEATS, SeenItems
 from igd_ds.errors import UsageError
-from igd_ds.folders import new_folder, read_parquet, sha256_of, temporary_name, write_text
+from igd_ds.folders import is_free, new_folder, read_parquet, sha256_of, temporary_name, write_text
 
 VERSION = 2
 SPLITS = ("train", "valid", "test")
@@ -517,7 +517,7 @@ def write_dataset(
         UsageError: the folder exists, or a split is empty.
     """
     folder = Path(folder)
-    if folder.exists():
+    if not is_free(folder):
         raise UsageError(f"{folder} exists already; delete it or choose another output")
     empty = [name for name in SPLITS if splits[name].num_rows == 0]
     if empty:

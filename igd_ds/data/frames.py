@@ -1,8 +1,10 @@
 """Datasets from Python: tables in memory (pandas, polars, Arrow) or files (`igd prepare`)."""
 
 import os
+import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ def prepare(
     protocol: str = "leave-one-out",
     domain: str = "items",
     titles: str = "placeholder",
+    max_bad_lines: float = 0.001,
     license: str = "",
     source_url: str = "",
     **options: Any,
@@ -48,6 +51,8 @@ def prepare(
         protocol: how interactions become rows, a name in PROTOCOLS.
         domain: plural noun for the items in prompts.
         titles: policy for titles, see igd_ds/data/hygiene.py.
+        max_bad_lines: share of the lines, 0 to 1, that may be left out because they have no user,
+            item or time that can be read.
         license: licence of the source, for dataset.json and the data card.
         source_url: page of the source, for dataset.json and the data card.
         options: fields of ProtocolOptions, such as max_history=20 or k_core=5.
@@ -86,13 +91,24 @@ def prepare(
             name=output.resolve().name,
             domain=domain,
             titles=titles,
+            max_bad_lines=max_bad_lines,
             columns=columns or {},
             time_format=time_format,
             license=license,
             source_url=source_url,
         )
-        prepare_dataset(request)
+        with _naming_tables(Path(folder)):
+            prepare_dataset(request)
     return InteractionDataset.load(output)
+
+
+@contextmanager
+def _naming_tables(folder: Path) -> Iterator[None]:
+    """Let a UsageError name a table in memory as the argument that it is."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(re.sub(rf"{re.escape(str(folder))}/(\w+)\.parquet", r"\1", str(error))) from error
 
 
 def _as_file(table: Any, folder: Path, name: str) -> Path:

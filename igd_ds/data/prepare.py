@@ -36,7 +36,7 @@ from igd_ds.data.raw import RawReader
 from igd_ds.data.raw_files import RawRequest
 from igd_ds.data.sources import SOURCES, find_files
 from igd_ds.errors import UsageError
-from igd_ds.folders import differing, forget_lock, sha256_of
+from igd_ds.folders import differing, forget_lock, is_free, sha256_of
 from igd_ds.items.shared_paths import MAX_ITEMS_PER_PATH, SharedPaths
 
 DROPPING = ("drop", "d3")  # the title policies that remove items
@@ -93,6 +93,8 @@ def prepare(wanted: DatasetRequest) -> dict[str, Any]:
     Raises:
         UsageError: bad input, or the output exists and is another dataset.
     """
+    if not 0 <= wanted.max_bad_lines < 1:
+        raise UsageError(f"--max_bad_lines {wanted.max_bad_lines}: a share, from 0 to below 1")
     files = find_files(wanted.source, wanted.inputs)
     paths = [path for found in files.values() for path in found]
     info = _request_info(wanted)
@@ -100,7 +102,7 @@ def prepare(wanted: DatasetRequest) -> dict[str, Any]:
     with ThreadPoolExecutor(1) as background:
         # Hashing runs beside the reading: it takes as long as the disk needs for the files.
         hashes = background.submit(_hashes, paths)
-        if wanted.output.exists():
+        if not is_free(wanted.output):
             return _finished(wanted.output, info | {"sources": hashes.result()})
 
         data, rows, items, title_report = _rows_and_items(wanted, files, paths)
@@ -260,7 +262,21 @@ def _kept_item_table(data: SourceData, rows: Rows, origin: np.ndarray) -> pa.Tab
         names = data.item_names.take(pa.array(source_items))
     metadata = data.metadata(source_items) if data.metadata else None
     titles = [data.titles[item] for item in kept]
-    return item_table(titles, _chosen(data.semantic_ids, kept), names, metadata)
+    semantic_ids = _chosen(data.semantic_ids, kept)
+    if semantic_ids is not None:
+        _refuse_missing_ids(semantic_ids, names)
+    return item_table(titles, semantic_ids, names, metadata)
+
+
+def _refuse_missing_ids(semantic_ids: Sequence[list[str] | None], names: pa.Array) -> None:
+    """Raise UsageError if some items have a semantic ID and others do not."""
+    missing = [name for codes, name in zip(semantic_ids, names.to_pylist(), strict=True) if not codes]
+    if missing:
+        listed = ", ".join(map(repr, missing[:5]))
+        raise UsageError(
+            f"{len(missing):,} of {len(semantic_ids):,} items have no semantic ID, such as {listed}: "
+            "give one to every item, or leave the column out"
+        )
 
 
 def _title_steps(report: Mapping[str, Any]) -> list[FunnelStep]:

@@ -80,6 +80,14 @@ CHOOSE_LINES = """
     SELECT code, item_code.name AS item, count(*) AS lines, count(DISTINCT title) AS titles,
         coalesce(min(position) FILTER (coalesce(title, '') <> ''), min(position)) AS position
     FROM item_code JOIN item_line ON item_line.item = item_code.name GROUP BY ALL"""
+FIRST_WITH_TITLE = """
+    SELECT * FROM ({items}) QUALIFY row_number() OVER (
+        PARTITION BY item ORDER BY coalesce(title, '') = '', position) = 1"""
+FILLED_IN = """
+    CREATE TABLE item_line AS
+    SELECT item, {columns}, coalesce(given_line.position,
+        other_line.position + (SELECT count(*) FROM given_line)) AS position
+    FROM given_line FULL JOIN other_line USING (item)"""
 COUNT_CHOSEN = """
     SELECT count(*), count(*) FILTER (lines > 1), count(*) FILTER (titles > 1) FROM item_chosen"""
 WITH_CHOSEN_LINE = """
@@ -238,6 +246,7 @@ class RawReader:
         self,
         interactions: str,
         items: str | None = None,
+        other_items: str | None = None,
         whole_catalogue: bool = False,
         timed: bool = True,
     ) -> SourceData:
@@ -253,6 +262,7 @@ class RawReader:
             items: gives item VARCHAR, title VARCHAR, position BIGINT and any columns of
                 METADATA_SCHEMA and semantic_id VARCHAR[]. If an item occurs twice, the first line
                 with a title counts.
+            other_items: gives the same; what `items` leaves open is taken from there.
             whole_catalogue: whether items without interactions belong to the catalogue.
             timed: whether the source has times; if so, an interaction without one is rejected.
 
@@ -275,6 +285,8 @@ class RawReader:
             item_names += " UNION SELECT item FROM item_line WHERE coalesce(item, '') <> ''"
         for table, names in [("user_code", user_names), ("item_code", item_names)]:
             self._run(f"CREATE TABLE {table} AS {NUMBERED.format(names=names)}")
+        if other_items:
+            self._fill_in(other_items)
         self._choose_lines()
         user_order, users = self._shuffled("user_code", salt=0)
         item_order, item_ids = self._shuffled("item_code", salt=1)
@@ -331,6 +343,11 @@ class RawReader:
             if "maximum_object_size" in str(error):
                 raise UsageError(f"{path}: a line is longer than 16 MiB: shorten it") from error
             advice = "; is it whole? download it again" if "GZIP" in str(error) else ""
+            if "state machine" in str(error):
+                advice = (
+                    "; some lines seem to end in CR LF or CR and others in LF: sed 's/\\r$//' "
+                    f"{path.name} > NEW.csv"
+                )
             raise UsageError(f"{path}: cannot be read ({_brief(error)}){advice}") from error
         self.funnel.append({"step": f"read {path.name}", "rows": rows})
         _report(f"read {path}: {rows:,} rows in {time.perf_counter() - begin:.1f} s")
@@ -468,6 +485,21 @@ class RawReader:
                 "negative, and before the year 5138"
             )
         return 1000 if fine else 1
+
+    def _fill_in(self, other_items: str) -> None:
+        """Put what `other_items` says of an item into the gaps of item_line."""
+        self._run("ALTER VIEW item_line RENAME TO given_line")
+        self._run(f"CREATE VIEW other_line AS {FIRST_WITH_TITLE.format(items=other_items)}")
+        columns = {
+            view: [row[0] for row in self._run(f"DESCRIBE {view}")]
+            for view in ("given_line", "other_line")
+        }
+        chosen = ["coalesce(nullif(given_line.title, ''), other_line.title) AS title"]
+        for name in dict.fromkeys(columns["given_line"] + columns["other_line"]):
+            views = [view for view in columns if name in columns[view]]
+            if name not in ("item", "title", "position"):
+                chosen.append(f"coalesce({', '.join(f'{v}.{name}' for v in views)}) AS {name}")
+        self._run(FILLED_IN.format(columns=", ".join(chosen)))
 
     def _choose_lines(self) -> None:
         """Make the table item_chosen: per item the first metadata line with a title.

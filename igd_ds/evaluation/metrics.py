@@ -553,8 +553,8 @@ def best_alpha(results: Mapping[str, Any], metric: str = "ndcg@10") -> str:
         value = entry[HEADLINE].get(metric)
         if value is None:
             raise UsageError(
-                f"cannot choose α by {metric}: that evaluation's lists hold "
-                f"{results['num_beams']} items"
+                f"cannot choose α by {metric}: that evaluation does not have it, because its lists "
+                "are shorter"
             )
         values[alpha] = value
     return max(sorted(values, key=float), key=lambda alpha: values[alpha])

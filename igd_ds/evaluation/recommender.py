@@ -155,6 +155,8 @@ class Recommender:
             template, self.tokenizer, as_written, catalogue.kind, budget
         )
 
+        self.max_history: int = dataset.info["parameters"].get("max_history", 0)
+
         self._set_up(dataset, stored, likelihood_of(self.description), device)
         self.trie = SearchTrie.build(stored.trie)
         self._backbone: Backbone | None = None
@@ -293,18 +295,24 @@ class Recommender:
         """Rank the catalogue for one batch of histories, at every α of `scoring`.
 
         Args:
-            histories: dense item ids, oldest first; the oldest items of a history too long for the
-                prompt are dropped.
+            histories: dense item ids, oldest first. The oldest items are dropped where there are
+                more than a history of the dataset has, or more than the prompt holds.
             scoring, num_beams, method, per_user, limits, targets: see
                 `igd_ds.search.engine.search`.
         """
         assert self._backbone is not None, "call load_weights() first"
         with self._one_at_a_time:  # a search changes how the model attends while it lasts
             tree = self._backbone.prompt_tree(self.model, scoring.output_tokens(self.trie))
-            tree.prefill([self.prompts.encode(history) for history in histories])
+            tree.prefill([self._prompt(history) for history in histories])
             return search(
                 tree, self.trie, scoring, num_beams, method, per_user, limits, targets=targets
             )
+
+    def _prompt(self, history: np.ndarray) -> np.ndarray:
+        """Return the prompt's tokens; as in training it has at most `max_history` items."""
+        if self.max_history:
+            history = history[-self.max_history :]
+        return self.prompts.encode(history)
 
     def recommend(
         self,
@@ -454,7 +462,7 @@ class Recommender:
         assert self._backbone is not None, "call load_weights() first"
         with self._one_at_a_time:
             tree = self._backbone.prompt_tree(self.model, scoring.output_tokens(self.trie))
-            tree.prefill([self.prompts.encode(history)])
+            tree.prefill([self._prompt(history)])
             passes = stream(tree, self.trie, scoring, per_user, limits)
 
         rank = 0

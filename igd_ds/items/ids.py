@@ -143,10 +143,18 @@ class ItemIds:
             what, other = f"dense item id (0 to {len(self) - 1})", "source id"
             instead, there = SOURCE, self.item(name, SOURCE) is not None
 
+        if space == SOURCE:
+            what += self._with_zeros(name)
         if there:
             meant = f"it is a {other}: choose {switch.format(instead)} if that is meant"
             return f"{name!r} is no {what}; {meant}"
         return f"{name!r} is no {what}, and no {other} either; source ids look like {self._sample}"
+
+    def _with_zeros(self, name: str) -> str:
+        """Return a hint at the source id that differs from `name` in leading zeros alone, if any."""
+        bare = name.lstrip("0")
+        alike = [own for own in self.source_ids if own.lstrip("0") == bare] if bare else []
+        return f" ({alike[0]!r} is one, with its zeros)" if alike else ""
 
     @property
     def _sample(self) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from igd_ds.errors import UsageError
-from igd_ds.folders import new_folder, read_json_object, sha256_of, write_json
+from igd_ds.folders import is_free, new_folder, read_json_object, sha256_of, write_json
 from igd_ds.items.catalogue import Catalogue, ItemDataset
 from igd_ds.items.decisiveness import INFORMATION_GAIN, check_names, gain_deciles, zero_gain
 from igd_ds.items.trie import TokenTrie
@@ -113,7 +113,7 @@ def save_catalogue(folder: Path | str, stored: StoredCatalogue) -> None:
         UsageError: the folder exists.
     """
     folder = Path(folder)
-    if folder.exists():
+    if not is_free(folder):
         raise UsageError(
             f"{folder} exists: a catalogue is never overwritten, remove it or name another folder"
         )

@@ -299,7 +299,7 @@ def _ends_there(view: CatalogueView, item: int, num_tokens: int) -> bool:
     if view.catalogue.kind == "semantic-id":
         return num_tokens == len(path) - 1
     text: str = view.tokenizer.decode(path[:num_tokens])
-    return text == view.names[item][0]
+    return text == next(iter(view.names[item]), "")
 
 
 def visible(text: str) -> str:

@@ -29,6 +29,7 @@ from igd_ds.errors import UsageError
 from igd_ds.folders import (
     claim,
     forget_lock,
+    is_free,
     new_folder,
     read_json_object,
     refuse_other_request,
@@ -100,7 +101,7 @@ def assign_ids(request: IDRequest) -> dict[str, Any] | None:
     """
     info = read_info(request.dataset)
     record = _record(request, info)
-    if request.output.exists():
+    if not is_free(request.output):
         forget_lock(request.output)
         made = read_info(request.output).get("semantic_ids", {}).get("request", {})
         refuse_other_request(request.output, made, record, "--output")

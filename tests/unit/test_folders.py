@@ -174,11 +174,25 @@ def test_a_folder_is_made_once_from_one_request(tmp_path):
     with pytest.raises(UsageError, match=r"\(these differ: splits\)"):
         is_made(folder, "dataset.json", {"k_core": 5, "rate": 0.1})
 
-    (folder / "dataset.json").unlink()
+    (folder / "dataset.json").rename(folder / "other.json")
     message = f"--output {folder} exists and holds no dataset.json: delete it or choose another"
     with pytest.raises(UsageError) as caught:
         is_made(folder, "dataset.json", request)
     assert str(caught.value) == message
+
+
+def test_an_empty_folder_may_be_filled_and_a_link_to_one_not(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    assert not is_made(folder, "dataset.json", {})
+    with new_folder(folder) as unfinished:
+        write_json(unfinished / "dataset.json", {})
+    assert is_made(folder, "dataset.json", {})
+
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    with pytest.raises(UsageError, match="link exists already"), new_folder(tmp_path / "link"):
+        pass
 
 
 def test_a_folder_is_claimed_by_its_record(tmp_path):

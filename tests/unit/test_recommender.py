@@ -171,6 +171,19 @@ def test_seen_items(recommender):
         recommender.recommend([[1]], exclude_seen="never")
 
 
+def test_a_history_is_cut_as_those_of_the_dataset_are(recommender, monkeypatch):
+    """All of it counts as seen."""
+    monkeypatch.setattr(recommender, "max_history", 2)
+    (cut,) = recommender.recommend([[7, 0, 3, 9]], k=10, exclude_seen="no")
+    (short,) = recommender.recommend([[3, 9]], k=10, exclude_seen="no")
+    assert_same_lists([(r.score, r.item_ids) for r in cut], [(r.score, r.item_ids) for r in short])
+    streamed = next(recommender.stream([7, 0, 3, 9], exclude_seen="no"))
+    assert streamed == next(recommender.stream([3, 9], exclude_seen="no"))
+
+    (unseen,) = recommender.recommend([[7, 0, 3, 9]], k=10, exclude_seen="yes")
+    assert {7, 0, 3, 9}.isdisjoint(item for r in unseen for item in r.item_ids)
+
+
 def test_more_than_the_catalogue_has(recommender):
     lists = recommender.recommend([[1]], k=10**9)
     assert lists[0].short

@@ -199,6 +199,11 @@ def test_the_worst_equal_brute_force(catalogue):
     assert [entry["item"] for entry in worst(view, 1)["latest"]] == [found["latest"][0]["item"]]
 
 
+def test_an_item_without_a_title_begins_all_others():
+    view = CatalogueView.build(dataset_of(["", "ab", "abc"], None, [0, 1, 2]), letters())
+    assert {entry["item"] for entry in worst(view, 9)["prefixes"]} == {0, 1}
+
+
 def test_what_names_an_item():
     view = CatalogueView.build(*TEXT, None, "prior")
     assert find(view, "5") == [5]

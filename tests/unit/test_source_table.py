@@ -13,6 +13,7 @@ from raw_source import events_of, items_of, reading
 import igd_ds
 from igd_ds.commands import prepare
 from igd_ds.data.dataset import InteractionDataset
+from igd_ds.data.sources import find_files
 from igd_ds.errors import UsageError
 
 EVENTS = [("ann", "x1", 100, "Tea, green"), ("bob", "x2", 50, "Cup"), ("ann", "x2", 70, "Cup")]
@@ -97,8 +98,30 @@ def test_several_files_of_interactions_are_read_one_after_the_other(tmp_path):
     ]
     assert read(*parts)[0] == IN_TIME
     other = written(tmp_path / "other.csv", "client,item\nann,x1\n")
-    with pytest.raises(UsageError, match="other.csv and .*part-0.csv have other forms or columns"):
+    with pytest.raises(UsageError, match="part-0.csv and .*other.csv have other forms or columns"):
         read(parts[0], other)
+
+
+def test_files_are_read_in_the_order_that_was_given(tmp_path):
+    january = written(tmp_path / "january.csv", "user,item\nann,x1\nann,x2\n")
+    february = written(tmp_path / "february.csv", "user,item\nann,x3\n")
+    found = find_files("csv", [january, february])
+    with reading("csv", found["tables"]) as data:
+        assert [item for _, item, _ in events_of(data)] == ["x1", "x2", "x3"]
+
+
+def test_what_a_file_of_items_does_not_say_is_taken_from_the_interactions(tmp_path):
+    events = written(
+        tmp_path / "events.csv",
+        "user,item,title,brand,sid\nann,x1,,Leaf,1 1\nann,x1,Tea,,1 2\nbob,x2,Cup,Clay,2 1\n",
+    )
+    items = written(tmp_path / "items.csv", "sku,brand,category\nx1,Twig,Food\nx3,New,\n")
+    _, found = read(events, items)
+    assert found == {
+        "x1": ("Tea", ["<a_1>", "<b_2>"], None, ["Food"], "Twig", None),
+        "x2": ("Cup", ["<a_2>", "<b_1>"], None, None, "Clay", None),
+        "x3": (None, None, None, None, "New", None),
+    }
 
 
 @pytest.mark.parametrize(
@@ -154,6 +177,36 @@ def test_what_the_columns_are_is_told(tmp_path, capsys):
     assert "a.csv: user = user, item = product_id" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("header", "chosen"),
+    [
+        ("user_id,item_id,timestamp,session", "user = user_id (not session), item = item_id, time"),
+        ("member,customer_id,sku,title", "user = customer_id (not member), item = sku, title"),
+        ("user,session_id,item", "user = user (not session_id), item = item"),
+        ("date,time,user,item", "timestamp = date (not time)"),
+        ("time,user,item,name,title", "timestamp = time, title = title"),
+    ],
+)
+def test_of_several_columns_the_likeliest_is_taken_and_the_others_are_told(
+    tmp_path, capsys, header, chosen
+):
+    line = ",".join("2024-01-31" if name in ("date", "timestamp") else "1" for name in header.split(","))
+    read(written(tmp_path / "a.csv", f"{header}\n{line}\n"))
+    assert chosen in capsys.readouterr().err
+
+
+def test_a_first_line_that_is_taken_for_data_is_shown(tmp_path, capsys):
+    path = written(tmp_path / "a.csv", "kunde;artikel;titel\nu1;a1;Tea\n")
+    message = "items among kunde, artikel, titel: .*; where this is no header, COLUMN is a number"
+    with pytest.raises(UsageError, match=message):
+        read(path)
+    read(path, columns={"user": "1", "item": "2"})
+    assert "no header: the first line (kunde, artikel, titel) is taken for data" in (
+        capsys.readouterr().err
+    )
+    assert read(path, columns={"user": "kunde", "item": "artikel"})[0] == [("u1", "a1", None)]
+
+
 def test_a_first_line_without_a_header_is_data(tmp_path):
     """Numbers of columns and words such as Book are no column names there."""
     path = written(tmp_path / "a.csv", "1,31,1600000000,Book\n2,32,1600000001,Game\n")
@@ -194,6 +247,17 @@ def test_tabs_need_no_quotes(tmp_path):
     assert read(path)[1]["x1"][0] == '"Heroes" by Bowie'
 
 
+def test_what_pandas_quotes_between_tabs(tmp_path):
+    titles = ['The "Big" one', "a\tb", "plain", '7" single']
+    frame = pandas.DataFrame({"user": "ann", "item": ["x1", "x2", "x3", "x4"], "title": titles})
+    frame = frame[frame["title"] != "a\tb"]  # a tab inside of quotes ends the field all the same
+    frame.to_csv(tmp_path / "a.tsv", sep="\t", index=False)
+    found = read(tmp_path / "a.tsv")[1]
+    assert {item: values[0] for item, values in found.items()} == {
+        "x1": titles[0], "x3": titles[2], "x4": titles[3]
+    }  # fmt: skip
+
+
 # ---- times
 
 SECONDS = [1600000000, 1500000000, 1550000000]
@@ -230,16 +294,27 @@ def test_without_times_the_lines_are_in_order(tmp_path):
         assert events_of(data) == [("ann", "x2", None), ("ann", "x1", None)]
 
 
+@pytest.mark.parametrize("time", ["nan", "inf", "-5", "0001-01-01", ""])
+def test_one_time_that_is_none_is_left_out(tmp_path, time):
+    """Whatever the unit of the others."""
+    good = "".join(f"ann,x1,{1_700_000_000_000_000 + n}\n" for n in range(9))
+    path = written(tmp_path / "a.csv", f"user,item,time\nbob,x1,{time}\n{good}")
+    events, _ = read(path, max_bad_lines=0.2)
+    assert {event[0] for event in events} == {"ann"} and events[0][2] == 1_700_000_000
+    with pytest.raises(UsageError, match="a.csv"):
+        read(path)
+
+
 # ---- bad input
 
 
 @pytest.mark.parametrize(
     ("text", "options", "message"),
     [
-        ("a,b,c\n1,2,3\n", {}, r"a.csv: no column of items among column 1, column 2, column 3"),
+        ("a,b,c\n1,2,3\n", {}, r"a.csv: no column of items among a, b, c: name"),
         ("item,title\nx1,Tea\n", {}, r"a.csv: no column of users among item, title: name it"),
         ("user,item\nann,x1\n", {"columns": {"title": "label"}}, r"--columns title=label: no such"),
-        ("user,item,time\nann,x1,yesterday\n", {}, r"1 of 1 times cannot be read, such as 'yest"),
+        ("user,item,time\nann,x1,yesterday\n", {}, r"1 of 1 times cannot be read .*, such as 'yest"),
         ("user,item,time\nann,x1,20240131\n", {}, r"add --time_format %Y%m%d"),
         ("", {}, r"a.csv: the file is empty"),
         ("user,item,time\n", {}, r"a.csv: no line behind the header"),
@@ -266,6 +341,9 @@ def test_bad_tables_are_named(tmp_path, text, options, message):
     [
         (b"PK\x03\x04rest", "an Excel or zip file: save the table as CSV"),
         ("user,item\nann,x1\n".encode("utf-16"), "UTF-16 text: iconv"),
+        (b"BZh91AY", "a bzip2 file: unpack it"),
+        (b"\xfd7zXZ\x00", "an xz file: unpack it"),
+        (b"user,item\nann,x1\r\nann,x2\nann,x3\r\n", "in CR LF or CR and others in LF: sed"),
         (b"PAR1", "no whole Parquet file"),
         ("user,item\nann,Caf\u00e9\n".encode("latin-1"), "iconv -f LATIN1 -t UTF-8"),
     ],
@@ -385,6 +463,26 @@ def test_items_may_come_as_a_second_frame(tmp_path):
     items = pandas.DataFrame({"sku": [f"s-{n}" for n in range(9)], "title": list("abcdefghi")})
     data = igd_ds.prepare(shop(), tmp_path / "data", items=items)
     assert sorted(data.titles) == list("abcdefghi")
+
+
+def test_a_bad_line_of_a_frame_may_be_left_out(tmp_path):
+    frame = shop()
+    frame.loc[3, "customer"] = None
+    with pytest.raises(UsageError, match=r"^interactions: 1 of 60 .*--max_bad_lines allows"):
+        igd_ds.prepare(frame, tmp_path / "data")
+    data = igd_ds.prepare(frame, tmp_path / "data", max_bad_lines=0.1)
+    assert data.info["parameters"]["max_bad_lines"] == 0.1
+    with pytest.raises(UsageError, match="--max_bad_lines 1: a share"):
+        igd_ds.prepare(frame, tmp_path / "other", max_bad_lines=1)
+
+
+def test_semantic_ids_of_some_items_alone_are_refused_before_anything_is_written(tmp_path):
+    frame = shop()
+    frame["sid"] = "1 " + frame["sku"].str[2:]
+    frame.loc[frame["sku"] == frame["sku"][0], "sid"] = None
+    with pytest.raises(UsageError, match=r"1 of \d+ items have no semantic ID, such as 's-"):
+        igd_ds.prepare(frame, tmp_path / "data")
+    assert not (tmp_path / "data").exists()
 
 
 @pytest.mark.parametrize(

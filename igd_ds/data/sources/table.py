@@ -5,28 +5,31 @@
     items.csv    sku,title,brand,category
                  optional: a second file with a line per item; all of them belong to the catalogue
 
-A file with users and items is taken for interactions, a file with items alone for items. There may
-be several files of interactions with the same columns. They are plain or gzip, UTF-8; ids are texts
-and stay as they are.
+A file with users and items is taken for interactions, a file with items alone for items. What the
+latter does not say of an item is taken from the interactions. There may be several files of
+interactions with the same columns, which are read in the order of --input. They are plain or gzip,
+UTF-8; ids are texts and stay as they are.
 
 Columns are found by name. Capital letters, spaces and underscores do not matter:
 
-    user         user, customer, visitor, session, client, member, buyer, account, reviewer (with or
-                 without id), uid
+    user         uid, user, customer, reviewer, visitor, client, member, buyer, account, session (with
+                 or without id)
     item         item, product, movie, book, article, song, track, business, game, parent_asin (with
                  or without id), asin, sku, iid
-    timestamp    timestamp, time, date, datetime, ts, unix_review_time, created_at, event_time, and
-                 such of order, purchase or invoice; without one, the order of the lines is taken
+    timestamp    timestamp, datetime, ts, unix_review_time, created_at, event_time, and such of order,
+                 purchase or invoice, date, time; without one, the order of the lines is taken
     title        title, name, item_name, item_title, and such of product and movie
     metadata     brand (manufacturer, store), categories (category, genres, genre), price,
                  description (details)
     semantic_id  semantic_id, sid, codes: "<a_12><b_7>", or numbers such as "12 7", which become
                  <a_12> <b_7>
 
-Which columns are taken is printed. --columns names others: --columns user=kunde item=artikel
+Where several names match, the first one in this list counts, with id before without. Which columns
+are taken is printed. --columns names others: --columns user=kunde item=artikel
 timestamp=bestellt_am. In a file without a header a column is named by its number: --columns user=1
 item=2 timestamp=4. Amazon's files of ratings alone have no header and are recognised. A line
-without user or item, or with nan, null, none, n/a or such there, is left out and counted.
+without user or item, or with nan, null, none, n/a or such there, is left out and counted; there may
+be --max_bad_lines of them.
 
 A time is a number (seconds, milliseconds, micro- or nanoseconds since 1970) or a date such as
 2024-01-31 or 2024-01-31T18:30:00+01:00 (UTC where it says nothing else). Other dates need
@@ -68,16 +71,17 @@ FILES = {"tables": FileKind(any_file=True, many=True)}
 PROTOCOL = "leave-one-out"
 """What `igd prepare` takes where --protocol is missing."""
 
-PEOPLE = ("user", "customer", "visitor", "session", "client", "member", "buyer", "account")
+PEOPLE = ("user", "customer", "reviewer", "visitor", "client", "member", "buyer", "account", "session")
 THINGS = ("item", "product", "movie", "book", "article", "song", "track", "business", "game")
 EVENTS = ("order", "purchase", "invoice", "event", "review", "rating")
 NAMES = {
-    "user": (*PEOPLE, *(f"{name}id" for name in PEOPLE), "reviewerid", "reviewer", "uid"),
+    "user": ("uid", *(f"{person}{end}" for person in PEOPLE for end in ("id", ""))),
     "item": ("parentasin", "asin", "sku", *(f"{name}id" for name in THINGS), *THINGS, "iid"),
     "timestamp": (
-        *("timestamp", "time", "datetime", "date", "ts", "unixreviewtime", "createdat"),
+        *("timestamp", "datetime", "ts", "unixreviewtime", "createdat"),
         *(f"{event}{end}" for event in EVENTS for end in ("timestamp", "time", "date", "edat")),
         *("orderedat", "purchasedat", "invoicedat"),
+        *("date", "time"),  # beside a date, a time is that of the day
     ),
     "title": (
         "title",
@@ -101,6 +105,9 @@ SNIFFED_LINES = 1000
 """JSON lines whose keys are looked at."""
 NO_TABLES = {
     b"PK\x03\x04": "an Excel or zip file: save the table as CSV",
+    b"BZh": "a bzip2 file: unpack it with bunzip2, or pack it with gzip",
+    b"\xfd7zX": "an xz file: unpack it with unxz, or pack it with gzip",
+    b"\x28\xb5\x2f\xfd": "a zstd file: unpack it with unzstd, or pack it with gzip",
     b"\xff\xfe": "UTF-16 text: iconv -f UTF-16 -t UTF-8 FILE > NEW.csv converts it",
     b"\xfe\xff": "UTF-16 text: iconv -f UTF-16 -t UTF-8 FILE > NEW.csv converts it",
 }
@@ -118,6 +125,10 @@ SEMANTIC_ID = (
     "lambda part, level: '<' || chr(96 + level::INTEGER) || '_' || part || '>') "
     "ELSE {parts} END"
 )
+# In most tables with tabs a quote is a quote. pandas doubles it and puts quotes around the field.
+UNQUOTE = """
+    UPDATE {table} SET {column} = replace({column}[2:-2], '""', '"')
+    WHERE regexp_full_match({column}, '"([^"]|"")*"')"""
 PRICE = "try_cast(regexp_replace({0}, '^[^0-9.-]+', '') AS DOUBLE)"
 
 
@@ -147,8 +158,7 @@ def read(raw: RawReader, files: Mapping[str, list[Path]]) -> SourceData:
     tables = [open_table(path, raw.request.columns) for path in files["tables"]]
     _check_columns(tables, raw.request.columns)
     for table in tables:
-        chosen = ", ".join(f"{name} = {column}" for name, column in table.fields.items())
-        print(f"{table.path}: {chosen}", file=sys.stderr, flush=True)
+        print(f"{table.path}: {_choice(table)}", file=sys.stderr, flush=True)
     events = [table for table in tables if "user" in table.fields]
     catalogues = [table for table in tables if "user" not in table.fields]
     _check_tables(events, catalogues)
@@ -161,15 +171,39 @@ def read(raw: RawReader, files: Mapping[str, list[Path]]) -> SourceData:
         f'SELECT {_id(known["user"])} AS "user", {_id(known["item"])} AS item, '
         f'{seconds} AS "time", {position} AS position FROM events'
     )
-    items = _items("events", known)
+    items, other_items = _items("events", known), None
 
-    # A file of items takes the place of that.
+    # A file of items comes before that.
     if catalogues:
         _load(raw, "catalogue", catalogues)
-        items = _items("catalogue", catalogues[0].fields)
+        items, other_items = _items("catalogue", catalogues[0].fields), items
     return raw.source_data(
-        interactions, items, whole_catalogue=bool(catalogues), timed="timestamp" in known
+        interactions,
+        items,
+        other_items,
+        whole_catalogue=bool(catalogues),
+        timed="timestamp" in known,
     )
+
+
+def _choice(table: Table) -> str:
+    """Return which columns of a file are taken, and which others have a name of the same field."""
+    chosen = []
+    for name, column in table.fields.items():
+        rivals = [other for other in table.columns if other != column and _plain(other) in NAMES[name]]
+        also = f" (not {', '.join(rivals)})" if rivals and name not in OF_ITEMS else ""
+        chosen.append(f"{name} = {column}{also}")
+    header = ""
+    if not table.has_header:
+        header = f"; no header: the first line ({', '.join(_first_cells(table))}) is taken for data"
+    return ", ".join(chosen) + header
+
+
+def _first_cells(table: Table) -> list[str]:
+    """Return the cells of the first line of a delimited file, as they can be shown."""
+    text = first_line(table.path).decode("utf-8", "replace").removeprefix("\ufeff")
+    cells = split_line(table.path, text, table.delimiter)
+    return ["".join(c if c.isprintable() else "?" for c in cell[:60]) for cell in cells]
 
 
 def check_fields(given: Mapping[str, str]) -> None:
@@ -207,9 +241,11 @@ def open_table(path: Path, given: Mapping[str, str]) -> Table:
     if not table.has_header and not fields:
         fields = _fields_of_ratings(table)
     if "item" not in fields:
+        names = table.columns if table.has_header else _first_cells(table)
         raise UsageError(
-            f"{path}: no column of items among {', '.join(table.columns)}: name it, for example "
+            f"{path}: no column of items among {', '.join(names)}: name it, for example "
             "--columns user=COLUMN item=COLUMN timestamp=COLUMN"
+            + ("" if table.has_header else "; where this is no header, COLUMN is a number from 1")
         )
     return replace(table, fields=fields)
 
@@ -305,9 +341,9 @@ def _fields_of_ratings(table: Table) -> dict[str, str]:
 
     Files of 2014 begin with the user, those of 2018 with the item.
     """
-    values = split_line(table.path, first_line(table.path).decode("utf-8", "replace"), ",")
-    is_rating = len(values) == 4 and values[3].strip().isdigit()
-    places = [place for place in (0, 1) if is_rating and ASIN.fullmatch(values[place].strip())]
+    values = _first_cells(table)
+    is_rating = len(values) == 4 and values[3].isdigit()
+    places = [place for place in (0, 1) if is_rating and ASIN.fullmatch(values[place])]
     if len(places) != 1:
         return {}
     item = places[0]
@@ -370,6 +406,9 @@ def _load(raw: RawReader, name: str, tables: Sequence[Table]) -> None:
             header=first.has_header,
             quote="" if first.delimiter == "\t" else '"',
         )
+        if first.delimiter == "\t":
+            for column in map(sql_name, used):
+                raw.connection.execute(UNQUOTE.format(table=name, column=column))
 
 
 def _load_parquet(raw: RawReader, name: str, path: Path, columns: Sequence[str]) -> None:
@@ -405,6 +444,8 @@ def _times(raw: RawReader, table: Table) -> tuple[str, str]:
     exact = f"coalesce(try_cast({text} AS DOUBLE), epoch(try_cast({text} AS TIMESTAMPTZ)))"
     if form:
         exact = f"epoch(try_strptime({text}, {sql_text(form)}))"
+    # NaN, infinity and what lies before 1970 are no times of an interaction.
+    exact = f"CASE WHEN isfinite({exact}) AND {exact} >= 0 THEN {exact} END"
 
     where = f"{table.path}: column {table.fields['timestamp']}"
     try:
@@ -422,8 +463,8 @@ def _times(raw: RawReader, table: Table) -> tuple[str, str]:
         raise UsageError(f"{where} holds days such as 20240131: add --time_format %Y%m%d")
     if unreadable > raw.request.max_bad_lines * count:
         raise UsageError(
-            f"{where}: {unreadable:,} of {count:,} times cannot be read, such as "
-            f"{example!r}: say how they are written, for example --time_format %d.%m.%Y"
+            f"{where}: {unreadable:,} of {count:,} times cannot be read or lie before 1970, such "
+            f"as {example!r}: say how they are written, for example --time_format %d.%m.%Y"
         )
 
     # Within a second the fraction decides the order; from here on the position says it.
