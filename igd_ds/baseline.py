@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from igd_ds.errors import EXIT_REQUEUE, UsageError, end_without_working_folder
+from igd_ds.errors import EXIT_REQUEUE, end_without_working_folder
 
 # Before torch is imported, which ends the process in such a folder.
 if __name__ == "__main__":
@@ -86,22 +86,14 @@ def open_run_folder(
     """
     claim_run_folder(run, config, ds, distributed.world_size())
     if summary := read_summary(run):
-        refuse_other_dataset(run, summary["dataset"], data)
+        if summary["dataset"] != data.dataset.fingerprint:
+            loop.refuse_other_dataset(run)
         return None, True
 
     tag = newest_checkpoint(run / "checkpoints", config.trust_checkpoint)
     trained = sum(parameter.numel() for parameter in model.parameters())
     check_disk_space(run, trained, config.keep_checkpoints)
     return tag, False
-
-
-def refuse_other_dataset(run: Path, fingerprint: str, data: BaselineData) -> None:
-    """Raise UsageError if a run was begun on another dataset; only the path may change."""
-    if fingerprint != data.dataset.fingerprint:
-        raise UsageError(
-            f"--dataset: {run} was trained on another dataset, or another version of it; give a "
-            "new --output_dir"
-        )
 
 
 def train(
@@ -118,7 +110,6 @@ def train(
     engine = initialize(model, config, ds, training.total_steps)
     loop.say_header(engine, training, config, ds)
     state = loop.resume(engine, training, run, tag, data.dataset.fingerprint, lora=False)
-    refuse_other_dataset(run, state.dataset, data)
 
     stop = loop.StopRequest()
     code = loop.fit(engine, training, config, run, state, stop)

@@ -444,8 +444,8 @@ class Training(Protocol):
     """What an entry gives the loop (`igd_ds/loop.py`): batches, the loss of a step, a validation.
 
     Example:
-        GenerativeTraining (`igd train`) and SequentialTraining (`igd baseline`) are the two
-        implementations:
+        `igd train` has GenerativeTraining, `igd baseline` SequentialTraining, `igd prefer`
+        PreferenceTraining and PolicyTraining:
 
         >>> training = GenerativeTraining(config, run, inputs, micro_batch=8)
         >>> fit(engine, training, config, run, LoopState(), StopRequest())

@@ -153,8 +153,11 @@ class GenerativeTraining:
         budget = config.max_length - catalogue.max_length
         prompts = PromptBuilder.build(inputs.template, tokenizer, dataset, catalogue.kind, budget)
 
-        # The objective and its weights, one per catalogue token.
         train, valid = dataset.splits["train"], dataset.splits["valid"]
+        for split in (train, valid):
+            prompts.refuse_empty_prompts(split)
+
+        # The objective and its weights, one per catalogue token.
         self.steps_per_epoch = steps_per_epoch(len(train), config.global_batch_size)
         self.total_steps = config.epochs * self.steps_per_epoch
         if config.max_steps:

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -26,10 +26,10 @@ from igd_ds.console import Progress, header
 from igd_ds.contracts import Training
 from igd_ds.distributed import say
 from igd_ds.engine.build import LOG, num_parameters
-from igd_ds.engine.checkpoint import load_checkpoint, save_checkpoint, update_state
+from igd_ds.engine.checkpoint import Manifest, load_checkpoint, save_checkpoint, update_state
 from igd_ds.engine.ds_config import DsConfig, dtype_of, zero_stage
 from igd_ds.engine.step import StepSums, optimizer_step
-from igd_ds.errors import EXIT_REQUEUE
+from igd_ds.errors import EXIT_REQUEUE, UsageError
 from igd_ds.folders import write_json
 from igd_ds.memory import return_freed_memory
 from igd_ds.runlog import RunLog, peak_memory_gib
@@ -63,6 +63,8 @@ class LoopState:
     """The objective's own state."""
     log: dict[str, Any] = field(default_factory=dict)
     """`RunLog.mark` when the state was saved."""
+    sums: dict[str, Any] = field(default_factory=dict)
+    """`StepSums.state_dict` of the steps since the last entry of the log."""
     behind: float = 0.0
     """How far the last validation is behind the best, in units of the metric."""
 
@@ -130,13 +132,28 @@ def step_seed(seed: int, step: int) -> int:
 def resume(
     engine: Any, training: Training, run: Path, tag: str | None, dataset: str, lora: bool
 ) -> LoopState:
-    """Return the state to begin with: that of checkpoint `tag`, which is loaded, or a new one."""
+    """Return the state to begin with: that of checkpoint `tag`, which is loaded, or a new one.
+
+    Raises:
+        UsageError: the run was begun on another dataset than that with the fingerprint `dataset`.
+    """
     if tag is None:
         return LoopState(dataset=dataset)
+    # Weights of another number of items could not even be loaded.
+    if Manifest.read(run / "checkpoints" / tag).state["dataset"] != dataset:
+        refuse_other_dataset(run)
     state = LoopState(**load_checkpoint(engine, run / "checkpoints", tag, lora))
     training.load_state_dict(state.objective)
     say(f"resumed {run} from {tag}")
     return state
+
+
+def refuse_other_dataset(run: Path) -> NoReturn:
+    """Raise UsageError: only the path of a run's dataset may change."""
+    raise UsageError(
+        f"--dataset: {run} was trained on another dataset, or another version of it; give a new "
+        "--output_dir"
+    )
 
 
 def say_header(engine: Any, training: Training, options: LoopOptions, ds: DsConfig) -> None:
@@ -188,7 +205,7 @@ def fit(
     )
     steps = training.micro_batches(state.step)
     progress = Progress(total, state.step, training.steps_per_epoch, every, options.patience)
-    watch, sums = Stopwatch(), StepSums()
+    watch, sums = Stopwatch(), StepSums.of_state(state.sums)
     started = time.perf_counter() - state.seconds
 
     def is_due(interval: int) -> bool:
@@ -210,9 +227,10 @@ def fit(
 
         # Make one optimizer step.
         began = time.perf_counter()
-        torch.manual_seed(step_seed(options.seed, state.step))
         learning_rate = engine.get_lr()[0]
         batches = next(steps)
+        # Last, because making the batches may draw numbers too.
+        torch.manual_seed(step_seed(options.seed, state.step))
         step_sums, stopped = optimizer_step(
             engine, batches, training.loss, state.step, training.normalization, stop.received
         )
@@ -227,7 +245,7 @@ def fit(
             values = training.values(sums, watch.lap())
             values["train/learning_rate"] = learning_rate
             values["train/epoch"] = state.step / training.steps_per_epoch
-            values["train/grad_norm"] = float(engine.get_global_grad_norm() or 0.0)
+            values["train/grad_norm"] = sums.gradient_norm
             values["speed/memory_gib"] = peak_memory_gib()
             log.log(state.step, values)
             progress.show_loss(values["train/loss"])
@@ -238,6 +256,7 @@ def fit(
         if stopped or save_due or is_due(every):
             with watch.paused():
                 state.objective, state.log = training.state_dict(), log.mark()
+                state.sums = sums.state_dict()
                 checkpoints, keep = run / "checkpoints", options.keep_checkpoints
                 save_checkpoint(engine, checkpoints, dataclasses.asdict(state), keep, lora)
         if stopped:
@@ -292,7 +311,7 @@ def finish(metric: str, options: LoopOptions, run: Path, state: LoopState, log: 
     log.hparams(dataclasses.asdict(options), {"best_validation": state.best})
     log.close()
     summary = {"validation_metric": metric, **dataclasses.asdict(state)}
-    del summary["log"]
+    del summary["log"], summary["sums"]
     distributed.on_main(lambda: write_json(run / "summary.json", summary))
     say(
         f"done: best {metric} {state.best:.4f} at step {state.best_step}; model in {run / 'model'}",

@@ -45,7 +45,13 @@ BEFORE_RECORDED = {"exclude_seen": "no", "renormalise": False, "coverage": 1.0}
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "datasets", "numpy")
 
 
-def claim_run_folder(run: Path, options: LoopOptions, ds: dict[str, Any], world_size: int) -> None:
+def claim_run_folder(
+    run: Path,
+    options: LoopOptions,
+    ds: dict[str, Any],
+    world_size: int,
+    content: Mapping[str, Any] | None = None,
+) -> None:
     """Create a run folder with its settings, or check that it is this very run being resumed.
 
     A folder whose run never came to its first step is free to be claimed again. Rank 0 only.
@@ -55,6 +61,8 @@ def claim_run_folder(run: Path, options: LoopOptions, ds: dict[str, Any], world_
         options: the configuration that config.yaml records.
         ds: the resolved DeepSpeed configuration; {} for a run without DeepSpeed.
         world_size: number of ranks.
+        content: setting → what its file holds, or a hash of it, as JSON values; for settings whose
+            file's path alone does not say what the run reads.
 
     Raises:
         UsageError: the folder holds another run, a run that shall not be resumed, or other files.
@@ -63,6 +71,7 @@ def claim_run_folder(run: Path, options: LoopOptions, ds: dict[str, Any], world_
     settings = json.loads(json.dumps(dataclasses.asdict(options)))
     if is_claimed and _is_begun(run):
         _check_same_run(run, options, settings, ds, world_size)
+        _check_same_content(run, content or {})
         return
     if is_claimed:
         _refuse_foreign_config(run, settings)
@@ -71,6 +80,8 @@ def claim_run_folder(run: Path, options: LoopOptions, ds: dict[str, Any], world_
     write_text(run / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
     shutil.rmtree(run / "catalogue", ignore_errors=True)
     (run / "checkpoints").mkdir(exist_ok=True)
+    if content is not None:
+        write_json(run / "inputs.json", dict(content))
     write_json(run / "ds_config.json", ds)
     write_json(run / "env.json", environment(world_size))
 
@@ -150,6 +161,22 @@ def _check_same_run(
 
     if not (run / "metrics.jsonl").is_file():
         print(f"warning: {run / 'metrics.jsonl'} is missing; the log begins anew", flush=True)
+
+
+def _check_same_content(run: Path, content: Mapping[str, Any]) -> None:
+    """Raise UsageError if a file that a setting names holds something else than in the beginning.
+
+    Runs of earlier versions did not record it.
+    """
+    path = run / "inputs.json"
+    if not path.is_file():
+        return
+    changed = differing(_read_record(path, json.loads), json.loads(json.dumps(content)))
+    if changed:
+        raise UsageError(
+            f"--output_dir {run}: the content of {', '.join(f'--{name}' for name in changed)} has "
+            "changed since the run was begun: restore it, or give a new --output_dir"
+        )
 
 
 def _read_record(path: Path, load: Callable[[str], Any]) -> dict[str, Any]:

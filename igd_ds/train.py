@@ -36,7 +36,14 @@ from igd_ds.evaluation.model_card import write_model_card
 from igd_ds.generative_training import GenerativeTraining
 from igd_ds.run_folder import claim_run_folder, read_summary
 from igd_ds.train_config import TrainConfig
-from igd_ds.training_inputs import Inputs, build_catalogue, build_model, load_inputs, record_base
+from igd_ds.training_inputs import (
+    Inputs,
+    build_catalogue,
+    build_model,
+    content_of,
+    load_inputs,
+    record_base,
+)
 
 
 def main() -> int:
@@ -138,7 +145,7 @@ def open_run_folder(
     Returns:
         The checkpoint to go on from, or None, and the summary of a finished run, else "".
     """
-    claim_run_folder(run, config, ds, distributed.world_size())
+    claim_run_folder(run, config, ds, distributed.world_size(), content_of(config, inputs))
     if summary := read_summary(run):
         return None, json.dumps(summary, indent=2, sort_keys=True)
 

@@ -86,8 +86,6 @@ class TrainConfig(ObjectiveOptions, ItemOptions, ModelOptions, LoopOptions):
                 f"--attn_implementation {self.attn_implementation} cannot read row trees: leave it "
                 "out, or give --packing rows"
             )
-        if self.batching == "chains" and not self.length_grouping:
-            raise UsageError("--no-length_grouping has no effect with --batching chains")
         if OBJECTIVES[self.objective].needs_global and self.normalization != "global":
             raise UsageError(
                 f"--objective {self.objective} learns from losses over the whole step: use "

@@ -11,6 +11,7 @@ import torch
 
 from igd_ds import distributed
 from igd_ds.backbones import backbone_of, read_model_config
+from igd_ds.backbones.model_config import shape_file
 from igd_ds.backbones.saved import (
     BASE_FILE,
     Origin,
@@ -32,7 +33,7 @@ from igd_ds.distributed import say
 from igd_ds.engine.build import loading_context
 from igd_ds.engine.ds_config import DsConfig, dtype_of
 from igd_ds.errors import UsageError
-from igd_ds.folders import read_json_object, write_json
+from igd_ds.folders import read_json_object, sha256_of, write_json
 from igd_ds.items.catalogue import Catalogue
 from igd_ds.items.decisiveness import edge_gain
 from igd_ds.items.shared_paths import SharedPaths, item_texts
@@ -95,12 +96,42 @@ def load_inputs(config: TrainConfig) -> Inputs:
     backbone = backbone_of(model_config)
     backbone.fit_model_config(model_config, config, tokenizer, added_ids)
     packing = packing_of(config, backbone, model_config)
-    batching = config.batching
-    if batching == "auto":
-        batching = "chains" if packing == "tree" else "rows"
+    batching = batching_of(config, packing)
     return Inputs(
         template, dataset, tokenizer, added_ids, model_config, backbone, origin, packing, batching
     )
+
+
+def content_of(config: TrainConfig, inputs: Inputs) -> dict[str, Any]:
+    """Return what the files of some settings hold, see `run_folder.claim_run_folder`.
+
+    What holds the dataset, pretrained weights and tokenizer is compared elsewhere.
+    """
+    content: dict[str, Any] = {"prompt": inputs.template.as_dict()}
+    if config.model_config:
+        content["model_config"] = sha256_of(shape_file(config.model_config))
+    if item_embeddings := getattr(config.objective_options(), "item_embeddings", ""):
+        given = Path(item_embeddings)
+        files = [given] if given.is_file() else sorted(given.glob("*.npy"))
+        content["item_embeddings"] = [sha256_of(path) for path in files]
+    return content
+
+
+def batching_of(config: TrainConfig, packing: str) -> str:
+    """Return "chains" or "rows": what is asked for, or chains where rows are packed as trees.
+
+    Raises:
+        UsageError: --no-length_grouping, which chains cannot follow.
+    """
+    batching = config.batching
+    if batching == "auto":
+        batching = "chains" if packing == "tree" else "rows"
+    if batching == "chains" and not config.length_grouping:
+        raise UsageError(
+            "--no-length_grouping has no effect with --batching chains, which is what auto means "
+            "for row trees: give --batching rows too"
+        )
+    return batching
 
 
 def packing_of(config: TrainConfig | PreferConfig, backbone: Backbone, model_config: Any) -> str:

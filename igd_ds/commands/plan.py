@@ -203,7 +203,13 @@ class Plan:
         catalogue = Catalogue.build(inputs.dataset, inputs.tokenizer, kind)
         rows = ds["train_micro_batch_size_per_gpu"]
         tokens = row_statistics(
-            inputs.dataset, inputs.tokenizer, catalogue, config.prompt, config.max_length, rows
+            inputs.dataset,
+            inputs.tokenizer,
+            catalogue,
+            config.prompt,
+            config.max_length,
+            rows,
+            inputs.batching,
         )
         return cls(config, inputs, ds, tokens)
 

@@ -4,6 +4,7 @@ Letters in shapes: R rows of the split, G global batch, B micro-batch, n labelle
 the catalogue, C catalogue tokens, K targets of the loss.
 """
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -160,6 +161,11 @@ class Collator:
     null_prompt: np.ndarray | None = None
     """Token ids of the prompt without history, where the objective needs the items behind it."""
 
+    @functools.cached_property
+    def max_length(self) -> int:
+        """Most tokens of a row, prompt and item."""
+        return self.prompts.budget + int(np.diff(self.columns.offsets).max())
+
     def __call__(self, rows: np.ndarray) -> Batch:
         """Return the batch of rows, int64 (B,): ids of the split, or MASKED_ROW."""
         # A masked row borrows row 0's prompt: the forward pass needs some tokens, its labels stay
@@ -251,7 +257,9 @@ class Collator:
             begins = [len(prompt) for prompt in prompts]
 
         longest = max(map(len, sequences))
-        width = -(-longest // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+        # Up to a multiple, but never beyond the model's context, which --max_length respects.
+        multiple = -(-longest // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+        width = max(longest, min(multiple, self.max_length))
         label_width = max(map(len, paths)) if self.encoder_decoder else width
         input_ids = np.full((len(paths), width), self.pad_token_id, dtype=np.int64)
         attention_mask = np.zeros_like(input_ids)

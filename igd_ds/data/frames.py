@@ -108,7 +108,8 @@ def _naming_tables(folder: Path) -> Iterator[None]:
     try:
         yield
     except UsageError as error:
-        raise UsageError(re.sub(rf"{re.escape(str(folder))}/(\w+)\.parquet", r"\1", str(error))) from error
+        path = rf"{re.escape(str(folder))}/(\w+)\.parquet"
+        raise UsageError(re.sub(path, r"\1", str(error))) from error
 
 
 def _as_file(table: Any, folder: Path, name: str) -> Path:

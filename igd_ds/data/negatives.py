@@ -2,7 +2,7 @@
 
 Items that share a token path are one item for a model, so whatever is drawn are different *leaves*
 of the trie, and never the target's. `beam` negatives need a model and are made in
-`igd_ds/preference_pairs.py`.
+`igd_ds/preference/pairs.py`.
 
 Letters in shapes: B rows, J negatives of a row, L leaves.
 """

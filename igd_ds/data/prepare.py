@@ -270,12 +270,13 @@ def _kept_item_table(data: SourceData, rows: Rows, origin: np.ndarray) -> pa.Tab
 
 def _refuse_missing_ids(semantic_ids: Sequence[list[str] | None], names: pa.Array) -> None:
     """Raise UsageError if some items have a semantic ID and others do not."""
-    missing = [name for codes, name in zip(semantic_ids, names.to_pylist(), strict=True) if not codes]
+    named = zip(semantic_ids, names.to_pylist(), strict=True)
+    missing = [name for codes, name in named if not codes]
     if missing:
         listed = ", ".join(map(repr, missing[:5]))
         raise UsageError(
-            f"{len(missing):,} of {len(semantic_ids):,} items have no semantic ID, such as {listed}: "
-            "give one to every item, or leave the column out"
+            f"{len(missing):,} of {len(semantic_ids):,} items have no semantic ID, such as "
+            f"{listed}: give one to every item, or leave the column out"
         )
 
 

@@ -276,6 +276,18 @@ class PromptBuilder:
             parts.append(self.item_tokens[self.item_offsets[item] : self.item_offsets[item + 1]])
         return np.concatenate([*parts, self.end])
 
+    def refuse_empty_prompts(self, split: Split) -> None:
+        """Raise UsageError if a row has no history and its prompt therefore no token.
+
+        Nothing would predict the first token of its target.
+        """
+        empty = np.flatnonzero(self.lengths(split) == 0)
+        if len(empty):
+            raise UsageError(
+                f"row {empty[0]} of {split.name} ({len(empty):,} in all) has no history, and the "
+                "prompt then has no token: leave such rows out, or take another --prompt"
+            )
+
     def lengths(self, split: Split) -> np.ndarray:
         """Return the prompt length of every row in tokens, int64 (R,), without building prompts.
 

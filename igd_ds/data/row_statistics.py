@@ -6,7 +6,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from igd_ds.contracts import MASKED_ROW
-from igd_ds.data.batches import WIDTH_MULTIPLE, Collator, TokenColumns, epoch_batches
+from igd_ds.data.batches import WIDTH_MULTIPLE, Collator, ShuffledRows, TokenColumns, epoch_batches
 from igd_ds.data.chains import RowChains
 from igd_ds.data.dataset import InteractionDataset
 from igd_ds.data.prompts import PromptBuilder, Template
@@ -18,7 +18,7 @@ ROW_KEYS = {
     "rows_counted": "training rows counted: some batches of a first epoch",
     "row_tokens": "mean tokens of a row, prompt and target",
     "padded_tokens": "the same with padding, rows grouped by length (--packing rows)",
-    "tree_tokens": "mean nodes per row of a tree of chains (--packing tree): what the model reads",
+    "tree_tokens": "mean nodes per row of a tree (--packing tree): what the model reads",
     "label_tokens": "mean labelled tokens of a row: its target",
     "most_padded_tokens": "tokens of the largest micro-batch of padded rows",
     "most_tree_tokens": "nodes of the largest tree",
@@ -43,6 +43,7 @@ def row_statistics(
     prompt: str,
     max_length: int,
     micro_batch: int,
+    batching: str = "chains",
 ) -> dict[str, Any]:
     """Return all of `ROW_KEYS` as JSON values.
 
@@ -53,6 +54,7 @@ def row_statistics(
         prompt: name of the template, or the path of its file.
         max_length: tokens of prompt and target at most.
         micro_batch: rows of a micro-batch.
+        batching: "chains", or "rows" for trees of shuffled rows of similar length.
 
     Raises:
         UsageError: there is no such template, or no prompt fits `max_length`.
@@ -68,12 +70,13 @@ def row_statistics(
         node=nothing,
     )
 
-    # Some batches of chains.
+    # Some batches.
     train = dataset.splits["train"]
     chains = RowChains.build(train, prompts, columns)
-    batches = chains.epoch(GLOBAL_BATCH * micro_batch, seed=0, epoch=0)
+    order = chains if batching == "chains" else ShuffledRows(chains.tokens, group=True)
+    batches = order.epoch(GLOBAL_BATCH * micro_batch, seed=0, epoch=0)
     chosen = np.unique(np.linspace(0, len(batches) - 1, NUM_BATCHES).astype(int))
-    parts = [part for step in chosen for part in chains.deal(batches[step], 0, 1, micro_batch)]
+    parts = [part for step in chosen for part in order.deal(batches[step], 0, 1, micro_batch)]
     parts = [part[part != MASKED_ROW] for part in parts if (part != MASKED_ROW).any()]
     num_rows = sum(map(len, parts))
 

@@ -5,6 +5,7 @@ Letters in shapes: K targets of the loss.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,11 @@ from igd_ds.contracts import LossTerms, StepTotals
 
 EMPTY_WEIGHT = 1e-12
 """Used as Ω when a micro-batch has zero total weight; its loss is then exactly 0."""
+
+ADVICE = (
+    "A resumed run would come here again: start a new one with a lower --learning_rate, or look at "
+    "the data of this step"
+)
 
 B = TypeVar("B", contravariant=True)
 
@@ -57,6 +63,8 @@ class StepSums:
     """Named sums of LossTerms.statistics, float64."""
     scalars: Mapping[str, float] = field(default_factory=dict)
     """Σ over steps of what `StepLoss.update` returned."""
+    gradient_norm: float = 0.0
+    """L2 norm of the gradient of the last of these steps, before clipping. Not a sum."""
 
     def __add__(self, other: StepSums) -> StepSums:
         """Return the sums over the steps of both."""
@@ -67,7 +75,23 @@ class StepSums:
             self.normalisers + other.normalisers,
             _added(self.statistics, other.statistics),
             _added(self.scalars, other.scalars),
+            other.gradient_norm if other.steps else self.gradient_norm,
         )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the sums as JSON values."""
+        state = dataclasses.asdict(self)
+        state |= {name: state[name].tolist() for name in ("numerators", "normalisers")}
+        return state | {"statistics": {k: v.tolist() for k, v in self.statistics.items()}}
+
+    @classmethod
+    def of_state(cls, state: Mapping[str, Any]) -> StepSums:
+        """Return the sums that `state_dict` described; those of no step for {}."""
+        if not state:
+            return cls()
+        arrays = {name: np.array(state[name]) for name in ("numerators", "normalisers")}
+        statistics = {name: np.array(value) for name, value in state["statistics"].items()}
+        return cls(**{**state, **arrays, "statistics": statistics})
 
 
 def _added(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
@@ -100,8 +124,8 @@ def optimizer_step(
         The step's sums, the same on every rank, and whether any rank was asked to stop.
 
     Raises:
-        FloatingPointError: on every rank, before the update if the loss is not finite anywhere, and
-            after it if the gradient is not finite.
+        FloatingPointError: on every rank: before the update if the loss is not finite anywhere; if
+            the gradient is not, after the update (at stage 0 in float32 before it).
     """
     device, world = distributed.device(), distributed.world_size()
 
@@ -120,7 +144,7 @@ def optimizer_step(
     # Where a target has no weight its numerator is 0 too.
     divisor = torch.tensor([o or 1.0 for o in omega], device=device)
     coefficients = loss.coefficients(step).to(device)
-    total = None
+    total, minimised = None, torch.zeros(1, dtype=torch.float64, device=device)
     for index, batch in enumerate(micro_batches):
         terms = loss.terms(engine, batch)
         if normalization == "global":
@@ -128,18 +152,26 @@ def optimizer_step(
         else:
             per_batch = terms.normalisers.clamp_min(EMPTY_WEIGHT) * len(micro_batches)
             losses = terms.numerators / per_batch
-        engine.backward((coefficients * losses).sum(), scale_wrt_gas=False)
+        own_loss = (coefficients * losses).sum()
+        engine.backward(own_loss, scale_wrt_gas=False)
 
         sums = _flat(terms)
         total = sums if total is None else total + sums
+        minimised += own_loss.detach().double()
         if index == len(micro_batches) - 1:
-            distributed.all_reduce_sum(total)
-            _check_loss(total, step)
+            everything = distributed.all_reduce_sum(torch.cat([total, minimised]))
+            _check_loss(everything, step)
+            gradient_norm = _norm_before_update(engine, step)
         engine.step()
 
-    _check_gradient(engine, step)
     assert total is not None, "a step has at least one micro-batch"
-    return _finished(total, terms, divisor, coefficients, loss, step), stopped > 0
+    if gradient_norm is None:
+        gradient_norm = _norm_after_update(engine, step)
+    objective = float(everything[-1]) / world
+    finished = _finished(everything[:-1], terms, divisor, loss, step)
+    return dataclasses.replace(finished, objective=objective, gradient_norm=gradient_norm), (
+        stopped > 0
+    )
 
 
 def _flat(terms: LossTerms) -> torch.Tensor:
@@ -166,37 +198,51 @@ def _unflat(
 def _check_loss(total: torch.Tensor, step: int) -> None:
     if not torch.isfinite(total).all():
         raise FloatingPointError(
-            f"step {step + 1}: the loss is not finite; no weight was updated. A resumed run would "
-            "come here again: start a new one with a lower --learning_rate, or look at the data of "
-            "this step"
+            f"step {step + 1}: the loss is not finite; no weight was updated. {ADVICE}"
         )
 
 
-def _check_gradient(engine: Any, step: int) -> None:
+def _norm_before_update(engine: Any, step: int) -> float | None:
+    """Return the gradient's norm where DeepSpeed does not measure it: with torch's own optimizer.
+
+    That is the case at stage 0 in float32. Elsewhere None.
+    """
+    if hasattr(engine.optimizer, "_global_grad_norm"):
+        return None
+    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    norm = float(torch.linalg.vector_norm(torch.stack([g.norm() for g in gradients])))
+    if not math.isfinite(norm):
+        raise FloatingPointError(
+            f"step {step + 1}: the gradient is not finite; no weight was updated. {ADVICE}"
+        )
+    return norm
+
+
+def _norm_after_update(engine: Any, step: int) -> float:
+    """Return the gradient's norm as DeepSpeed measured it in its update."""
+    norm = float(engine.get_global_grad_norm() or 0.0)
     # With fp16 the engine skips such a step itself.
-    if not engine.fp16_enabled() and not math.isfinite(engine.get_global_grad_norm() or 0.0):
+    if not engine.fp16_enabled() and not math.isfinite(norm):
         raise FloatingPointError(
             f"step {step + 1}: the gradient is not finite, and so the weights are not since this "
-            "step. A resumed run would come here again: start a new one with a lower "
-            "--learning_rate, or look at the data of this step"
+            f"step. {ADVICE}"
         )
+    return norm
 
 
 def _finished(
     total: torch.Tensor,
     like: LossTerms,
     divisor: torch.Tensor,
-    coefficients: torch.Tensor,
     loss: StepLoss[Any],
     step: int,
 ) -> StepSums:
-    """Tell the loss about the step's totals and return the step's sums."""
+    """Tell the loss about the step's totals and return the step's sums of it."""
     numerators, normalisers, statistics = _unflat(total, like)
-    losses = numerators / divisor
-    scalars = loss.update(StepTotals(step, losses, divisor.double(), statistics))
+    totals = StepTotals(step, numerators / divisor, divisor.double(), statistics)
+    scalars = loss.update(totals)
     return StepSums(
         steps=1,
-        objective=float((coefficients * losses).sum()),
         numerators=numerators.cpu().numpy(),
         normalisers=normalisers.cpu().numpy(),
         statistics={name: value.cpu().numpy() for name, value in statistics.items()},

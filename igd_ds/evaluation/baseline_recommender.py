@@ -58,7 +58,7 @@ class BaselineRecommender(Recommender):
         ModelSource.check(source)
         description = read_description(source.model)
         self.name: str = description["recommender"]
-        self.max_history: int | None = description["form"].get("max_history")
+        self.max_history = description["form"].get("max_history")
         given = {
             f"--{entry.name}": getattr(source, entry.name) != entry.default
             for entry in dataclasses.fields(source)

@@ -155,7 +155,7 @@ class Recommender:
             template, self.tokenizer, as_written, catalogue.kind, budget
         )
 
-        self.max_history: int = dataset.info["parameters"].get("max_history", 0)
+        self.max_history: int | None = dataset.info["parameters"].get("max_history") or None
 
         self._set_up(dataset, stored, likelihood_of(self.description), device)
         self.trie = SearchTrie.build(stored.trie)
@@ -310,7 +310,7 @@ class Recommender:
 
     def _prompt(self, history: np.ndarray) -> np.ndarray:
         """Return the prompt's tokens; as in training it has at most `max_history` items."""
-        if self.max_history:
+        if self.max_history is not None:
             history = history[-self.max_history :]
         return self.prompts.encode(history)
 
@@ -331,7 +331,8 @@ class Recommender:
         """Return one ranked list per history. No list depends on the other histories.
 
         Args:
-            histories: per user the items met so far, oldest first, at least one.
+            histories: per user the items met so far, oldest first, at least one. The model reads
+                the last ones, as many as a history of its dataset may have (--max_history).
             k: how many items to list; a user who can get fewer gets a list with `short` set.
             alpha: α in [0, 1], strength of decisiveness calibration (IGD Eq. 9); 0 is plain beam
                 search.

@@ -99,7 +99,7 @@ def validation_ndcg(
     """Return NDCG@10 (item match) of lists of ten, see `validation_nll`.
 
     The search is that of `igd eval` at α = 0: exact where scores are probabilities, else a beam
-    search.
+    search. Unlike there, items that the user has met stay in the lists.
     """
     device, stored, split = distributed.device(), task.context.stored, task.rows.split
     likelihood = task.objective.likelihood()

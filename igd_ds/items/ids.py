@@ -151,7 +151,7 @@ class ItemIds:
         return f"{name!r} is no {what}, and no {other} either; source ids look like {self._sample}"
 
     def _with_zeros(self, name: str) -> str:
-        """Return a hint at the source id that differs from `name` in leading zeros alone, if any."""
+        """Return a hint at a source id that differs from `name` in leading zeros alone, or ""."""
         bare = name.lstrip("0")
         alike = [own for own in self.source_ids if own.lstrip("0") == bare] if bare else []
         return f" ({alike[0]!r} is one, with its zeros)" if alike else ""

@@ -217,7 +217,8 @@ def test_position_linear_and_offload(world, tmp_path):
         train(
             world, tmp_path / "log", world.train_flags(run, **settings, max_steps=2, max_length=256)
         )
-        files = {"config.yaml", "ds_config.json", "env.json", "metrics.jsonl", "summary.json"}
+        files = {"config.yaml", "ds_config.json", "env.json", "inputs.json"}
+        files |= {"metrics.jsonl", "summary.json"}
         folders = {"tensorboard", "checkpoints", "model", "catalogue"}
         assert {path.name for path in run.iterdir()} >= files | folders
         assert (run / "model" / "catalogue" / "catalogue.json").is_file() and (

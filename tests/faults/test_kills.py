@@ -105,7 +105,7 @@ def test_a_death_does_not_get_lost_among_threads(campaign, folder):
 
 
 def write_from_threads(fault: Fault) -> None:
-    """Let eight threads write files at once, with a journal so slow that they overtake each other."""
+    """Let eight threads write files; the journal is so slow that they overtake each other."""
     write = os.write
 
     def slow(descriptor: int, text: bytes) -> int:

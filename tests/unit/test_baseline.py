@@ -6,6 +6,7 @@ How they train is tested in tests/dist.
 import dataclasses
 import itertools
 import json
+import types
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -388,6 +389,7 @@ def test_a_step_that_is_not_finite_ends_the_run(score, norm, message):
 
         weight = torch.tensor(score, requires_grad=True)
         updates = 0
+        optimizer = types.SimpleNamespace(_global_grad_norm=None)
 
         def __call__(self, *_):
             return self.weight.expand(1, 4)

@@ -207,6 +207,17 @@ def test_a_moved_batch_has_all_of_its_tensors_on_the_device():
         assert len(tensors) >= 3 and all(value.device.type == "meta" for value in tensors)
 
 
+def test_padding_stays_within_the_longest_row_that_is_allowed():
+    """A multiple of 8 can lie beyond a model's context."""
+    narrow = collator()
+    prompts = dataclasses.replace(narrow.prompts, budget=5)
+    narrow = dataclasses.replace(narrow, prompts=prompts)
+    longest = 5 + max(len(path) for path in PATHS)
+    assert longest % 8 and narrow.max_length == longest
+    assert narrow(np.array([2])).inputs.input_ids.shape[1] == longest
+    assert collator()(np.array([2])).inputs.input_ids.shape[1] == 16
+
+
 def test_a_sample_of_rows_is_ascending_and_follows_from_its_seed():
     assert sample_rows(5, 0, seed=1).tolist() == sample_rows(5, 9, seed=1).tolist() == [*range(5)]
     rows = sample_rows(100, 10, seed=1)

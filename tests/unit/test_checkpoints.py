@@ -251,6 +251,21 @@ def test_a_run_that_never_came_to_a_step_is_free(tmp_path):
     assert "learning_rate: 2.0" in (run / "config.yaml").read_text()
 
 
+def test_a_run_does_not_go_on_with_a_file_that_has_changed(run):
+    """The path in config.yaml is the same."""
+    shutil.rmtree(run)
+    content = {"prompt": {"prefix": "Recent:"}, "model_config": "abc"}
+    claim_run_folder(run, options(run), DS, 2, content)
+    (run / "metrics.jsonl").write_text('{"step": 1}\n')
+    resumed = options(run, resume="auto")
+    claim_run_folder(run, resumed, DS, 2, content)
+    with pytest.raises(UsageError, match="the content of --prompt has changed since"):
+        claim_run_folder(run, resumed, DS, 2, content | {"prompt": {"prefix": "Met:"}})
+
+    (run / "inputs.json").unlink()  # a run of an earlier version
+    claim_run_folder(run, resumed, DS, 2, content | {"model_config": "def"})
+
+
 def test_a_folder_with_a_config_yaml_of_the_users_is_not_claimed(tmp_path):
     """Its config.yaml would be replaced, and its catalogue/ deleted."""
     (tmp_path / "config.yaml").write_text("learning_rate: 1.0  # mine\n")

@@ -16,7 +16,7 @@ from igd_ds import distributed, loop
 from igd_ds.config.training import LoopOptions
 from igd_ds.contracts import LossTerms, StepTotals
 from igd_ds.engine.step import StepSums, optimizer_step
-from igd_ds.errors import EXIT_REQUEUE
+from igd_ds.errors import EXIT_REQUEUE, UsageError
 from igd_ds.loop import SEED_OF_RANK, SEED_OF_STEP, LoopState, StopRequest, Stopwatch, step_seed
 
 # ---- the parts ----
@@ -261,7 +261,7 @@ def test_a_whole_run_validates_logs_and_saves_when_it_is_due(tmp_path, stop):
     assert folders == ["step-00000008", "step-00000012"]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary.pop("validation_metric") == "nll"
-    assert LoopState(**summary, log=state.log) == state
+    assert LoopState(**summary, log=state.log, sums=state.sums) == state
     assert (state.step, state.best, state.best_step, state.stale) == (12, 2.0, 8, 1)
     assert state.dataset == "the dataset" and state.objective == {"updates": 12}
     losses = [value for _, value in logged(tmp_path / "run", "train/loss")]
@@ -295,10 +295,12 @@ def test_the_model_before_the_first_step_may_be_the_best(tmp_path, stop):
     assert training.saved == [0] and (state.best, state.best_step) == (1.0, 0)
 
 
-def test_a_stopped_run_saves_and_goes_on_to_the_bit(tmp_path, stop):
+@pytest.mark.parametrize("log_every", [2, 4])
+def test_a_stopped_run_saves_and_goes_on_to_the_bit(tmp_path, stop, log_every):
+    """Also where it is stopped between two entries of the log."""
     values = [3.0, 2.0, 1.0]
     whole = SmallEngine()
-    fit(tmp_path / "whole", SmallTraining(values), stop, whole)
+    fit(tmp_path / "whole", SmallTraining(values), stop, whole, log_every=log_every)
 
     # A signal during step 6: it is finished and saved, and there is no summary yet.
     training, run = SmallTraining(values), tmp_path / "stopped"
@@ -310,18 +312,26 @@ def test_a_stopped_run_saves_and_goes_on_to_the_bit(tmp_path, stop):
         return make_step(totals)
 
     training.loss.update = stop_in_step_6
-    code, state = fit(run, training, stop)
+    code, state = fit(run, training, stop, log_every=log_every)
     assert code == EXIT_REQUEUE and state.step == 6 and not (run / "summary.json").exists()
 
     training, engine = SmallTraining(values[1:]), SmallEngine()
     stop.received = False
-    code, resumed = fit(run, training, stop, engine, tag="step-00000006")
+    code, resumed = fit(run, training, stop, engine, tag="step-00000006", log_every=log_every)
     assert code == 0 and training.first == [6] and training.loss.updates == 12
     assert resumed.seconds > state.seconds > 0
     for name, tensor in whole.module.state_dict().items():
         assert torch.equal(tensor, engine.module.state_dict()[name])
     for tag in ("train/loss", "valid/nll", "train/grad_norm", "train/updates"):
         assert logged(run, tag) == logged(tmp_path / "whole", tag)
+
+
+def test_a_run_does_not_go_on_with_another_dataset(tmp_path, stop):
+    """It is refused before weights for another number of items are loaded."""
+    run = tmp_path / "run"
+    fit(run, SmallTraining([3.0, 2.0, 1.0]), stop)
+    with pytest.raises(UsageError, match="--dataset: .*run was trained on another dataset"):
+        loop.resume(None, SmallTraining([]), run, "step-00000012", "another one", lora=False)
 
 
 def test_a_run_that_is_stopped_within_its_validation_resumes_with_it(tmp_path, stop):
@@ -378,13 +388,14 @@ def test_per_batch_is_the_mean_of_the_micro_batches_own_means():
     window[1] = dataclasses.replace(window[1], weights=torch.tensor([0.0, 0.0, 0.0, 1.0]))
     engine = SmallEngine()
     before = [p.detach().clone().requires_grad_() for p in engine.module.parameters()]
-    optimizer_step(engine, window, SquaredError(), 11, "per_batch")
+    sums, _ = optimizer_step(engine, window, SquaredError(), 11, "per_batch")
 
     means = []
     for part in window:
         errors = ((part.inputs @ before[0].T)[:, 0] + before[1] - part.targets) ** 2
         means.append((part.weights * errors).sum() / part.weights.sum())
     torch.stack(means).mean().backward()
+    assert sums.objective == pytest.approx(float(torch.stack(means).mean())), "what is minimised"
     for parameter, old in zip(engine.module.parameters(), before, strict=True):
         torch.testing.assert_close(parameter.detach(), old.detach() - engine.rate * old.grad)
 
@@ -419,6 +430,22 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(accumulation):
 def test_a_gradient_that_is_not_finite_is_reported():
     (window,) = list(SmallTraining([]).micro_batches(11))
     engine = SmallEngine()
+    engine.optimizer._global_grad_norm = None  # as DeepSpeed's optimizers, which measure it
     engine.get_global_grad_norm = partial(float, "nan")
-    with pytest.raises(FloatingPointError, match="step 8: the gradient is not finite"):
+    with pytest.raises(FloatingPointError, match="step 8: the gradient is not finite, and so the"):
         optimizer_step(engine, window, SquaredError(), 7)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_where_deepspeed_measures_no_gradient_it_is_checked_before_the_update(value):
+    """At stage 0 in float32 the optimizer is torch's own."""
+    (window,) = list(SmallTraining([]).micro_batches(11))
+    engine = SmallEngine()
+    engine.module.weight.register_hook(lambda gradient: gradient * float(value))
+    before = [parameter.detach().clone() for parameter in engine.module.parameters()]
+    with pytest.raises(FloatingPointError, match="step 8: .*; no weight was updated"):
+        optimizer_step(engine, window, SquaredError(), 7)
+    assert all(map(torch.equal, before, engine.module.parameters()))
+
+    sums, _ = optimizer_step(SmallEngine(), window, SquaredError(), 7)
+    assert sums.gradient_norm > 0

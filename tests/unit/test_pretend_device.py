@@ -4,6 +4,7 @@ import concurrent.futures
 import copy
 import dataclasses
 import multiprocessing
+import types
 from unittest import mock
 
 import numpy as np
@@ -153,6 +154,7 @@ class Engine(torch.nn.Module):
     def __init__(self, model):
         super().__init__()
         self.module = model
+        self.optimizer = types.SimpleNamespace(_global_grad_norm=1.0)
 
     def forward(self, **arguments):
         return self.module(**arguments)

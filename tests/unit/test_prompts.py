@@ -1,5 +1,6 @@
 """Prompts: their segments, and histories that are cut by whole items from the oldest on."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +108,15 @@ def test_bos_once_where_the_tokenizer_adds_one():
 
 def test_empty_history():
     assert text(builder(), []) == "Recent books:\n\nNext:\n"
+
+
+def test_a_prompt_without_a_token_is_refused():
+    rows, nothing = np.arange(2), np.zeros(0, np.int32)
+    split = Split("train", rows, nothing, np.zeros(3, np.int64), np.zeros(2, np.int32), None)
+    builder().refuse_empty_prompts(split)
+    bare = dataclasses.replace(builder(), begin=nothing, end=nothing)
+    with pytest.raises(UsageError, match=r"row 0 of train \(2 in all\) has no history"):
+        bare.refuse_empty_prompts(split)
 
 
 def test_the_null_prompt_says_unknown_for_the_history():

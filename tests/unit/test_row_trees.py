@@ -19,7 +19,7 @@ from igd_ds.contracts import IGNORED, MASKED_ROW, Batch
 from igd_ds.data.row_trees import build_row_tree
 from igd_ds.errors import UsageError
 from igd_ds.train_config import TrainConfig
-from igd_ds.training_inputs import packing_of
+from igd_ds.training_inputs import batching_of, packing_of
 
 
 class Naive:
@@ -351,12 +351,22 @@ def test_a_model_that_cannot_read_trees_is_named(kind):
     ("settings", "message"),
     [
         ({"packing": "tree", "attn_implementation": "eager"}, "eager cannot read row trees"),
-        ({"batching": "chains", "length_grouping": False}, "--no-length_grouping has no effect"),
     ],
 )
 def test_settings_that_contradict_each_other(settings, message):
     with pytest.raises(UsageError, match=message):
         config_of(**settings).check()
+
+
+def test_shuffled_rows_alone_may_be_mixed_in_length():
+    """Whoever asks for plain shuffling does not get chains by default."""
+    assert [batching_of(config_of(), packing) for packing in ("tree", "rows")] == ["chains", "rows"]
+    mixed = config_of(length_grouping=False, batching="rows")
+    assert batching_of(mixed, "tree") == "rows"
+    assert batching_of(config_of(length_grouping=False), "rows") == "rows"
+    for batching in ("auto", "chains"):
+        with pytest.raises(UsageError, match="--no-length_grouping has no effect"):
+            batching_of(config_of(length_grouping=False, batching=batching), "tree")
 
 
 @pytest.mark.parametrize("sinks", [False, True])

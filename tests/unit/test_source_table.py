@@ -190,7 +190,8 @@ def test_what_the_columns_are_is_told(tmp_path, capsys):
 def test_of_several_columns_the_likeliest_is_taken_and_the_others_are_told(
     tmp_path, capsys, header, chosen
 ):
-    line = ",".join("2024-01-31" if name in ("date", "timestamp") else "1" for name in header.split(","))
+    cells = {"date": "2024-01-31", "timestamp": "2024-01-31"}
+    line = ",".join(cells.get(name, "1") for name in header.split(","))
     read(written(tmp_path / "a.csv", f"{header}\n{line}\n"))
     assert chosen in capsys.readouterr().err
 
@@ -314,7 +315,7 @@ def test_one_time_that_is_none_is_left_out(tmp_path, time):
         ("a,b,c\n1,2,3\n", {}, r"a.csv: no column of items among a, b, c: name"),
         ("item,title\nx1,Tea\n", {}, r"a.csv: no column of users among item, title: name it"),
         ("user,item\nann,x1\n", {"columns": {"title": "label"}}, r"--columns title=label: no such"),
-        ("user,item,time\nann,x1,yesterday\n", {}, r"1 of 1 times cannot be read .*, such as 'yest"),
+        ("user,item,time\nann,x1,yesterday\n", {}, r"1 of 1 times cannot be read .*as 'yest"),
         ("user,item,time\nann,x1,20240131\n", {}, r"add --time_format %Y%m%d"),
         ("", {}, r"a.csv: the file is empty"),
         ("user,item,time\n", {}, r"a.csv: no line behind the header"),

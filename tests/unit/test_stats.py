@@ -184,6 +184,15 @@ def test_rows_as_a_list_by_hand(micro_batch):
     assert found["chain_length"] == 2.0
 
 
+def test_trees_of_shuffled_rows_share_less_than_those_of_chains():
+    """Micro-batches of 2 rows: chains of 1, 2 and 3 rows hold together, shuffled rows do not."""
+    dataset, catalogue = list_of_three_users()
+    counted = [dataset, test_prompts.tokenizer(), catalogue, "list", 40, 2]
+    chains, rows = (row_statistics(*counted, batching) for batching in ("chains", "rows"))
+    assert chains["row_tokens"] == rows["row_tokens"]
+    assert chains["tree_tokens"] < rows["tree_tokens"]
+
+
 def test_rows_are_printed_where_a_prompt_is_named(worked, monkeypatch, capsys):
     _, catalogue, _ = worked
     dataset, _ = list_of_three_users()

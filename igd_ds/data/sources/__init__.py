@@ -94,8 +94,8 @@ SOURCES: dict[str, Source] = {
 def find_files(name: str, inputs: Sequence[Path]) -> dict[str, list[Path]]:
     """Return the files of a source among `inputs`, by role.
 
-    An input is a file, or a folder whose files (one level down too) are looked through. The files of
-    a role come in the order of `inputs`, those of a folder by name.
+    An input is a file, or a folder whose files (one level down too) are looked through. The files
+    of a role come in the order of `inputs`, those of a folder by name.
 
     Raises:
         UsageError: an input does not exist or is no file of the source (the message names the

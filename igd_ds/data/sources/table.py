@@ -5,19 +5,20 @@
     items.csv    sku,title,brand,category
                  optional: a second file with a line per item; all of them belong to the catalogue
 
-A file with users and items is taken for interactions, a file with items alone for items. What the
-latter does not say of an item is taken from the interactions. There may be several files of
+A file with users and items is taken for interactions, a file with items alone for items. What
+the latter does not say of an item is taken from the interactions. There may be several files of
 interactions with the same columns, which are read in the order of --input. They are plain or gzip,
 UTF-8; ids are texts and stay as they are.
 
 Columns are found by name. Capital letters, spaces and underscores do not matter:
 
-    user         uid, user, customer, reviewer, visitor, client, member, buyer, account, session (with
-                 or without id)
+    user         uid, user, customer, reviewer, visitor, client, member, buyer, account, session
+                 (with or without id)
     item         item, product, movie, book, article, song, track, business, game, parent_asin (with
                  or without id), asin, sku, iid
-    timestamp    timestamp, datetime, ts, unix_review_time, created_at, event_time, and such of order,
-                 purchase or invoice, date, time; without one, the order of the lines is taken
+    timestamp    timestamp, datetime, ts, unix_review_time, created_at, event_time, and such of
+                 order, purchase or invoice, date, time; without one, the order of the lines is
+                 taken
     title        title, name, item_name, item_title, and such of product and movie
     metadata     brand (manufacturer, store), categories (category, genres, genre), price,
                  description (details)
@@ -71,7 +72,10 @@ FILES = {"tables": FileKind(any_file=True, many=True)}
 PROTOCOL = "leave-one-out"
 """What `igd prepare` takes where --protocol is missing."""
 
-PEOPLE = ("user", "customer", "reviewer", "visitor", "client", "member", "buyer", "account", "session")
+PEOPLE = (
+    *("user", "customer", "reviewer", "visitor", "client", "member", "buyer", "account"),
+    "session",
+)
 THINGS = ("item", "product", "movie", "book", "article", "song", "track", "business", "game")
 EVENTS = ("order", "purchase", "invoice", "event", "review", "rating")
 NAMES = {
@@ -190,7 +194,8 @@ def _choice(table: Table) -> str:
     """Return which columns of a file are taken, and which others have a name of the same field."""
     chosen = []
     for name, column in table.fields.items():
-        rivals = [other for other in table.columns if other != column and _plain(other) in NAMES[name]]
+        names = NAMES[name]
+        rivals = [other for other in table.columns if other != column and _plain(other) in names]
         also = f" (not {', '.join(rivals)})" if rivals and name not in OF_ITEMS else ""
         chosen.append(f"{name} = {column}{also}")
     header = ""
