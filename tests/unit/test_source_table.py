@@ -197,12 +197,12 @@ def test_of_several_columns_the_likeliest_is_taken_and_the_others_are_told(
 
 
 def test_a_first_line_that_is_taken_for_data_is_shown(tmp_path, capsys):
-    path = written(tmp_path / "a.csv", "kunde;artikel;titel\nu1;a1;Tea\n")
-    message = "items among kunde, artikel, titel: .*; where this is no header, COLUMN is a number"
+    path = written(tmp_path / "a.csv", "kunde;artikel;preis\nu1;a1;3\n")
+    message = "items among kunde, artikel, preis: .*; where this is no header, COLUMN is a number"
     with pytest.raises(UsageError, match=message):
         read(path)
     read(path, columns={"user": "1", "item": "2"})
-    assert "no header: the first line (kunde, artikel, titel) is taken for data" in (
+    assert "no header: the first line (kunde, artikel, preis) is taken for data" in (
         capsys.readouterr().err
     )
     assert read(path, columns={"user": "kunde", "item": "artikel"})[0] == [("u1", "a1", None)]
