@@ -345,6 +345,29 @@ def test_a_run_that_is_stopped_within_its_validation_resumes_with_it(tmp_path, s
     assert logged(run, "valid/nll") == [(4, 3.0), (8, 2.0), (12, 1.0)]
 
 
+def test_dropout_does_not_depend_on_how_the_batches_were_made(tmp_path, stop):
+    """Making them may draw numbers, in a run that begins and not in one that is resumed."""
+
+    def drawn(run, draws: int) -> list[float]:
+        training, numbers = SmallTraining([3.0, 2.0, 1.0]), []
+        make, terms = training.micro_batches, training.loss.terms
+
+        def micro_batches(first):
+            for batches in make(first):
+                torch.rand(draws)
+                yield batches
+
+        def noted(*arguments):
+            numbers.append(float(torch.rand(())))
+            return terms(*arguments)
+
+        training.micro_batches, training.loss.terms = micro_batches, noted
+        fit(run, training, stop)
+        return numbers
+
+    assert drawn(tmp_path / "some", 3) == drawn(tmp_path / "none", 0)
+
+
 def test_a_validation_that_is_not_finite_ends_the_run(tmp_path, stop):
     training = SmallTraining([math.nan])
     with pytest.raises(FloatingPointError, match="step 4: validation gives nan"):
