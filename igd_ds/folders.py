@@ -165,7 +165,13 @@ def make_folder(folder: Path) -> None:
 
 
 def is_free(path: Path) -> bool:
-    """Whether `new_folder` can make this folder: nothing is there, or an empty folder."""
+    """Whether `new_folder` can make this folder: nothing is there, or an empty folder.
+
+    Raises:
+        UsageError: it is the current folder, which cannot be replaced.
+    """
+    if path.exists() and path.samefile("."):
+        raise UsageError(f"{path} is the current folder: give the path of another one")
     if path.is_symlink() or path.is_mount():
         return False
     return not path.exists() or (path.is_dir() and not any(path.iterdir()))

@@ -65,6 +65,8 @@ class LoopState:
     """`RunLog.mark` when the state was saved."""
     sums: dict[str, Any] = field(default_factory=dict)
     """`StepSums.state_dict` of the steps since the last entry of the log."""
+    lap: float = 0.0
+    """Seconds of these steps."""
     behind: float = 0.0
     """How far the last validation is behind the best, in units of the metric."""
 
@@ -105,10 +107,14 @@ class StopRequest:
 
 
 class Stopwatch:
-    """Seconds since the last lap, without what happens in `paused()`."""
+    """Seconds since the last lap, without what happens in `paused()`.
 
-    def __init__(self) -> None:
-        self._began = time.perf_counter()
+    Args:
+        seconds: what has passed of the first lap already.
+    """
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self._began = time.perf_counter() - seconds
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -117,10 +123,14 @@ class Stopwatch:
         yield
         self._began += time.perf_counter() - stopped
 
+    def elapsed(self) -> float:
+        """Return the seconds since the last lap."""
+        return time.perf_counter() - self._began
+
     def lap(self) -> float:
-        """Return the seconds since the last call and start again."""
-        now = time.perf_counter()
-        seconds, self._began = now - self._began, now
+        """Return the seconds since the last lap and start again."""
+        seconds = self.elapsed()
+        self._began += seconds
         return seconds
 
 
@@ -205,7 +215,7 @@ def fit(
     )
     steps = training.micro_batches(state.step)
     progress = Progress(total, state.step, training.steps_per_epoch, every, options.patience)
-    watch, sums = Stopwatch(), StepSums.of_state(state.sums)
+    watch, sums = Stopwatch(state.lap), StepSums.of_state(state.sums)
     started = time.perf_counter() - state.seconds
 
     def is_due(interval: int) -> bool:
@@ -254,9 +264,10 @@ def fit(
         # Save.
         save_due = bool(options.save_every) and state.step % options.save_every == 0
         if stopped or save_due or is_due(every):
+            elapsed = watch.elapsed()
             with watch.paused():
                 state.objective, state.log = training.state_dict(), log.mark()
-                state.sums = sums.state_dict()
+                state.sums, state.lap = sums.state_dict(), elapsed
                 checkpoints, keep = run / "checkpoints", options.keep_checkpoints
                 save_checkpoint(engine, checkpoints, dataclasses.asdict(state), keep, lora)
         if stopped:
@@ -311,7 +322,8 @@ def finish(metric: str, options: LoopOptions, run: Path, state: LoopState, log: 
     log.hparams(dataclasses.asdict(options), {"best_validation": state.best})
     log.close()
     summary = {"validation_metric": metric, **dataclasses.asdict(state)}
-    del summary["log"], summary["sums"]
+    for name in ("log", "sums", "lap"):  # of use to a resumed run alone
+        del summary[name]
     distributed.on_main(lambda: write_json(run / "summary.json", summary))
     say(
         f"done: best {metric} {state.best:.4f} at step {state.best_step}; model in {run / 'model'}",

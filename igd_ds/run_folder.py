@@ -171,8 +171,8 @@ def _check_same_content(run: Path, content: Mapping[str, Any]) -> None:
     path = run / "inputs.json"
     if not path.is_file():
         return
-    changed = differing(_read_record(path, json.loads), json.loads(json.dumps(content)))
-    if changed:
+    there, now = _read_record(path, json.loads), json.loads(json.dumps(content))
+    if changed := differing(there, {name: now[name] for name in there if name in now}):
         raise UsageError(
             f"--output_dir {run}: the content of {', '.join(f'--{name}' for name in changed)} has "
             "changed since the run was begun: restore it, or give a new --output_dir"

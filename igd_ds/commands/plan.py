@@ -210,6 +210,7 @@ class Plan:
             config.max_length,
             rows,
             inputs.batching,
+            config.length_grouping,
         )
         return cls(config, inputs, ds, tokens)
 

@@ -80,9 +80,8 @@ CHOOSE_LINES = """
     SELECT code, item_code.name AS item, count(*) AS lines, count(DISTINCT title) AS titles,
         coalesce(min(position) FILTER (coalesce(title, '') <> ''), min(position)) AS position
     FROM item_code JOIN item_line ON item_line.item = item_code.name GROUP BY ALL"""
-FIRST_WITH_TITLE = """
-    SELECT * FROM ({items}) QUALIFY row_number() OVER (
-        PARTITION BY item ORDER BY coalesce(title, '') = '', position) = 1"""
+TITLE_OF_NO_LINE = """
+    CASE WHEN max({own}) OVER (PARTITION BY item) IS NULL THEN {other} END"""
 FILLED_IN = """
     CREATE TABLE item_line AS
     SELECT item, {columns}, coalesce(given_line.position,
@@ -262,7 +261,8 @@ class RawReader:
             items: gives item VARCHAR, title VARCHAR, position BIGINT and any columns of
                 METADATA_SCHEMA and semantic_id VARCHAR[]. If an item occurs twice, the first line
                 with a title counts.
-            other_items: gives the same; what `items` leaves open is taken from there.
+            other_items: gives the same, one line per item; what `items` leaves open is taken from
+                there.
             whole_catalogue: whether items without interactions belong to the catalogue.
             timed: whether the source has times; if so, an interaction without one is rejected.
 
@@ -489,16 +489,21 @@ class RawReader:
     def _fill_in(self, other_items: str) -> None:
         """Put what `other_items` says of an item into the gaps of item_line."""
         self._run("ALTER VIEW item_line RENAME TO given_line")
-        self._run(f"CREATE VIEW other_line AS {FIRST_WITH_TITLE.format(items=other_items)}")
-        columns = {
-            view: [row[0] for row in self._run(f"DESCRIBE {view}")]
-            for view in ("given_line", "other_line")
-        }
-        chosen = ["coalesce(nullif(given_line.title, ''), other_line.title) AS title"]
-        for name in dict.fromkeys(columns["given_line"] + columns["other_line"]):
-            views = [view for view in columns if name in columns[view]]
-            if name not in ("item", "title", "position"):
-                chosen.append(f"coalesce({', '.join(f'{v}.{name}' for v in views)}) AS {name}")
+        self._run(f"CREATE VIEW other_line AS {other_items}")
+        values: dict[str, list[str]] = {}
+        for view in ("given_line", "other_line"):
+            for name, kind, *_ in self._run(f"DESCRIBE {view}"):
+                value = f"{view}.{name}"
+                value = f"nullif({value}, '')" if kind == "VARCHAR" else value
+                values.setdefault(name, []).append(value)
+
+        own_title, other_title = values["title"]
+        values["title"] = [own_title, TITLE_OF_NO_LINE.format(own=own_title, other=other_title)]
+        chosen = [
+            f"coalesce({', '.join(found)}) AS {name}"
+            for name, found in values.items()
+            if name not in ("item", "position")
+        ]
         self._run(FILLED_IN.format(columns=", ".join(chosen)))
 
     def _choose_lines(self) -> None:

@@ -44,6 +44,7 @@ def row_statistics(
     max_length: int,
     micro_batch: int,
     batching: str = "chains",
+    group: bool = True,
 ) -> dict[str, Any]:
     """Return all of `ROW_KEYS` as JSON values.
 
@@ -54,7 +55,8 @@ def row_statistics(
         prompt: name of the template, or the path of its file.
         max_length: tokens of prompt and target at most.
         micro_batch: rows of a micro-batch.
-        batching: "chains", or "rows" for trees of shuffled rows of similar length.
+        batching: "chains", or "rows" for trees of shuffled rows.
+        group: whether shuffled rows of similar length share a batch.
 
     Raises:
         UsageError: there is no such template, or no prompt fits `max_length`.
@@ -73,7 +75,7 @@ def row_statistics(
     # Some batches.
     train = dataset.splits["train"]
     chains = RowChains.build(train, prompts, columns)
-    order = chains if batching == "chains" else ShuffledRows(chains.tokens, group=True)
+    order = chains if batching == "chains" else ShuffledRows(chains.tokens, group)
     batches = order.epoch(GLOBAL_BATCH * micro_batch, seed=0, epoch=0)
     chosen = np.unique(np.linspace(0, len(batches) - 1, NUM_BATCHES).astype(int))
     parts = [part for step in chosen for part in order.deal(batches[step], 0, 1, micro_batch)]

@@ -203,11 +203,13 @@ def _check_loss(total: torch.Tensor, step: int) -> None:
 
 
 def _norm_before_update(engine: Any, step: int) -> float | None:
-    """Return the gradient's norm where DeepSpeed does not measure it: with torch's own optimizer.
+    """Return the gradient's norm where DeepSpeed does not measure it, at stage 0 in float32.
 
-    That is the case at stage 0 in float32. Elsewhere None.
+    There the optimizer is torch's own, and the gradient is that of all ranks already. Elsewhere
+    None; with a scaler too, because the gradient is still scaled, and it may overflow.
     """
-    if hasattr(engine.optimizer, "_global_grad_norm"):
+    is_plain = isinstance(engine.optimizer, torch.optim.Optimizer)
+    if not is_plain or engine.torch_autocast_z0_gradscaler:
         return None
     gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
     norm = float(torch.linalg.vector_norm(torch.stack([g.norm() for g in gradients])))

@@ -202,6 +202,14 @@ class PolicyTraining(ContinuedTraining):
         branches = self.collator.branches(rows, items)
         return Groups(branches, **{n: torch.from_numpy(values) for n, values in tensors.items()})
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the seconds of searching since the last entry of the log."""
+        return {"rollout_seconds": self.rollout_seconds}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore them."""
+        self.rollout_seconds = state.get("rollout_seconds", 0.0)
+
     def values(self, sums: StepSums, seconds: float) -> dict[str, float]:
         """Return the log's scalars: sums first, one division last."""
         found = {name: float(value) for name, value in sums.statistics.items()}

@@ -262,6 +262,8 @@ def test_a_run_does_not_go_on_with_a_file_that_has_changed(run):
     with pytest.raises(UsageError, match="the content of --prompt has changed since"):
         claim_run_folder(run, resumed, DS, 2, content | {"prompt": {"prefix": "Met:"}})
 
+    claim_run_folder(run, resumed, DS, 2, content | {"recorded_by_a_later_version": 1})
+
     (run / "inputs.json").unlink()  # a run of an earlier version
     claim_run_folder(run, resumed, DS, 2, content | {"model_config": "def"})
 

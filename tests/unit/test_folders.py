@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -181,13 +182,19 @@ def test_a_folder_is_made_once_from_one_request(tmp_path):
     assert str(caught.value) == message
 
 
-def test_an_empty_folder_may_be_filled_and_a_link_to_one_not(tmp_path):
+def test_an_empty_folder_may_be_filled_and_a_link_to_one_not(tmp_path, monkeypatch):
     folder = tmp_path / "data"
     folder.mkdir()
     assert not is_made(folder, "dataset.json", {})
     with new_folder(folder) as unfinished:
         write_json(unfinished / "dataset.json", {})
     assert is_made(folder, "dataset.json", {})
+
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for here in (Path("."), tmp_path / "here"):
+        with pytest.raises(UsageError, match="is the current folder"):
+            is_made(here, "dataset.json", {})
 
     (tmp_path / "empty").mkdir()
     (tmp_path / "link").symlink_to("empty")

@@ -5,12 +5,19 @@ import json
 import math
 import signal
 import time
+import types
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from igd_ds import distributed, loop
 from igd_ds.config.training import LoopOptions
@@ -139,6 +146,7 @@ class SmallEngine:
         torch.manual_seed(0)
         self.module = torch.nn.Linear(2, 1).eval()  # as pretrained weights come
         self.optimizer = torch.optim.SGD(self.module.parameters(), lr=rate)
+        self.torch_autocast_z0_gradscaler = None
         self.accumulation, self.rate, self.micro_steps = accumulation, rate, 0
         self.norm = None
 
@@ -261,7 +269,7 @@ def test_a_whole_run_validates_logs_and_saves_when_it_is_due(tmp_path, stop):
     assert folders == ["step-00000008", "step-00000012"]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary.pop("validation_metric") == "nll"
-    assert LoopState(**summary, log=state.log, sums=state.sums) == state
+    assert LoopState(**summary, log=state.log, sums=state.sums, lap=state.lap) == state
     assert (state.step, state.best, state.best_step, state.stale) == (12, 2.0, 8, 1)
     assert state.dataset == "the dataset" and state.objective == {"updates": 12}
     losses = [value for _, value in logged(tmp_path / "run", "train/loss")]
@@ -453,10 +461,25 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(accumulation):
 def test_a_gradient_that_is_not_finite_is_reported():
     (window,) = list(SmallTraining([]).micro_batches(11))
     engine = SmallEngine()
-    engine.optimizer._global_grad_norm = None  # as DeepSpeed's optimizers, which measure it
+    own = engine.optimizer
+    engine.optimizer = types.SimpleNamespace(step=own.step, zero_grad=own.zero_grad)
     engine.get_global_grad_norm = partial(float, "nan")
     with pytest.raises(FloatingPointError, match="step 8: the gradient is not finite, and so the"):
         optimizer_step(engine, window, SquaredError(), 7)
+
+
+def test_deepspeeds_optimizers_are_told_from_torchs():
+    """They measure the norm themselves, and only after their update it is that of all ranks."""
+    for wrapper in (
+        BF16_Optimizer,
+        FP16_Optimizer,
+        FP16_UnfusedOptimizer,
+        DeepSpeedZeroOptimizer,
+        DeepSpeedZeroOptimizer_Stage3,
+    ):
+        assert not issubclass(wrapper, torch.optim.Optimizer)
+    for plain in (FusedAdam, DeepSpeedCPUAdam):
+        assert issubclass(plain, torch.optim.Optimizer)
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])

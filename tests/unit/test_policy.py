@@ -304,7 +304,8 @@ def test_the_log_splits_the_time_of_a_step(tmp_path):
         statistics={name: np.array(6.0) for name in (
             "reward", "rows", "holds_target", "flat", "tokens", "input_tokens")},
     )  # fmt: skip
-    training.rollout_seconds = 3.0
+    training.load_state_dict({"rollout_seconds": 3.0})
+    assert training.state_dict() == {"rollout_seconds": 3.0}
     values = training.values(sums, seconds=10.0)
     assert values["speed/rollout_seconds"] == 1.5 and values["speed/update_seconds"] == 3.5
     assert training.rollout_seconds == 0 and values["train/groups_with_target"] == 1.0

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 
 import numpy as np
 import peft
@@ -16,10 +17,11 @@ from test_batches import collator
 from igd_ds.backbones import CausalLM, backbone_of, row_tree_attention
 from igd_ds.backbones.tree_attention import attention_in_recomputation
 from igd_ds.contracts import IGNORED, MASKED_ROW, Batch
+from igd_ds.data.prompts import Template
 from igd_ds.data.row_trees import build_row_tree
 from igd_ds.errors import UsageError
 from igd_ds.train_config import TrainConfig
-from igd_ds.training_inputs import batching_of, packing_of
+from igd_ds.training_inputs import batching_of, content_of, packing_of
 
 
 class Naive:
@@ -318,7 +320,7 @@ def blocks_of(counts: torch.Tensor, indices: torch.Tensor) -> set[tuple[int, int
 
 def config_of(**settings) -> TrainConfig:
     required = {"ds_config": "x", "dataset": "x", "output_dir": "x", "model_config": "x"}
-    return TrainConfig(**required, tokenizer="x", objective="uniform", **settings)
+    return TrainConfig(**required | {"tokenizer": "x", "objective": "uniform"} | settings)
 
 
 @pytest.mark.parametrize(
@@ -356,6 +358,28 @@ def test_a_model_that_cannot_read_trees_is_named(kind):
 def test_settings_that_contradict_each_other(settings, message):
     with pytest.raises(UsageError, match=message):
         config_of(**settings).check()
+
+
+def test_what_the_files_of_some_settings_hold(tmp_path):
+    """A shape by its name, a file, a folder as transformers writes it, a name on the hub."""
+    inputs = types.SimpleNamespace(template=Template.load("short"))
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "shape.json", tmp_path / "folder" / "config.json"):
+        path.write_text("{}")
+    named = {
+        name: content_of(dataclasses.replace(config_of(), model_config=name), inputs)
+        for name in ("qwen2-1m", str(tmp_path / "shape.json"), str(tmp_path / "folder"), "org/name")
+    }
+    hashes = [content.get("model_config") for content in named.values()]
+    assert hashes[0] and hashes[1] == hashes[2] != hashes[0] and hashes[3] is None
+    assert named["org/name"]["prompt"]["separator"] == Template.load("short").separator
+
+    vectors = tmp_path / "vectors.npy"
+    np.save(vectors, np.zeros((2, 2)))
+    config = config_of(objective="front-greater", item_embeddings=str(vectors))
+    before = content_of(config, inputs)["item_embeddings"]
+    np.save(vectors, np.ones((2, 2)))
+    assert content_of(config, inputs)["item_embeddings"] != before
 
 
 def test_shuffled_rows_alone_may_be_mixed_in_length():

@@ -123,6 +123,13 @@ def test_what_a_file_of_items_does_not_say_is_taken_from_the_interactions(tmp_pa
         "x3": (None, None, None, None, "New", None),
     }
 
+    # A title on any of its lines comes before that of the interactions.
+    lines = [{"item": "x1", "title": "", "brand": ""}, {"item": "x1", "title": "New", "brand": ""}]
+    items = written(tmp_path / "items.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    _, found = read(events, items)
+    assert found["x1"] == ("New", ["<a_1>", "<b_2>"], None, None, None, None)
+    assert found["x2"] == ("Cup", ["<a_2>", "<b_1>"], None, None, "Clay", None)
+
 
 @pytest.mark.parametrize(
     ("text", "expected"),
@@ -257,6 +264,14 @@ def test_what_pandas_quotes_between_tabs(tmp_path):
     assert {item: values[0] for item, values in found.items()} == {
         "x1": titles[0], "x3": titles[2], "x4": titles[3]
     }  # fmt: skip
+
+
+def test_quotes_between_tabs_are_taken_off_once(tmp_path):
+    """R quotes the header too, and then quotes are read as such."""
+    text = 'user\titem\ttitle\nann\tx1\t"""Big"""\n'
+    assert read(written(tmp_path / "a.tsv", text))[1]["x1"][0] == '"Big"'
+    quoted = text.replace("user\titem\ttitle", '"user"\t"item"\t"title"')
+    assert read(written(tmp_path / "b.tsv", quoted))[1]["x1"][0] == '"Big"'
 
 
 # ---- times

@@ -95,7 +95,7 @@ def find_files(name: str, inputs: Sequence[Path]) -> dict[str, list[Path]]:
     """Return the files of a source among `inputs`, by role.
 
     An input is a file, or a folder whose files (one level down too) are looked through. The files
-    of a role come in the order of `inputs`, those of a folder by name.
+    of a role are sorted by name. Only the user's own tables come in the order of `inputs`.
 
     Raises:
         UsageError: an input does not exist or is no file of the source (the message names the
@@ -120,7 +120,11 @@ def find_files(name: str, inputs: Sequence[Path]) -> dict[str, list[Path]]:
                 raise UsageError(_stranger(name, path))
 
     _check_roles(name, inputs, found, strangers)
-    return {role: paths for role, paths in found.items() if paths}
+    return {
+        role: paths if kinds[role].any_file else sorted(paths)
+        for role, paths in found.items()
+        if paths
+    }
 
 
 def _check_roles(

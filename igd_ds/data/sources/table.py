@@ -12,21 +12,21 @@ UTF-8; ids are texts and stay as they are.
 
 Columns are found by name. Capital letters, spaces and underscores do not matter:
 
-    user         uid, user, customer, reviewer, visitor, client, member, buyer, account, session
-                 (with or without id)
-    item         item, product, movie, book, article, song, track, business, game, parent_asin (with
-                 or without id), asin, sku, iid
-    timestamp    timestamp, datetime, ts, unix_review_time, created_at, event_time, and such of
-                 order, purchase or invoice, date, time; without one, the order of the lines is
-                 taken
-    title        title, name, item_name, item_title, and such of product and movie
+    user         uid; user, customer, reviewer, visitor, client, member, buyer, account, session,
+                 each with id before without
+    item         parent_asin, asin, sku; item, product, movie, book, article, song, track, business,
+                 game, all with id before all without; iid
+    timestamp    timestamp, datetime, ts, unix_review_time, created_at; order_time, order_date and
+                 such, and those of purchase, invoice, event, review and rating; date, time. Without
+                 one, the order of the lines is taken
+    title        title; item_title, item_name, and such of the other things; name
     metadata     brand (manufacturer, store), categories (category, genres, genre), price,
                  description (details)
     semantic_id  semantic_id, sid, codes: "<a_12><b_7>", or numbers such as "12 7", which become
                  <a_12> <b_7>
 
-Where several names match, the first one in this list counts, with id before without. Which columns
-are taken is printed. --columns names others: --columns user=kunde item=artikel
+Where several names match, the first one in this list counts. Which columns are taken is printed.
+--columns names others: --columns user=kunde item=artikel
 timestamp=bestellt_am. In a file without a header a column is named by its number: --columns user=1
 item=2 timestamp=4. Amazon's files of ratings alone have no header and are recognised. A line
 without user or item, or with nan, null, none, n/a or such there, is left out and counted; there may
@@ -129,10 +129,15 @@ SEMANTIC_ID = (
     "lambda part, level: '<' || chr(96 + level::INTEGER) || '_' || part || '>') "
     "ELSE {parts} END"
 )
+# Of each item the first line with a title.
+FIRST_LINES = """
+    CREATE TABLE first_lines AS SELECT * FROM events WHERE rowid IN (
+        SELECT coalesce(min(rowid) FILTER ({title} <> ''), min(rowid)) FROM events
+        GROUP BY {item})"""
 # In most tables with tabs a quote is a quote. pandas doubles it and puts quotes around the field.
 UNQUOTE = """
     UPDATE {table} SET {column} = replace({column}[2:-2], '""', '"')
-    WHERE regexp_full_match({column}, '"([^"]|"")*"')"""
+    WHERE {column}[1] = '"' AND regexp_full_match({column}, '"([^"]|"")*"')"""
 PRICE = "try_cast(regexp_replace({0}, '^[^0-9.-]+', '') AS DOUBLE)"
 
 
@@ -180,7 +185,11 @@ def read(raw: RawReader, files: Mapping[str, list[Path]]) -> SourceData:
     # A file of items comes before that.
     if catalogues:
         _load(raw, "catalogue", catalogues)
-        items, other_items = _items("catalogue", catalogues[0].fields), items
+        if items:
+            item, title = _id(known["item"]), sql_name(known.get("title", known["item"]))
+            raw.connection.execute(FIRST_LINES.format(item=item, title=title))
+            other_items = _items("first_lines", known)
+        items = _items("catalogue", catalogues[0].fields)
     return raw.source_data(
         interactions,
         items,
@@ -411,7 +420,9 @@ def _load(raw: RawReader, name: str, tables: Sequence[Table]) -> None:
             header=first.has_header,
             quote="" if first.delimiter == "\t" else '"',
         )
-        if first.delimiter == "\t":
+        starts = [first_line(path)[:1] for path in paths]
+        has_quotes = first.has_header and b'"' in starts
+        if first.delimiter == "\t" and not has_quotes:  # else they are read as quotes already
             for column in map(sql_name, used):
                 raw.connection.execute(UNQUOTE.format(table=name, column=column))
 
