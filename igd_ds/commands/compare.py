@@ -1,7 +1,7 @@
 """Compare two ways of ranking on the same rows: the difference and how sure it is.
 
     igd compare RUN/eval/A [RUN/eval/A ...] --against RUN/eval/B [RUN/eval/B ...] --dataset DATASET
-        [--alpha ALPHA] [--against_alpha ALPHA] [--json]
+        [--alpha ALPHA] [--against_alpha ALPHA] [--common_rows] [--json]
 
 Each folder is one evaluation (igd eval). Several on a side are seeds: the first of one side belongs
 to the first of the other. For HR@10 and NDCG@10 (item match) it prints the mean of both sides ±
@@ -11,6 +11,7 @@ the interval speaks of other users and of these trainings.
 """
 
 import argparse
+import functools
 import json
 import math
 from collections.abc import Sequence
@@ -61,6 +62,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--alpha", type=float, help="needed where an evaluation has several α")
     parser.add_argument(
         "--against_alpha", type=float, help="the α of --against, if it is another one"
+    )
+    parser.add_argument(
+        "--common_rows",
+        action="store_true",
+        help="compare on the rows that all evaluations have, where some ranked a sample",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object, not a table")
     args = parser.parse_args(argv)
@@ -157,6 +163,7 @@ def compare(
     dataset: InteractionDataset,
     alpha: float | None = None,
     against_alpha: float | None = None,
+    common_rows: bool = False,
 ) -> Json:
     """Compare evaluations of the same rows.
 
@@ -166,6 +173,7 @@ def compare(
         dataset: the dataset that both sides ranked.
         alpha: the α to compare at; None: the only one that each evaluation has.
         against_alpha: that of the other side; None: `alpha`.
+        common_rows: compare on the rows that all of them ranked.
 
     Returns:
         The number of `rows` and of `seeds`, and by name in MEASURES a dictionary with `first`,
@@ -180,13 +188,15 @@ def compare(
     flag = "--alpha" if against_alpha is None else "--against_alpha"
     other = alpha if against_alpha is None else against_alpha
     found += [read_ranks(folder, dataset, flag, other) for folder in against]
+    if common_rows:
+        found = on_common_rows(found)
     split, ranks = found[0]
     for folder, (its_split, its_ranks) in zip(folders, found, strict=True):
         if its_split != split or not np.array_equal(its_ranks.row, ranks.row):
             raise UsageError(
                 f"{folders[0]} ({split}, {len(ranks.row)} rows) and {folder} ({its_split}, "
                 f"{len(its_ranks.row)} rows) ranked different rows: evaluate both with the same "
-                "--split, --num_rows and --seed"
+                "--split, --num_rows and --seed, or add --common_rows"
             )
 
     users = dataset.splits[split].user_ids[ranks.row]
@@ -195,6 +205,22 @@ def compare(
         values = np.stack([measure(its_ranks) for _, its_ranks in found])
         result[name] = difference(values[: len(first)], values[len(first) :], users)
     return result
+
+
+def on_common_rows(found: Sequence[Side]) -> list[Side]:
+    """Return the evaluations with the rows alone that all of them ranked.
+
+    Raises:
+        UsageError: there is no such row.
+    """
+    rows = functools.reduce(np.intersect1d, [ranks.row for _, ranks in found])
+    if not len(rows):
+        raise UsageError("--common_rows: no row was ranked by all of these evaluations")
+    kept = [np.isin(ranks.row, rows) for _, ranks in found]
+    return [
+        Side(split, Ranks(*(values[chosen] for values in ranks)))
+        for (split, ranks), chosen in zip(found, kept, strict=True)
+    ]
 
 
 def difference(first: np.ndarray, against: np.ndarray, users: np.ndarray) -> Json:
@@ -249,7 +275,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = parse(argv)
     dataset = InteractionDataset.load(args.dataset)
-    result = compare(args.first, args.against, dataset, args.alpha, args.against_alpha)
+    result = compare(
+        args.first, args.against, dataset, args.alpha, args.against_alpha, args.common_rows
+    )
     if args.json:
         print(json.dumps(result))
     else:

@@ -12,6 +12,7 @@ from igd_ds.commands import compare
 from igd_ds.data.dataset import InteractionDataset
 from igd_ds.errors import UsageError
 from igd_ds.studies.report.dataset_details import target_ranks
+from igd_ds.studies.report.study import Ranks
 from igd_ds.studies.significance import bootstrap_over_users, ndcg
 
 
@@ -113,6 +114,22 @@ def test_each_side_may_have_its_own_alpha(evaluate, data, capsys):
     found = compared(capsys, data, [folder], [other], "--alpha", "0.2", "--against_alpha", "0")
     stored = json.loads((other / "metrics.json").read_text())["alpha"]["0.0"]["item_match"]
     assert found["hr@10"]["against"] == pytest.approx(stored["hr@10"])
+
+
+def test_a_sample_is_compared_with_all_rows(evaluate, data, capsys):
+    folder, other = evaluate("a", 0), evaluate("b", 1)
+    plain = compared(capsys, data, [folder], [other])
+    assert compared(capsys, data, [folder], [other], "--common_rows") == plain
+
+    def side(rows, ranks):
+        return compare.Side("test", Ranks(np.array(rows), np.array(ranks), np.ones(len(rows))))
+
+    every, sample = side([0, 1, 2, 5], [1, 0, 3, 2]), side([1, 4, 5], [7, 8, 9])
+    common = compare.on_common_rows([every, sample])
+    assert [list(ranks.row) for _, ranks in common] == [[1, 5], [1, 5]]
+    assert [list(ranks.rank) for _, ranks in common] == [[0, 2], [7, 9]]
+    with pytest.raises(UsageError, match="--common_rows: no row was ranked by all"):
+        compare.on_common_rows([every, side([3], [1])])
 
 
 def test_bad_input_is_named(evaluate, data, tmp_path):
