@@ -86,8 +86,7 @@ def open_run_folder(
     """
     claim_run_folder(run, config, ds, distributed.world_size())
     if summary := read_summary(run):
-        if summary["dataset"] != data.dataset.fingerprint:
-            loop.refuse_other_dataset(run)
+        loop.refuse_other_dataset(run, summary["dataset"], data.dataset.fingerprint)
         return None, True
 
     tag = newest_checkpoint(run / "checkpoints", config.trust_checkpoint)

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
@@ -150,20 +150,20 @@ def resume(
     if tag is None:
         return LoopState(dataset=dataset)
     # Weights of another number of items could not even be loaded.
-    if Manifest.read(run / "checkpoints" / tag).state["dataset"] != dataset:
-        refuse_other_dataset(run)
+    refuse_other_dataset(run, Manifest.read(run / "checkpoints" / tag).state["dataset"], dataset)
     state = LoopState(**load_checkpoint(engine, run / "checkpoints", tag, lora))
     training.load_state_dict(state.objective)
     say(f"resumed {run} from {tag}")
     return state
 
 
-def refuse_other_dataset(run: Path) -> NoReturn:
-    """Raise UsageError: only the path of a run's dataset may change."""
-    raise UsageError(
-        f"--dataset: {run} was trained on another dataset, or another version of it; give a new "
-        "--output_dir"
-    )
+def refuse_other_dataset(run: Path, begun_on: str, dataset: str) -> None:
+    """Raise UsageError if two fingerprints differ: only the path of a run's dataset may change."""
+    if begun_on != dataset:
+        raise UsageError(
+            f"--dataset: {run} was trained on another dataset, or another version of it; give a "
+            "new --output_dir"
+        )
 
 
 def say_header(engine: Any, training: Training, options: LoopOptions, ds: DsConfig) -> None:

@@ -108,10 +108,11 @@ def content_of(config: TrainConfig, inputs: Inputs) -> dict[str, Any]:
     What holds the dataset, pretrained weights and tokenizer is compared elsewhere.
     """
     content: dict[str, Any] = {"prompt": inputs.template.as_dict()}
-    shape = shape_file(config.model_config)
-    shape = shape / "config.json" if shape.is_dir() else shape
-    if config.model_config and shape.is_file():  # a name on the hub has no file here
-        content["model_config"] = sha256_of(shape)
+    if config.model_config:
+        shape = shape_file(config.model_config)
+        shape = shape / "config.json" if shape.is_dir() else shape
+        if shape.is_file():  # a name on the hub has no file here
+            content["model_config"] = sha256_of(shape)
     if item_embeddings := getattr(config.objective_options(), "item_embeddings", ""):
         given = Path(item_embeddings)
         files = [given] if given.is_file() else sorted(given.glob("*.npy"))

@@ -155,8 +155,8 @@ def optimizer_step(
         own_loss = (coefficients * losses).sum()
         engine.backward(own_loss, scale_wrt_gas=False)
 
-        sums = _flat(terms)
-        total = sums if total is None else total + sums
+        flat = _flat(terms)
+        total = flat if total is None else total + flat
         minimised += own_loss.detach().double()
         if index == len(micro_batches) - 1:
             everything = distributed.all_reduce_sum(torch.cat([total, minimised]))
@@ -168,10 +168,9 @@ def optimizer_step(
     if gradient_norm is None:
         gradient_norm = _norm_after_update(engine, step)
     objective = float(everything[-1]) / world
-    finished = _finished(everything[:-1], terms, divisor, loss, step)
-    return dataclasses.replace(finished, objective=objective, gradient_norm=gradient_norm), (
-        stopped > 0
-    )
+    sums = _finished(everything[:-1], terms, divisor, loss, step)
+    sums = dataclasses.replace(sums, objective=objective, gradient_norm=gradient_norm)
+    return sums, stopped > 0
 
 
 def _flat(terms: LossTerms) -> torch.Tensor:
@@ -239,7 +238,7 @@ def _finished(
     loss: StepLoss[Any],
     step: int,
 ) -> StepSums:
-    """Tell the loss about the step's totals and return the step's sums of it."""
+    """Tell the loss about the step's totals and return the step's sums that follow from them."""
     numerators, normalisers, statistics = _unflat(total, like)
     totals = StepTotals(step, numerators / divisor, divisor.double(), statistics)
     scalars = loss.update(totals)

@@ -154,7 +154,6 @@ class Recommender:
         self.prompts = PromptBuilder.build(
             template, self.tokenizer, as_written, catalogue.kind, budget
         )
-
         self.max_history: int | None = dataset.info["parameters"].get("max_history") or None
 
         self._set_up(dataset, stored, likelihood_of(self.description), device)
