@@ -1,13 +1,14 @@
 """Compare two ways of ranking on the same rows: the difference and how sure it is.
 
     igd compare RUN/eval/A [RUN/eval/A ...] --against RUN/eval/B [RUN/eval/B ...] --dataset DATASET
-        [--alpha ALPHA] [--against_alpha ALPHA] [--common_rows] [--json]
+        [--alpha ALPHA] [--against_alpha ALPHA] [--common_rows] [--mean_over users] [--json]
 
 Each folder is one evaluation (igd eval). Several on a side are seeds: the first of one side belongs
 to the first of the other. For HR@10 and NDCG@10 (item match) it prints the mean of both sides ±
 their standard deviation over seeds, the difference of the means, its 95 % interval from a paired
 bootstrap over users, and p. With several seeds the values of a row are averaged over them first, so
-the interval speaks of other users and of these trainings.
+the interval speaks of other users and of these trainings. A user with many rows can decide a mean over
+rows; with --mean_over users, every user counts the same.
 """
 
 import argparse
@@ -33,6 +34,7 @@ from igd_ds.studies.rounding import mean_sd
 from igd_ds.studies.significance import bootstrap_over_users, hit, ndcg
 
 MEASURES = {"hr@10": hit, "ndcg@10": ndcg}
+MEAN_OVER = ("rows", "users")
 
 Json = dict[str, Any]
 
@@ -67,6 +69,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--common_rows",
         action="store_true",
         help="compare on the rows that all evaluations have, where some ranked a sample",
+    )
+    parser.add_argument(
+        "--mean_over",
+        choices=MEAN_OVER,
+        default="rows",
+        help="what counts the same in a mean: every row, or every user (default: %(default)s)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object, not a table")
     args = parser.parse_args(argv)
@@ -164,6 +172,7 @@ def compare(
     alpha: float | None = None,
     against_alpha: float | None = None,
     common_rows: bool = False,
+    mean_over: str = "rows",
 ) -> Json:
     """Compare evaluations of the same rows.
 
@@ -174,9 +183,10 @@ def compare(
         alpha: the α to compare at; None: the only one that each evaluation has.
         against_alpha: that of the other side; None: `alpha`.
         common_rows: compare on the rows that all of them ranked.
+        mean_over: one of MEAN_OVER; with "users", the values of a user's rows are averaged first.
 
     Returns:
-        The number of `rows` and of `seeds`, and by name in MEASURES a dictionary with `first`,
+        The number of `rows`, `users` and `seeds`, `mean_over`, and by name in MEASURES a dictionary with `first`,
         `against` (means over seeds), `first_sd`, `against_sd` (None for one seed), `difference`,
         `low`, `high` (95 % interval) and `p`; the last three are None if all rows are of one user.
 
@@ -200,11 +210,30 @@ def compare(
             )
 
     users = dataset.splits[split].user_ids[ranks.row]
-    result: Json = {"rows": len(ranks.row), "seeds": len(first)}
+    result: Json = {
+        "rows": len(ranks.row),
+        "users": len(np.unique(users)),
+        "seeds": len(first),
+        "mean_over": mean_over,
+    }
     for name, measure in MEASURES.items():
         values = np.stack([measure(its_ranks) for _, its_ranks in found])
-        result[name] = difference(values[: len(first)], values[len(first) :], users)
+        owners = users
+        if mean_over == "users":
+            values, owners = mean_by_user(values, users), np.unique(users)
+        result[name] = difference(values[: len(first)], values[len(first) :], owners)
     return result
+
+
+def mean_by_user(values: np.ndarray, users: np.ndarray) -> np.ndarray:
+    """Return the mean of each user's rows, (S, U), users in ascending order.
+
+    Args:
+        values: (S, R) float64.
+        users: (R,) the user of each row.
+    """
+    _, index, rows = np.unique(users, return_inverse=True, return_counts=True)
+    return np.stack([np.bincount(index, of_seed) / rows for of_seed in values])
 
 
 def on_common_rows(found: Sequence[Side]) -> list[Side]:
@@ -227,9 +256,9 @@ def difference(first: np.ndarray, against: np.ndarray, users: np.ndarray) -> Jso
     """Return the entry of one measure.
 
     Args:
-        first: (S, R) float64, a value for each seed and row.
+        first: (S, R) float64, a value for each seed and row, or for each seed and user.
         against: (S, R), the other side's.
-        users: (R,) the user of each row.
+        users: (R,) the user of each value.
     """
     (mean, sd), (other_mean, other_sd) = (
         mean_sd(values.mean(1).tolist()) for values in (first, against)
@@ -251,7 +280,8 @@ def print_table(result: Json) -> None:
     """Print the comparison, one line per measure."""
     seeds = result["seeds"]
     plural = "" if seeds == 1 else "s"
-    print(f"{result['rows']:,} rows, {seeds} evaluation{plural} on each side")
+    counted = f"{result['rows']:,} rows of {result['users']:,} users"
+    print(f"{counted}, mean over {result['mean_over']}, {seeds} evaluation{plural} on each side")
     print(f"{'':<9}{'first':>15}{'against':>17}{'difference':>13}   95 % interval           p")
     for name in MEASURES:
         entry = result[name]
@@ -276,7 +306,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     dataset = InteractionDataset.load(args.dataset)
     result = compare(
-        args.first, args.against, dataset, args.alpha, args.against_alpha, args.common_rows
+        args.first,
+        args.against,
+        dataset,
+        args.alpha,
+        args.against_alpha,
+        args.common_rows,
+        args.mean_over,
     )
     if args.json:
         print(json.dumps(result))

@@ -89,7 +89,9 @@ def test_the_table_has_a_line_per_measure(evaluate, data, capsys):
     words = [str(evaluate("a", 0)), "--against", str(evaluate("b", 1)), "--dataset", str(data)]
     assert compare.main(words) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"{len(ROWS['test'])} rows, 1 evaluation on each side"
+    users = len(np.unique(InteractionDataset.load(data).splits["test"].user_ids[ROWS["test"]]))
+    counted = f"{len(ROWS['test'])} rows of {users} users"
+    assert lines[0] == f"{counted}, mean over rows, 1 evaluation on each side"
     assert [line.split()[0] for line in lines[2:]] == ["hr@10", "ndcg@10"]
 
 
@@ -114,6 +116,22 @@ def test_each_side_may_have_its_own_alpha(evaluate, data, capsys):
     found = compared(capsys, data, [folder], [other], "--alpha", "0.2", "--against_alpha", "0")
     stored = json.loads((other / "metrics.json").read_text())["alpha"]["0.0"]["item_match"]
     assert found["hr@10"]["against"] == pytest.approx(stored["hr@10"])
+
+
+def test_a_mean_over_users_counts_every_user_once(evaluate, data, capsys):
+    first, against = evaluate("a", 0), evaluate("b", 1)
+    found = compared(capsys, data, [first], [against], "--mean_over", "users")
+    assert found["mean_over"] == "users"
+
+    split = InteractionDataset.load(data).splits["test"]
+    users = split.user_ids[ROWS["test"]]
+    assert 1 < found["users"] == len(np.unique(users)) < len(users)
+    for side, folder in (("first", first), ("against", against)):
+        values = ndcg(target_ranks(folder / "predictions-alpha0.0.parquet", split.targets))
+        by_user = [values[users == user].mean() for user in np.unique(users)]
+        assert found["ndcg@10"][side] == pytest.approx(np.mean(by_user))
+        assert found["ndcg@10"][side] != pytest.approx(values.mean())
+    assert found["ndcg@10"]["low"] <= found["ndcg@10"]["difference"] <= found["ndcg@10"]["high"]
 
 
 def test_a_sample_is_compared_with_all_rows(evaluate, data, capsys):
