@@ -7,8 +7,9 @@ Each folder is one evaluation (igd eval). Several on a side are seeds: the first
 to the first of the other. For HR@10 and NDCG@10 (item match) it prints the mean of both sides ±
 their standard deviation over seeds, the difference of the means, its 95 % interval from a paired
 bootstrap over users, and p. With several seeds the values of a row are averaged over them first, so
-the interval speaks of other users and of these trainings. A user with many rows can decide a mean over
-rows; with --mean_over users, every user counts the same.
+this interval speaks of other users and of these trainings. A second interval speaks of other
+trainings on the same rows: that of Student's t over the differences of the seeds. A user with many
+rows can decide a mean over rows; with --mean_over users, every user counts the same.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from igd_ds.studies.report.dataset_details import target_ranks
 from igd_ds.studies.report.run_files import fingerprint_of
 from igd_ds.studies.report.study import Ranks
 from igd_ds.studies.rounding import mean_sd
-from igd_ds.studies.significance import bootstrap_over_users, hit, ndcg
+from igd_ds.studies.significance import bootstrap_over_users, hit, interval_over_seeds, ndcg
 
 MEASURES = {"hr@10": hit, "ndcg@10": ndcg}
 MEAN_OVER = ("rows", "users")
@@ -186,9 +187,11 @@ def compare(
         mean_over: one of MEAN_OVER; with "users", the values of a user's rows are averaged first.
 
     Returns:
-        The number of `rows`, `users` and `seeds`, `mean_over`, and by name in MEASURES a dictionary with `first`,
-        `against` (means over seeds), `first_sd`, `against_sd` (None for one seed), `difference`,
-        `low`, `high` (95 % interval) and `p`; the last three are None if all rows are of one user.
+        The number of `rows`, `users` and `seeds`, `mean_over`, and by name in MEASURES a dictionary
+        with `first`, `against` (means over seeds), `first_sd`, `against_sd` (None for one seed),
+        `difference`, `low`, `high` (95 % interval over users) and `p`, which are None if all rows
+        are of one user, and `seeds_low`, `seeds_high` (95 % interval over seeds), None for one
+        seed.
 
     Raises:
         UsageError: an evaluation is unfinished, or two are of different rows.
@@ -264,6 +267,7 @@ def difference(first: np.ndarray, against: np.ndarray, users: np.ndarray) -> Jso
         mean_sd(values.mean(1).tolist()) for values in (first, against)
     )
     bootstrap = bootstrap_over_users(first.mean(0) - against.mean(0), users)
+    over_seeds = interval_over_seeds(first.mean(1) - against.mean(1))
     return {
         "first": mean,
         "first_sd": sd,
@@ -273,6 +277,8 @@ def difference(first: np.ndarray, against: np.ndarray, users: np.ndarray) -> Jso
         "low": bootstrap.low if bootstrap else None,
         "high": bootstrap.high if bootstrap else None,
         "p": bootstrap.p if bootstrap else None,
+        "seeds_low": over_seeds[0] if over_seeds else None,
+        "seeds_high": over_seeds[1] if over_seeds else None,
     }
 
 
@@ -282,14 +288,20 @@ def print_table(result: Json) -> None:
     plural = "" if seeds == 1 else "s"
     counted = f"{result['rows']:,} rows of {result['users']:,} users"
     print(f"{counted}, mean over {result['mean_over']}, {seeds} evaluation{plural} on each side")
-    print(f"{'':<9}{'first':>15}{'against':>17}{'difference':>13}   95 % interval           p")
+    head = f"{'':<9}{'first':>15}{'against':>17}{'difference':>13}   95 % over users         p"
+    print(head if seeds == 1 else f"{head}   95 % over seeds")
     for name in MEASURES:
         entry = result[name]
         sides = (with_sd(entry[side], entry[f"{side}_sd"]) for side in ("first", "against"))
         line = f"{name:<9}{next(sides):>15}{next(sides):>17}{entry['difference']:>+13.4f}"
-        if entry["p"] is not None:
-            line += f"   {entry['low']:+.4f} to {entry['high']:+.4f}   {entry['p']:7.4f}"
-        print(line)
+        line += f"   {interval(entry['low'], entry['high']):<18}"
+        line += " " * 10 if entry["p"] is None else f"   {entry['p']:7.4f}"
+        print(f"{line}   {interval(entry['seeds_low'], entry['seeds_high'])}".rstrip())
+
+
+def interval(low: float | None, high: float | None) -> str:
+    """Return an interval in words, empty if there is none."""
+    return "" if low is None else f"{low:+.4f} to {high:+.4f}"
 
 
 def with_sd(mean: float, sd: float | None) -> str:

@@ -1,7 +1,7 @@
 """Statistics of a difference between two methods.
 
-Means and standard deviations over seeds, the Mann–Whitney U test over seeds, the paired bootstrap
-over users, and Holm's correction. Letters in shapes: R rows, U users.
+Means and standard deviations over seeds, the Mann–Whitney U test and Student's t over seeds, the
+paired bootstrap over users, and Holm's correction. Letters in shapes: R rows, U users.
 """
 
 import functools
@@ -95,6 +95,25 @@ def mann_whitney(first: Sequence[float], second: Sequence[float]) -> tuple[float
         rng=np.random.default_rng(0),
     )
     return float(tested.pvalue), 2 / math.comb(len(ranks), len(first))
+
+
+def interval_over_seeds(difference: np.ndarray) -> tuple[float, float] | None:
+    """Return the 95 % interval of the mean difference of two trainings, for other seeds.
+
+    It is that of Student's t, which takes the differences for normally distributed. All seeds are
+    ranked on the same rows, so it says nothing about other users.
+
+    Args:
+        difference: (S,) float64, one for each pair of trainings with the same seed.
+
+    Returns:
+        The interval; None for one seed.
+    """
+    if len(difference) < 2:
+        return None
+    mean, quantile = difference.mean(), scipy.stats.t.ppf(1 - LEVEL / 2, len(difference) - 1)
+    half = quantile * difference.std(ddof=1) / math.sqrt(len(difference))
+    return float(mean - half), float(mean + half)
 
 
 def bootstrap_over_users(difference: np.ndarray, user: np.ndarray) -> Bootstrap | None:

@@ -13,7 +13,7 @@ from igd_ds.data.dataset import InteractionDataset
 from igd_ds.errors import UsageError
 from igd_ds.studies.report.dataset_details import target_ranks
 from igd_ds.studies.report.study import Ranks
-from igd_ds.studies.significance import bootstrap_over_users, ndcg
+from igd_ds.studies.significance import bootstrap_over_users, interval_over_seeds, ndcg
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +77,14 @@ def test_means_are_those_of_metrics_json_and_the_interval_is_paired(evaluate, da
     found = result["ndcg@10"]
     assert (found["low"], found["high"], found["p"]) == pytest.approx(tuple(expected))
 
+    # Seed by seed: the first of one side against the first of the other.
+    pairs = [
+        compared(capsys, data, [a], [b])["ndcg@10"] for a, b in zip(first, against, strict=True)
+    ]
+    seeds = interval_over_seeds(np.array([pair["difference"] for pair in pairs]))
+    assert (found["seeds_low"], found["seeds_high"]) == pytest.approx(seeds)
+    assert pairs[0]["seeds_low"] is None
+
 
 def test_an_evaluation_equals_itself(evaluate, data, capsys):
     folder = evaluate("a", 0)
@@ -93,6 +101,13 @@ def test_the_table_has_a_line_per_measure(evaluate, data, capsys):
     counted = f"{len(ROWS['test'])} rows of {users} users"
     assert lines[0] == f"{counted}, mean over rows, 1 evaluation on each side"
     assert [line.split()[0] for line in lines[2:]] == ["hr@10", "ndcg@10"]
+    assert "over seeds" not in lines[1]
+
+    words = [*words[:1], words[0], *words[1:3], words[2], *words[3:]]
+    assert compare.main(words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].endswith("95 % over seeds")
+    assert lines[2].split()[-3:-2] == lines[2].split()[-1:]  # the same run twice: no spread
 
 
 def test_one_of_several_alphas_is_chosen(evaluate, data, capsys):

@@ -12,6 +12,7 @@ from igd_ds.studies.significance import (
     bootstrap_over_users,
     compare,
     holm,
+    interval_over_seeds,
     mann_whitney,
     mean_sd,
     ndcg,
@@ -29,6 +30,15 @@ def test_ndcg_of_a_rank():
     rank, credit = np.array([0, 1, 3, 10, 11]), np.array([0, 1, 0.5, 1, 1])
     expected = [0, 1, 0.25, 1 / np.log2(11), 0]
     assert ndcg(Ranks(np.arange(5), rank, credit)) == pytest.approx(expected)
+
+
+def test_the_interval_over_seeds_by_hand():
+    """Differences 1, 2, 3: sd 1, t of 2 degrees of freedom 4.3027, so 2 ± 4.3027 / √3."""
+    assert interval_over_seeds(np.array([1.0, 2.0, 3.0])) == pytest.approx(
+        (-0.48414, 4.48414), abs=1e-5
+    )
+    assert interval_over_seeds(np.array([0.5, 0.5])) == (0.5, 0.5)
+    assert interval_over_seeds(np.array([0.5])) is None
 
 
 def test_holm_by_hand():
