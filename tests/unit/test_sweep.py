@@ -1095,7 +1095,7 @@ COUNTS = {
     "decisiveness": 5,
     "batching": 2 * 2 * 3,
     "tuned-baselines": 2 * 2,
-    "ledger": 3 * (2 + 4 * 3 + 3) + 3 + (1 + 3) + 2 + 2 + 1,
+    "ledger": 3 * (2 + 4 * 3 + 3) + 3 + (1 + 3) + 1 + 2 + 1,
     "titles": 2 + 2 * 3 + 3 * 5,
     "pretrained": 2 + 2 + 2 * 3,
     "demo": 6,
