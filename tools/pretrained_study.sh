@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Title models on games-2015: small ones from random weights with five seeds (tools/sweeps/titles.yaml), and
-# SmolLM2-135M, a pretrained language model (tools/sweeps/pretrained.yaml), each with a report. CPU is enough:
-# about 11 CPU-hours. A second start resumes an interrupted one. JOBS is the number of cores (default 2).
+# SmolLM2-135M, a pretrained language model, with a small model on as many rows (tools/sweeps/pretrained.yaml),
+# each with a report. CPU is enough: about 11.5 CPU-hours. A second start resumes an interrupted one. JOBS is the
+# number of cores (default 2).
 #   make setup && source .venv/bin/activate && bash tools/pretrained_study.sh ../shared/data [JOBS]
 set -euo pipefail
 cd "$(dirname "$0")/.."

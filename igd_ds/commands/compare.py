@@ -190,12 +190,15 @@ def compare(
         The number of `rows`, `users` and `seeds`, `mean_over`, and by name in MEASURES a dictionary
         with `first`, `against` (means over seeds), `first_sd`, `against_sd` (None for one seed),
         `difference`, `low`, `high` (95 % interval over users) and `p`, which are None if all rows
-        are of one user, and `seeds_low`, `seeds_high` (95 % interval over seeds), None for one
-        seed.
+        are of one user, and `seeds_low`, `seeds_high` (95 % interval over seeds), None where each
+        side has one evaluation, however often it is named.
 
     Raises:
-        UsageError: an evaluation is unfinished, or two are of different rows.
+        UsageError: an evaluation is unfinished, two are of different rows, or `mean_over` is none
+            of MEAN_OVER.
     """
+    if mean_over not in MEAN_OVER:
+        raise UsageError(f"mean_over {mean_over!r}: give one of {', '.join(MEAN_OVER)}")
     folders = [*first, *against]
     found = [read_ranks(folder, dataset, "--alpha", alpha) for folder in first]
     flag = "--alpha" if against_alpha is None else "--against_alpha"
@@ -223,28 +226,34 @@ def compare(
         values = np.stack([measure(its_ranks) for _, its_ranks in found])
         owners = users
         if mean_over == "users":
-            values, owners = mean_by_user(values, users), np.unique(users)
-        result[name] = difference(values[: len(first)], values[len(first) :], owners)
+            values, owners = mean_by_user(values, users)
+        entry = difference(values[: len(first)], values[len(first) :], owners)
+        if len(set(first)) == len(set(against)) == 1:  # nothing varies from seed to seed
+            entry["seeds_low"] = entry["seeds_high"] = None
+        result[name] = entry
     return result
 
 
-def mean_by_user(values: np.ndarray, users: np.ndarray) -> np.ndarray:
-    """Return the mean of each user's rows, (S, U), users in ascending order.
+def mean_by_user(values: np.ndarray, users: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the mean of each user's rows (S, U), and these users (U,) in ascending order.
 
     Args:
         values: (S, R) float64.
         users: (R,) the user of each row.
     """
-    _, index, rows = np.unique(users, return_inverse=True, return_counts=True)
-    return np.stack([np.bincount(index, of_seed) / rows for of_seed in values])
+    unique, index, rows = np.unique(users, return_inverse=True, return_counts=True)
+    return np.stack([np.bincount(index, of_seed) / rows for of_seed in values]), unique
 
 
 def on_common_rows(found: Sequence[Side]) -> list[Side]:
     """Return the evaluations with the rows alone that all of them ranked.
 
     Raises:
-        UsageError: there is no such row.
+        UsageError: there is no such row, or they are of different splits.
     """
+    splits = sorted({split for split, _ in found})
+    if len(splits) > 1:
+        raise UsageError(f"these evaluations ranked different splits ({', '.join(splits)})")
     rows = functools.reduce(np.intersect1d, [ranks.row for _, ranks in found])
     if not len(rows):
         raise UsageError("--common_rows: no row was ranked by all of these evaluations")
@@ -288,8 +297,10 @@ def print_table(result: Json) -> None:
     plural = "" if seeds == 1 else "s"
     counted = f"{result['rows']:,} rows of {result['users']:,} users"
     print(f"{counted}, mean over {result['mean_over']}, {seeds} evaluation{plural} on each side")
-    head = f"{'':<9}{'first':>15}{'against':>17}{'difference':>13}   95 % over users         p"
-    print(head if seeds == 1 else f"{head}   95 % over seeds")
+    head = (
+        f"{'':<9}{'first':>15}{'against':>17}{'difference':>13}   {'95 % over users':<18}{'p':>10}"
+    )
+    print(head if result["hr@10"]["seeds_low"] is None else f"{head}   95 % over seeds")
     for name in MEASURES:
         entry = result[name]
         sides = (with_sd(entry[side], entry[f"{side}_sd"]) for side in ("first", "against"))

@@ -1,7 +1,8 @@
 """Statistics of a difference between two methods.
 
 Means and standard deviations over seeds, the Mann–Whitney U test and Student's t over seeds, the
-paired bootstrap over users, and Holm's correction. Letters in shapes: R rows, U users.
+paired bootstrap over users, and Holm's correction. Letters in shapes: R rows, S seeds, U
+users.
 """
 
 import functools
@@ -98,7 +99,7 @@ def mann_whitney(first: Sequence[float], second: Sequence[float]) -> tuple[float
 
 
 def interval_over_seeds(difference: np.ndarray) -> tuple[float, float] | None:
-    """Return the 95 % interval of the mean difference of two trainings, for other seeds.
+    """Return the 95 % interval of the mean difference of two ways of training, for other seeds.
 
     It is that of Student's t, which takes the differences for normally distributed. All seeds are
     ranked on the same rows, so it says nothing about other users.

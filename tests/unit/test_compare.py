@@ -94,8 +94,8 @@ def test_an_evaluation_equals_itself(evaluate, data, capsys):
 
 
 def test_the_table_has_a_line_per_measure(evaluate, data, capsys):
-    words = [str(evaluate("a", 0)), "--against", str(evaluate("b", 1)), "--dataset", str(data)]
-    assert compare.main(words) == 0
+    first, against = evaluate("a", 0), evaluate("b", 1)
+    assert compare.main([str(first), "--against", str(against), "--dataset", str(data)]) == 0
     lines = capsys.readouterr().out.splitlines()
     users = len(np.unique(InteractionDataset.load(data).splits["test"].user_ids[ROWS["test"]]))
     counted = f"{len(ROWS['test'])} rows of {users} users"
@@ -103,11 +103,29 @@ def test_the_table_has_a_line_per_measure(evaluate, data, capsys):
     assert [line.split()[0] for line in lines[2:]] == ["hr@10", "ndcg@10"]
     assert "over seeds" not in lines[1]
 
-    words = [*words[:1], words[0], *words[1:3], words[2], *words[3:]]
-    assert compare.main(words) == 0
+    sides = [first, evaluate("c", 2), "--against", against, against]
+    assert compare.main([*map(str, sides), "--dataset", str(data)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1].endswith("95 % over seeds")
-    assert lines[2].split()[-3:-2] == lines[2].split()[-1:]  # the same run twice: no spread
+    assert lines[1].index("95 % over seeds") == lines[2].rindex(" to ") - len("+0.0000")
+    assert lines[1].index("95 % over users") == lines[2].index(" to ") - len("+0.0000")
+
+
+def test_one_evaluation_named_twice_is_not_two_seeds(evaluate, data, capsys):
+    first, against = evaluate("a", 0), evaluate("b", 1)
+    found = compared(capsys, data, [first, first], [against, against])
+    assert found["ndcg@10"]["seeds_low"] is None
+    other = evaluate("c", 2)
+    found = compared(capsys, data, [first, other], [against, against], "--mean_over", "users")
+    assert found["ndcg@10"]["seeds_low"] < found["ndcg@10"]["seeds_high"]
+
+
+def test_splits_are_not_compared_by_common_rows(evaluate, data):
+    first, against = evaluate("a", 0), evaluate("b", 1, split="valid")
+    dataset = InteractionDataset.load(data)
+    with pytest.raises(UsageError, match="different splits"):
+        compare.compare([first], [against], dataset, common_rows=True)
+    with pytest.raises(UsageError, match="mean_over 'user': give one of rows, users"):
+        compare.compare([first], [first], dataset, mean_over="user")
 
 
 def test_one_of_several_alphas_is_chosen(evaluate, data, capsys):
