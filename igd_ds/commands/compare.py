@@ -222,15 +222,13 @@ def compare(
         "seeds": len(first),
         "mean_over": mean_over,
     }
+    has_seeds = len(set(zip(first, against, strict=True))) > 1  # not one pair, named several times
     for name, measure in MEASURES.items():
         values = np.stack([measure(its_ranks) for _, its_ranks in found])
         owners = users
         if mean_over == "users":
             values, owners = mean_by_user(values, users)
-        entry = difference(values[: len(first)], values[len(first) :], owners)
-        if len(set(first)) == len(set(against)) == 1:  # nothing varies from seed to seed
-            entry["seeds_low"] = entry["seeds_high"] = None
-        result[name] = entry
+        result[name] = difference(values[: len(first)], values[len(first) :], owners, has_seeds)
     return result
 
 
@@ -264,19 +262,20 @@ def on_common_rows(found: Sequence[Side]) -> list[Side]:
     ]
 
 
-def difference(first: np.ndarray, against: np.ndarray, users: np.ndarray) -> Json:
+def difference(first: np.ndarray, against: np.ndarray, users: np.ndarray, has_seeds: bool) -> Json:
     """Return the entry of one measure.
 
     Args:
         first: (S, R) float64, a value for each seed and row, or for each seed and user.
         against: (S, R), the other side's.
         users: (R,) the user of each value.
+        has_seeds: whether there are several trainings, and so an interval over seeds.
     """
     (mean, sd), (other_mean, other_sd) = (
         mean_sd(values.mean(1).tolist()) for values in (first, against)
     )
     bootstrap = bootstrap_over_users(first.mean(0) - against.mean(0), users)
-    over_seeds = interval_over_seeds(first.mean(1) - against.mean(1))
+    over_seeds = interval_over_seeds(first.mean(1) - against.mean(1)) if has_seeds else None
     return {
         "first": mean,
         "first_sd": sd,
@@ -300,7 +299,8 @@ def print_table(result: Json) -> None:
     head = (
         f"{'':<9}{'first':>15}{'against':>17}{'difference':>13}   {'95 % over users':<18}{'p':>10}"
     )
-    print(head if result["hr@10"]["seeds_low"] is None else f"{head}   95 % over seeds")
+    has_seeds = any(result[name]["seeds_low"] is not None for name in MEASURES)
+    print(f"{head}   95 % over seeds" if has_seeds else head)
     for name in MEASURES:
         entry = result[name]
         sides = (with_sd(entry[side], entry[f"{side}_sd"]) for side in ("first", "against"))

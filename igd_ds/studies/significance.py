@@ -1,8 +1,8 @@
 """Statistics of a difference between two methods.
 
 Means and standard deviations over seeds, the Mann–Whitney U test and Student's t over seeds, the
-paired bootstrap over users, and Holm's correction. Letters in shapes: R rows, S seeds, U
-users.
+paired bootstrap over users, and Holm's correction. Letters in shapes:
+R rows, S seeds, U users.
 """
 
 import functools
