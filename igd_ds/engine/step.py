@@ -202,16 +202,19 @@ def _check_loss(total: torch.Tensor, step: int) -> None:
 
 
 def _norm_before_update(engine: Any, step: int) -> float | None:
-    """Return the gradient's norm where DeepSpeed does not measure it, at stage 0 in float32.
+    """Return the gradient's norm where DeepSpeed does not measure it, at stage 0; elsewhere None.
 
-    There the optimizer is torch's own, and the gradient is that of all ranks already. Elsewhere
-    None; with a scaler too, because the gradient is still scaled, and it may overflow.
+    There the optimizer is torch's own, and the gradient is that of all ranks already. In float16 a
+    scaler has multiplied it, and skips the update where the product overflows: the norm is then 0.
     """
-    is_plain = isinstance(engine.optimizer, torch.optim.Optimizer)
-    if not is_plain or engine.torch_autocast_z0_gradscaler:
+    if not isinstance(engine.optimizer, torch.optim.Optimizer):
         return None
     gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
     norm = float(torch.linalg.vector_norm(torch.stack([g.norm() for g in gradients])))
+
+    scaler = engine.torch_autocast_z0_gradscaler
+    if scaler:
+        return norm / scaler.get_scale() if math.isfinite(norm) else 0.0
     if not math.isfinite(norm):
         raise FloatingPointError(
             f"step {step + 1}: the gradient is not finite; no weight was updated. {ADVICE}"

@@ -40,7 +40,7 @@ class Bootstrap(NamedTuple):
 class Comparison:
     """A method compared with the reference of its dataset and backbone.
 
-    The figure is NDCG@10 (item match) on test at `Run.alpha`, over the seeds that both have.
+    The figure is NDCG@10 (item match) on test at `Run.alpha_of`, over the seeds that both have.
 
     Attributes:
         relative: improvement of the mean over the reference, 0.1 for 10 %.
@@ -214,16 +214,25 @@ def ndcg(ranks: Ranks) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=64)  # tables and figures ask for the same ones
-def compare(study: Study, dataset: str) -> list[Comparison]:
+def compare(study: Study, dataset: str, lists: str = "test") -> list[Comparison]:
     """Compare each tested method of a dataset with the reference on the same rows and seeds.
 
     The reference is the one of the method's own backbone, or a baseline. With one seed in common
     there is no test over seeds; the bootstrap over users then speaks of these two trainings. The p
     values are corrected over all comparisons of the dataset.
+
+    Args:
+        study: the runs.
+        dataset: its name.
+        lists: "test", or "exact" for the exact lists of test.
     """
     found: list[Comparison] = []
-    tested = [run for run in study.runs if (run.dataset, run.state) == (dataset, "finished")]
-    users = study.rows.get(dataset, {}).get("test", {}).get("user")
+    tested = [
+        run
+        for run in study.runs
+        if (run.dataset, run.state) == (dataset, "finished") and getattr(run, lists)
+    ]
+    users = study.rows.get(dataset, {}).get(lists, {}).get("user")
 
     for backbone in dict.fromkeys(run.backbone for run in tested if not run.is_baseline):
         comparable = [run for run in tested if run.is_baseline or run.backbone == backbone]
@@ -236,7 +245,7 @@ def compare(study: Study, dataset: str) -> list[Comparison]:
             seeds = sorted(by_seed.keys() & reference.keys())
             if seeds:
                 pairs = [by_seed[seed] for seed in seeds], [reference[seed] for seed in seeds]
-                found.append(compare_runs(*pairs, users))
+                found.append(compare_runs(*pairs, users, lists))
 
     seeds_holm = holm_of_known([c.seeds_p for c in found])
     users_holm = holm_of_known([c.users_p for c in found])
@@ -247,7 +256,7 @@ def compare(study: Study, dataset: str) -> list[Comparison]:
 
 
 def compare_runs(
-    runs: Sequence[Run], reference: Sequence[Run], users: np.ndarray | None
+    runs: Sequence[Run], reference: Sequence[Run], users: np.ndarray | None, lists: str
 ) -> Comparison:
     """Compare the runs of one method with the reference's runs of the same seeds.
 
@@ -255,14 +264,16 @@ def compare_runs(
         runs: the method's runs.
         reference: the reference's runs, in the same order of seeds.
         users: (R,) the user of each row of test; None where they are unknown.
+        lists: "test" or "exact".
     """
-    values, others = tested_figures(runs), tested_figures(reference)
+    values, others = tested_figures(runs, lists), tested_figures(reference, lists)
     (mean, sd), (reference_mean, reference_sd) = mean_sd(values), mean_sd(others)
     seeds_p, seeds_smallest_p = mann_whitney(values, others) if len(runs) > 1 else (None, None)
 
     bootstrap = None
-    if users is not None and all("test" in run.ranks for run in (*runs, *reference)):
-        bootstrap = bootstrap_over_users(mean_by_row(runs) - mean_by_row(reference), users)
+    if users is not None and all(lists in run.ranks for run in (*runs, *reference)):
+        difference = mean_by_row(runs, lists) - mean_by_row(reference, lists)
+        bootstrap = bootstrap_over_users(difference, users)
 
     return Comparison(
         dataset=runs[0].dataset,
@@ -283,12 +294,12 @@ def compare_runs(
     )
 
 
-def tested_figures(runs: Sequence[Run]) -> list[float]:
-    """Return METRIC on test of each run, at the α that the run is reported at."""
-    return [run.test["alpha"][run.alpha][HEADLINE][METRIC] for run in runs if run.test]
+def tested_figures(runs: Sequence[Run], lists: str) -> list[float]:
+    """Return METRIC of the lists of each run, at the α that they are reported at."""
+    return [getattr(run, lists)["alpha"][run.alpha_of(lists)][HEADLINE][METRIC] for run in runs]
 
 
-def mean_by_row(runs: Sequence[Run]) -> np.ndarray:
+def mean_by_row(runs: Sequence[Run], lists: str) -> np.ndarray:
     """Return the NDCG@10 (item match) of each test row (R,), float64, as a mean over the runs."""
-    mean: np.ndarray = np.mean([ndcg(run.ranks["test"]) for run in runs], axis=0)
+    mean: np.ndarray = np.mean([ndcg(run.ranks[lists]) for run in runs], axis=0)
     return mean

@@ -495,3 +495,40 @@ def test_where_deepspeed_measures_no_gradient_it_is_checked_before_the_update(va
 
     sums, _ = optimizer_step(SmallEngine(), window, SquaredError(), 7)
     assert sums.gradient_norm > 0
+
+
+class ScaledEngine(SmallEngine):
+    """A SmallEngine as DeepSpeed's with torch_autocast in float16 at stage 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.torch_autocast_z0_gradscaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+
+    def backward(self, loss, scale_wrt_gas):
+        super().backward(self.torch_autocast_z0_gradscaler.scale(loss), scale_wrt_gas)
+
+    def step(self):
+        self.micro_steps += 1
+        if self.micro_steps % self.accumulation == 0:
+            self.torch_autocast_z0_gradscaler.step(self.optimizer)
+            self.torch_autocast_z0_gradscaler.update()
+            self.optimizer.zero_grad()
+
+    def get_global_grad_norm(self):
+        return None  # torch's own optimizer knows of none
+
+
+def test_a_scaled_gradient_is_measured_without_its_scale():
+    (window,) = list(SmallTraining([]).micro_batches(11))
+    plain, scaled, overflowing = SmallEngine(), ScaledEngine(), ScaledEngine()
+    norms = [
+        optimizer_step(engine, window, SquaredError(), 0)[0].gradient_norm
+        for engine in (plain, scaled)
+    ]
+    assert norms[1] == pytest.approx(norms[0]) and norms[0] > 0
+    assert torch.allclose(plain.module.weight, scaled.module.weight)
+
+    overflowing.module.weight.register_hook(lambda gradient: gradient * float("inf"))
+    before = overflowing.module.weight.detach().clone()
+    sums, _ = optimizer_step(overflowing, window, SquaredError(), 0)
+    assert sums.gradient_norm == 0 and torch.equal(before, overflowing.module.weight)

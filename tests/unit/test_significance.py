@@ -237,6 +237,32 @@ def test_methods_are_compared_over_the_seeds_and_rows_that_both_have(study):
     assert better.significant and not same.significant
 
 
+def test_exact_lists_are_compared_with_exact_lists(study):
+    """On their own rows and at their own α: two seeds have exact lists of the first 40 rows."""
+    rows, figures, runs = np.arange(40, dtype=np.int32), {}, []
+    for run in study.runs:
+        if run.seed < 2 and run.method != "same":
+            rank = np.where(rows % 3 == run.seed, 1, 2 if run.method == "better" else 0)
+            exact = Ranks(rows, rank.astype(np.int32), np.ones(40))
+            figures[run.name] = float(ndcg(exact).mean())
+            alphas = {"0.1": {"item_match": {"ndcg@10": figures[run.name]}}}  # α = 0 is not there
+            run = replace(run, exact={"alpha": alphas}, ranks=run.ranks | {"exact": exact})
+        runs.append(run)
+    users = {"test": study.rows["toy"]["test"], "exact": {"user": np.repeat(np.arange(20), 2)}}
+    both = replace(study, runs=runs, rows={"toy": users})
+
+    (better,) = compare(both, "toy", "exact")
+    assert (better.method, better.seeds) == ("better", [0, 1])
+    assert better.mean == pytest.approx(np.mean([figures["better-0"], figures["better-1"]]))
+    gained = better.mean - better.reference_mean
+    assert gained == pytest.approx(
+        1 / np.log2(3) * np.mean(rows % 3 == 2)
+        + 0.5 / np.log2(3) * (np.mean(rows % 3 == 0) + np.mean(rows % 3 == 1))
+    )
+    assert better.low < gained < better.high and better.users_holm == better.users_p
+    assert [c.seeds for c in compare(both, "toy")] == [[0, 1, 2]] * 2
+
+
 def test_a_single_seed_has_no_test_over_seeds_and_unfinished_runs_have_none(study):
     one_seed = replace(
         study, runs=[run for run in study.runs if run.method != "better" or run.seed == 0]

@@ -11,7 +11,16 @@ import study_runs
 import tiny_run
 import torch
 import yaml
-from study_runs import ROWS, TITLES, draw, ndcg, sweep_row, write_run, write_sweep
+from study_runs import (
+    ROWS,
+    TITLES,
+    draw,
+    ndcg,
+    sweep_row,
+    write_evaluation,
+    write_run,
+    write_sweep,
+)
 
 from igd_ds import distributed, eval
 from igd_ds.data.batches import sample_rows
@@ -330,6 +339,25 @@ def test_ranks_are_those_of_the_predictions(source, run):
         assert study.rows["toy"][split]["history"].tolist() == [
             len(dataset.splits[split].history(row)) for row in ROWS[split]
         ]
+
+
+def test_exact_lists_have_ranks_at_the_alpha_that_they_were_made_at(source, run, tmp_path):
+    """Exact lists at α = 0 alone, of a method that is reported at another α."""
+    folder = run("igd", objective="igd", igd_beta=0.1)
+    dataset = InteractionDataset.load(source.parent / "data")
+    ranks = [3, 0] * (len(ROWS["test"]) // 2) + [1] * (len(ROWS["test"]) % 2)
+    write_evaluation(folder / "eval/test-exact", dataset, "test", {"0.0": ranks}, {})
+    study = read_runs([folder], 0)
+    found = only(study)
+
+    assert found.ranks["exact"].rank.tolist() == ranks and found.alpha_of("exact") == "0.0"
+    assert study.rows["toy"]["exact"]["user"].tolist() == study.rows["toy"]["test"]["user"].tolist()
+    assert significance.ndcg(found.ranks["exact"]).mean() == pytest.approx(
+        found.exact["alpha"]["0.0"]["item_match"]["ndcg@10"]
+    )
+    save(study, tmp_path / "kept")
+    again = only(load(tmp_path / "kept"))
+    assert again.ranks["exact"].rank.tolist() == ranks and again.ranks.keys() == found.ranks.keys()
 
 
 def test_runs_that_call_their_objective_a_weighting_are_read_alike(source, run, tmp_path):

@@ -657,6 +657,29 @@ def test_beam_beside_exact():
     assert (line["Missed of top 1"], line["Missed of the list"]) == (0.25, 3.0)
 
 
+def test_exact_lists_have_their_own_tests():
+    study = make_study()
+    exact = {"uniform": 0.2, "igd β=0.2": 0.5}
+    runs = [
+        replace(run, exact={"rows": 3, "alpha": {"0.0": entry(exact[run.method])}})
+        if run.method in exact
+        else run
+        for run in study.runs
+    ]
+    assert not [one for one in all_tables(study) if "exact" in one.name]
+    found = table(replace(study, runs=runs), "significance-exact-toys")
+    (line,) = [dict(zip(found.columns, row, strict=True)) for row in text(found)]
+    assert found.title == "Tests of exact lists: toys" and found.caption.startswith("3 test rows")
+    assert "exact search under the full softmax" in found.caption
+    assert (line["Method"], line["uniform"], line["NDCG@10"], line["Improvement"]) == (
+        "igd β=0.2",
+        "0.2000 ± 0.0000",
+        "0.5000 ± 0.0000",
+        "+150.00%",
+    )
+    assert "exact" not in table(replace(study, runs=runs), "significance-toys").caption
+
+
 def test_all_runs_with_states_and_cost():
     study = make_study()
     failed = replace(

@@ -187,17 +187,9 @@ def has_beam_lists(run: Run) -> bool:
 
 
 def beam_and_exact_row(data: str, method: str, runs: Sequence[Run]) -> Row:
-    """Return the row of one method of `beam_and_exact`.
-
-    It is at `Run.alpha` or, where the exact search was not run at this α, at the smallest one.
-    """
+    """Return the row of one method of `beam_and_exact`, at `Run.alpha_of` of exact lists."""
     exact = [run.exact for run in runs if run.exact]
-    alphas: list[str] = [
-        run.alpha
-        if run.alpha and run.alpha in results["alpha"]
-        else min(results["alpha"], key=float)
-        for run, results in zip(runs, exact, strict=True)
-    ]
+    alphas = [alpha for run in runs if (alpha := run.alpha_of("exact")) is not None]
     entries = [results["alpha"][alpha] for results, alpha in zip(exact, alphas, strict=True)]
     accuracy = [
         over_seeds([entry["token_match"][measure] for entry in searched])

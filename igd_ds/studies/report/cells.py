@@ -81,7 +81,7 @@ def metric_of(run: Run, split: str, alpha: str | None, path: Sequence[str]) -> A
         The entry, or None where the file or the entry does not exist.
     """
     results = getattr(run, split)
-    wanted = {CURRENT: run.alpha, BEST: run.best_alpha}.get(alpha, alpha)
+    wanted = {CURRENT: run.alpha_of(split), BEST: run.best_alpha}.get(alpha, alpha)
     value = results["alpha"].get(wanted) if results else None
     for key in path:
         value = value.get(key) if isinstance(value, dict) else None

@@ -132,7 +132,7 @@ def interval_over_users(study: Study, runs: Sequence[Run]) -> Cell:
     users = study.rows.get(runs[0].dataset, {}).get("test", {}).get("user")
     if users is None or not all("test" in run.ranks for run in runs):
         return Cell("")
-    gained = significance.mean_by_row(runs)
+    gained = significance.mean_by_row(runs, "test")
     error = significance.standard_error(gained, users)
     if error is None:
         return Cell("")
@@ -170,13 +170,23 @@ def gaps(study: Study, dataset: str, found: Methods) -> list[str]:
 
 
 def significance_of(study: Study) -> list[Table]:
-    """Return a table of both significance tests for each dataset."""
-    return [significance_table(study, dataset) for dataset in datasets(study)]
+    """Return tables of both significance tests: of the lists of each dataset, and of exact ones."""
+    return [
+        significance_table(study, dataset, lists)
+        for dataset in datasets(study)
+        for lists in ("test", "exact")
+    ]
 
 
-def significance_table(study: Study, dataset: str) -> Table:
-    """Return the comparisons of a dataset's methods with the reference, with both tests."""
-    compared, rows = significance.compare(study, dataset), []
+def significance_table(study: Study, dataset: str, lists: str) -> Table:
+    """Return the comparisons of a dataset's methods with the reference, with both tests.
+
+    Args:
+        study: the runs.
+        dataset: its name.
+        lists: "test", or "exact" for the exact lists of test.
+    """
+    compared, rows = significance.compare(study, dataset, lists), []
     for c in compared:
         difference = ""
         if c.low is not None and c.high is not None:
@@ -194,20 +204,26 @@ def significance_table(study: Study, dataset: str) -> Table:
     columns = ["Model", "Method", "Seeds", study.reference, "NDCG@10", "Improvement"]
     columns += ["95 % interval", "p users", "p users, Holm", "p seeds", "p seeds, Holm"]
     caption = (
-        f"{rows_of(study, dataset, 'test')}. "
+        f"{rows_of(study, dataset, lists)}. "
         f"Test NDCG@10 of each method compared with {study.reference} on the same rows and seeds. "
         "Users: paired bootstrap of the difference of the means over seeds, with "
         f"{significance.RESAMPLES} resamples of the users; it generalises to other users, not to "
         "other trainings. Seeds: two-sided Mann–Whitney U test; it generalises to other trainings. "
         f"Holm: corrected over the methods of the dataset. {AT_ALPHA}"
     )
+    if lists == "exact":
+        caption += (
+            f" Lists are those of the exact search {softmax_of_exact(study, dataset)} "
+            "(eval/test-exact); where it was not made at this α, at the smallest one that it was "
+            "made at."
+        )
 
     smallest = {
         (len(c.seeds), round(c.seeds_smallest_p, 4))
         for c in compared
         if c.seeds_smallest_p is not None
     }
-    notes = searches_of(study, dataset)
+    notes = searches_of(study, dataset) if lists == "test" else []
     notes += [
         f"With {n} seeds per method, the p of the Mann–Whitney U test is at least {p:g} before "
         "correction."
@@ -216,15 +232,29 @@ def significance_table(study: Study, dataset: str) -> Table:
     tested = {(c.backbone, c.method) for c in compared}
     untested = [
         method
-        for backbone, method in methods(study, dataset)
+        for backbone, method in methods(study, dataset, lists)
         if (backbone, method) not in tested and method != study.reference
     ]
     if untested:
         notes.append(
             f"Not tested, because no seed is shared with {study.reference}: {', '.join(untested)}."
         )
-    name, title = slug("significance", dataset), f"Tests: {dataset}"
-    return Table(name, title, caption, columns, rows, notes)
+    names = {
+        "test": (slug("significance", dataset), f"Tests: {dataset}"),
+        "exact": (slug("significance-exact", dataset), f"Tests of exact lists: {dataset}"),
+    }
+    return Table(*names[lists], caption, columns, rows, notes)
+
+
+def softmax_of_exact(study: Study, dataset: str) -> str:
+    """Return the softmax that the exact lists of a dataset were ranked under, as text."""
+    used = {
+        run.exact.get("softmax", "full")
+        for runs in methods(study, dataset, "exact").values()
+        for run in runs
+        if run.exact
+    }
+    return f"under the {' or the '.join(sorted(used))} softmax"
 
 
 def backbones(study: Study) -> list[Table]:

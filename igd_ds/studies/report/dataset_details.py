@@ -28,7 +28,8 @@ from igd_ds.run_folder import BEFORE_RECORDED
 from igd_ds.studies.report.run_files import EVALUATIONS, fingerprint_of, read_json, thinned
 from igd_ds.studies.report.study import Json, Ranks, RowGroups, Run
 
-SPLITS = ("valid", "test")
+LISTS = {"valid": "valid", "test": "test", "exact": "test"}
+"""The keys of `Run.ranks` with the splits whose rows were ranked."""
 
 # Entries of metrics.json that must be equal in all evaluations of a dataset (`fingerprint` and
 # `protocol` are the dataset's), and those that must be equal within one backbone: a backbone may
@@ -288,16 +289,20 @@ def interactions_of(dataset: InteractionDataset) -> Json:
 
 
 def with_ranks(run: Run, folder: Path, dataset: InteractionDataset) -> Run:
-    """Return the run with the ranks of the targets in its lists at `Run.alpha`."""
-    for split in (split for split in SPLITS if getattr(run, split)):
-        path = folder / "eval" / split / f"predictions-alpha{run.alpha}.parquet"
+    """Return the run with the ranks of the targets in its lists at `Run.alpha_of`."""
+    for lists, split in LISTS.items():
+        if not getattr(run, lists):
+            continue
+        path = folder / Path(EVALUATIONS[lists]).with_name(
+            f"predictions-alpha{run.alpha_of(lists)}.parquet"
+        )
         try:
             ranks = target_ranks(path, dataset.splits[split].targets)
         except (ValueError, KeyError, IndexError, OSError) as error:  # pyarrow raises any of them
             why = f"damaged ({' '.join(str(error).split())})" if path.is_file() else "missing"
             note = f"{path.relative_to(folder)} is {why}: no groups of rows and no tests by user"
             return with_note(run, note)
-        run = replace(run, ranks=run.ranks | {split: ranks})
+        run = replace(run, ranks=run.ranks | {lists: ranks})
     return run
 
 
@@ -335,13 +340,13 @@ def row_groups(
     """
     groups: dict[str, RowGroups] = {}
     leaf = np.asarray(trie.leaf_of_item)
-    for name in SPLITS:
-        ranked = [run for run in runs if name in run.ranks]
+    for lists, name in LISTS.items():
+        ranked = [run for run in runs if lists in run.ranks]
         if not ranked:
             continue
-        split, rows = dataset.splits[name], ranked[0].ranks[name].row
+        split, rows = dataset.splits[name], ranked[0].ranks[lists].row
         for run in ranked:
-            if not np.array_equal(run.ranks[name].row, rows):
+            if not np.array_equal(run.ranks[lists].row, rows):
                 raise UsageError(
                     f"the predictions of {run.name} and {ranked[0].name} on {name} are of "
                     "different rows"
@@ -349,7 +354,7 @@ def row_groups(
 
         target = leaf[split.targets[rows]]
         frequency = np.bincount(leaf[split.targets], minlength=trie.num_nodes)
-        groups[name] = {
+        groups[lists] = {
             "row": rows,
             "user": split.user_ids[rows].astype(np.int64),
             "head": metrics.head_share(frequency, target),

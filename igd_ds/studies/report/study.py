@@ -30,7 +30,7 @@ Json = dict[str, Any]
 Curves = dict[str, list[list[float]]]
 """Tag of the log → [[step, value], …]."""
 RowGroups = dict[str, np.ndarray]
-"""Properties of a split's evaluated rows, each an array (R,); see `Study.rows`."""
+"""Properties of evaluated rows, each an array (R,); see `Study.rows`."""
 
 REFERENCE = "uniform"
 """The method that the others are compared with by default: the unweighted loss."""
@@ -128,7 +128,7 @@ class Run:
     command: str = ""  # that began the training
     protocol: str = ""  # how the dataset was split
     other_tests: dict[str, Json] = field(default_factory=dict)
-    ranks: dict[str, Ranks] = field(default_factory=dict)  # by split, at `alpha`
+    ranks: dict[str, Ranks] = field(default_factory=dict)  # of "valid", "test", "exact"; `alpha_of`
 
     @property
     def is_complete(self) -> bool:
@@ -150,6 +150,16 @@ class Run:
         """The α that the run is reported at (`reported_alpha`); None without a validation."""
         return reported_alpha(self.settings, self.valid) if self.valid else None
 
+    def alpha_of(self, lists: str) -> str | None:
+        """Return the α that the lists of "valid", "test" or "exact" are reported at.
+
+        It is `alpha` or, where the exact search was not made at this α, the smallest one.
+        """
+        searched = self.exact["alpha"] if lists == "exact" and self.exact else {}
+        if searched and self.alpha not in searched:
+            return min(searched, key=float)
+        return self.alpha
+
     @property
     def best_alpha(self) -> str | None:
         """The α that was best on validation, for any method; None without a validation."""
@@ -167,9 +177,9 @@ class Study:
         catalogues: for each dataset the statistics of `igd stats`, with `purity_gain_by_token`
             (descending, thinned) and `quantizer` (or None). A dataset that only baselines were
             trained on has its `kind`, `items` and rows alone.
-        rows: for each dataset and split the properties of its rows, arrays (R,): `row` int32
-            ascending, `user` int64, `head` float64 (`metrics.head_share`), `cold` bool, `history`
-            int32 (number of items).
+        rows: for each dataset the properties of the rows of "valid", "test" and "exact" (the test
+            rows that were searched exactly), arrays (R,): `row` int32 ascending, `user` int64,
+            `head` float64 (`metrics.head_share`), `cold` bool, `history` int32 (number of items).
         examples: lists side by side. Each has `dataset`, `backbone`, `row`, `history` and `target`
             (titles) and, by method, `lists` of titles, best first.
         environment: versions and hardware, and the `command` that made the report.
@@ -297,6 +307,7 @@ def save(study: Study, folder: Path) -> None:
 
     The Parquet file has one line per dataset, split and row: the row's groups, and in the columns
     `rank of NAME` and `credit of NAME` the target's place in the lists of the run NAME (see Ranks).
+    `split` is a key of `Run.ranks`, so that exact lists of test have "exact".
     """
     folder.mkdir(parents=True, exist_ok=True)
     stored = {
