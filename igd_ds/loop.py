@@ -230,9 +230,8 @@ def fit(
                 state.seconds = time.perf_counter() - started
                 if state.step:
                     update_state(run / "checkpoints", dataclasses.asdict(state))
-        is_stale = bool(options.patience) and state.stale >= options.patience
-        is_behind = bool(options.stop_margin) and state.behind > options.stop_margin
-        if is_stale or is_behind or state.step == total:
+        stopped_early = early_stop(state, options)
+        if stopped_early or state.step == total:
             break
 
         # Make one optimizer step.
@@ -252,11 +251,12 @@ def fit(
 
         # Log.
         if is_due(options.log_every):
-            values = training.values(sums, watch.lap())
-            values["train/learning_rate"] = learning_rate
-            values["train/epoch"] = state.step / training.steps_per_epoch
-            values["train/grad_norm"] = sums.gradient_norm
-            values["speed/memory_gib"] = peak_memory_gib()
+            values = training.values(sums, watch.lap()) | {
+                "train/learning_rate": learning_rate,
+                "train/epoch": state.step / training.steps_per_epoch,
+                "train/grad_norm": sums.gradient_norm,
+                "speed/memory_gib": peak_memory_gib(),
+            }
             log.log(state.step, values)
             progress.show_loss(values["train/loss"])
             sums = StepSums()
@@ -280,18 +280,22 @@ def fit(
             return EXIT_REQUEUE
 
     progress.close()
-    if is_stale:
-        say(
-            f"validation has not improved {options.patience} time(s): stopped early at step "
-            f"{state.step}"
-        )
-    elif is_behind:
-        say(
-            f"validation has fallen {state.behind:.4f} behind its best, more than --stop_margin "
-            f"{options.stop_margin}: stopped early at step {state.step}"
-        )
+    if stopped_early:
+        say(f"{stopped_early}: stopped early at step {state.step}")
     finish(training.validation_metric, options, run, state, log)
     return 0
+
+
+def early_stop(state: LoopState, options: LoopOptions) -> str:
+    """Return why a training stops after its last validation; "" where it goes on."""
+    if options.patience and state.stale >= options.patience:
+        return f"validation has not improved {options.patience} time(s)"
+    if options.stop_margin and state.behind > options.stop_margin:
+        return (
+            f"validation has fallen {state.behind:.4f} behind its best, more than --stop_margin "
+            f"{options.stop_margin}"
+        )
+    return ""
 
 
 def validate(engine: Any, training: Training, state: LoopState, log: RunLog) -> None:
