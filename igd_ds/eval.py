@@ -276,8 +276,8 @@ def search_rows(config: EvalConfig, task: RankingTask, parts: Path) -> tuple[int
         The number of rows searched and the seconds that took.
     """
     batches = {
-        parts / f"batch-{number:09d}.parquet": rows
-        for number, rows in enumerate(batches_of(task.rows, config.batch_size))
+        parts / f"part-{number:09d}.parquet": rows
+        for number, rows in enumerate(task.batches(config.batch_size))
     }
     missing = distributed.on_main(lambda: [path for path in batches if not path.is_file()])
     mine = missing[distributed.rank() :: distributed.world_size()]

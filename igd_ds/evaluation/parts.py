@@ -32,6 +32,10 @@ from igd_ds.search.engine import SearchResult
 from igd_ds.search.filters import ItemFilter, items_under
 from igd_ds.search.frontier import PerUser
 
+# Until 2026-11 parts were called batch-*.parquet and held rows in the order of the file. Such parts
+# of an interrupted evaluation are left unread.
+PARTS = "part-*.parquet"
+
 PART_SCHEMA = LIST_SCHEMA.append(pa.field("by_beam", pa.bool_()))
 """by_beam: the line belongs to the list that an exact search started from."""
 
@@ -64,6 +68,15 @@ class RankingTask:
     scores: str
     """What the lists' scores are, PROBABILITY or SCORE."""
 
+    def batches(self, batch_size: int) -> list[np.ndarray]:
+        """Return the rows in batches, the same ones on any number of ranks.
+
+        A batch holds histories of similar length, which saves padding. The longest come first, so
+        that a batch that does not fit the memory is met at once.
+        """
+        lengths = np.diff(self.split.history_offsets)[self.rows]
+        return batches_of(self.rows[np.argsort(-lengths, kind="stable")], batch_size)
+
     def target_leaves(self, rows: np.ndarray) -> np.ndarray:
         """Return the trie leaf of each row's target, int (B,)."""
         leaves: np.ndarray = self.recommender.stored.trie.leaf_of_item[self.split.targets[rows]]
@@ -80,7 +93,7 @@ class RankingTask:
 
 
 def batches_of(rows: np.ndarray, batch_size: int) -> list[np.ndarray]:
-    """Cut `rows` into batches: the same ones on any number of ranks."""
+    """Cut `rows` into batches, in their order."""
     return [rows[begin : begin + batch_size] for begin in range(0, len(rows), batch_size)]
 
 
@@ -146,7 +159,7 @@ def claim_output_folder(output: Path, config: EvalConfig, task: RankingTask) -> 
     else:
         (output / "parts").mkdir(exist_ok=True)
         remove_temporaries(output / "parts")
-        remove_damaged(output / "parts", "batch-*.parquet")
+        remove_damaged(output / "parts", PARTS)
     return finished
 
 
@@ -266,7 +279,7 @@ def finish(config: EvalConfig, task: RankingTask, output: Path, timing: dict[str
 
     metrics.json comes last: with it the evaluation is complete.
     """
-    parts = sorted((output / "parts").glob("batch-*.parquet"))
+    parts = sorted((output / "parts").glob(PARTS))
     tables, counts = zip(*(read_part(path) for path in parts), strict=True)
     table = pa.concat_tables(tables)
 

@@ -75,7 +75,7 @@ def metrics_bytes(output: Path) -> bytes:
 
 def until_the_first_batch(processes, output: Path) -> None:
     """Wait until a batch's lists are written."""
-    while not list(output.glob("parts/batch-*.parquet")):
+    while not list(output.glob("parts/part-*.parquet")):
         time.sleep(0.005)
         assert processes[0].is_alive()
 
@@ -171,7 +171,7 @@ def test_a_killed_evaluation_goes_on_where_it_was(world, run, single, tmp_path):
     for process in processes:
         os.kill(process.pid, signal.SIGKILL)
         process.join()
-    done = len(list(output.glob("parts/batch-*.parquet")))
+    done = len(list(output.glob("parts/part-*.parquet")))
     assert not (output / "metrics.json").exists()
 
     # On another number of ranks.

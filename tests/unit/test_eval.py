@@ -22,6 +22,7 @@ from tiny_run import NUM_TEST, TRAIN_TARGETS, Plain
 
 from igd_ds import distributed, eval
 from igd_ds.errors import UsageError
+from igd_ds.evaluation.parts import RankingTask
 from igd_ds.evaluation.recommender import Recommender
 from igd_ds.items import decisiveness
 from igd_ds.search.scoring import edge_weights
@@ -90,6 +91,18 @@ def scored_paths(plain, lines):
 
 def read_metrics(output):
     return json.loads((output / "metrics.json").read_text())
+
+
+def test_batches_hold_rows_of_similar_length_each_row_once(plain):
+    split = plain.dataset.splits["test"]
+    rows = np.arange(len(split))[1:]
+    task = RankingTask(None, split, rows, None, None, None, "beam", "score")
+    batches = task.batches(3)
+    assert [len(batch) for batch in batches[:-1]] == [3] * (len(batches) - 1)
+    together = np.concatenate(batches)
+    assert sorted(together) == rows.tolist()
+    lengths = [len(split.history(row)) for row in together]
+    assert lengths == sorted(lengths, reverse=True) and len(set(lengths)) > 1
 
 
 @pytest.mark.parametrize("search", ["beam", "exact"])
