@@ -29,7 +29,7 @@ import transformers
 from igd_ds import distributed, locks
 from igd_ds.config.options import from_arguments, parse
 from igd_ds.console import progress_bar
-from igd_ds.data.batches import refuse_empty, sample_rows
+from igd_ds.data.batches import batches_of, refuse_empty, sample_rows
 from igd_ds.data.per_row import ItemLists, ItemScores
 from igd_ds.distributed import say
 from igd_ds.eval_config import EvalConfig
@@ -38,7 +38,6 @@ from igd_ds.evaluation.baseline_recommender import BaselineRecommender, open_rec
 from igd_ds.evaluation.full_ranking import METHOD
 from igd_ds.evaluation.parts import (
     RankingTask,
-    batches_of,
     claim_output_folder,
     finish,
     part_table,

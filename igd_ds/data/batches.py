@@ -71,6 +71,11 @@ def sample_rows(num_rows: int, wanted: int, seed: int) -> np.ndarray:
     return np.sort(np.random.default_rng(seed).choice(num_rows, wanted, replace=False))
 
 
+def batches_of(rows: np.ndarray, batch_size: int) -> list[np.ndarray]:
+    """Cut `rows` into batches, in their order."""
+    return [rows[begin : begin + batch_size] for begin in range(0, len(rows), batch_size)]
+
+
 def refuse_empty(split: Split, rows: np.ndarray) -> None:
     """Raise UsageError if one of `rows` has an empty history."""
     empty = rows[np.diff(split.history_offsets)[rows] == 0]

@@ -18,6 +18,7 @@ import torch
 
 import igd_ds
 from igd_ds.backbones.saved import hashes_of
+from igd_ds.data.batches import batches_of
 from igd_ds.data.dataset import Split
 from igd_ds.data.per_row import ItemLists, ItemScores
 from igd_ds.data.seen_items import SeenItems, with_seen
@@ -90,11 +91,6 @@ class RankingTask:
             lists["deny"] = with_seen(lists.get("deny"), self.seen.of(rows))
         guidance = (self.guidance[0].of(rows), self.guidance[1]) if self.guidance else None
         return self.recommender.per_user(labels, guidance=guidance, **lists)
-
-
-def batches_of(rows: np.ndarray, batch_size: int) -> list[np.ndarray]:
-    """Cut `rows` into batches, in their order."""
-    return [rows[begin : begin + batch_size] for begin in range(0, len(rows), batch_size)]
 
 
 def request_of(config: EvalConfig, task: RankingTask) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from igd_ds.config.model import ModelSource
 from igd_ds.config.search import Limits, ScoringOptions
 from igd_ds.config.yaml_files import read_yaml_settings
 from igd_ds.contracts import Backbone, Likelihood
+from igd_ds.data.batches import batches_of
 from igd_ds.data.cut_titles import with_cut_titles
 from igd_ds.data.dataset import InteractionDataset
 from igd_ds.data.prompts import PromptBuilder, Template
@@ -385,19 +386,22 @@ class Recommender:
         method = options.method(search, guided=q is not None)
         k = int(k)
         width = min(k, self.num_leaves)
-        lists: list[RankedList] = []
-        for begin in range(0, len(users), self.batch_size):
-            batch = slice(begin, begin + self.batch_size)
+        # Histories of similar length share a batch, which saves padding.
+        order = np.argsort([-len(history) for history in users], kind="stable")
+        lists: dict[int, RankedList] = {}
+        for batch in batches_of(order, self.batch_size):
             per_user = self.per_user(
-                labels[batch],
-                None if allowed is None else allowed[batch],
-                None if denied is None else denied[batch],
+                [labels[user] for user in batch],
+                None if allowed is None else [allowed[user] for user in batch],
+                None if denied is None else [denied[user] for user in batch],
                 None if q is None else (q[batch], weight),
             )
-            found = self.search(users[batch], options, width, method, per_user, self.limits)
+            histories_of_batch = [users[user] for user in batch]
+            found = self.search(histories_of_batch, options, width, method, per_user, self.limits)
             has_probabilities = options.is_probability and per_user.guidance is None
-            lists += self._ranked_lists(found, k, per_user.item_filter, has_probabilities)
-        return lists
+            ranked = self._ranked_lists(found, k, per_user.item_filter, has_probabilities)
+            lists |= zip(batch.tolist(), ranked, strict=True)
+        return [lists[user] for user in range(len(users))]
 
     def stream(
         self,

@@ -10,8 +10,7 @@ import torch
 
 from igd_ds import distributed
 from igd_ds.config.search import Limits, ScoringOptions
-from igd_ds.data.batches import Collator
-from igd_ds.evaluation.parts import batches_of
+from igd_ds.data.batches import Collator, batches_of
 from igd_ds.items.search_trie import SearchTrie
 from igd_ds.preference.start import Start
 from igd_ds.search.engine import SearchResult, search

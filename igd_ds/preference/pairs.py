@@ -22,9 +22,10 @@ import torch
 
 from igd_ds import distributed
 from igd_ds.contracts import MASKED_ROW
+from igd_ds.data.batches import batches_of
 from igd_ds.data.negatives import BEAM, NEGATIVES
 from igd_ds.errors import UsageError
-from igd_ds.evaluation.parts import batches_of, read_part, remove_damaged, write_part
+from igd_ds.evaluation.parts import read_part, remove_damaged, write_part
 from igd_ds.folders import differing, read_json_object, remove_temporaries, write_json
 from igd_ds.prefer_config import PreferConfig
 from igd_ds.preference.live_search import LiveSearch

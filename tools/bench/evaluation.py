@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from igd_ds.backbones import T5, CausalLM, read_model_config
 from igd_ds.config.search import ScoringOptions
 from igd_ds.contracts import Backbone
-from igd_ds.evaluation.parts import batches_of
+from igd_ds.data.batches import batches_of
 from igd_ds.items.decisiveness import information_gain
 from igd_ds.items.search_trie import SearchTrie
 from igd_ds.items.trie import TokenTrie
