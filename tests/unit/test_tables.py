@@ -291,7 +291,9 @@ def test_the_tests_say_what_so_few_seeds_can_show():
     found = table(make_study(), "significance-toys")
     assert found.notes == [
         "With 2 seeds per method, the p of the Mann–Whitney U test is at least 0.3333 before "
-        "correction."
+        "correction.",
+        "Where there is no test over users, the ranks of single rows are not known, or all rows "
+        "belong to one user.",
     ]
     line = dict(zip(found.columns, text(found)[0], strict=True))
     assert (line["Improvement"], line["p seeds"], line["p seeds, Holm"]) == (

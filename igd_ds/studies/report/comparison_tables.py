@@ -214,8 +214,8 @@ def significance_table(study: Study, dataset: str, lists: str) -> Table:
     if lists == "exact":
         caption += (
             f" Lists are those of the exact search {softmax_of_exact(study, dataset)} "
-            "(eval/test-exact); where it was not made at this α, at the smallest one that it was "
-            "made at."
+            "(eval/test-exact). Where a run has none at its α, they are those of the smallest α "
+            "that it has them at."
         )
 
     smallest = {
@@ -229,6 +229,11 @@ def significance_table(study: Study, dataset: str, lists: str) -> Table:
         "correction."
         for n, p in sorted(smallest)
     ]
+    if any(c.users_p is None for c in compared):
+        notes.append(
+            "Where there is no test over users, the ranks of single rows are not known, or all "
+            "rows belong to one user."
+        )
     tested = {(c.backbone, c.method) for c in compared}
     untested = [
         method
