@@ -76,6 +76,14 @@ def batches_of(rows: np.ndarray, batch_size: int) -> list[np.ndarray]:
     return [rows[begin : begin + batch_size] for begin in range(0, len(rows), batch_size)]
 
 
+def length_batches(lengths: np.ndarray, batch_size: int) -> list[np.ndarray]:
+    """Return the places of `lengths` (R,) in batches of similar length, which saves padding.
+
+    The longest come first, so that a batch that does not fit the memory is met at once.
+    """
+    return batches_of(np.argsort(-lengths, kind="stable"), batch_size)
+
+
 def refuse_empty(split: Split, rows: np.ndarray) -> None:
     """Raise UsageError if one of `rows` has an empty history."""
     empty = rows[np.diff(split.history_offsets)[rows] == 0]

@@ -21,7 +21,7 @@ from igd_ds import distributed
 from igd_ds.baseline_config import BaselineConfig
 from igd_ds.baselines.leaves import Leaves
 from igd_ds.baselines.sequences import Chains
-from igd_ds.data.batches import sample_rows
+from igd_ds.data.batches import length_batches, sample_rows
 from igd_ds.data.dataset import InteractionDataset, Split
 from igd_ds.data.per_row import SCORES_RECORD, scores_record
 from igd_ds.data.seen_items import SeenItems
@@ -113,20 +113,18 @@ class Ranker:
         device, length = distributed.device(), min(length, len(self.leaves.nodes))
         leaves = torch.zeros((len(rows), length), dtype=torch.int64, device=device)
         log_p = torch.zeros((len(rows), length), dtype=torch.float32, device=device)
-        num_batches = -(-len(rows) // self.batch_size)
+        batches = length_batches(np.diff(split.history_offsets)[rows], self.batch_size)
         rank, world = distributed.rank(), distributed.world_size()
         was_training = self.model.training
-        order = np.argsort(-np.diff(split.history_offsets)[rows], kind="stable")
 
         self.model.eval()
-        for number in range(rank, -(-num_batches // world) * world, world):
+        for number in range(rank, -(-len(batches) // world) * world, world):
             # A rank without a batch of its own repeats the last one, and drops the result.
-            begin = min(number, num_batches - 1) * self.batch_size
-            at = order[begin : begin + self.batch_size]
+            at = batches[min(number, len(batches) - 1)]
             chains = Chains.of_rows(split, rows[at])
             batch = chains.collate(np.arange(len(at))).to(device)
             of_items = self.model.log_probabilities(batch.histories, batch.positions)
-            if number < num_batches:
+            if number < len(batches):
                 item_filter = seen.of(rows[at]) if seen else None
                 log_p[at], leaves[at] = best_leaves(self.leaves, of_items, length, item_filter)
                 if scores is not None:

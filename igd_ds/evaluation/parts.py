@@ -18,7 +18,7 @@ import torch
 
 import igd_ds
 from igd_ds.backbones.saved import hashes_of
-from igd_ds.data.batches import batches_of
+from igd_ds.data.batches import length_batches
 from igd_ds.data.dataset import Split
 from igd_ds.data.per_row import ItemLists, ItemScores
 from igd_ds.data.seen_items import SeenItems, with_seen
@@ -70,13 +70,9 @@ class RankingTask:
     """What the lists' scores are, PROBABILITY or SCORE."""
 
     def batches(self, batch_size: int) -> list[np.ndarray]:
-        """Return the rows in batches, the same ones on any number of ranks.
-
-        A batch holds histories of similar length, which saves padding. The longest come first, so
-        that a batch that does not fit the memory is met at once.
-        """
+        """Return the rows in `length_batches` of their histories, for any number of ranks."""
         lengths = np.diff(self.split.history_offsets)[self.rows]
-        return batches_of(self.rows[np.argsort(-lengths, kind="stable")], batch_size)
+        return [self.rows[places] for places in length_batches(lengths, batch_size)]
 
     def target_leaves(self, rows: np.ndarray) -> np.ndarray:
         """Return the trie leaf of each row's target, int (B,)."""

@@ -36,7 +36,7 @@ from igd_ds.config.model import ModelSource
 from igd_ds.config.search import Limits, ScoringOptions
 from igd_ds.config.yaml_files import read_yaml_settings
 from igd_ds.contracts import Backbone, Likelihood
-from igd_ds.data.batches import batches_of
+from igd_ds.data.batches import length_batches
 from igd_ds.data.cut_titles import with_cut_titles
 from igd_ds.data.dataset import InteractionDataset
 from igd_ds.data.prompts import PromptBuilder, Template
@@ -386,10 +386,9 @@ class Recommender:
         method = options.method(search, guided=q is not None)
         k = int(k)
         width = min(k, self.num_leaves)
-        # Histories of similar length share a batch, which saves padding.
-        order = np.argsort([-len(history) for history in users], kind="stable")
+        lengths = np.array([len(history) for history in users])
         lists: dict[int, RankedList] = {}
-        for batch in batches_of(order, self.batch_size):
+        for batch in length_batches(lengths, self.batch_size):
             per_user = self.per_user(
                 [labels[user] for user in batch],
                 None if allowed is None else [allowed[user] for user in batch],

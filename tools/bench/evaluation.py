@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from igd_ds.backbones import T5, CausalLM, read_model_config
 from igd_ds.config.search import ScoringOptions
 from igd_ds.contracts import Backbone
-from igd_ds.data.batches import batches_of
+from igd_ds.data.batches import batches_of, length_batches
 from igd_ds.items.decisiveness import information_gain
 from igd_ds.items.search_trie import SearchTrie
 from igd_ds.items.trie import TokenTrie
@@ -89,8 +89,8 @@ def compare(
         Scoring.build(trie, information_gain(trie, "prior"), ScoringOptions(alpha=(0.0,))),
     )
     rows = np.arange(len(prompts))
-    by_length = np.argsort([-len(prompt) for prompt in prompts], kind="stable")
-    sides = [batches_of(order, batch_size) for order in (rows, by_length)]
+    lengths = np.array([len(prompt) for prompt in prompts])
+    sides = [batches_of(rows, batch_size), length_batches(lengths, batch_size)]
     scores, seconds = np.zeros((2, len(prompts), BEAMS)), [0.0, 0.0]
 
     pairs = list(zip(*sides, strict=True))
